@@ -1,0 +1,20 @@
+"""Strict by default: what a user may do by accident is an error in every test."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)  # before any device is used
+jax.config.update("jax_numpy_rank_promotion", "raise")  # (4,) against (4, 1) is a bug, not a broadcast
+jax.config.update("jax_debug_key_reuse", True)  # a key consumed twice is a bug
+
+
+@pytest.fixture
+def real_data():
+    """The folder with real data sets (MNIST and others); tests that need it skip where it is missing."""
+    folder = pathlib.Path(os.environ.get("JAXNET_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real data here: set JAXNET_DATA to a folder with mnist/ in it")
+    return folder
