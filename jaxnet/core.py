@@ -1,0 +1,495 @@
+"""The contract: a network is a value made of pure functions over a plain nested dict of arrays.
+
+Letters: `params` is a nested dict of float arrays (a lone array for `param`), `state` a nested dict of whatever is carried
+from call to call without a gradient (running statistics), `key` a JAX PRNG key. Inputs are pytrees of arrays or of
+`jax.ShapeDtypeStruct`; whatever else they hold (None, bools, strings) is static.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+
+__all__ = ["Layer", "layer", "param", "wire"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Layer:
+    """A layer, or a whole network: a pair of pure functions, or a triple where it carries state.
+
+    Attributes:
+      init: (key, *inputs) -> params; reads only shapes and dtypes, so inputs may be `jax.ShapeDtypeStruct`.
+      apply: (params, *inputs, key=None, train=False) -> outputs where `init_state` is None, else
+        (params, *inputs, state, key=None, train=False) -> (outputs, new_state).
+      init_state: (*inputs) -> state, or None: a layer is stateful or not by what it is, never by how it is called.
+      label: how it prints, such as 'dense(8)'.
+      children: the layers inside, by name; the name is the key in params and state. A child named '' shares the
+        parameters, state and path of its parent (`repeat`, `remat`, `cast`, `residual`).
+      rebuild: children -> the same layer with other children; None for a layer without children.
+      repeats: how many times one call runs each child, one after the other (`repeat`).
+      random: False where `apply` never uses its key.
+      outputs: (train, *inputs) -> specs of the outputs, where that is cheaper than tracing `apply`.
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+    init_state: Callable[..., Any] | None = None
+    label: str = "layer"
+    children: Mapping[str, Layer] = dataclasses.field(default_factory=dict)
+    rebuild: Callable[[Mapping[str, Layer]], Layer] | None = None
+    repeats: int = 1
+    random: bool = True
+    outputs: Callable[..., Any] | None = None
+
+    def __repr__(self) -> str:
+        if "" in self.children:
+            return f"{self.label}({self.children['']!r})"
+        if not self.children:
+            return self.label
+        lines = [f"{name}: {child!r}" for name, child in self.children.items()]
+        return f"{self.label}(\n" + "".join(f"  {line}\n" for line in "\n".join(lines).split("\n")) + ")"
+
+
+def layer(init: Callable | None, fn: Callable, *, init_state: Callable | None = None, label: str | None = None) -> Layer:
+    """Make a Layer from a plain function `fn(params, *inputs)`.
+
+    `fn` names `key`, `train` or `state` among its parameters only if it uses them, and is handed just those. With
+    `init_state`, it takes `state` and returns (outputs, new_state).
+
+    Args:
+      init: (key, *inputs) -> params, or None where there is nothing to learn.
+      fn: the layer as an equation.
+      init_state: (*inputs) -> state for a stateful layer.
+      label: how the layer prints and signs its errors; the name of `fn` by default.
+
+    >>> double = layer(None, lambda params, x: 2 * x, label="double")
+    >>> double.apply({}, 3.0)
+    6.0
+    """
+    name = label or _name_of(fn)
+    wanted = {"key", "train", "state"} & set(inspect.signature(fn).parameters)
+    if ("state" in wanted) != (init_state is not None):
+        raise TypeError(f"{name}: a stateful layer has both init_state and a parameter `state` of its function, or neither")
+
+    def apply(params, *inputs, state=None, key=None, train=False, **named):
+        check_state(name, state, stateful=init_state is not None)
+        offered = {"key": key, "train": train, "state": state}
+        try:
+            return fn(params, *inputs, **named, **{n: offered[n] for n in wanted})
+        except KeyError as error:
+            if isinstance(params, Mapping) and error.args and error.args[0] not in params and not error.args[1:]:
+                raise ValueError(_missing_parameter(name, error.args[0], params)) from error
+            raise
+
+    return Layer(init or no_params, apply, init_state, label=name, random="key" in wanted)
+
+
+def param(shape: tuple[int, ...], init: Callable, *, dtype: Any = None) -> Layer:
+    """A raw array as a child: `f.table()` in the body of `wire` returns it.
+
+    Args: shape: of the array; init: (key, shape, dtype) -> array, as in `jax.nn.initializers`;
+      dtype: float32 by default (float64 under `jax_enable_x64`).
+    """
+    shape = tuple(shape)
+    label = f"param{shape}"
+
+    def initialise(key):
+        return init(key, shape, dtype or jnp.result_type(float))
+
+    def fn(params):
+        if jnp.shape(params) != shape:
+            raise ValueError(f"{label}: the array must have shape {shape}, got {describe(params)}")
+        return params
+
+    return layer(initialise, fn, label=label)
+
+
+def wire(**children: Any) -> Callable[[Callable], Layer]:
+    """Compose layers by an ordinary function, written once: `wire(a=..., b=...)(body)`, also as a decorator.
+
+    `body(f, *inputs)` calls a child as `f.a(x)`. A child called twice shares its weights, and draws fresh random numbers;
+    a stateful child called twice carries its state from call to call. `f.train` says whether this is training; `f.key` is a
+    key of the body's own; `f.a(x, key=..., train=...)` overrides what the child would be given. `f["a"]` is `f.a`.
+
+    `init` traces the body once, abstractly, and records the shapes that each child is called with: the body may use
+    `jax.lax.scan`, `jax.vmap` or `jax.checkpoint` around stateless children (the key is then the same in each iteration:
+    pass `key=` to a random child). Stateful children belong under `repeat` and `remat`, which carry their state.
+
+    Raises:
+      AttributeError: the body calls a child that is not declared.
+      ValueError: a declared child is never called, neither in training nor in evaluation.
+      RuntimeError: a stateful child is called inside a raw JAX transform.
+
+    >>> from jaxnet import dense
+    >>> @wire(up=dense(16), down=dense(4))
+    ... def block(f, x):
+    ...     return x + f.down(jax.nn.gelu(f.up(x)))
+    >>> jax.tree.map(jnp.shape, block.init(jax.random.key(0), jnp.ones((2, 4))))
+    {'down': {'bias': (4,), 'kernel': (16, 4)}, 'up': {'bias': (16,), 'kernel': (4, 16)}}
+    """
+
+    def decorate(body: Callable) -> Layer:
+        name = _name_of(body)
+        return compose("wire" if name == "<lambda>" else name, children, body, lambda new: wire(**new)(body))
+
+    return decorate
+
+
+# For the authors of layers and combinators
+
+
+def compose(label: str, children: Mapping[str, Any], body: Callable, rebuild: Callable, *, random: bool = True) -> Layer:
+    """The one way in which a layer with named children is made: `wire`, `chain` and `parallel` call it."""
+    children = {name: as_layer(child, f"{label}: child '{name}'") for name, child in children.items()}
+    for name in children:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in ("train", "key"):
+            raise ValueError(f"{label}: a child's name is letters, digits and _, and not 'train' or 'key'; got '{name}'")
+    stateful = [name for name, child in children.items() if child.init_state is not None]
+
+    def record(train, *inputs, **named):
+        """What each child is called with, and what the body returns, for these specs."""
+        calls = {}
+
+        def call_child(name, *inputs, key=None, train=train, **named):
+            calls.setdefault(name, specs_of((inputs, named)))
+            with scope(name):
+                outputs = output_specs(children[name], train, *inputs, **named)
+            return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), outputs)
+
+        def run(*inputs, **named):
+            key = jax.random.key(0) if train else None
+            return body(Calls(label, children, call_child, train, key), *inputs, **named)
+
+        return calls, abstractly(run)(*inputs, **named)
+
+    def child_inputs(*inputs, **named):
+        calls, _ = memoised(self, record, False, *inputs, **named)
+        if set(calls) != set(children):  # a child may be for training only
+            calls = memoised(self, record, True, *inputs, **named)[0] | calls
+        for name in children:
+            if name not in calls:
+                raise ValueError(f"{label}: child '{name}' is never called; call f.{name}(...) in the body, or remove it")
+        return calls
+
+    def init(key, *inputs, **named):
+        check_key(label, key)
+        params = {}
+        for name, (args, kwargs) in child_inputs(*inputs, **named).items():
+            if children[name].init is not no_params:
+                with scope(name):
+                    params[name] = children[name].init(fold(key, name), *args, **kwargs)
+        return {name: params[name] for name in children if not _is_empty(params.get(name, {}))}
+
+    def init_state(*inputs, **named):
+        calls = child_inputs(*inputs, **named)
+        state = {}
+        for name in stateful:
+            args, kwargs = calls[name]
+            with scope(name):
+                state[name] = children[name].init_state(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
+        return state
+
+    def apply(params, *inputs, state=None, key=None, train=False, **named):
+        check_state(label, state, stateful=bool(stateful))
+        check_names(f"{label}: params", params, children)
+        check_names(f"{label}: state", state or {}, stateful)
+        new_state, counts = dict(state or {}), {}
+        context = jax.extend.core.get_opaque_trace_state()
+        body_train, body_key = train, key
+
+        def call_child(name, *inputs, key=None, train=body_train, **named):
+            child = children[name]
+            inside_transform = jax.extend.core.get_opaque_trace_state() != context
+            if inside_transform and child.init_state is not None:
+                child = getattr(child, "plain", child)  # what `capture` added cannot be brought out of a transform
+            if key is None and body_key is not None and child.random:
+                key, count = fold(body_key, name), counts.get(name, 0)
+                key = jax.random.fold_in(key, count) if count else key
+            counts[name] = counts.get(name, 0) + 1
+            with scope(name):
+                if inside_transform and child.init_state is not None:
+                    raise RuntimeError(
+                        f"{child.label}: a layer with state cannot be called inside a raw JAX transform (scan, vmap, jit, "
+                        "checkpoint, ...), its new state could not come out; use jaxnet.repeat or jaxnet.remat around it"
+                    )
+                outputs, updated = call(child, params.get(name, {}), new_state.get(name, {}), key, train, inputs, named)
+            if child.init_state is not None:
+                new_state[name] = updated
+            return outputs
+
+        outputs = body(Calls(label, children, call_child, train, key), *inputs, **named)
+        return (outputs, new_state) if stateful else outputs
+
+    self = Layer(
+        init,
+        apply,
+        init_state if stateful else None,
+        label=label,
+        children=children,
+        rebuild=rebuild,
+        random=random or any(child.random for child in children.values()),
+        outputs=lambda train, *inputs, **named: memoised(self, record, train, *inputs, **named)[1],
+    )
+    return self
+
+
+def transparent(label: str, inner: Any, around: Callable, rebuild: Callable, *, init=None, init_state=None, repeats=1) -> Layer:
+    """A layer with the parameters, state and path of `inner`, whose call is `around(run)`.
+
+    Args:
+      around: run -> another function of the same arguments, run(params, state, key, *inputs, **named) -> (outputs, state).
+      init, init_state: where they differ from those of `inner`.
+    """
+    inner = as_layer(inner, label)
+
+    def apply(params, *inputs, state=None, key=None, train=False, **named):
+        check_state(label, state, stateful=inner.init_state is not None)
+
+        def run(params, state, key, *inputs, **named):
+            return call(inner, params, state, key, train, inputs, named)
+
+        outputs, new_state = around(run)(params, state, key, *inputs, **named)
+        return outputs if inner.init_state is None else (outputs, new_state)
+
+    return Layer(
+        init or inner.init,
+        apply,
+        inner.init_state and (init_state or inner.init_state),
+        label=label,
+        children={"": inner},
+        rebuild=lambda children: rebuild(children[""]),
+        repeats=repeats,
+        random=inner.random,
+    )
+
+
+def as_layer(thing: Any, where: str = "a layer") -> Layer:
+    """A Layer as it is; any other callable as a layer without parameters."""
+    if isinstance(thing, Layer):
+        return thing
+    if not callable(thing):
+        raise TypeError(f"{where} must be a layer or a function of its inputs, got {thing!r}")
+    name = _name_of(thing)
+
+    def fn(params, *inputs, **named):
+        outputs = thing(*inputs, **named)
+        if isinstance(outputs, Layer):
+            raise TypeError(f"{name} returned a layer when it was called with data: pass {name}(...), not {name} itself")
+        return outputs
+
+    return layer(None, fn, label=name)
+
+
+def call(layer: Layer, params, state, key, train, inputs=(), named: Mapping[str, Any] = {}):  # noqa: B006 (never written)
+    """Call a layer, stateful or not, in one form: -> (outputs, state)."""
+    if layer.init_state is None:
+        return layer.apply(params, *inputs, key=key, train=train, **named), state
+    return layer.apply(params, *inputs, state=state, key=key, train=train, **named)
+
+
+def no_params(key, *inputs, **named) -> dict:
+    """`init` where there is nothing to learn."""
+    return {}
+
+
+def fold(key, name: str):
+    """The key of the child called `name`: it depends on the name alone, so siblings may come and go."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+@contextlib.contextmanager
+def scope(name: str) -> Iterator[None]:
+    """Give profiler rows the name, and errors one line with the whole path, "in layer 'mlp/hidden'"."""
+    try:
+        with jax.named_scope(name):
+            yield
+    except Exception as error:
+        notes, start = getattr(error, "__notes__", []), "in layer '"
+        if notes and notes[-1].startswith(start):
+            notes[-1] = f"{start}{name}/{notes[-1].removeprefix(start)}"
+        else:
+            error.add_note(f"{start}{name}'")
+        raise
+
+
+def check_input(label: str, x: Any, *, width: int | None = None, rank: int = 1, kind: Any = jnp.floating, like: Any = None):
+    """Raise unless x is an array of this kind of dtype with at least `rank` axes, the last of `width`, in the dtype of `like`.
+
+    Raises: TypeError for what is not an array or has the wrong dtype, ValueError for a wrong shape.
+    """
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{label}: the input must be an array or a jax.ShapeDtypeStruct, got {x!r}")
+    if not jnp.issubdtype(x.dtype, kind):
+        remedy = "x.astype(jnp.float32)" if kind is jnp.floating else "x.astype(jnp.int32)"
+        raise TypeError(f"{label}: the input must be {kind.__name__}, got {describe(x)}; convert it, as in {remedy}")
+    if len(x.shape) < rank:
+        raise ValueError(f"{label}: the input must have at least {rank} axes, got {describe(x)}")
+    if width is not None and x.shape[-1] != width:
+        raise ValueError(f"{label}: last axis must be {width}, got {describe(x)}; the parameters were made for {width}")
+    if like is not None and jax.dtypes.canonicalize_dtype(x.dtype) != like.dtype:
+        raise TypeError(
+            f"{label}: the input must have the dtype of the parameters, {like.dtype}, got {describe(x)}; "
+            f"convert one of them, or compute in another dtype with jaxnet.cast"
+        )
+
+
+def check_key(label: str, key: Any) -> None:
+    """Raise TypeError unless `key` is one JAX PRNG key, typed or raw."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    if not typed and not (dtype == jnp.uint32 and shape and len(shape) == 1):
+        got = describe(key) if dtype is not None else repr(key)
+        raise TypeError(f"{label}: key must be one PRNG key such as jax.random.key(0), got {got}")
+
+
+def check_state(label: str, state: Any, *, stateful: bool) -> None:
+    """Raise unless state was passed just where the layer carries one."""
+    if stateful and state is None:
+        raise ValueError(f"{label}: this layer carries state: pass state=net.init_state(*inputs), or the state of the last call")
+    if not stateful and state is not None and not _is_empty(state):
+        raise TypeError(f"{label}: this layer has no state (its init_state is None): call apply without state=")
+
+
+def check_names(what: str, tree: Any, names) -> None:
+    """Raise unless the top of a tree of parameters is a dict with no other names than these."""
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"{what} must be a dict by the name of the child, got {describe(tree)}")
+    for name in tree:
+        if name not in names:
+            raise ValueError(f"{what} hold '{name}', which is no child of this layer{_closest(name, names)}")
+
+
+def describe(tree: Any) -> str:
+    """A value's shapes and dtypes in words: float32[4, 3], or {'a': int32[]}."""
+
+    class Word(str):
+        __repr__ = str.__str__
+
+    def word(x):
+        return Word(f"{x.dtype}{list(x.shape)}") if hasattr(x, "shape") and hasattr(x, "dtype") else Word(type(x).__name__)
+
+    return repr(jax.tree.map(word, tree))
+
+
+# Abstract evaluation: what flows between layers is known without running them
+
+
+class Calls:
+    """The children of a network as functions: the `f` in the body of `wire`."""
+
+    __slots__ = ("_call", "_children", "_key", "_label", "train")
+
+    def __init__(self, label, children, call_child, train, key):
+        self._label, self._children, self._call, self.train, self._key = label, children, call_child, train, key
+
+    @property
+    def key(self):
+        """A key for random numbers that the body itself draws; None where `apply` was given none."""
+        return None if self._key is None else fold(self._key, "")
+
+    def __getitem__(self, name: str) -> Callable:
+        if name not in self._children:
+            raise AttributeError(f"{self._label} has no child '{name}'{_closest(name, self._children)}")
+        return functools.partial(self._call, name)
+
+    __getattr__ = __getitem__
+
+
+def output_specs(layer: Layer, train: bool, *inputs, **named):
+    """The specs of a layer's outputs for these inputs, by abstract evaluation; memoised, without any computation."""
+    if layer.outputs is not None:
+        return layer.outputs(train, *inputs, **named)
+
+    def evaluate(train, *inputs, **named):
+        def run(*inputs, **named):
+            init_key, key = jax.random.split(jax.random.key(0))
+            params = layer.init(init_key, *inputs, **named)
+            state = layer.init_state(*inputs, **named) if layer.init_state else None
+            return call(layer, params, state, key if train else None, train, inputs, named)[0]
+
+        return abstractly(run)(*inputs, **named)
+
+    return memoised(layer, evaluate, train, *inputs, **named)
+
+
+def abstractly(fn: Callable) -> Callable:
+    """`fn` traced, not run: returns the specs of its outputs. Array inputs are abstract in `fn`, all others static."""
+
+    def traced(*inputs, **named):
+        leaves, tree = jax.tree.flatten((inputs, named))
+        dynamic = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+
+        def run(arrays):
+            filled = list(leaves)
+            for i, array in zip(dynamic, arrays, strict=True):
+                filled[i] = array
+            inputs, named = jax.tree.unflatten(tree, filled)
+            return fn(*inputs, **named)
+
+        return jax.eval_shape(run, [leaves[i] for i in dynamic])
+
+    return traced
+
+
+def memoised(layer: Layer, fn: Callable, train: bool, *inputs, **named):
+    """`fn(train, *specs)`, remembered for this layer: tracing a network nested d deep costs d traces a leaf, not 2^d."""
+    inputs, named = specs_of((inputs, named))
+    leaves, tree = jax.tree.flatten((inputs, named))
+    results = _MEMO.setdefault(layer, {})
+    question = (fn.__qualname__, train, jax.config.jax_enable_x64, tree, tuple(leaves))  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        known = question in results
+    except TypeError as error:
+        raise TypeError(f"{layer.label}: inputs must be arrays or hashable values, got {describe(inputs)}") from error
+    if not known:
+        results[question] = fn(train, *inputs, **named)
+    return results[question]
+
+
+def specs_of(tree: Any):
+    """The tree with a `jax.ShapeDtypeStruct` for each array; other leaves stay as they are."""
+    return jax.tree.map(lambda x: _spec(x) if _is_array(x) else x, tree)
+
+
+def _spec(x) -> jax.ShapeDtypeStruct:
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
+    return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=getattr(x, "weak_type", False))
+
+
+def _is_array(x) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _is_empty(tree) -> bool:
+    return isinstance(tree, Mapping) and not tree
+
+
+def _name_of(fn) -> str:
+    fn = getattr(fn, "func", fn)  # functools.partial
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _closest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return (f"; did you mean '{close[0]}'?" if close else "") + f" (children: {', '.join(names) or 'none'})"
+
+
+def _missing_parameter(label: str, name: str, params: Mapping) -> str:
+    have = ", ".join(f"{k} {describe(v)}" for k, v in params.items()) or "nothing"
+    return f"{label}: no parameter '{name}' in params (they hold {have}); make them with init, or load those of this network"
+
+
+# Results of abstract evaluation by layer; a layer that is gone takes its results with it.
+_MEMO: weakref.WeakKeyDictionary[Layer, dict] = weakref.WeakKeyDictionary()
