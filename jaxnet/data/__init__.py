@@ -1,0 +1,8 @@
+"""Real data as plain NumPy arrays: IDX files, MNIST, the 8x8 digits, and batches for a loop of one's own."""
+
+from .batching import Dataset, Split, batches, check_labels
+from .digits import digits
+from .idx import read_idx, write_idx
+from .mnist import MIRRORS, mnist
+
+__all__ = ["MIRRORS", "Dataset", "Split", "batches", "check_labels", "digits", "mnist", "read_idx", "write_idx"]
