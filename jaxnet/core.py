@@ -38,7 +38,7 @@ class Layer:
       children: the layers inside, by name; the name is the key in params and state. A child named '' shares the
         parameters, state and path of its parent (`repeat`, `remat`, `cast`, `residual`).
       rebuild: children -> the same layer with other children; None for a layer without children.
-      repeats: how many times one call runs each child, one after the other (`repeat`).
+      repeats: how many copies of its child run one after the other (`repeat`), None in all other layers.
       random: False where `apply` never uses its key.
       outputs: (train, *inputs) -> specs of the outputs, where that is cheaper than tracing `apply`.
     """
@@ -49,7 +49,7 @@ class Layer:
     label: str = "layer"
     children: Mapping[str, Layer] = dataclasses.field(default_factory=dict)
     rebuild: Callable[[Mapping[str, Layer]], Layer] | None = None
-    repeats: int = 1
+    repeats: int | None = None
     random: bool = True
     outputs: Callable[..., Any] | None = None
 
@@ -161,14 +161,19 @@ def compose(label: str, children: Mapping[str, Any], body: Callable, rebuild: Ca
     def record(train, *inputs, **named):
         """What each child is called with, and what the body returns, for these specs."""
         calls = {}
+        context = None
 
         def call_child(name, *inputs, key=None, train=train, **named):
             calls.setdefault(name, specs_of((inputs, named)))
             with scope(name):
+                if jax.extend.core.get_opaque_trace_state() != context:
+                    _check_stateless(getattr(children[name], "plain", children[name]))
                 outputs = output_specs(children[name], train, *inputs, **named)
             return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), outputs)
 
         def run(*inputs, **named):
+            nonlocal context
+            context = jax.extend.core.get_opaque_trace_state()
             key = jax.random.key(0) if train else None
             return body(Calls(label, children, call_child, train, key), *inputs, **named)
 
@@ -212,18 +217,15 @@ def compose(label: str, children: Mapping[str, Any], body: Callable, rebuild: Ca
         def call_child(name, *inputs, key=None, train=body_train, **named):
             child = children[name]
             inside_transform = jax.extend.core.get_opaque_trace_state() != context
-            if inside_transform and child.init_state is not None:
+            if inside_transform:
                 child = getattr(child, "plain", child)  # what `capture` added cannot be brought out of a transform
             if key is None and body_key is not None and child.random:
                 key, count = fold(body_key, name), counts.get(name, 0)
                 key = jax.random.fold_in(key, count) if count else key
             counts[name] = counts.get(name, 0) + 1
             with scope(name):
-                if inside_transform and child.init_state is not None:
-                    raise RuntimeError(
-                        f"{child.label}: a layer with state cannot be called inside a raw JAX transform (scan, vmap, jit, "
-                        "checkpoint, ...), its new state could not come out; use jaxnet.repeat or jaxnet.remat around it"
-                    )
+                if inside_transform:
+                    _check_stateless(child)
                 outputs, updated = call(child, params.get(name, {}), new_state.get(name, {}), key, train, inputs, named)
             if child.init_state is not None:
                 new_state[name] = updated
@@ -245,7 +247,7 @@ def compose(label: str, children: Mapping[str, Any], body: Callable, rebuild: Ca
     return self
 
 
-def transparent(label: str, inner: Any, around: Callable, rebuild: Callable, *, init=None, init_state=None, repeats=1) -> Layer:
+def transparent(label: str, inner: Any, around: Callable, rebuild: Callable, *, init=None, init_state=None, repeats=None) -> Layer:
     """A layer with the parameters, state and path of `inner`, whose call is `around(run)`.
 
     Args:
@@ -317,21 +319,22 @@ def scope(name: str) -> Iterator[None]:
             yield
     except Exception as error:
         notes, start = getattr(error, "__notes__", []), "in layer '"
-        if notes and notes[-1].startswith(start):
-            notes[-1] = f"{start}{name}/{notes[-1].removeprefix(start)}"
-        else:
+        known = next((i for i, note in enumerate(notes) if note.startswith(start)), None)
+        if known is None:
             error.add_note(f"{start}{name}'")
+        else:
+            notes[known] = f"{start}{name}/{notes[known].removeprefix(start)}"
         raise
 
 
 def check_input(label: str, x: Any, *, width: int | None = None, rank: int = 1, kind: Any = jnp.floating, like: Any = None):
-    """Raise unless x is an array of this kind of dtype with at least `rank` axes, the last of `width`, in the dtype of `like`.
+    """Raise unless x is an array of this kind of dtype (`object` for any) with at least `rank` axes, the last of `width`, in the dtype of `like`.
 
     Raises: TypeError for what is not an array or has the wrong dtype, ValueError for a wrong shape.
     """
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"{label}: the input must be an array or a jax.ShapeDtypeStruct, got {x!r}")
-    if not jnp.issubdtype(x.dtype, kind):
+    if kind is not object and not jnp.issubdtype(x.dtype, kind):
         remedy = "x.astype(jnp.float32)" if kind is jnp.floating else "x.astype(jnp.int32)"
         raise TypeError(f"{label}: the input must be {kind.__name__}, got {describe(x)}; convert it, as in {remedy}")
     if len(x.shape) < rank:
@@ -424,8 +427,11 @@ def output_specs(layer: Layer, train: bool, *inputs, **named):
     return memoised(layer, evaluate, train, *inputs, **named)
 
 
-def abstractly(fn: Callable) -> Callable:
-    """`fn` traced, not run: returns the specs of its outputs. Array inputs are abstract in `fn`, all others static."""
+def abstractly(fn: Callable, trace: Callable = jax.eval_shape) -> Callable:
+    """`fn` traced, not run: returns the specs of its outputs. Array inputs are abstract in `fn`, all others static.
+
+    `trace(function, arrays)` may be another abstract evaluation, such as one that returns the jaxpr.
+    """
 
     def traced(*inputs, **named):
         leaves, tree = jax.tree.flatten((inputs, named))
@@ -438,7 +444,7 @@ def abstractly(fn: Callable) -> Callable:
             inputs, named = jax.tree.unflatten(tree, filled)
             return fn(*inputs, **named)
 
-        return jax.eval_shape(run, [leaves[i] for i in dynamic])
+        return trace(run, [leaves[i] for i in dynamic])
 
     return traced
 
@@ -466,6 +472,14 @@ def specs_of(tree: Any):
 def _spec(x) -> jax.ShapeDtypeStruct:
     dtype = x.dtype if jnp.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
     return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=getattr(x, "weak_type", False))
+
+
+def _check_stateless(child: Layer) -> None:
+    if child.init_state is not None:
+        raise RuntimeError(
+            f"{child.label}: a layer with state cannot be called inside a raw JAX transform (scan, vmap, jit, checkpoint, "
+            "...), its new state could not come out; use jaxnet.repeat or jaxnet.remat around it"
+        )
 
 
 def _is_array(x) -> bool:

@@ -83,13 +83,13 @@ def paths(tree: Any) -> list[str]:
     return [_join(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def matches(path: str, *patterns: str) -> bool:
-    """Whether one of the patterns matches the path or a node above it.
+def matches(path: str, *patterns: str, below: bool = True) -> bool:
+    """Whether one of the patterns matches the path or, unless `below` is False, a node above it.
 
     >>> matches("blocks/attn/bias", "**/bias"), matches("blocks/attn/bias", "blocks"), matches("head/bias", "*/kernel")
     (True, True, False)
     """
-    return any(_regex(pattern).match(path) for pattern in patterns)
+    return any(_regex(pattern, below).match(path) for pattern in patterns)
 
 
 def select(tree: Any, *patterns: str) -> dict[str, Any]:
@@ -209,13 +209,14 @@ _MISSING = _Missing()
 
 
 @functools.lru_cache(maxsize=1024)
-def _regex(pattern: str) -> re.Pattern:
-    """The pattern as a regular expression for a path or any node above it."""
+def _regex(pattern: str, below: bool) -> re.Pattern:
+    """The pattern as a regular expression for a path, or also for what is below it."""
     if pattern == "**":
         return re.compile("")
     names = pattern.removesuffix("/**").split("/")
     words = ["(?:[^/]+/)*" if name == "**" else _name_regex(name) + "/" for name in names]
-    return re.compile("".join(words).removesuffix("/") + "(?:$|/)")
+    below = below or pattern.endswith("/**")
+    return re.compile("".join(words).removesuffix("/") + ("(?:$|/)" if below else "$"))
 
 
 def _name_regex(name: str) -> str:

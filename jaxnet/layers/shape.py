@@ -1,0 +1,24 @@
+"""Layers that only move numbers."""
+
+from __future__ import annotations
+
+import math
+
+from jaxnet.core import Layer, check_input, layer
+
+__all__ = ["flatten"]
+
+
+def flatten(rank: int = 3) -> Layer:
+    """Merge the last `rank` axes into one: an image [..., H, W, C] becomes [..., H * W * C] with the default of 3.
+
+    Raises: ValueError if there are fewer axes.
+    """
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"flatten: rank must be a positive int, got {rank!r}")
+
+    def fn(params, x):
+        check_input(f"flatten({rank})", x, rank=rank, kind=object)
+        return x.reshape(*x.shape[: x.ndim - rank], math.prod(x.shape[x.ndim - rank :]))
+
+    return layer(None, fn, label=f"flatten({rank})")
