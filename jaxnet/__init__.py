@@ -3,10 +3,57 @@
 A network is a value made of pure functions over a plain nested dict of arrays; everything else is a function over that dict.
 """
 
-from jaxnet import tree
+import importlib
+from typing import TYPE_CHECKING
+
+from jaxnet import train, tree
 from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual
 from jaxnet.core import Layer, layer, param, wire
 from jaxnet.layers import batch_norm, dense, dropout, embed, flatten, layer_norm
+from jaxnet.train.step import sgd
 from jaxnet.transform import capture, replace, summary, walk
 
+if TYPE_CHECKING:
+    from jaxnet import checkpoint, data
+    from jaxnet.checkpoint import load, save
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Layer",
+    "batch_norm",
+    "capture",
+    "cast",
+    "chain",
+    "checkpoint",
+    "data",
+    "dense",
+    "dropout",
+    "embed",
+    "flatten",
+    "layer",
+    "layer_norm",
+    "load",
+    "param",
+    "parallel",
+    "remat",
+    "repeat",
+    "replace",
+    "residual",
+    "save",
+    "sgd",
+    "summary",
+    "train",
+    "tree",
+    "walk",
+    "wire",
+]
+
+
+def __getattr__(name: str):
+    """What not every program needs is imported when it is asked for."""
+    if name in ("checkpoint", "data"):
+        return importlib.import_module(f"jaxnet.{name}")
+    if name in ("load", "save"):
+        return getattr(importlib.import_module("jaxnet.checkpoint"), name)
+    raise AttributeError(f"module 'jaxnet' has no attribute '{name}'")

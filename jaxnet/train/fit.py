@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -103,8 +104,6 @@ def evaluate(metrics: Callable, data: Any, *, batch_size: int = 500) -> Callable
     >>> float(count(TrainState({}, {}, (), None, None))["mean"])
     2.0
     """
-    import inspect
-
     n = examples(data)
     size = min(batch_size, n)
     full = n // size
