@@ -1,0 +1,12 @@
+"""Checkpoints: one file for a tree, written whole or not at all, and checked byte by byte when it is read.
+
+    save("run/state.safetensors", {"params": params, "opt": opt_state, "step": 100}, metadata={"accuracy": 0.98})
+    state = load("run/state.safetensors", like=state)
+
+The files are plain safetensors; docs/checkpoint_format.md describes them.
+"""
+
+from jaxnet.checkpoint.file import Info, Leaf, inspect, load, save, verify
+from jaxnet.checkpoint.format import CheckpointError
+
+__all__ = ["CheckpointError", "Info", "Leaf", "inspect", "load", "save", "verify"]

@@ -1,0 +1,371 @@
+"""Files: replace one as a whole or not at all, and read one without trusting it."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import os
+import secrets
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from jaxnet.checkpoint import format as fmt
+from jaxnet.checkpoint import structure
+from jaxnet.checkpoint.format import CheckpointError, Header, Tensor
+from jaxnet.checkpoint.structure import Node, Spec
+
+READ = 1 << 20  # bytes read and summed at a time, so that the sum finds them in the processor's cache
+WRITE = 4 << 20  # bytes written and summed at a time; a part of format.CHUNK
+TEMPORARY = ".jaxnet-"  # how the names of temporary files begin; they end in ".tmp"
+
+
+class Leaf(NamedTuple):
+    """One array of a file; `nbytes` is the space it takes there."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+class Info(NamedTuple):
+    """What a file says about itself; `version` is None for a safetensors file of another program."""
+
+    path: str
+    version: int | None
+    metadata: dict[str, Any]
+    leaves: tuple[Leaf, ...]
+    scalars: dict[str, Any]  # Python scalars and strings by path
+    nbytes: int  # of the whole file
+
+
+def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | None = None) -> None:
+    """Write a tree to a file, durably: after any failure the file holds either the old tree or the new one, whole.
+
+    Args:
+      path: the file, by custom called `*.safetensors`; missing folders are made, an existing file is replaced.
+      tree: any pytree. Leaves: JAX and NumPy arrays, typed random keys, bool, int, float, complex, str, bytes, None.
+        Nothing in it is changed.
+      metadata: a dict that JSON can hold exactly (str keys; no tuples, no NaN); `inspect` returns it.
+
+    Raises:
+      CheckpointError: the tree holds something that cannot be stored; nothing has been written.
+      OSError: from the operating system (no space, no permission). The old file is as it was and the temporary file
+        is gone, except when only the very last step fails (fsync of the folder): then the new file is in place, but
+        might not survive a power cut.
+
+    The tree costs no second copy in memory: one leaf at a time is brought to the host.
+    """
+    from jaxnet.checkpoint import arrays
+
+    file = os.fsdecode(path)
+    node, leaves = structure.encode(file, tree, functools.partial(arrays.describe, file))
+    nodes = structure.leaves(node)
+    shapes = {name: arrays.shape_in_file(nodes[name], x) for name, x in leaves.items()}
+    tensors = fmt.layout([(name, *structure.stored_as(nodes[name], shape)) for name, shape in shapes.items()])
+    manifest = {"version": fmt.VERSION, "metadata": _exact_json(file, metadata or {}), "tree": structure.to_json(node)}
+    empty = fmt.write_header(file, tensors, manifest | {"crc32": ["0" * 8 * t.chunks for t in tensors]})
+    with _replacing(file) as fd:
+        os.lseek(fd, len(empty), os.SEEK_SET)
+        crcs = _write_tensors(fd, tensors, lambda name: arrays.to_bytes(nodes[name], leaves[name]))
+        os.lseek(fd, 0, os.SEEK_SET)
+        _write(fd, memoryview(fmt.write_header(file, tensors, manifest | {"crc32": crcs})))
+
+
+def load(path: str | os.PathLike[str], like: Any = None) -> Any:
+    """Read a tree from a file and check every byte of it.
+
+    Without `like` dicts, lists, tuples, None, scalars and arrays come back as they were saved; NamedTuples, dataclasses
+    and other registered nodes come back as dicts of their fields, since no class is ever imported by name. A file that
+    jaxnet did not write comes back as nested dicts, its names split at '/'.
+
+    With `like`, a tree of arrays or `jax.ShapeDtypeStruct`s, the result has exactly its structure, containers, shapes,
+    dtypes and shardings; nothing is cast. Where `like` has a NumPy array, so has the result. Its values do not matter,
+    and its arrays may be deleted (donated) ones.
+
+    Arrays of 64 bits stay NumPy arrays while `jax_enable_x64` is off: JAX would truncate them.
+
+    Raises:
+      CheckpointError: the file is damaged, not a checkpoint, or does not fit `like` (all differences in one error).
+      OSError: the file is missing or cannot be opened.
+    """
+    from jaxnet.checkpoint import arrays
+
+    with _opened(path) as (file, fd, size):
+        header, node, nodes, tensors = _read_content(file, fd, size)
+        targets = {name: arrays.Target(nodes[name].kind) for name in tensors}
+        if like is not None:
+            found = structure.specs_in_file(nodes, tensors)
+            targets = _match(file, like, node if header.manifest else None, found)
+        raw = _read_tensors(file, fd, header, arrays.empty)
+    stored = {name: arrays.from_bytes(file, name, nodes[name], t.shape, raw.pop(t.name)) for name, t in tensors.items()}
+    values = arrays.place(file, nodes, stored, targets)
+    if like is None:
+        return structure.build(node, values)
+    return structure.refill(like, {name: values.get(name, n.value) for name, n in nodes.items()})
+
+
+def inspect(path: str | os.PathLike[str]) -> Info:
+    """What a file holds, from its header alone: as fast for 10 GB as for 10 kB, and for any safetensors file.
+
+    Raises:
+      CheckpointError: the header is damaged (the arrays' bytes are not read: `verify` does that).
+      OSError: the file is missing or cannot be opened.
+    """
+    with _opened(path) as (file, fd, size):
+        return _info(file, size, _read_content(file, fd, size))
+
+
+def verify(path: str | os.PathLike[str]) -> Info:
+    """Read a whole file, check its structure and all checksums, and return what `inspect` does.
+
+    Takes no more memory than a few MB, and needs neither JAX nor NumPy. The file of another program has no checksums:
+    there only the header and the file's length are checked.
+
+    Raises: as `load`.
+    """
+    with _opened(path) as (file, fd, size):
+        content = _read_content(file, fd, size)
+        _read_tensors(file, fd, content.header, None)
+        return _info(file, size, content)
+
+
+# Writing: a temporary file in the same folder, fsync, rename, fsync of the folder. Whoever opens the file sees the old
+# bytes or the new ones. A lock on the temporary file tells it from one that a killed process left behind.
+
+
+@contextlib.contextmanager
+def _replacing(file: str) -> Iterator[int]:
+    """Give a descriptor to write to; what is written replaces the file if the block ends well, else it vanishes."""
+    target = os.path.realpath(file)  # through a symbolic link: the link stays, what it points to is replaced
+    folder = os.path.dirname(target)
+    _make_folder(folder)
+    old = os.stat(target) if os.path.exists(target) else None
+    if old and stat.S_ISDIR(old.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, this is a folder: add a file name", file)
+    if old and not stat.S_ISREG(old.st_mode):
+        raise FileExistsError(errno.EEXIST, "this is neither a file nor a folder, and will not be replaced", file)
+    _sweep(folder)
+    temporary, fd = _open_temporary(folder)
+    try:
+        if old:
+            os.fchmod(fd, stat.S_IMODE(old.st_mode))
+        yield fd
+        os.fsync(fd)  # if this fails the kernel may have dropped the bytes: no second try can tell
+        os.replace(temporary, target)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        e.add_note(f"while saving {file}: nothing has been replaced")
+        raise
+    finally:
+        os.close(fd)
+    _sync_folder(folder)
+
+
+def _open_temporary(folder: str) -> tuple[str, int]:
+    while True:
+        path = os.path.join(folder, f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):  # a file system without locks: then _sweep cannot lock either
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:  # else another process swept it between the two calls
+            return path, fd
+        os.close(fd)
+
+
+def _sweep(folder: str):
+    """Remove temporary files that no living process has locked."""
+    with os.scandir(folder) as entries:
+        left = [e.path for e in entries if e.name.startswith(TEMPORARY) and e.name.endswith(".tmp")]
+    for path in left:
+        with contextlib.suppress(OSError):  # locked, gone, or somebody else's
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path)
+            finally:
+                os.close(fd)
+
+
+def _make_folder(folder: str):
+    """Make a folder and its parents, each durably."""
+    if not os.path.isdir(folder):
+        _make_folder(os.path.dirname(folder))
+        with contextlib.suppress(FileExistsError):  # another process was faster; a file in the way fails just below
+            os.mkdir(folder)
+        _sync_folder(os.path.dirname(folder))
+
+
+def _sync_folder(folder: str):
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any]) -> list[str]:
+    """Write the bytes of all tensors, one tensor at a time, and return their checksums.
+
+    The disk works while the next bytes are fetched and summed: a second thread syncs what has been written so far.
+    """
+    crcs, sync, unsynced = [], None, 0
+    with ThreadPoolExecutor(1) as pool:
+        for t in tensors:
+            data = memoryview(to_bytes(t.name))
+            sums = [fmt.crc_start(t, i) for i in range(t.chunks)]
+            for start in range(0, len(data), WRITE):
+                block = data[start : start + WRITE]
+                _write(fd, block)
+                unsynced += len(block)
+                if unsynced >= 4 * WRITE and (sync is None or sync.done()):
+                    if sync:
+                        sync.result()  # raises what the disk reported, which it does only once
+                    sync, unsynced = pool.submit(os.fsync, fd), 0
+                sums[start // fmt.CHUNK] = zlib.crc32(block, sums[start // fmt.CHUNK])
+            crcs.append("".join(f"{crc:08x}" for crc in sums))
+        if sync:
+            sync.result()
+    return crcs
+
+
+def _write(fd: int, data: memoryview):
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _exact_json(file: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    try:
+        if isinstance(metadata, dict) and json.loads(json.dumps(metadata)) == metadata:
+            return metadata
+        reason = "it does not come back from JSON as it was"
+    except (TypeError, ValueError, RecursionError) as e:
+        reason = str(e)
+    text = "metadata must be a dict of str keys with str, int, float, bool, None, lists and dicts inside"
+    raise CheckpointError(file, None, f"{text} (no tuples, NaN, arrays or NumPy numbers): {reason}")
+
+
+# Reading: nothing is believed before it is checked, and nothing is allocated that the file's size does not justify.
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
+    """Give the file's name, descriptor and size."""
+    file = os.fsdecode(path)
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # do not wait for the other end of a pipe
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, this is a folder", file)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(file, None, "not a regular file: copy it into one first")
+        yield file, fd, status.st_size
+    finally:
+        os.close(fd)
+
+
+class _Content(NamedTuple):
+    """All that a file's first bytes say, checked."""
+
+    header: Header
+    node: Node
+    leaves: dict[str, Node]
+    tensors: dict[str, Tensor]  # by the names of the leaves, which in another program's file may not be their own
+
+
+def _read_content(file: str, fd: int, size: int) -> _Content:
+    first = bytearray(min(8, size))
+    _read(file, fd, memoryview(first), 0)
+    raw = bytearray(fmt.header_length(file, bytes(first), size))
+    _read(file, fd, memoryview(raw), 8)
+    header = fmt.read_header(file, bytes(raw), size)
+    if header.manifest is None:
+        paths = structure.foreign_paths([t.name for t in header.tensors])
+        dtypes = [Node("jax", structure.DTYPES.get(t.code, t.code)) for t in header.tensors]
+        tensors = {structure.leaf_name(path): t for path, t in zip(paths, header.tensors, strict=True)}
+        node = structure.nest(dict(zip(paths, dtypes, strict=True)))
+        return _Content(header, node, structure.leaves(node), tensors)
+    node = structure.from_json(file, header.manifest.get("tree"))
+    leaves, tensors = structure.leaves(node), {t.name: t for t in header.tensors}
+    structure.check_arrays(file, leaves, tensors)
+    return _Content(header, node, leaves, tensors)
+
+
+def _info(file: str, size: int, content: _Content) -> Info:
+    header, _, nodes, tensors = content
+    specs = structure.specs_in_file(nodes, tensors)
+    scalars = {name: n.value for name, n in nodes.items() if name not in tensors}
+    sizes = {name: tensors[name].stop - tensors[name].start for name in nodes if name in tensors}
+    leaves = tuple(Leaf(name, specs[name].shape or (), specs[name].dtype, size) for name, size in sizes.items())
+    if header.manifest is None:
+        return Info(file, None, header.metadata, leaves, scalars, size)
+    return Info(file, header.manifest["version"], header.manifest["metadata"], leaves, scalars, size)
+
+
+def _match(file: str, like: Any, stored: Node | None, found: dict[str, Spec]) -> dict[str, Any]:
+    """How each leaf of `like` wants its value, if the file fits it in all."""
+    from jaxnet.checkpoint import arrays
+
+    template, leaves = structure.encode(file, like, functools.partial(arrays.describe_template, file))
+    nodes = structure.leaves(template)
+    wanted = {n: structure.spec(node, tuple(leaves[n].shape) if n in leaves else None) for n, node in nodes.items()}
+    if lines := structure.differences(template, wanted, stored, found):
+        text = "it does not fit the template `like` (without `like` it loads as saved):"
+        raise CheckpointError(file, None, "\n  ".join([text, *lines]))
+    return {name: arrays.Target(nodes[name].kind, arrays.sharding(x)) for name, x in leaves.items()}
+
+
+def _read_tensors(file: str, fd: int, header: Header, empty: Callable[[int], Any] | None) -> dict[str, Any]:
+    """Read and check the bytes of every tensor; into memory that `empty(bytes)` gives, if it is given."""
+    out = {t.name: empty(t.stop - t.start) for t in header.tensors} if empty else {}
+    crcs = header.manifest["crc32"] if header.manifest else [""] * len(header.tensors)
+    jobs = [
+        (t, i, crc[8 * i : 8 * i + 8]) for t, crc in zip(header.tensors, crcs, strict=True) for i in range(t.chunks)
+    ]
+
+    def check(job):
+        tensor, i, expected = job
+        start = tensor.start + i * fmt.CHUNK
+        stop = min(start + fmt.CHUNK, tensor.stop)
+        data = memoryview(out[tensor.name])[i * fmt.CHUNK :] if out else None
+        crc = _read_chunk(file, fd, header.data + start, stop - start, data, fmt.crc_start(tensor, i))
+        if expected and crc != int(expected, 16):
+            text = (
+                f"its bytes ({header.data + start} to {header.data + stop} of the file) are not those that were saved"
+            )
+            raise CheckpointError(file, tensor.name, f"{text}: CRC-32 {crc:08x}, expected {expected}; {fmt.RESTORE}")
+
+    large = [job for job in jobs if job[0].stop - job[0].start > READ]
+    for job in jobs:
+        if job[0].stop - job[0].start <= READ:
+            check(job)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # reading and summing both let other threads run
+        list(pool.map(check, large))
+    return out
+
+
+def _read_chunk(file: str, fd: int, position: int, length: int, data: memoryview | None, crc: int) -> int:
+    """Read some bytes, into `data` if it is given, and return their CRC-32 in continuation of `crc`."""
+    block = memoryview(bytearray(min(READ, length))) if data is None else data
+    for done in range(0, length, READ):
+        part = block[: min(READ, length - done)] if data is None else data[done : min(done + READ, length)]
+        _read(file, fd, part, position + done)
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def _read(file: str, fd: int, data: memoryview, position: int):
+    """Fill `data` from the file."""
+    while data:
+        try:
+            got = os.preadv(fd, [data], position)
+        except OSError as e:
+            raise CheckpointError(file, None, f"cannot be read at byte {position} ({e}): restore it from a copy") from e
+        if got == 0:
+            raise CheckpointError(file, None, f"ends at byte {position}, before its data does: it is being changed")
+        data, position = data[got:], position + got

@@ -1,0 +1,222 @@
+"""The container: a safetensors file whose header also carries a manifest, checksums and a digest of itself.
+
+    8 bytes      N, the length of the header, unsigned little-endian
+    N bytes      the header: JSON, padded with spaces
+    the rest     the tensors' bytes, one after the other, without holes
+
+Only the standard library is needed here, so that `inspect` starts fast.  The whole format, with a worked example, is
+written down in docs/checkpoint_format.md; the tests hold the two together.
+"""
+
+import hashlib
+import json
+import math
+import re
+import zlib
+from typing import Any, NamedTuple
+
+VERSION = 1
+CHUNK = 64 << 20  # bytes under one CRC-32, which finds every burst up to 32 bits and misses one other damage in 2^32
+MAX_HEADER = 100_000_000  # the official reader's limit
+ALIGNMENT = 64  # of the first tensor's byte in the file
+PREFIX = b'{"__metadata__":{"jaxnet_sha256":"'  # every header of ours starts so, and the digest follows
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
+BITS |= {"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+RESTORE = "the file is damaged or was changed after it was written: restore it from a copy"
+
+
+class CheckpointError(Exception):
+    """What is wrong with a checkpoint, its tree or its template.
+
+    `path` is the file, `leaf` the path of the leaf inside the tree ('blocks/0/kernel'; None where the whole file is
+    meant), `reason` says what was expected, what was received and what to do.
+    """
+
+    def __init__(self, path: str, leaf: str | None, reason: str):
+        super().__init__(path, leaf, reason)
+        self.path, self.leaf, self.reason = path, leaf, reason
+
+    def __str__(self):
+        return f"{self.path}: " + (f"leaf '{self.leaf}': " if self.leaf is not None else "") + self.reason
+
+
+class Tensor(NamedTuple):
+    """One entry of the header: `code` is safetensors' name of a type, `start` and `stop` count from the first datum."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def chunks(self) -> int:
+        return max(1, -(-(self.stop - self.start) // CHUNK))  # an empty tensor has one too: it guards the name
+
+
+class Header(NamedTuple):
+    """A checked header: the tensors in the order of their data; `manifest` is None for the file of another program."""
+
+    tensors: list[Tensor]
+    metadata: dict[str, str]
+    manifest: dict[str, Any] | None
+    data: int  # where the tensors' bytes begin
+
+
+def layout(tensors: list[tuple[str, str, tuple[int, ...]]]) -> list[Tensor]:
+    """Place (name, code, shape) one after the other, large elements first: each tensor is aligned to its elements."""
+    placed, start = [], 0
+    for name, code, shape in sorted(tensors, key=lambda t: -BITS[t[1]]):
+        stop = start + math.prod(shape) * BITS[code] // 8
+        placed.append(Tensor(name, code, shape, start, stop))
+        start = stop
+    return placed
+
+
+def write_header(file: str, tensors: list[Tensor], manifest: dict[str, Any]) -> bytes:
+    """The first 8 + N bytes of the file; their number depends on the lengths of the manifest's strings alone."""
+    header: dict[str, Any] = {"__metadata__": {"jaxnet_sha256": "0" * 64, "jaxnet": _dumps(manifest)}}
+    for t in tensors:
+        header[t.name] = {"dtype": t.code, "shape": t.shape, "data_offsets": [t.start, t.stop]}
+    raw = _dumps(header).encode("ascii")
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    if len(raw) > MAX_HEADER:
+        text = f"the header needs {len(raw)} bytes, the format allows {MAX_HEADER}: save fewer leaves or less metadata"
+        raise CheckpointError(file, None, text)
+    return len(raw).to_bytes(8, "little") + _with_digest(raw, _digest(raw))
+
+
+def header_length(file: str, first: bytes, size: int) -> int:
+    """N, from the file's first 8 bytes and its size."""
+    if len(first) < 8 or size < 10:
+        text = f"{size} bytes are too few for a safetensors file: it is cut off, or something else"
+        raise CheckpointError(file, None, text)
+    length = int.from_bytes(first, "little")
+    if length > MAX_HEADER or 8 + length > size:
+        text = f"its first 8 bytes announce a header of {length} bytes, the file has {size}"
+        raise CheckpointError(file, None, f"{text}: it is cut off, or not a safetensors file")
+    return length
+
+
+def read_header(file: str, raw: bytes, size: int) -> Header:
+    """Parse and check the N bytes of a header; `size` is that of the whole file."""
+    if raw.startswith(PREFIX):
+        stored = raw[len(PREFIX) : len(PREFIX) + 64].decode("ascii", "replace")
+        if stored != _digest(raw):
+            text = f"the header's SHA-256 is {_digest(raw)}, expected {stored}"
+            raise CheckpointError(file, None, f"{text}; {RESTORE}")
+    elif not raw.startswith(b"{"):
+        raise CheckpointError(file, None, f"the header begins with {raw[:1]!r}, expected '{{': not a safetensors file")
+    header = parse_json(file, raw, "the header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(file, None, f"__metadata__ must be an object of strings; {RESTORE}")
+    if not raw.startswith(PREFIX):
+        if found := sorted(name for name in metadata if name.startswith("jaxnet")):
+            text = f"its header has {found}, but not at the beginning; {RESTORE}"
+            raise CheckpointError(file, None, f"{text} (a program that rewrites a checkpoint must leave these out)")
+        return Header(_tensors(file, header, size - 8 - len(raw)), metadata, None, 8 + len(raw))
+    manifest = parse_json(file, metadata.get("jaxnet", "").encode("utf-8", "replace"), "the manifest")
+    _check_version(file, manifest.get("version"))
+    tensors = _tensors(file, header, size - 8 - len(raw))
+    _check_manifest(file, manifest, tensors)
+    return Header(tensors, metadata, manifest, 8 + len(raw))
+
+
+def crc_start(tensor: Tensor, chunk: int) -> int:
+    """The CRC-32 that a chunk's bytes continue: a tensor under another name, type, shape or order is damaged too."""
+    shape = ",".join(map(str, tensor.shape))
+    return zlib.crc32(f"{tensor.name}\0{tensor.code}\0{shape}\0{chunk}\0".encode())
+
+
+def parse_json(file: str, raw: bytes, what: str) -> dict[str, Any]:
+    """A JSON object without double names, NaN or infinities."""
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(file, None, f"{what} is not the JSON of a safetensors file ({e}); {RESTORE}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(file, None, f"{what} must be a JSON object, got {type(value).__name__}; {RESTORE}")
+    return value
+
+
+def _tensors(file: str, header: dict[str, Any], size: int) -> list[Tensor]:
+    """The entries in the order of their data, which they must fill exactly: no hole, no overlap, nothing behind."""
+    tensors = sorted((_tensor(file, name, entry) for name, entry in header.items()), key=lambda t: (t.start, t.stop))
+    end = 0
+    for t in tensors:
+        if t.start != end:
+            text = f"its data starts at byte {t.start}, expected {end} (tensors lie one after the other); {RESTORE}"
+            raise CheckpointError(file, t.name, text)
+        end = t.stop
+    if end != size:
+        what = "cut off" if size < end else "followed by bytes of something else"
+        raise CheckpointError(file, None, f"the tensors need {end} bytes, the file has {size} for them: it is {what}")
+    return tensors
+
+
+def _tensor(file: str, name: str, entry: Any) -> Tensor:
+    entry = entry if isinstance(entry, dict) else {}
+    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if re.search("[\ud800-\udfff]", name):
+        reason = "its name is not Unicode text"
+    elif not isinstance(code, str) or code not in BITS:
+        reason = f"unknown dtype {code!r}, expected one of {', '.join(BITS)}"
+    elif not _sizes(shape) or len(shape) > 64:
+        reason = f"shape {shape!r} is not a list of at most 64 sizes"
+    elif not _sizes(offsets) or len(offsets) != 2:
+        reason = f"data_offsets {offsets!r} are not two positions"
+    elif math.prod(shape) * BITS[code] != 8 * (offsets[1] - offsets[0]):
+        reason = f"{code}{shape} does not take {offsets[1] - offsets[0]} bytes, as its data_offsets {offsets} say"
+    else:
+        return Tensor(name, code, tuple(shape), *offsets)
+    raise CheckpointError(file, ascii(name)[1:-1], f"{reason}; {RESTORE}")
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+
+
+def _check_version(file: str, version: Any):
+    if type(version) is not int or version < 1:
+        raise CheckpointError(file, None, f"the manifest's version is {version!r}, expected a number; {RESTORE}")
+    if version > VERSION:
+        text = f"it has format version {version}, this jaxnet reads versions up to {VERSION}: install a newer jaxnet"
+        raise CheckpointError(file, None, text)
+
+
+def _check_manifest(file: str, manifest: dict[str, Any], tensors: list[Tensor]):
+    crcs = manifest.get("crc32")
+    if not isinstance(crcs, list) or len(crcs) != len(tensors):
+        raise CheckpointError(file, None, f"the manifest must have one crc32 for each of {len(tensors)} tensors")
+    for t, crc in zip(tensors, crcs, strict=True):
+        if not isinstance(crc, str) or not re.fullmatch(f"[0-9a-f]{{{8 * t.chunks}}}", crc):
+            raise CheckpointError(file, t.name, f"its crc32 must be {8 * t.chunks} hexadecimal digits, got {crc!r}")
+    if not isinstance(manifest.get("metadata"), dict):
+        raise CheckpointError(file, None, "the manifest's metadata must be an object")
+
+
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(_with_digest(raw, "0" * 64)).hexdigest()
+
+
+def _with_digest(raw: bytes, digest: str) -> bytes:
+    return raw[: len(PREFIX)] + digest.encode() + raw[len(PREFIX) + 64 :]
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _unique(pairs):
+    result = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"two entries are called {name!r}")
+        result[name] = value
+    return result
+
+
+def _refuse(constant):
+    raise ValueError(f"{constant} is no JSON number")

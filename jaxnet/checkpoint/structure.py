@@ -1,0 +1,335 @@
+"""The tree: its structure as JSON and back, the names of its leaves, and how two trees differ.
+
+In JSON a node is [kind, content]:
+
+    ["dict", [[key, node], ...]]        also "ordered_dict"; a key is a string, or a node for other types
+    ["list", [node, ...]]               also "tuple"
+    ["record", [[field, node], ...]]    NamedTuple, dataclass or other registered node: its fields, never its class
+    ["none", null]  ["bool", true]  ["int", "-0x1f"]  ["float", "0x1.8p+0"]  ["complex", [float, float]]
+    ["str", "text"]  ["bytes", base64]
+    ["jax", "float32"]                  a tensor of the file; also "numpy" and "numpy_scalar"
+    ["key", "threefry2x32"]             a tensor that holds random keys
+"""
+
+import base64
+import collections
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jaxnet.checkpoint.format import RESTORE, CheckpointError, Tensor
+
+MAX_DEPTH = 100
+DICTS = {"dict": dict, "ordered_dict": collections.OrderedDict}
+LISTS = {"list": list, "tuple": tuple}
+ARRAYS = ("jax", "numpy", "numpy_scalar", "key")
+CODES = {  # dtype -> the name of the same type in safetensors
+    **{"bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32"},
+    **{"uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"},
+    **{"complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0"},
+    **{"float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ"},
+}
+WIDENED = {  # dtype without such a name -> what is stored
+    **{"int1": "I8", "int2": "I8", "int4": "I8", "uint1": "U8", "uint2": "U8", "uint4": "U8"},  # the same numbers
+    **{"float8_e3m4": "U8", "float8_e4m3": "U8", "float8_e4m3b11fnuz": "U8"},  # the bits
+    **{"float6_e2m3fn": "U8", "float6_e3m2fn": "U8", "float4_e2m1fn": "U8"},  # the bits, one element in a byte
+    "complex128": "F64",  # the real and the imaginary part, along one more axis
+}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+Path = tuple[str, ...]
+
+
+class Node(NamedTuple):
+    """A container (keys and children), a Python scalar (its value) or an array (its dtype, or the kind of its keys)."""
+
+    kind: str
+    value: Any = None
+    keys: Sequence[Any] = ()
+    children: Sequence["Node"] = ()
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.kind in ARRAYS or self.kind in _SCALARS and self.kind != "none"
+
+
+class Spec(NamedTuple):
+    """What a template and a file must agree on for one leaf; `shape` is None for a Python scalar."""
+
+    dtype: str
+    shape: tuple[int, ...] | None
+
+    def __str__(self):
+        return self.dtype if self.shape is None else f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+def leaf_name(path: Path) -> str:
+    """Join the steps of a path with '/', each escaped as in RFC 6901: different paths have different names."""
+    name = "/".join(step.replace("~", "~0").replace("/", "~1") for step in path)
+    return "~__metadata__" if name == "__metadata__" else name  # in a safetensors header that name has another meaning
+
+
+def encode(file: str, tree: Any, describe: Callable[[str, Any], Node]) -> tuple[Node, dict[str, Any]]:
+    """The node of a tree, and its array leaves by name; `describe(name, leaf)` gives the node of such a leaf."""
+    arrays = {}
+
+    def visit(x, path):
+        if len(path) > MAX_DEPTH:
+            text = f"the tree is nested deeper than {MAX_DEPTH} levels: does it contain itself?"
+            raise CheckpointError(file, leaf_name(path[:8]) + "/...", text)
+        kind = _KINDS.get(type(x))
+        if kind in _SCALARS:
+            return Node(kind, x)
+        if kind in DICTS:
+            return visit_all(kind, list(x.keys()), x.values(), path)
+        if kind in LISTS:
+            return visit_all(kind, range(len(x)), x, path)
+        if (fields := _fields(x)) is not None:
+            return visit_all("record", [name for name, _ in fields], [child for _, child in fields], path)
+        name = leaf_name(path)
+        arrays[name] = x
+        return describe(name, x)
+
+    def visit_all(kind, keys, children, path):
+        for key in keys if kind in DICTS else ():
+            _check_key(file, path, key)
+        steps = [str(key) for key in keys]
+        if len(set(steps)) < len(steps):
+            name = leaf_name((*path, next(step for step in steps if steps.count(step) > 1)))
+            raise CheckpointError(file, name, f"two keys of type {_types(keys)} give this one name: rename one")
+        return Node(kind, None, keys, [visit(x, (*path, step)) for step, x in zip(steps, children, strict=True)])
+
+    return visit(tree, ()), arrays
+
+
+def to_json(node: Node) -> list[Any]:
+    kind, value, keys, children = node
+    if kind in DICTS or kind == "record":
+        return [kind, [[_key_to_json(key), to_json(child)] for key, child in zip(keys, children, strict=True)]]
+    if kind in LISTS:
+        return [kind, [to_json(child) for child in children]]
+    return [kind, value if kind in ARRAYS else _SCALARS[kind][0](value)]
+
+
+def from_json(file: str, json: Any, path: Path = ()) -> Node:
+    """The node that `to_json` wrote; CheckpointError for anything else."""
+    try:
+        kind, content = json
+        if len(path) > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        if kind in ARRAYS and isinstance(content, str):
+            return Node(kind, content)
+        if kind in _SCALARS:
+            return Node(kind, _scalar(kind, content))
+        if not isinstance(content, list) or kind not in (*DICTS, *LISTS, "record"):
+            raise ValueError(f"unknown kind {kind!r}, or the wrong content")
+        pairs = enumerate(content) if kind in LISTS else ((_key_from_json(key), child) for key, child in content)
+        keys, children = zip(*pairs, strict=True) if content else ((), ())
+        steps = [str(key) for key in keys]
+        if len(set(steps)) < len(steps) or len(set(keys)) < len(steps):
+            raise ValueError("two keys are alike")
+        if kind == "record" and not all(isinstance(key, str) for key in keys):
+            raise ValueError("the names of fields are strings")
+    except (ValueError, TypeError, OverflowError, RecursionError) as e:
+        text = f"the manifest's tree is not well-formed at '{ascii(leaf_name(path))[1:-1]}' ({e}); {RESTORE}"
+        raise CheckpointError(file, None, text) from e
+    return Node(kind, None, keys, [from_json(file, x, (*path, step)) for step, x in zip(steps, children, strict=True)])
+
+
+def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:
+    """This node and all below it, parents first."""
+    yield path, node
+    for key, child in zip(node.keys, node.children, strict=True):
+        yield from walk(child, (*path, str(key)))
+
+
+def leaves(node: Node) -> dict[str, Node]:
+    return {leaf_name(path): n for path, n in walk(node) if n.is_leaf}
+
+
+def stored_as(node: Node, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """The safetensors type and the shape of an array in the file; for random keys `shape` is that of their data."""
+    if node.kind == "key":
+        return "U32", shape
+    return CODES.get(node.value) or WIDENED[node.value], (*shape, 2) if node.value == "complex128" else shape
+
+
+def check_arrays(file: str, nodes: dict[str, Node], tensors: dict[str, Tensor]):
+    """Raise CheckpointError unless each array of the tree has its tensor, of the right type, and there is no other."""
+    names = {name for name, node in nodes.items() if node.kind in ARRAYS}
+    if odd := sorted(names ^ tensors.keys()):
+        raise CheckpointError(file, odd[0], f"it is in the tree or in the header, but not in both; {RESTORE}")
+    for name, tensor in tensors.items():
+        node, axes = nodes[name], tensor.shape[-1:]
+        if node.kind != "key" and node.value not in CODES and node.value not in WIDENED:
+            raise CheckpointError(file, name, f"the tree gives it an unknown dtype, {node.value!r}; {RESTORE}")
+        code, _ = stored_as(node, ())
+        if tensor.code != code or node.kind == "key" and not axes or node.value == "complex128" and axes != (2,):
+            text = (
+                f"the tree calls it {node.value}, which is not stored as {Spec(tensor.code, tensor.shape)}; {RESTORE}"
+            )
+            raise CheckpointError(file, name, text)
+
+
+def spec(node: Node, shape: tuple[int, ...] | None) -> Spec:
+    if node.kind in ARRAYS:
+        return Spec(f"key<{node.value}>" if node.kind == "key" else node.value, shape)
+    return Spec(node.kind, None)
+
+
+def specs_in_file(nodes: dict[str, Node], tensors: dict[str, Tensor]) -> dict[str, Spec]:
+    """What each leaf is, with the axes that are only the file's taken off."""
+    result = {}
+    for name, node in nodes.items():
+        shape = tensors[name].shape if name in tensors else None
+        result[name] = spec(node, shape[:-1] if shape and (node.kind == "key" or node.value == "complex128") else shape)
+    return result
+
+
+def build(node: Node, arrays: dict[str, Any], path: Path = ()) -> Any:
+    """The tree of a node; its arrays are looked up by name, and a record becomes the dict of its fields."""
+    if node.kind in ARRAYS:
+        return arrays[leaf_name(path)]
+    if node.kind in _SCALARS:
+        return node.value
+    children = [build(child, arrays, (*path, str(key))) for key, child in zip(node.keys, node.children, strict=True)]
+    if node.kind in LISTS:
+        return LISTS[node.kind](children)
+    return DICTS.get(node.kind, dict)(zip(node.keys, children, strict=True))
+
+
+def refill(like: Any, leaves: dict[str, Any]) -> Any:
+    """A tree exactly as `like`, with other leaves."""
+    from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
+
+    paths, treedef = tree_flatten_with_path(like)
+    names = [leaf_name(tuple(keystr((step,), simple=True) for step in path)) for path, _ in paths]
+    return tree_unflatten(treedef, [leaves[name] for name in names])
+
+
+def foreign_paths(names: Sequence[str]) -> list[Path]:
+    """Paths for the tensors of another program: split at '/', or not at all if then one would be leaf and dict."""
+    folders = {name[:i] for name in names for i, letter in enumerate(name) if letter == "/"}
+    return [tuple(name.split("/")) if folders.isdisjoint(names) else (name,) for name in names]
+
+
+def nest(leaves: dict[Path, Node]) -> Node:
+    """Nested dicts with these leaves."""
+    root: dict[str, Any] = {}
+    for (*path, last), leaf in leaves.items():
+        branch = root
+        for step in path:
+            branch = branch.setdefault(step, {})
+        branch[last] = leaf
+
+    def visit(x):
+        return Node("dict", None, list(x), [visit(child) for child in x.values()]) if isinstance(x, dict) else x
+
+    return visit(root)
+
+
+def differences(template: Node, wanted: dict[str, Spec], stored: Node | None, found: dict[str, Spec]) -> list[str]:
+    """One line for each way in which a file (`stored`, None if it records no structure; `found`) misses a template."""
+    missing = {name: spec for name, spec in wanted.items() if name not in found}
+    unexpected = {name: spec for name, spec in found.items() if name not in wanted}
+    lines = [f"missing from the file: {name} {spec}" for name, spec in missing.items()]
+    lines += [f"not in the template: {name} {spec}" for name, spec in unexpected.items()]
+    for name, spec in wanted.items():
+        if name in found and spec != found[name]:
+            what = "dtype" if spec.shape == found[name].shape else "shape"
+            lines.append(f"{what} differs: {name} template {spec}, file {found[name]}")
+    if stored is not None:
+        ours, theirs = _containers(template), _containers(stored)
+        for path in ours | theirs:
+            (here, here_bare), (there, there_bare) = ours.get(path, ("", False)), theirs.get(path, ("", False))
+            if here != there and (here and there or here_bare or there_bare):  # else its leaves are missing anyway
+                here, there = f"empty {here}" * here_bare or here, f"empty {there}" * there_bare or there
+                text = f"template {here or 'nothing'}, file {there or 'nothing'}"
+                lines.append(f"container differs: {leaf_name(path) or 'the root'} {text}")
+    return lines + _renames(missing, unexpected)
+
+
+def _containers(node: Node) -> dict[Path, tuple[str, bool]]:
+    """What each container is, in words, and whether it holds nothing."""
+    result = {}
+    for path, n in walk(node):
+        if not n.is_leaf:
+            kind = {"none": "None", "record": "record of named fields", "ordered_dict": "OrderedDict"}.get(
+                n.kind, n.kind
+            )
+            if n.kind in DICTS and not all(isinstance(key, str) for key in n.keys):
+                kind += f" with keys of type {_types(n.keys)}"
+            result[path] = (kind, not n.children)
+    return result
+
+
+def _renames(missing: dict[str, Spec], unexpected: dict[str, Spec]) -> list[str]:
+    lines, free = [], dict(unexpected)
+    for name, spec in list(missing.items())[:50]:  # bounded: each guess compares the name with all candidates
+        candidates = [other for other, found in free.items() if found == spec][:50]
+        if best := difflib.get_close_matches(name, candidates, n=1, cutoff=0.3):
+            lines.append(f"perhaps renamed: {best[0]} in the file is {name} in the template")
+            del free[best[0]]
+    return lines
+
+
+def _fields(x: Any) -> list[tuple[str, Any]] | None:
+    """The children of a registered node by name; None for a leaf."""
+    from jax.tree_util import keystr, tree_flatten_with_path
+
+    pairs, _ = tree_flatten_with_path(x, is_leaf=lambda child: child is not x)
+    if len(pairs) == 1 and pairs[0][0] == ():
+        return None
+    return [(keystr(path, simple=True), child) for path, child in pairs]
+
+
+def _check_key(file: str, path: Path, key: Any):
+    if type(key) is tuple:
+        for part in key:
+            _check_key(file, path, part)
+    elif type(key) not in _KINDS or _KINDS[type(key)] not in _SCALARS:
+        text = f"a dict key has type {type(key).__name__}: use str, int, float, bool, bytes, None or a tuple of these"
+        raise CheckpointError(file, leaf_name((*path, str(key))), text)
+    elif isinstance(key, str) and re.search("[\ud800-\udfff]", key):
+        raise CheckpointError(file, ascii(key), "a dict key is not Unicode text (it has lone surrogates): rename it")
+
+
+def _key_to_json(key: Any) -> Any:
+    if isinstance(key, str):
+        return key
+    if isinstance(key, tuple):
+        return ["tuple", [_key_to_json(part) for part in key]]
+    kind = _KINDS[type(key)]
+    return [kind, _SCALARS[kind][0](key)]
+
+
+def _key_from_json(json: Any) -> Any:
+    if isinstance(json, str):
+        return json
+    kind, content = json
+    return tuple(_key_from_json(part) for part in content) if kind == "tuple" else _scalar(kind, content)
+
+
+def _types(keys: Sequence[Any]) -> str:
+    return " and ".join(sorted({type(key).__name__ for key in keys}))
+
+
+def _scalar(kind: str, content: Any) -> Any:
+    to_json, from_json = _SCALARS[kind]
+    value = from_json(content)
+    if (back := to_json(value)) != content or type(back) is not type(content):
+        raise ValueError(f"{content!r} is not the form of a {kind}")
+    return value
+
+
+_SCALARS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {  # to JSON and back, exactly
+    "none": (lambda x: None, lambda x: None),
+    "bool": (lambda x: x, bool),
+    "int": (hex, lambda x: int(x, 16)),
+    "float": (float.hex, float.fromhex),
+    "complex": (lambda x: [x.real.hex(), x.imag.hex()], lambda x: complex(*map(float.fromhex, x))),
+    "str": (lambda x: x, str),
+    "bytes": (lambda x: base64.b64encode(x).decode(), lambda x: base64.b64decode(x, validate=True)),
+}
+_KINDS = {type(None): "none", **{t: t.__name__ for t in (bool, int, float, complex, str, bytes, list, tuple, dict)}}
+_KINDS |= {collections.OrderedDict: "ordered_dict", collections.defaultdict: "dict"}
