@@ -70,9 +70,9 @@ def residual(inner: Any) -> Layer:
 def repeat(block: Any, n: int, *, remat: bool = False, unroll: int = 1) -> Layer:
     """Apply n copies of a block, each with parameters of its own: x_{i+1} = f(params_i, x_i), i = 0 .. n-1.
 
-    One `jax.lax.scan` over stacked parameters (leaves [n, ...]), so that compile time does not grow with n. The first input
-    is carried from copy to copy; further inputs are the same for all. Copy i is initialised with `fold_in(key, i)`, has a
-    key of its own, and a state of its own (leaves [n, ...]).
+    One `jax.lax.scan` over stacked parameters (leaves [n, ...]), so that compile time does not grow with n. The first
+    input is carried from copy to copy; further inputs are the same for all. Copy i is initialised with `fold_in(key,
+    i)`, has a key of its own, and a state of its own (leaves [n, ...]).
 
     Args:
       remat: recompute each block in the backward pass instead of storing what is inside (memory of one block, not n).
@@ -144,9 +144,9 @@ def remat(inner: Any, *, policy: Callable | None = None) -> Layer:
 def cast(inner: Any, dtype: Any) -> Layer:
     """Compute in another dtype, such as bfloat16, and return the dtype that came in.
 
-    Float parameters and inputs are cast on the way in, float outputs on the way out (to the dtype of the first float input,
-    or of the parameters where there is none). `init` is that of `inner`: parameters keep the dtype of the inputs, so that
-    gradients and the optimizer work in it. State is not cast.
+    Float parameters and inputs are cast on the way in, float outputs on the way out (to the dtype of the first float
+    input, or of the parameters where there is none). `init` is that of `inner`: parameters keep the dtype of the
+    inputs, so that gradients and the optimizer work in it. State is not cast.
     """
     dtype = jnp.dtype(dtype)
 

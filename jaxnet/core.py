@@ -1,8 +1,8 @@
 """The contract: a network is a value made of pure functions over a plain nested dict of arrays.
 
-Letters: `params` is a nested dict of float arrays (a lone array for `param`), `state` a nested dict of whatever is carried
-from call to call without a gradient (running statistics), `key` a JAX PRNG key. Inputs are pytrees of arrays or of
-`jax.ShapeDtypeStruct`; whatever else they hold (None, bools, strings) is static.
+Letters: `params` is a nested dict of float arrays (a lone array for `param`), `state` a nested dict of whatever is
+carried from call to call without a gradient (running statistics), `key` a JAX PRNG key. Inputs are pytrees of arrays or
+of `jax.ShapeDtypeStruct`; whatever else they hold (None, bools, strings) is static.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Layer:
         return f"{self.label}(\n" + "".join(f"  {line}\n" for line in "\n".join(lines).split("\n")) + ")"
 
 
-def layer(init: Callable | None, fn: Callable, *, init_state: Callable | None = None, label: str | None = None) -> Layer:
+def layer(
+    init: Callable | None, fn: Callable, *, init_state: Callable | None = None, label: str | None = None
+) -> Layer:
     """Make a Layer from a plain function `fn(params, *inputs)`.
 
     `fn` names `key`, `train` or `state` among its parameters only if it uses them, and is handed just those. With
@@ -81,7 +83,9 @@ def layer(init: Callable | None, fn: Callable, *, init_state: Callable | None = 
     name = label or _name_of(fn)
     wanted = {"key", "train", "state"} & set(inspect.signature(fn).parameters)
     if ("state" in wanted) != (init_state is not None):
-        raise TypeError(f"{name}: a stateful layer has both init_state and a parameter `state` of its function, or neither")
+        raise TypeError(
+            f"{name}: a stateful layer has both init_state and a parameter `state` of its function, or neither"
+        )
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
         check_state(name, state, stateful=init_state is not None)
@@ -119,13 +123,15 @@ def param(shape: tuple[int, ...], init: Callable, *, dtype: Any = None) -> Layer
 def wire(**children: Any) -> Callable[[Callable], Layer]:
     """Compose layers by an ordinary function, written once: `wire(a=..., b=...)(body)`, also as a decorator.
 
-    `body(f, *inputs)` calls a child as `f.a(x)`. A child called twice shares its weights, and draws fresh random numbers;
-    a stateful child called twice carries its state from call to call. `f.train` says whether this is training; `f.key` is a
-    key of the body's own; `f.a(x, key=..., train=...)` overrides what the child would be given. `f["a"]` is `f.a`.
+    `body(f, *inputs)` calls a child as `f.a(x)`. A child called twice shares its weights, and draws fresh random
+    numbers; a stateful child called twice carries its state from call to call. `f.train` says whether this is training;
+    `f.key` is a key of the body's own; `f.a(x, key=..., train=...)` overrides what the child would be given. `f["a"]`
+    is `f.a`.
 
     `init` traces the body once, abstractly, and records the shapes that each child is called with: the body may use
-    `jax.lax.scan`, `jax.vmap` or `jax.checkpoint` around stateless children (the key is then the same in each iteration:
-    pass `key=` to a random child). Stateful children belong under `repeat` and `remat`, which carry their state.
+    `jax.lax.scan`, `jax.vmap` or `jax.checkpoint` around stateless children (the key is then the same in each
+    iteration: pass `key=` to a random child). Stateful children belong under `repeat` and `remat`, which carry their
+    state.
 
     Raises:
       AttributeError: the body calls a child that is not declared.
@@ -150,12 +156,16 @@ def wire(**children: Any) -> Callable[[Callable], Layer]:
 # For the authors of layers and combinators
 
 
-def compose(label: str, children: Mapping[str, Any], body: Callable, rebuild: Callable, *, random: bool = True) -> Layer:
+def compose(
+    label: str, children: Mapping[str, Any], body: Callable, rebuild: Callable, *, random: bool = True
+) -> Layer:
     """The one way in which a layer with named children is made: `wire`, `chain` and `parallel` call it."""
     children = {name: as_layer(child, f"{label}: child '{name}'") for name, child in children.items()}
     for name in children:
         if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in ("train", "key"):
-            raise ValueError(f"{label}: a child's name is letters, digits and _, and not 'train' or 'key'; got '{name}'")
+            raise ValueError(
+                f"{label}: a child's name is letters, digits and _, and not 'train' or 'key'; got '{name}'"
+            )
     stateful = [name for name, child in children.items() if child.init_state is not None]
 
     def record(train, *inputs, **named):
@@ -185,7 +195,9 @@ def compose(label: str, children: Mapping[str, Any], body: Callable, rebuild: Ca
             calls = memoised(self, record, True, *inputs, **named)[0] | calls
         for name in children:
             if name not in calls:
-                raise ValueError(f"{label}: child '{name}' is never called; call f.{name}(...) in the body, or remove it")
+                raise ValueError(
+                    f"{label}: child '{name}' is never called; call f.{name}(...) in the body, or remove it"
+                )
         return calls
 
     def init(key, *inputs, **named):
@@ -247,11 +259,13 @@ def compose(label: str, children: Mapping[str, Any], body: Callable, rebuild: Ca
     return self
 
 
-def transparent(label: str, inner: Any, around: Callable, rebuild: Callable, *, init=None, init_state=None, repeats=None) -> Layer:
+def transparent(
+    label: str, inner: Any, around: Callable, rebuild: Callable, *, init=None, init_state=None, repeats=None
+) -> Layer:
     """A layer with the parameters, state and path of `inner`, whose call is `around(run)`.
 
     Args:
-      around: run -> another function of the same arguments, run(params, state, key, *inputs, **named) -> (outputs, state).
+      around: run -> another function of the same form, run(params, state, key, *inputs, **named) -> (outputs, state).
       init, init_state: where they differ from those of `inner`.
     """
     inner = as_layer(inner, label)
@@ -288,13 +302,15 @@ def as_layer(thing: Any, where: str = "a layer") -> Layer:
     def fn(params, *inputs, **named):
         outputs = thing(*inputs, **named)
         if isinstance(outputs, Layer):
-            raise TypeError(f"{name} returned a layer when it was called with data: pass {name}(...), not {name} itself")
+            raise TypeError(
+                f"{name} returned a layer when it was called with data: pass {name}(...), not {name} itself"
+            )
         return outputs
 
     return layer(None, fn, label=name)
 
 
-def call(layer: Layer, params, state, key, train, inputs=(), named: Mapping[str, Any] = {}):  # noqa: B006 (never written)
+def call(layer: Layer, params, state, key, train, inputs=(), named: Mapping[str, Any] = {}):
     """Call a layer, stateful or not, in one form: -> (outputs, state)."""
     if layer.init_state is None:
         return layer.apply(params, *inputs, key=key, train=train, **named), state
@@ -327,8 +343,12 @@ def scope(name: str) -> Iterator[None]:
         raise
 
 
-def check_input(label: str, x: Any, *, width: int | None = None, rank: int = 1, kind: Any = jnp.floating, like: Any = None):
-    """Raise unless x is an array of this kind of dtype (`object` for any) with at least `rank` axes, the last of `width`, in the dtype of `like`.
+def check_input(
+    label: str, x: Any, *, width: int | None = None, rank: int = 1, kind: Any = jnp.floating, like: Any = None
+):
+    """Raise unless x is an array with at least `rank` axes, the last of `width`, in the dtype of `like`.
+
+    Args: kind: of dtype, as in `jnp.issubdtype`; `object` for any.
 
     Raises: TypeError for what is not an array or has the wrong dtype, ValueError for a wrong shape.
     """
@@ -360,7 +380,9 @@ def check_key(label: str, key: Any) -> None:
 def check_state(label: str, state: Any, *, stateful: bool) -> None:
     """Raise unless state was passed just where the layer carries one."""
     if stateful and state is None:
-        raise ValueError(f"{label}: this layer carries state: pass state=net.init_state(*inputs), or the state of the last call")
+        raise ValueError(
+            f"{label}: this layer carries state: pass state=net.init_state(*inputs), or the state of the last call"
+        )
     if not stateful and state is not None and not _is_empty(state):
         raise TypeError(f"{label}: this layer has no state (its init_state is None): call apply without state=")
 
@@ -381,7 +403,7 @@ def describe(tree: Any) -> str:
         __repr__ = str.__str__
 
     def word(x):
-        return Word(f"{x.dtype}{list(x.shape)}") if hasattr(x, "shape") and hasattr(x, "dtype") else Word(type(x).__name__)
+        return Word(f"{x.dtype}{list(x.shape)}" if _is_array(x) else type(x).__name__)
 
     return repr(jax.tree.map(word, tree))
 
@@ -450,11 +472,12 @@ def abstractly(fn: Callable, trace: Callable = jax.eval_shape) -> Callable:
 
 
 def memoised(layer: Layer, fn: Callable, train: bool, *inputs, **named):
-    """`fn(train, *specs)`, remembered for this layer: tracing a network nested d deep costs d traces a leaf, not 2^d."""
+    """`fn(train, *specs)`, remembered for this layer: a network nested d deep costs at most d traces a leaf."""
     inputs, named = specs_of((inputs, named))
     leaves, tree = jax.tree.flatten((inputs, named))
     results = _MEMO.setdefault(layer, {})
-    question = (fn.__qualname__, train, jax.config.jax_enable_x64, tree, tuple(leaves))  # pyright: ignore[reportAttributeAccessIssue]
+    x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    question = (fn.__qualname__, train, x64, tree, tuple(leaves))
     try:
         known = question in results
     except TypeError as error:
@@ -477,8 +500,8 @@ def _spec(x) -> jax.ShapeDtypeStruct:
 def _check_stateless(child: Layer) -> None:
     if child.init_state is not None:
         raise RuntimeError(
-            f"{child.label}: a layer with state cannot be called inside a raw JAX transform (scan, vmap, jit, checkpoint, "
-            "...), its new state could not come out; use jaxnet.repeat or jaxnet.remat around it"
+            f"{child.label}: a layer with state cannot be called inside a raw JAX transform (scan, vmap, jit, "
+            "checkpoint, ...), its new state could not come out; use jaxnet.repeat or jaxnet.remat around it"
         )
 
 
@@ -502,7 +525,7 @@ def _closest(name: str, names) -> str:
 
 def _missing_parameter(label: str, name: str, params: Mapping) -> str:
     have = ", ".join(f"{k} {describe(v)}" for k, v in params.items()) or "nothing"
-    return f"{label}: no parameter '{name}' in params (they hold {have}); make them with init, or load those of this network"
+    return f"{label}: no parameter '{name}' in params (they hold {have}); make them with init, or load this network's"
 
 
 # Results of abstract evaluation by layer; a layer that is gone takes its results with it.

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
-import jax.numpy as jnp
 
 from jaxnet import tree
 from jaxnet.core import Layer, abstractly, as_layer, call, check_state, describe, specs_of
@@ -20,7 +19,8 @@ __all__ = ["capture", "replace", "summary", "walk"]
 def walk(net: Layer) -> Iterator[tuple[str, Layer]]:
     """All layers of a network with their paths, parents first; the network itself is at ''.
 
-    A layer that shares the path of its parent (inside `repeat`, `remat`, `cast`, `residual`) follows it with the same path.
+    A layer that shares the path of its parent (inside `repeat`, `remat`, `cast`, `residual`) follows it with the same
+    path.
     """
     yield "", net
     for name, child in net.children.items():
@@ -33,8 +33,8 @@ def replace(net: Layer, pattern: str, new: Layer | Callable) -> Layer:
 
     Args:
       pattern: a path with wildcards as in `jaxnet.tree`, matched against the layer's own path; `**/norm` is every norm.
-      new: a Layer, or a function (path, layer) -> layer. Parameters keep their paths, so that a layer that needs the same
-        ones takes over trained params as they are.
+      new: a Layer, or a function (path, layer) -> layer. Parameters keep their paths, so that a layer that needs the
+        same ones takes over trained params as they are.
 
     Raises: KeyError if no layer matches.
     """
@@ -56,14 +56,16 @@ def replace(net: Layer, pattern: str, new: Layer | Callable) -> Layer:
 def capture(net: Layer, pattern: str = "**") -> Callable:
     """`net.apply` with what every layer gives: (params, *inputs, ...) -> (result, {path: output}).
 
-    A pure function, for `jax.jit`, `jax.grad` and `jax.vmap` as `net.apply` is. Outputs inside `repeat` are stacked, [n, ...].
-    At the path of `repeat` are the outputs of its copies. Where a layer is called twice, the second output is at 'path:1',
-    the third at 'path:2'. What shares the path of its parent (the inside of `residual` or `cast`) is covered by the parent's
-    output. The network's own output is at ''. What a body calls inside a raw JAX transform is left out.
+    A pure function, for `jax.jit`, `jax.grad` and `jax.vmap` as `net.apply` is. Outputs inside `repeat` are stacked,
+    [n, ...]. At the path of `repeat` are the outputs of its copies. Where a layer is called twice, the second output is
+    at 'path:1', the third at 'path:2'. What shares the path of its parent (the inside of `residual` or `cast`) is
+    covered by the parent's output. The network's own output is at ''. What a body calls inside a raw JAX transform is
+    left out.
 
     Args: pattern: only the layers whose own path matches, with the wildcards of `jaxnet.tree`.
     Raises: KeyError if no layer matches.
 
+    >>> import jax.numpy as jnp
     >>> from jaxnet import chain
     >>> net = chain(double=lambda x: 2 * x, square=lambda x: x * x)
     >>> capture(net)({}, jnp.float32(3))[1]
@@ -104,22 +106,25 @@ class Summary(NamedTuple):
     flops: int
 
     def __repr__(self) -> str:
-        cells = [("path", "layer", "output", "parameters", "bytes", "FLOPs")]
+        cells: list[tuple[str, ...]] = [("path", "layer", "output", "parameters", "bytes", "FLOPs")]
         for row in self.rows:
             cells.append((row.path or ".", *row[1:3], *(f"{number:,}" if number else "" for number in row[3:])))
         totals = f"{self.parameters:,} parameters, {self.bytes:,} bytes, {self.flops:,} FLOPs a call"
-        return tree.align(cells, left=3) + f"\n{totals}" + (f", {self.state_bytes:,} bytes of state" if self.state_bytes else "")
+        if self.state_bytes:
+            totals += f", {self.state_bytes:,} bytes of state"
+        return f"{tree.align(cells, left=3)}\n{totals}"
 
 
 def summary(net: Layer, *inputs: Any, train: bool = False, **named: Any) -> Summary:
     """Path, layer, output, parameters, bytes and FLOPs of every layer for these inputs, without running anything.
 
     Shared weights are counted once. FLOPs are those of one call as the program is written: 2 a multiply-add in a matrix
-    product or convolution, 1 an output element of other arithmetic, 1 an input element of a reduction; moving data is free.
-    A `while` loop counts one turn, a `cond` its dearest branch. The output of a layer inside `repeat` is that of one copy.
+    product or convolution, 1 an output element of other arithmetic, 1 an input element of a reduction; moving data is
+    free. A `while` loop counts one turn, a `cond` its dearest branch. The output of a layer inside `repeat` is that of
+    one copy.
 
     >>> from jaxnet import dense
-    >>> summary(dense(3), jax.ShapeDtypeStruct((8, 2), jnp.float32))
+    >>> summary(dense(3), jax.ShapeDtypeStruct((8, 2), "float32"))
     path  layer     output         parameters  bytes  FLOPs
     -------------------------------------------------------
     .     dense(3)  float32[8, 3]           9     36    120
@@ -163,13 +168,14 @@ _TAP = "<tap>"  # no child can have this name
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Tapped(Layer):
-    plain: Layer | None = None  # what a body calls in its place inside a raw transform, from where nothing can be brought out
+    plain: Layer | None = None  # what a body calls in its place inside a raw transform, out of which nothing comes
 
 
 def _tap(layer: Layer, path: str, chosen: Callable, take: Callable, covered: bool = False) -> Layer:
-    """The network whose new state also holds, for each chosen layer, take(path, index of the call, layer, args, outputs).
+    """The network whose new state also holds what `take` makes of the calls of the chosen layers.
 
-    Where parent and child share a path, the parent speaks for both, but for `repeat`, where each copy speaks for itself.
+    `take` gets (path, index of the call, layer, (inputs, named), outputs). Where parent and child share a path, the
+    parent speaks for both, but for `repeat`, where each copy speaks for itself.
     """
 
     def visit(name, child):
@@ -221,7 +227,7 @@ def _rebuilt(layer: Layer, visit: Callable[[str, Layer], Layer]) -> Layer:
 
 
 def _outermost(layer: Layer, path: str = "", copies: int = 1) -> dict[str, tuple[Layer, int]]:
-    """By path: the layer, the outermost where several share it, and how many copies of what is inside it one call runs."""
+    """By path: the layer, the outermost where several share it, and how many copies of its inside one call runs."""
     found: dict[str, tuple[Layer, int]] = {}
     inner_copies = copies * (layer.repeats or 1)
     for name, child in layer.children.items():
@@ -244,7 +250,8 @@ def _join(path: str, name: str) -> str:
 
 def _no_layer(net: Layer, pattern: str) -> str:
     known = list(dict.fromkeys(path for path, _ in walk(net)))
-    return f"no layer matches '{pattern}'; the layers are {', '.join(known[1:13]) or 'not named'}{' ...' if len(known) > 13 else ''}"
+    names = ", ".join(known[1:13]) or "not named"
+    return f"no layer matches '{pattern}'; the layers are {names}{' ...' if len(known) > 13 else ''}"
 
 
 # FLOPs of a program as it is written
@@ -261,8 +268,8 @@ def _flops(layer: Layer, args: tuple, train: bool) -> int:
     def run(params, state, key, *inputs, **named):
         return call(layer, params, state, key if train else None, train, inputs, named)[0]
 
-    jaxpr = abstractly(run, lambda fn, arrays: jax.make_jaxpr(fn)(arrays))(params, state, jax.random.key(0), *inputs, **named)
-    return _count_flops(jaxpr.jaxpr)
+    trace = abstractly(run, lambda fn, arrays: jax.make_jaxpr(fn)(arrays))
+    return _count_flops(trace(params, state, jax.random.key(0), *inputs, **named).jaxpr)
 
 
 def _count_flops(jaxpr) -> int:
@@ -289,8 +296,8 @@ def _equation_flops(equation) -> int:
 
 
 _ARITHMETIC = frozenset(
-    "add sub mul div rem max min neg abs sign pow integer_pow sqrt rsqrt cbrt exp exp2 expm1 log log1p tanh logistic sin cos "
-    "tan asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc erf_inv square floor ceil round lgamma digamma "
-    "cumsum cumprod cummax cummin cumlogsumexp add_any".split()
+    "add sub mul div rem max min neg abs sign pow integer_pow sqrt rsqrt cbrt exp exp2 expm1 log log1p tanh logistic "
+    "sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc erf_inv square floor ceil round lgamma "
+    "digamma cumsum cumprod cummax cummin cumlogsumexp add_any".split()
 )
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod argmax argmin".split())

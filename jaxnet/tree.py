@@ -1,8 +1,8 @@
 """Trees by path: find, select, split, merge, change, count and print the leaves of any pytree.
 
 A path names a leaf as its keys joined by '/': `blocks/attn/query/kernel`, `0/mu/hidden/bias` in an optimizer's state.
-A pattern is a path with wildcards: `*` is any name, `**` any number of names (also none), `?` and `[ab]` within a name. A
-pattern that matches an inner node selects everything below it: `head` is all of the head, `**/bias` every bias.
+A pattern is a path with wildcards: `*` is any name, `**` any number of names (also none), `?` and `[ab]` within a name.
+A pattern that matches an inner node selects everything below it: `head` is all of the head, `**/bias` every bias.
 """
 
 from __future__ import annotations
@@ -100,7 +100,10 @@ def select(tree: Any, *patterns: str) -> dict[str, Any]:
 
 
 def mask(tree: Any, *patterns: str) -> Any:
-    """A tree of bools, True where the path matches: what `optax.masked` and weight decay want. Raises KeyError as `select`."""
+    """A tree of bools, True where the path matches, as `optax.masked` and weight decay want it.
+
+    Raises: KeyError if a pattern matches nothing.
+    """
     _check_patterns(paths(tree), patterns)
     return map_with_path(lambda path, _: matches(path, *patterns), tree)
 
@@ -108,8 +111,8 @@ def mask(tree: Any, *patterns: str) -> Any:
 def split(tree: Any, *patterns: str) -> tuple[Any, Any]:
     """Split a tree in two: (what matches one of the patterns, the rest); `merge` puts them together again.
 
-    What is not in a part is missing from its dicts, so that `jax.grad`, `optax` and checkpoints of that part know nothing of
-    it. In tuples, lists and other nodes, where positions count, None stands in its place.
+    What is not in a part is missing from its dicts, so that `jax.grad`, `optax` and checkpoints of that part know
+    nothing of it. In tuples, lists and other nodes, where positions count, None stands in its place.
 
     Raises: KeyError if a pattern matches nothing.
 
@@ -185,17 +188,20 @@ def table(tree: Any) -> str:
     rows = [("path", "shape", "dtype", "count", "bytes", "norm")]
     for path, leaf in flatten(tree).items():
         shape = "x".join(map(str, np.shape(leaf))) or "-"
-        rows.append((path or ".", shape, str(_dtype(leaf)), f"{count(leaf):,}", f"{bytes_of(leaf):,}", _norm_text(leaf)))
+        rows.append(
+            (path or ".", shape, str(_dtype(leaf)), f"{count(leaf):,}", f"{bytes_of(leaf):,}", _norm_text(leaf))
+        )
     rows.append(("total", "", "", f"{count(tree):,}", f"{bytes_of(tree):,}", ""))
     return align(rows, left=3)
 
 
 def align(rows: list[tuple[str, ...]], left: int) -> str:
-    """Rows of words as columns, the first `left` of them to the left and the others to the right; a rule under the header."""
+    """Rows of words as columns, the first `left` of them flush left, the others right; a rule under the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row):
-        cells = [word.ljust(w) if i < left else word.rjust(w) for i, (word, w) in enumerate(zip(row, widths, strict=True))]
+        sized = enumerate(zip(row, widths, strict=True))
+        cells = [word.ljust(w) if i < left else word.rjust(w) for i, (word, w) in sized]
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows[1:])])
@@ -296,8 +302,10 @@ def _merge(a: Any, b: Any, path: str) -> Any:
         raise ValueError(f"both trees hold '{path.strip('/')}'; the parts of a split have no leaf in common")
     (names, left, structure), (others, right, _) = _level(a), _level(b)
     if type(a) is not type(b) or names != others:
-        raise ValueError(f"cannot merge {type(a).__name__} and {type(b).__name__} at '{path.strip('/')}': other children")
-    return jax.tree.unflatten(structure, [_merge(x, y, f"{path}/{n}") for n, x, y in zip(names, left, right, strict=True)])
+        kinds = f"{type(a).__name__} and {type(b).__name__}"
+        raise ValueError(f"cannot merge {kinds} at '{path.strip('/')}': other children")
+    merged = [_merge(x, y, f"{path}/{n}") for n, x, y in zip(names, left, right, strict=True)]
+    return jax.tree.unflatten(structure, merged)
 
 
 def _put(node: Any, names: list[str], value: Any, path: str) -> Any:

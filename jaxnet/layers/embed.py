@@ -20,8 +20,9 @@ def embed(
     embedding_init: Callable = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0),
     dtype: Any = None,
 ) -> Layer:
-    """Look up a learned vector for each integer, y = E[ids].   ids [...] -> y [..., features]; embedding [vocabulary, features].
+    """Look up a learned vector for each integer, y = E[ids].   ids [...] -> y [..., features].
 
+    Parameters: embedding [vocabulary, features].
     An id that is not in 0 .. vocabulary - 1 gives NaN, so that it cannot pass for another.
 
     Args:

@@ -28,7 +28,8 @@ def dense(
       kernel_init, bias_init: (key, shape, dtype) -> array, as in `jax.nn.initializers`.
       precision: of the matrix product, as in `jax.numpy.matmul`.
 
-    Raises: ValueError for another width than at `init`, TypeError for inputs that are not floats of the parameters' dtype.
+    Raises: ValueError for another width than at `init`, TypeError for inputs that are not floats of the parameters'
+    dtype.
     """
     if not isinstance(units, int) or units < 1:
         raise ValueError(f"dense: units must be a positive int, got {units!r}")
@@ -42,7 +43,7 @@ def dense(
     def fn(params, x):
         kernel = params["kernel"]
         check_input(label, x, width=kernel.shape[0], like=kernel)
-        # Two axes at most, so that the kernel's gradient is one plain matrix product, not a contraction over all batch axes.
+        # Two axes at most: then the kernel's gradient is one plain matrix product, no contraction over all batch axes.
         flat = x if x.ndim <= 2 else x.reshape(-1, x.shape[-1])
         y = jnp.matmul(flat, kernel, precision=precision)
         if bias:

@@ -15,9 +15,9 @@ __all__ = ["batch_norm", "layer_norm"]
 def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> Layer:
     """Normalise each feature over the batch, y = (x - m) / sqrt(v + eps) * scale + bias.   x [..., C] -> y [..., C].
 
-    m and v are the mean and variance over all axes but the last: of this batch in training, running averages in evaluation.
-    Training moves those in `state` {mean [C], var [C]}, s <- momentum s + (1 - momentum) s_batch, where the variance is the
-    unbiased one, with n - 1 (as in PyTorch, whose `momentum` is 1 minus this one).
+    m and v are the mean and variance over all axes but the last: of this batch in training, running averages in
+    evaluation. Training moves those in `state` {mean [C], var [C]}, s <- momentum s + (1 - momentum) s_batch, where the
+    variance is the unbiased one, with n - 1 (as in PyTorch, whose `momentum` is 1 minus this one).
 
     Raises: ValueError for another width than at `init`, or if there is one value a feature to train on.
     Source: Ioffe & Szegedy, "Batch Normalization", ICML 2015.
@@ -37,7 +37,9 @@ def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, 
         if train:
             n = math.prod(x.shape[:-1])
             if n < 2:
-                raise ValueError(f"batch_norm: training needs more than one value a feature, got {x.dtype}{list(x.shape)}")
+                raise ValueError(
+                    f"batch_norm: training needs more than one value a feature, got {x.dtype}{list(x.shape)}"
+                )
             mean, var = _moments(wide.reshape(n, -1))
             state = {
                 "mean": momentum * state["mean"] + (1 - momentum) * mean,
