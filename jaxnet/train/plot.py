@@ -32,7 +32,9 @@ def plot_history(history: Sequence[Mapping[str, float]], path: str | os.PathLike
         for name in group:
             points = [(record["step"] * epochs_a_step, record[name]) for record in history if name in record]
             sparse = len(points) < len(history) or name.startswith(("test", "validation"))
-            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), marker="o" if sparse else "", markersize=4)
+            axes.plot(
+                *zip(*points, strict=True), label=name.replace("_", " "), marker="o" if sparse else "", markersize=4
+            )
         axes.set_xlabel("epoch")
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)

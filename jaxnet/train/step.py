@@ -81,8 +81,10 @@ def train_step(loss: Callable, optimizer: Any) -> Callable[[TrainState, Any], tu
         step_key = jax.random.fold_in(key, count)
         (_, (state, metrics)), grads = jax.value_and_grad(scalar_loss, has_aux=True)(params, batch, state, step_key)
         if hasattr(optimizer, "update"):
+            import optax
+
             updates, opt = optimizer.update(grads, opt, params)
-            params = jax.tree.map(lambda w, u: w + u.astype(w.dtype), params, updates)
+            params = optax.apply_updates(params, updates)
         else:
             params = sgd(params, grads, optimizer(count) if callable(optimizer) else optimizer)
         return TrainState(params, state, opt, key, count + 1), metrics
@@ -178,5 +180,7 @@ def _parts(outputs: Any, state: Any, *, stateful: bool) -> tuple[Any, Any, Mappi
     metrics = rest[0] if rest else {}
     if len(rest) > 1 or not isinstance(metrics, Mapping):
         form = "(value, new_state, metrics)" if stateful else "(value, metrics)"
-        raise TypeError(f"train_step: a loss returns a scalar or {form} with a dict of metrics, got {len(outputs)} parts")
+        raise TypeError(
+            f"train_step: a loss returns a scalar or {form} with a dict of metrics, got {len(outputs)} parts"
+        )
     return value, state, metrics

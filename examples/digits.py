@@ -1,0 +1,227 @@
+"""Handwritten digits: train, inspect, save, restore in a new process, and see that nothing changed.
+
+    python examples/digits.py                          HEADER1
+    python examples/digits.py --model convnet          HEADER2
+    python examples/digits.py --data FOLDER            HEADER3
+    python examples/digits.py --data FOLDER --model convnet --epochs 12     HEADER4
+
+The multilayer perceptron is the 784-256-128-10 store of weights and biases (64-256-128-10 for the 8x8 digits that come with
+scikit-learn, the default). FOLDER holds the four MNIST files; --download fetches them.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxnet
+from jaxnet import Layer, batch_norm, chain, conv, dense, dropout, flatten, max_pool
+from jaxnet.data import Dataset, check_labels, digits, mnist
+from jaxnet.train import evaluate, fit, plot_history
+
+
+def mlp() -> Layer:
+    return chain(
+        flatten=flatten(), hidden1=dense(256), relu1=jax.nn.relu, hidden2=dense(128), relu2=jax.nn.relu, out=dense(10)
+    )
+
+
+def convnet() -> Layer:
+    def block(features):
+        return chain(conv=conv(features, 3, bias=False), norm=batch_norm(), relu=jax.nn.relu)
+
+    return chain(
+        block1=block(32),
+        block2=block(32),
+        pool1=max_pool(2),
+        drop1=dropout(0.2),
+        block3=block(64),
+        block4=block(64),
+        pool2=max_pool(2),
+        drop2=dropout(0.3),
+        flatten=flatten(),
+        hidden=dense(128),
+        relu=jax.nn.relu,
+        drop3=dropout(0.4),
+        out=dense(10),
+    )
+
+
+MODELS = {"mlp": mlp, "convnet": convnet}
+
+
+def logits_of(net: Layer, params, state, images, **training):
+    """The network's answer, and its new state: one form for networks with and without state."""
+    if net.init_state is None:
+        return net.apply(params, images, **training), state
+    return net.apply(params, images, state=state, **training)
+
+
+def train(
+    net: Layer, data: Dataset, *, epochs: int, batch_size: int, lr: float, noise: float, seed: int, progress=None
+):
+    """AdamW on a cosine schedule, Gaussian noise on the training images; returns the train state and the history."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    example = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), jnp.float32)
+    params, state = net.init(init_key, example), net.init_state(example) if net.init_state else {}
+
+    def loss(params, batch, state, key):
+        images, labels = batch
+        noise_key, key = jax.random.split(key)
+        images = images + noise * jax.random.normal(noise_key, images.shape)
+        logits, state = logits_of(net, params, state, images, key=key, train=True)
+        errors = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return errors.mean(), state, {"accuracy": (logits.argmax(-1) == labels).mean()}
+
+    def test(params, batch, state):
+        logits, _ = logits_of(net, params, state, batch.images)
+        errors = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        return {"test_loss": errors, "test_accuracy": logits.argmax(-1) == batch.labels}
+
+    steps = epochs * (len(data.train.labels) // batch_size)
+    return fit(
+        loss,
+        params,
+        data.train,
+        state=state,
+        optimizer=optax.adamw(optax.cosine_decay_schedule(lr, max(steps, 1)), weight_decay=1e-4),
+        epochs=epochs,
+        batch_size=batch_size,
+        key=run_key,
+        evaluate=evaluate(test, data.test),
+        progress=progress,
+    )
+
+
+def predict(net: Layer, params, state, images) -> np.ndarray:
+    """Logits [N, 10] for all images, 1,000 at a time."""
+    apply = jax.jit(lambda params, state, images: logits_of(net, params, state, images)[0])
+    return np.concatenate([apply(params, state, images[i : i + 1000]) for i in range(0, len(images), 1000)])
+
+
+def confusion(predicted, labels) -> str:
+    """The confusion matrix as text: a row for each digit, a column for what it was taken for."""
+    counts = np.zeros((10, 10), int)
+    np.add.at(counts, (labels, predicted), 1)
+    rows = ["true \\ taken for" + "".join(f"{digit:6}" for digit in range(10))]
+    for digit, row in enumerate(counts):
+        rows.append(f"{digit:>15} " + "".join(f"{count:6}" if count else "     ." for count in row))
+    return "\n".join(rows)
+
+
+def inspect(params) -> None:
+    """Print the structure of weights and biases, with a few of their values."""
+    print(jaxnet.tree.table(params))
+    for path, leaf in list(jaxnet.tree.flatten(params).items())[:4]:
+        print(f"  {path} = [{', '.join(f'{value:.4f}' for value in np.ravel(leaf)[:5])}, ...]")
+
+
+def load_data(folder: str | None, *, download: bool = False) -> Dataset:
+    data = mnist(folder, download=download) if folder else digits()
+    check_labels(data.train.labels, 10)
+    return data
+
+
+def restore(file: str, folder: str | None, logits: str | None) -> float:
+    """Load a checkpoint into a fresh process, and test it."""
+    saved = jaxnet.load(file)
+    if not isinstance(saved, dict) or saved.get("model") not in MODELS:
+        raise ValueError(f"{file} is no checkpoint of this example: it holds {jaxnet.tree.paths(saved)[:5]}")
+    data = load_data(folder)
+    answers = predict(MODELS[saved["model"]](), saved["params"], saved["state"], data.test.images)
+    if logits:
+        np.save(logits, answers)
+    accuracy = float((answers.argmax(-1) == data.test.labels).mean())
+    print(f"restored {file}: test accuracy {accuracy:.2%}")
+    return accuracy
+
+
+def main(
+    model: str = "mlp",
+    data: str | None = None,
+    *,
+    download: bool = False,
+    epochs: int = 0,
+    batch_size: int = 0,
+    lr: float = 3e-3,
+    noise: float = 0.2,
+    seed: int = 0,
+    out: str = "out",
+) -> float:
+    """Train, inspect, save, restore; returns the test accuracy."""
+    folder, data_folder = pathlib.Path(out), data
+    dataset = load_data(data_folder, download=download)
+    epochs = epochs or (40 if data_folder is None else 10)
+    batch_size = batch_size or (64 if data_folder is None else 128)
+    folder.mkdir(parents=True, exist_ok=True)
+    net = MODELS[model]()
+
+    print(dataset)
+    print(jaxnet.summary(net, jax.ShapeDtypeStruct((batch_size, *dataset.train.images.shape[1:]), jnp.float32)), "\n")
+    result = train(net, dataset, epochs=epochs, batch_size=batch_size, lr=lr, noise=noise, seed=seed)
+    params, state = result.train_state.params, result.train_state.state
+
+    print("\nWhat it learned, as a store of weights and biases:")
+    inspect(params)
+
+    answers = predict(net, params, state, dataset.test.images)
+    predicted = answers.argmax(-1)
+    accuracy = float((predicted == dataset.test.labels).mean())
+    print(f"\n{confusion(predicted, dataset.test.labels)}\n")
+    wrong = int((predicted != dataset.test.labels).sum())
+    print(f"test accuracy {accuracy:.2%} ({wrong} of {len(predicted):,} wrong)")
+
+    picture = folder / f"{model}.png"
+    plot_history(result.history, picture, title=f"{model} on {len(dataset.train.labels):,} digits: {accuracy:.2%}")
+    file = folder / f"{model}.safetensors"
+    jaxnet.save(file, {"model": model, "params": params, "state": state})
+    print(f"learning curves in {picture}, checkpoint in {file}")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        logits = pathlib.Path(scratch) / "logits.npy"
+        command = [sys.executable, __file__, "--restore", file, "--logits", logits]
+        subprocess.run([*command, *(["--data", data_folder] if data_folder else [])], check=True)
+        same = np.array_equal(np.load(logits), answers)
+    print("in a new process every prediction is " + ("identical, bit for bit" if same else "NOT identical"))
+    if not same:
+        raise SystemExit(1)
+    return accuracy
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", choices=MODELS, default="mlp", help="mlp (default), or convnet with batch norm and dropout"
+    )
+    parser.add_argument(
+        "--data", metavar="FOLDER", help="folder with the four MNIST files (default: scikit-learn's 8x8 digits)"
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch the MNIST files that FOLDER lacks (11 MB, checksums verified)"
+    )
+    parser.add_argument("--epochs", type=int, default=0, help="passes over the data (default: 40; 10 with --data)")
+    parser.add_argument("--batch-size", type=int, default=0, help="images a step (default: 64; 128 with --data)")
+    parser.add_argument(
+        "--lr", type=float, default=3e-3, help="learning rate at the start of the cosine (default: 0.003)"
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.2, help="deviation of the noise on training images (default: 0.2)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and noise (default: 0)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", default="out", help="for the picture and the checkpoint (default: out)"
+    )
+    parser.add_argument("--restore", metavar="FILE", help="load this checkpoint and test it, without training")
+    parser.add_argument("--logits", metavar="FILE", help="with --restore: also write the logits there, as .npy")
+    args = vars(parser.parse_args())
+    checkpoint, logits_file = args.pop("restore"), args.pop("logits")
+    if checkpoint:
+        restore(checkpoint, args["data"], logits_file)
+    else:
+        main(**args)
