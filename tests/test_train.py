@@ -45,8 +45,8 @@ def mean_square(params, batch):
     return jnp.mean(jnp.square(NET.apply(params, x) - y))
 
 
-def params_of(net=NET, x=regression()[0]):
-    return net.init(jax.random.key(1), x)
+def params_of():
+    return NET.init(jax.random.key(1), regression()[0])
 
 
 # One step
@@ -176,7 +176,7 @@ def test_each_epoch_sees_each_example_at_most_once_and_another_order():
     assert len(set(first)) == len(set(second)) == 9 and not np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("chunks", [[1] * 8, [3, 5], [2, 2, 4]])
+@pytest.mark.parametrize("chunks", [[1] * 8, [3, 5]])
 def test_the_order_does_not_depend_on_the_chunks(chunks):
     np.testing.assert_array_equal(seen_rows(chunks, 3, 10), seen_rows([8], 3, 10))
 

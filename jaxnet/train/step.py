@@ -80,7 +80,7 @@ def train_step(loss: Callable, optimizer: Any) -> Callable[[TrainState, Any], tu
         params, state, opt, key, count = train_state
         step_key = jax.random.fold_in(key, count)
         (_, (state, metrics)), grads = jax.value_and_grad(scalar_loss, has_aux=True)(params, batch, state, step_key)
-        if hasattr(optimizer, "update"):
+        if hasattr(optimizer, "init"):
             import optax
 
             updates, opt = optimizer.update(grads, opt, params)
