@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnet.core import Layer, as_layer, check_key, compose, describe, specs_of, transparent
+from jaxnet.core import Layer, abstractly, as_layer, check_key, compose, describe, specs_of, transparent
 
 __all__ = ["cast", "chain", "parallel", "remat", "repeat", "residual"]
 
@@ -28,11 +28,12 @@ def chain(*layers: Any, **named: Any) -> Layer:
     def body(f, *inputs, **kwargs):
         for name in children:
             inputs, kwargs = (f[name](*inputs, **kwargs),), {}
-        if len(inputs) != 1:
-            raise ValueError(f"chain: without layers it is the identity of one input, got {len(inputs)}")
+        if len(inputs) != 1 or kwargs:
+            got = ", ".join([str(len(inputs)), *kwargs])
+            raise TypeError(f"chain: without layers it is the identity of one input, got {got}")
         return inputs[0]
 
-    children = _numbered(layers) | named
+    children = _named("chain", layers, named)
     return compose("chain", children, body, lambda new: chain(**new), random=False)
 
 
@@ -46,7 +47,7 @@ def parallel(*layers: Any, merge: Callable | None = None, **named: Any) -> Layer
         outputs = tuple(f[name](*inputs, **kwargs) for name in children)
         return merge(*outputs) if merge else outputs
 
-    children = _numbered(layers) | named
+    children = _named("parallel", layers, named)
     return compose("parallel", children, body, lambda new: parallel(merge=merge, **new), random=False)
 
 
@@ -131,10 +132,8 @@ def remat(inner: Any, *, policy: Callable | None = None) -> Layer:
 
     def around(run):
         def recomputed(params, state, key, *inputs, **named):
-            def fn(params, state, key, *inputs):
-                return run(params, state, key, *inputs, **named)
-
-            return jax.checkpoint(fn, policy=policy)(params, state, key, *inputs)
+            checkpointed = abstractly(run, lambda fn, arrays: jax.checkpoint(fn, policy=policy)(arrays))
+            return checkpointed(params, state, key, *inputs, **named)
 
         return recomputed
 
@@ -149,6 +148,8 @@ def cast(inner: Any, dtype: Any) -> Layer:
     inputs, so that gradients and the optimizer work in it. State is not cast.
     """
     dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"cast: the dtype to compute in must be a float, got {dtype.name}")
 
     def around(run):
         def lowered(params, state, key, *inputs, **named):
@@ -162,8 +163,11 @@ def cast(inner: Any, dtype: Any) -> Layer:
     return transparent(f"cast[{dtype.name}]", inner, around, lambda new: cast(new, dtype))
 
 
-def _numbered(layers) -> dict[str, Any]:
-    return {str(i): layer for i, layer in enumerate(layers)}
+def _named(label: str, layers, named) -> dict[str, Any]:
+    numbered = {str(i): layer for i, layer in enumerate(layers)}
+    if twice := numbered.keys() & named.keys():
+        raise ValueError(f"{label}: two children have the name '{min(twice)}'")
+    return numbered | named
 
 
 def _check_same(label: str, x, y, remedy: str) -> None:

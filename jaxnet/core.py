@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["Layer", "layer", "param", "wire"]
 
@@ -87,17 +88,36 @@ def layer(
             f"{name}: a stateful layer has both init_state and a parameter `state` of its function, or neither"
         )
 
+    def initialise(key, *inputs, **named):
+        check_key(name, key)
+        inputs, named = specs_of((inputs, named))
+        return init(key, *inputs, **named)  # pyright: ignore[reportOptionalCall]
+
+    def initialise_state(*inputs, **named):
+        inputs, named = specs_of((inputs, named))
+        return init_state(*inputs, **named)  # pyright: ignore[reportOptionalCall]
+
     def apply(params, *inputs, state=None, key=None, train=False, **named):
         check_state(name, state, stateful=init_state is not None)
+        if key is not None:
+            check_key(name, key)
+        inputs, named = as_jax((inputs, named))
         offered = {"key": key, "train": train, "state": state}
         try:
             return fn(params, *inputs, **named, **{n: offered[n] for n in wanted})
-        except KeyError as error:
-            if isinstance(params, Mapping) and error.args and error.args[0] not in params and not error.args[1:]:
-                raise ValueError(_missing_parameter(name, error.args[0], params)) from error
+        except (KeyError, TypeError, IndexError) as error:
+            if init is not None:
+                made = {"params": (initialise, params), "state": (initialise_state, state)}
+                _explain_lookup(name, error, made, inputs, named)
             raise
 
-    return Layer(init or no_params, apply, init_state, label=name, random="key" in wanted)
+    return Layer(
+        initialise if init else no_params,
+        apply,
+        initialise_state if init_state else None,
+        label=name,
+        random="key" in wanted,
+    )
 
 
 def param(shape: tuple[int, ...], init: Callable, *, dtype: Any = None) -> Layer:
@@ -113,7 +133,7 @@ def param(shape: tuple[int, ...], init: Callable, *, dtype: Any = None) -> Layer
         return init(key, shape, dtype or jnp.result_type(float))
 
     def fn(params):
-        if jnp.shape(params) != shape:
+        if not _is_array(params) or params.shape != shape:
             raise ValueError(f"{label}: the array must have shape {shape}, got {describe(params)}")
         return params
 
@@ -162,9 +182,9 @@ def compose(
     """The one way in which a layer with named children is made: `wire`, `chain` and `parallel` call it."""
     children = {name: as_layer(child, f"{label}: child '{name}'") for name, child in children.items()}
     for name in children:
-        if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in ("train", "key"):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_]*", name) or name in ("train", "key"):
             raise ValueError(
-                f"{label}: a child's name is letters, digits and _, and not 'train' or 'key'; got '{name}'"
+                f"{label}: a child's name is letters, digits and (not first) _, and not 'train' or 'key'; got '{name}'"
             )
     stateful = [name for name, child in children.items() if child.init_state is not None]
 
@@ -179,13 +199,12 @@ def compose(
                 if jax.extend.core.get_opaque_trace_state() != context:
                     _check_stateless(getattr(children[name], "plain", children[name]))
                 outputs = output_specs(children[name], train, *inputs, **named)
-            return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), outputs)
+            return jax.tree.map(_stand_in, outputs)
 
         def run(*inputs, **named):
             nonlocal context
             context = jax.extend.core.get_opaque_trace_state()
-            key = jax.random.key(0) if train else None
-            return body(Calls(label, children, call_child, train, key), *inputs, **named)
+            return body(Calls(label, children, call_child, train, jax.random.key(0)), *inputs, **named)
 
         return calls, abstractly(run)(*inputs, **named)
 
@@ -221,7 +240,10 @@ def compose(
     def apply(params, *inputs, state=None, key=None, train=False, **named):
         check_state(label, state, stateful=bool(stateful))
         check_names(f"{label}: params", params, children)
-        check_names(f"{label}: state", state or {}, stateful)
+        check_names(f"{label}: state", {} if state is None else state, stateful)
+        if key is not None:
+            check_key(label, key)
+        inputs, named = as_jax((inputs, named))
         new_state, counts = dict(state or {}), {}
         context = jax.extend.core.get_opaque_trace_state()
         body_train, body_key = train, key
@@ -272,6 +294,9 @@ def transparent(
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
         check_state(label, state, stateful=inner.init_state is not None)
+        if key is not None:
+            check_key(label, key)
+        inputs, named = as_jax((inputs, named))
 
         def run(params, state, key, *inputs, **named):
             return call(inner, params, state, key, train, inputs, named)
@@ -298,13 +323,14 @@ def as_layer(thing: Any, where: str = "a layer") -> Layer:
     if not callable(thing):
         raise TypeError(f"{where} must be a layer or a function of its inputs, got {thing!r}")
     name = _name_of(thing)
+    remedy = f"pass the layer that it returns, {name}(...), not {name} itself"
+    if _returns_layer(thing):
+        raise TypeError(f"{where}: {name} is a function that makes a layer; {remedy}")
 
     def fn(params, *inputs, **named):
         outputs = thing(*inputs, **named)
         if isinstance(outputs, Layer):
-            raise TypeError(
-                f"{name} returned a layer when it was called with data: pass {name}(...), not {name} itself"
-            )
+            raise TypeError(f"{name} returned a layer when it was called with data; {remedy}")
         return outputs
 
     return layer(None, fn, label=name)
@@ -361,7 +387,7 @@ def check_input(
         raise ValueError(f"{label}: the input must have at least {rank} axes, got {describe(x)}")
     if width is not None and x.shape[-1] != width:
         raise ValueError(f"{label}: last axis must be {width}, got {describe(x)}; the parameters were made for {width}")
-    if like is not None and jax.dtypes.canonicalize_dtype(x.dtype) != like.dtype:
+    if like is not None and _dtype(x) != _dtype(like):
         raise TypeError(
             f"{label}: the input must have the dtype of the parameters, {like.dtype}, got {describe(x)}; "
             f"convert one of them, or compute in another dtype with jaxnet.cast"
@@ -442,7 +468,7 @@ def output_specs(layer: Layer, train: bool, *inputs, **named):
             init_key, key = jax.random.split(jax.random.key(0))
             params = layer.init(init_key, *inputs, **named)
             state = layer.init_state(*inputs, **named) if layer.init_state else None
-            return call(layer, params, state, key if train else None, train, inputs, named)[0]
+            return call(layer, params, state, key, train, inputs, named)[0]
 
         return abstractly(run)(*inputs, **named)
 
@@ -452,7 +478,7 @@ def output_specs(layer: Layer, train: bool, *inputs, **named):
 def abstractly(fn: Callable, trace: Callable = jax.eval_shape) -> Callable:
     """`fn` traced, not run: returns the specs of its outputs. Array inputs are abstract in `fn`, all others static.
 
-    `trace(function, arrays)` may be another abstract evaluation, such as one that returns the jaxpr.
+    `trace(function, arrays)` may be another transformation that wants arrays only: one that returns the jaxpr, say.
     """
 
     def traced(*inputs, **named):
@@ -477,7 +503,7 @@ def memoised(layer: Layer, fn: Callable, train: bool, *inputs, **named):
     leaves, tree = jax.tree.flatten((inputs, named))
     results = _MEMO.setdefault(layer, {})
     x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    question = (fn.__qualname__, train, x64, tree, tuple(leaves))
+    question = (fn.__qualname__, train, x64, tree, *leaves, *map(type, leaves))  # 1 == 1.0 == True
     try:
         known = question in results
     except TypeError as error:
@@ -492,9 +518,22 @@ def specs_of(tree: Any):
     return jax.tree.map(lambda x: _spec(x) if _is_array(x) else x, tree)
 
 
+def as_jax(tree: Any):
+    """The tree with NumPy's arrays as JAX arrays, which also gives them a dtype that JAX has: as `jax.jit` does."""
+    return jax.tree.map(lambda x: jnp.asarray(x, _dtype(x)) if isinstance(x, np.ndarray | np.generic) else x, tree)
+
+
 def _spec(x) -> jax.ShapeDtypeStruct:
-    dtype = x.dtype if jnp.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
-    return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=getattr(x, "weak_type", False))
+    return jax.ShapeDtypeStruct(x.shape, _dtype(x), weak_type=getattr(x, "weak_type", False))
+
+
+def _stand_in(spec: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of this spec; a weak type stays weak, so that it promotes as the real output will."""
+    if spec.weak_type:
+        weak = jnp.full(spec.shape, np.zeros((), spec.dtype).item())
+        if weak.dtype == spec.dtype:
+            return weak
+    return jnp.zeros(spec.shape, spec.dtype)
 
 
 def _check_stateless(child: Layer) -> None:
@@ -503,6 +542,11 @@ def _check_stateless(child: Layer) -> None:
             f"{child.label}: a layer with state cannot be called inside a raw JAX transform (scan, vmap, jit, "
             "checkpoint, ...), its new state could not come out; use jaxnet.repeat or jaxnet.remat around it"
         )
+
+
+def _dtype(x) -> Any:
+    """The dtype that JAX gives an array: float32 for NumPy's float64 where x64 is off."""
+    return x.dtype if jnp.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
 
 
 def _is_array(x) -> bool:
@@ -523,9 +567,35 @@ def _closest(name: str, names) -> str:
     return (f"; did you mean '{close[0]}'?" if close else "") + f" (children: {', '.join(names) or 'none'})"
 
 
-def _missing_parameter(label: str, name: str, params: Mapping) -> str:
-    have = ", ".join(f"{k} {describe(v)}" for k, v in params.items()) or "nothing"
-    return f"{label}: no parameter '{name}' in params (they hold {have}); make them with init, or load this network's"
+def _returns_layer(fn) -> bool:
+    """Whether a function says by its annotation that it makes a layer, as every constructor of a layer does."""
+    returned = getattr(fn, "__annotations__", {}).get("return")
+    return returned is Layer or (isinstance(returned, str) and returned.split(".")[-1] == "Layer")
+
+
+def _explain_lookup(label: str, error: Exception, made: dict[str, tuple[Callable, Any]], inputs, named) -> None:
+    """Raise what a failed look-up in params or state means; return where it was none.
+
+    Args: made: by what it is called: the function that makes it, and what was given in its place.
+    """
+    remedy = "make them with init, or load those of this network"
+    made = {what: (make, given) for what, (make, given) in made.items() if what == "params" or given is not None}
+    for what, (make, given) in made.items():
+        if not isinstance(given, Mapping):
+            keys = (jax.random.key(0),) if what == "params" else ()
+            try:
+                expected = abstractly(make)(*keys, *inputs, **named)
+            except Exception:
+                return  # the inputs are wrong too: their error is the better one
+            if isinstance(expected, Mapping):
+                message = f"{label}: {what} must be a dict, {describe(expected)}, got {describe(given)}; {remedy}"
+                raise TypeError(message) from error
+            return
+    held = {name: leaf for _, given in made.values() for name, leaf in given.items()}
+    if isinstance(error, KeyError) and len(error.args) == 1 and error.args[0] not in held:
+        have = ", ".join(f"{name} {describe(leaf)}" for name, leaf in held.items()) or "nothing"
+        message = f"{label}: no '{error.args[0]}' in {' and '.join(made)} (they hold {have}); {remedy}"
+        raise ValueError(message) from error
 
 
 # Results of abstract evaluation by layer; a layer that is gone takes its results with it.
