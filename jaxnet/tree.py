@@ -1,7 +1,8 @@
 """Trees by path: find, select, split, merge, change, count and print the leaves of any pytree.
 
 A path names a leaf as its keys joined by '/': `blocks/attn/query/kernel`, `0/mu/hidden/bias` in an optimizer's state.
-A pattern is a path with wildcards: `*` is any name, `**` any number of names (also none), `?` and `[ab]` within a name.
+A pattern is a path with wildcards: `*` is any name, `**` any number of names (also none); within a name, `*` is any
+text, `?` any character, `[ab]` one of these, `[!ab]` another.
 A pattern that matches an inner node selects everything below it: `head` is all of the head, `**/bias` every bias.
 """
 
@@ -9,9 +10,9 @@ from __future__ import annotations
 
 import collections
 import difflib
+import fnmatch
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -89,7 +90,7 @@ def matches(path: str, *patterns: str, below: bool = True) -> bool:
     >>> matches("blocks/attn/bias", "**/bias"), matches("blocks/attn/bias", "blocks"), matches("head/bias", "*/kernel")
     (True, True, False)
     """
-    return any(_regex(pattern, below).match(path) for pattern in patterns)
+    return any(_matches(_names(path), _names(pattern), below) for pattern in patterns)
 
 
 def select(tree: Any, *patterns: str) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def split(tree: Any, *patterns: str) -> tuple[Any, Any]:
     """Split a tree in two: (what matches one of the patterns, the rest); `merge` puts them together again.
 
     What is not in a part is missing from its dicts, so that `jax.grad`, `optax` and checkpoints of that part know
-    nothing of it. In tuples, lists and other nodes, where positions count, None stands in its place.
+    nothing of it. In tuples, lists, OrderedDicts and other nodes, where positions count, None stands in its place.
 
     Raises: KeyError if a pattern matches nothing.
 
@@ -121,7 +122,7 @@ def split(tree: Any, *patterns: str) -> tuple[Any, Any]:
     """
     _check_patterns(paths(tree), patterns)
     parts = _split(tree, "", lambda path: matches(path, *patterns))
-    empty = {} if isinstance(tree, Mapping) else None
+    empty = _like(tree, []) if _is_dict(tree) else None
     return tuple(empty if part is _MISSING else part for part in parts)  # pyright: ignore[reportReturnType]
 
 
@@ -214,21 +215,13 @@ class _Missing:
 _MISSING = _Missing()
 
 
-@functools.lru_cache(maxsize=1024)
-def _regex(pattern: str, below: bool) -> re.Pattern:
-    """The pattern as a regular expression for a path, or also for what is below it."""
-    if pattern == "**":
-        return re.compile("")
-    names = pattern.removesuffix("/**").split("/")
-    words = ["(?:[^/]+/)*" if name == "**" else _name_regex(name) + "/" for name in names]
-    below = below or pattern.endswith("/**")
-    return re.compile("".join(words).removesuffix("/") + ("(?:$|/)" if below else "$"))
-
-
-def _name_regex(name: str) -> str:
-    """One name with wildcards, as `fnmatch` has them, but never across a '/'."""
-    words = re.split(r"(\*|\?|\[[^\]]+\])", name)
-    return "".join({"*": "[^/]*", "?": "[^/]"}.get(w, w if w.startswith("[") else re.escape(w)) for w in words)
+def _matches(names: list[str], pattern: list[str], below: bool) -> bool:
+    if not pattern:
+        return below or not names
+    first, *rest = pattern
+    if first == "**":
+        return any(_matches(names[i:], rest, below) for i in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], first) and _matches(names[1:], rest, below)
 
 
 def _check_patterns(known: Iterable[str], patterns: tuple[str, ...]) -> None:
@@ -253,9 +246,16 @@ def _level(node: Any) -> tuple[list[str], list[Any], Any]:
     return [_join(path) for path, _ in pairs], [child for _, child in pairs], structure
 
 
-def _keys(node: dict) -> list:
-    """The keys in the order of the children: JAX sorts those of a dict, but not of an OrderedDict."""
-    return list(node) if isinstance(node, collections.OrderedDict) else sorted(node)
+def _is_dict(node: Any) -> bool:
+    """Whether it is a node whose children have names and no order: JAX sorts the keys of these, not of an OrderedDict."""
+    return isinstance(node, dict) and not isinstance(node, collections.OrderedDict)
+
+
+def _like(node: dict, items: Iterable[tuple[Any, Any]]) -> dict:
+    """A dict of these items, of the type of `node`."""
+    if isinstance(node, collections.defaultdict):
+        return collections.defaultdict(node.default_factory, items)
+    return type(node)(items)
 
 
 def _is_leaf(node: Any) -> bool:
@@ -280,8 +280,9 @@ def _split(node: Any, path: str, chosen: Callable[[str], bool]) -> tuple[Any, An
     for side in zip(*parts, strict=True):
         if all(part is _MISSING for part in side):
             sides.append(_MISSING)
-        elif isinstance(node, dict):
-            sides.append({k: part for k, part in zip(_keys(node), side, strict=True) if part is not _MISSING})
+        elif _is_dict(node):
+            kept = [(key, part) for key, part in zip(sorted(node), side, strict=True) if part is not _MISSING]
+            sides.append(_like(node, kept))
         else:
             filled = [None if part is _MISSING else part for part in side]
             sides.append(jax.tree.unflatten(structure, filled))
@@ -289,13 +290,9 @@ def _split(node: Any, path: str, chosen: Callable[[str], bool]) -> tuple[Any, An
 
 
 def _merge(a: Any, b: Any, path: str) -> Any:
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        keys = [*a, *(key for key in b if key not in a)]
-        merged = {k: _merge(a[k], b[k], f"{path}/{k}") if k in a and k in b else a.get(k, b.get(k)) for k in keys}
-        try:
-            return {key: merged[key] for key in sorted(merged)}
-        except TypeError:
-            return merged
+    if _is_dict(a) and _is_dict(b):
+        both = {k: _merge(a[k], b[k], f"{path}/{k}") for k in a.keys() & b.keys()}
+        return _like(a, sorted({**a, **b, **both}.items(), key=lambda item: item[0]))
     if a is None or b is None:
         return b if a is None else a
     if _is_leaf(a) or _is_leaf(b):
@@ -316,12 +313,10 @@ def _put(node: Any, names: list[str], value: Any, path: str) -> Any:
     depth = len(_names(path)) - len(names)
     if name not in children:
         if isinstance(node, dict) and not rest:
-            return type(node)({**node, name: value})
+            return _like(node, [*node.items(), (name, value)])
         raise KeyError(_no_child(path, depth, name, children))
     known, nodes, structure = _level(node)
     nodes[known.index(name)] = _put(children[name], rest, value, path)
-    if isinstance(node, dict):
-        return type(node)(zip(_keys(node), nodes, strict=True))
     return jax.tree.unflatten(structure, nodes)
 
 
