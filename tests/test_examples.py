@@ -1,0 +1,188 @@
+"""The examples, with a small budget: what they claim, and that they equal the hand-written originals."""
+
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxnet
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def xor():
+    return example("xor")
+
+
+@pytest.fixture(scope="module")
+def edges():
+    return example("edges")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return example("digits")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(EXAMPLES.glob("*.py"))])
+def test_help_explains_every_option(name):
+    help = subprocess.run([sys.executable, EXAMPLES / f"{name}.py", "--help"], capture_output=True, text=True, check=True).stdout
+    options = re.findall(r"^  (--[\w-]+)( [A-Z]+)?(.*(?:\n {10,}.*)?)", help, re.M)
+    assert options and all(text.strip() for _, _, text in options)
+
+
+def test_headers_state_what_was_measured():
+    for path in EXAMPLES.glob("*.py"):
+        assert "HEADER" not in path.read_text(), f"{path.name}: the header has no figures yet"
+
+
+# XOR
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def literal_xor(hidden, output, lr, epochs):
+    """The classic NumPy program: forward, backward by hand, plain gradient descent; also the first step's gradients."""
+    x = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float64)
+    y = np.array([[0], [1], [1], [0]], np.float64)
+    hidden, output, first = hidden.copy(), output.copy(), None
+    for _ in range(epochs):
+        h = sigmoid(x @ hidden)
+        f = sigmoid(h @ output)
+        delta_output = (f - y) * f * (1 - f)
+        delta_hidden = delta_output @ output.T * h * (1 - h)
+        gradients = x.T @ delta_hidden, h.T @ delta_output
+        first = first or gradients
+        hidden -= lr * gradients[0]
+        output -= lr * gradients[1]
+    return hidden, output, first
+
+
+def test_xor_equals_backpropagation_by_hand(xor):
+    with jax.enable_x64(True):
+        net = xor.network()
+        table = jnp.asarray(xor.X, jnp.float64)
+        params = net.init(jax.random.key(5), table)
+        assert jax.tree.map(jnp.shape, params) == {"hidden": {"kernel": (2, 2)}, "output": {"kernel": (2, 1)}}
+        start = [np.asarray(params[name]["kernel"]) for name in ("hidden", "output")]
+        assert all(np.abs(w).max() <= 1 for w in start)
+
+        def loss(params):
+            return jnp.sum(jnp.square(jnp.asarray(xor.Y, jnp.float64) - net.apply(params, table))) / 2
+
+        def step(_, params):
+            return jaxnet.sgd(params, jax.grad(loss)(params), 0.1)
+
+        grads = jax.grad(loss)(params)
+        after = jax.jit(lambda params: jax.lax.fori_loop(0, 10_000, step, params))(params)
+        hidden, output, first = literal_xor(*start, lr=0.1, epochs=10_000)
+        np.testing.assert_allclose(grads["hidden"]["kernel"], first[0], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(grads["output"]["kernel"], first[1], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(after["hidden"]["kernel"], hidden, atol=1e-9)
+        np.testing.assert_allclose(after["output"]["kernel"], output, atol=1e-9)
+
+
+def test_xor_learns_for_the_share_of_seeds_that_others_measured(xor, capsys):
+    shares = list(xor.main(seeds=400).values())
+    # 20.5 % of 5,000 seeds, 75.9 % and 99.9 % of 1,000; five standard errors of 400 seeds
+    for share, known in zip(shares, [0.205, 0.759, 0.999], strict=True):
+        assert abs(share - known) < 5 * (known * (1 - known) / 400) ** 0.5 + 0.005
+    table = re.findall(r"^  ([01])  ([01])      ([01])       (\d\.\d+)$", capsys.readouterr().out, re.M)
+    assert len(table) == 4 and all(round(float(answer)) == int(a) ^ int(b) == int(y) for a, b, y, answer in table)
+
+
+# Edges
+
+
+def test_all_nine_weights_of_the_sobel_operator_are_recovered(edges):
+    images = jnp.asarray(np.random.default_rng(0).random((64, 8, 8, 1), np.float32))
+    before, after = edges.learn_sobel(images, jax.random.key(1), steps=1500)
+    assert edges.kernel_error(before) > 0.5
+    assert edges.kernel_error(after) < 1e-3
+    assert (np.abs(after - before) > 1e-3).all()  # every weight moved
+
+
+def test_edges_draws_kernels_before_and_after(edges, tmp_path, capsys):
+    error, accuracy = edges.main(steps=400, epochs=2, out=str(tmp_path))
+    assert error < 0.1 and accuracy > 0.5
+    assert (tmp_path / "edges.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+# Digits
+
+
+@pytest.mark.parametrize("model, epochs, floor", [("mlp", 4, 0.85), ("convnet", 1, 0.3)])
+def test_digits_trains_saves_and_restores_in_a_new_process(digits, tmp_path, capfd, model, epochs, floor):
+    accuracy = digits.main(model, epochs=epochs, out=str(tmp_path))
+    out = capfd.readouterr().out
+    assert accuracy > floor
+    assert "every prediction is identical, bit for bit" in out and f"restored {tmp_path / model}.safetensors" in out
+    assert (tmp_path / f"{model}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    rows = [line.split()[1:] for line in out.splitlines() if re.fullmatch(r"\s+\d( +[\d.]+){10}", line)]
+    confusion = np.array([[0 if cell == "." else int(cell) for cell in row] for row in rows])
+    assert confusion.shape == (10, 10) and confusion.sum() == 359
+    assert confusion.trace() / 359 == pytest.approx(accuracy)
+    if model == "mlp":
+        params = jaxnet.load(tmp_path / "mlp.safetensors")["params"]
+        assert jaxnet.tree.count(params) == 64 * 256 + 256 + 256 * 128 + 128 + 128 * 10 + 10
+
+
+def test_the_mnist_store_has_234_752_weights_and_394_biases(digits):
+    params = jax.eval_shape(digits.mlp().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32))
+    kernels, biases = jaxnet.tree.split(params, "**/kernel")
+    assert jaxnet.tree.count(kernels) == 784 * 256 + 256 * 128 + 128 * 10 == 234_752
+    assert jaxnet.tree.count(biases) == 256 + 128 + 10 == 394
+
+
+def test_digits_refuses_a_checkpoint_of_something_else(digits, tmp_path):
+    jaxnet.save(tmp_path / "other.safetensors", {"weights": jnp.ones(3)})
+    with pytest.raises(ValueError, match="no checkpoint of this example: it holds .'weights'"):
+        digits.restore(str(tmp_path / "other.safetensors"), None, None)
+
+
+def test_digits_takes_the_mnist_files(digits, real_data, tmp_path, capfd):
+    accuracy = digits.main("mlp", str(real_data / "mnist"), epochs=1, out=str(tmp_path))
+    assert accuracy > 0.93
+    assert "every prediction is identical" in capfd.readouterr().out
+
+
+# The accuracies in the headers: `pytest -m slow`
+
+
+def accuracies(digits, model, data, seeds, **settings):
+    net, found = digits.MODELS[model](), []
+    for seed in range(seeds):
+        result = digits.train(net, data, lr=3e-3, noise=0.2, seed=seed, progress=False, **settings)
+        found.append(result.history[-1]["test_accuracy"])
+    print(f"{model}: {np.mean(found):.2%} ± {np.std(found, ddof=1):.2%}")
+    return np.mean(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, floor", [("mlp", 0.97), ("convnet", 0.985)])
+def test_accuracy_on_the_8x8_digits(digits, model, floor):
+    assert accuracies(digits, model, digits.load_data(None), 5, epochs=40, batch_size=64) >= floor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, epochs, floor", [("mlp", 10, 0.98), ("convnet", 12, 0.992)])
+def test_accuracy_on_mnist(digits, real_data, model, epochs, floor):
+    data = digits.load_data(str(real_data / "mnist"))
+    assert accuracies(digits, model, data, 1, epochs=epochs, batch_size=128) >= floor
