@@ -73,7 +73,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _as_json(info: "Info") -> dict[str, Any]:
     """A dict for JSON; values that JSON cannot hold exactly (numbers, bytes) as Python writes them."""
     leaves = [leaf._asdict() | {"parameters": math.prod(leaf.shape)} for leaf in info.leaves]
-    scalars = {path: {"type": type(x).__name__, "value": repr(x)} for path, x in info.scalars.items()}
+    scalars = {path: {"type": type(x).__name__, "value": _show(x)} for path, x in info.scalars.items()}
     total = sum(leaf["parameters"] for leaf in leaves)
     return info._asdict() | {"leaves": leaves, "scalars": scalars, "parameters": total}
 
@@ -93,7 +93,7 @@ def _as_text(info: "Info") -> str:
     parts = [f"{info.path}: {kind}, {info.nbytes:,} bytes"]
     parts.append(_table(("path", "shape", "dtype", "parameters", "bytes"), [*rows, None, *sums]))
     if info.scalars:
-        values = [(path, type(x).__name__, repr(x)) for path, x in info.scalars.items()]
+        values = [(path, type(x).__name__, _cut(_show(x))) for path, x in info.scalars.items()]
         parts.append(_table(("path", "type", "value"), values))
     if info.metadata:
         parts.append(f"metadata: {json.dumps(info.metadata, indent=2, ensure_ascii=False)}")
@@ -116,6 +116,15 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...] | None]) -> str
         padded = [x.rjust(w) if r else x.ljust(w) for x, w, r in zip(row, widths, right, strict=True)]
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
+
+
+def _show(x: Any) -> str:
+    """repr, but Python refuses to print an int of more than some thousand digits in decimal."""
+    return hex(x) if isinstance(x, int) and x.bit_length() > 10_000 else repr(x)
+
+
+def _cut(text: str, width: int = 80) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def _printable(text: str, keep: str = "\n") -> str:

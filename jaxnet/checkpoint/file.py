@@ -158,12 +158,10 @@ def _replacing(file: str) -> Iterator[int]:
         os.fsync(fd)  # if this fails the kernel may have dropped the bytes: no second try can tell
         os.replace(temporary, target)
     except BaseException as e:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        _discard(temporary, fd)
         e.add_note(f"while saving {file}: nothing has been replaced")
         raise
-    finally:
-        os.close(fd)
+    os.close(fd)
     _sync_folder(folder)
 
 
@@ -171,11 +169,21 @@ def _open_temporary(folder: str) -> tuple[str, int]:
     while True:
         path = os.path.join(folder, f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}.tmp")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with contextlib.suppress(OSError):  # a file system without locks: then _sweep cannot lock either
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        if os.fstat(fd).st_nlink:  # else another process swept it between the two calls
-            return path, fd
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: then _sweep cannot lock either
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:  # else another process swept it before it was locked
+                return path, fd
+        except BaseException:
+            _discard(path, fd)
+            raise
         os.close(fd)
+
+
+def _discard(path: str, fd: int):
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    os.close(fd)
 
 
 def _sweep(folder: str):

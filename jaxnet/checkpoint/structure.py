@@ -237,30 +237,31 @@ def differences(template: Node, wanted: dict[str, Spec], stored: Node | None, fo
     for name, spec in wanted.items():
         if name in found and spec != found[name]:
             what = "dtype" if spec.shape == found[name].shape else "shape"
-            lines.append(f"{what} differs: {name} template {spec}, file {found[name]}")
+            lines.append(f"{what} differs: {name}: template {spec}, file {found[name]}")
     if stored is not None:
-        ours, theirs = _containers(template), _containers(stored)
-        for path in ours | theirs:
-            (here, here_bare), (there, there_bare) = ours.get(path, ("", False)), theirs.get(path, ("", False))
-            if here != there and (here and there or here_bare or there_bare):  # else its leaves are missing anyway
-                here, there = f"empty {here}" * here_bare or here, f"empty {there}" * there_bare or there
-                text = f"template {here or 'nothing'}, file {there or 'nothing'}"
-                lines.append(f"container differs: {leaf_name(path) or 'the root'} {text}")
+        lines += _container_differences(template, stored)
     return lines + _renames(missing, unexpected)
 
 
-def _containers(node: Node) -> dict[Path, tuple[str, bool]]:
-    """What each container is, in words, and whether it holds nothing."""
-    result = {}
-    for path, n in walk(node):
-        if not n.is_leaf:
-            kind = {"none": "None", "record": "record of named fields", "ordered_dict": "OrderedDict"}.get(
-                n.kind, n.kind
-            )
-            if n.kind in DICTS and not all(isinstance(key, str) for key in n.keys):
-                kind += f" with keys of type {_types(n.keys)}"
-            result[path] = (kind, not n.children)
-    return result
+def _container_differences(template: Node, stored: Node) -> list[str]:
+    ours, theirs = ({path: n for path, n in walk(node) if not n.is_leaf} for node in (template, stored))
+    lines = []
+    for path in ours | theirs:
+        here, there = ours.get(path), theirs.get(path)
+        words = [_in_words(n) if n else "nothing" for n in (here, there)]
+        only = here or there  # if one side alone has it: what is in it has been reported leaf by leaf
+        if here and there and words[0] != words[1] or not (here and there) and only and not only.children:
+            name = f"{leaf_name(path)}:" if path else "the root:"
+            lines.append(f"container differs: {name} template {words[0]}, file {words[1]}")
+    return lines
+
+
+def _in_words(container: Node) -> str:
+    names = {"none": "None", "record": "record of named fields", "ordered_dict": "OrderedDict"}
+    name = names.get(container.kind, container.kind)
+    if container.kind in DICTS and not all(isinstance(key, str) for key in container.keys):
+        name += f" with keys of type {_types(container.keys)}"
+    return name
 
 
 def _renames(missing: dict[str, Spec], unexpected: dict[str, Spec]) -> list[str]:
@@ -287,7 +288,7 @@ def _check_key(file: str, path: Path, key: Any):
     if type(key) is tuple:
         for part in key:
             _check_key(file, path, part)
-    elif type(key) not in _KINDS or _KINDS[type(key)] not in _SCALARS:
+    elif _KINDS.get(type(key)) not in _SCALARS:
         text = f"a dict key has type {type(key).__name__}: use str, int, float, bool, bytes, None or a tuple of these"
         raise CheckpointError(file, leaf_name((*path, str(key))), text)
     elif isinstance(key, str) and re.search("[\ud800-\udfff]", key):
@@ -315,6 +316,8 @@ def _types(keys: Sequence[Any]) -> str:
 
 
 def _scalar(kind: str, content: Any) -> Any:
+    if kind not in _SCALARS:
+        raise ValueError(f"unknown kind {kind!r} of a key")
     to_json, from_json = _SCALARS[kind]
     value = from_json(content)
     if (back := to_json(value)) != content or type(back) is not type(content):
