@@ -31,7 +31,8 @@ def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, 
         return {"mean": jnp.zeros(x.shape[-1], dtype), "var": jnp.ones(x.shape[-1], dtype)}
 
     def fn(params, x, state, train):
-        check_input("batch_norm", x, width=state["mean"].shape[0], like=params.get("scale", params.get("bias")))
+        factor, shift = _affine(params, scale, bias)
+        check_input("batch_norm", x, width=state["mean"].shape[0], like=shift if factor is None else factor)
         mean, var = state["mean"], state["var"]
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if train:
@@ -46,7 +47,7 @@ def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, 
                 "var": momentum * state["var"] + (1 - momentum) * var * (n / (n - 1)),
             }
             state = jax.lax.stop_gradient(state)
-        return _normalise(params, wide, mean, var, eps).astype(x.dtype), state
+        return _normalise(wide, mean, var, eps, factor, shift).astype(x.dtype), state
 
     return layer(_init("batch_norm", scale, bias), fn, init_state=init_state, label="batch_norm")
 
@@ -61,12 +62,13 @@ def layer_norm(*, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> L
     """
 
     def fn(params, x):
-        like = params.get("scale", params.get("bias"))
+        factor, shift = _affine(params, scale, bias)
+        like = shift if factor is None else factor
         check_input("layer_norm", x, width=None if like is None else like.shape[0], like=like)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean = wide.mean(-1, keepdims=True)
         var = jnp.square(wide - mean).mean(-1, keepdims=True)
-        return _normalise(params, wide, mean, var, eps).astype(x.dtype)
+        return _normalise(wide, mean, var, eps, factor, shift).astype(x.dtype)
 
     return layer(_init("layer_norm", scale, bias), fn, label="layer_norm")
 
@@ -78,6 +80,11 @@ def _init(label: str, scale: bool, bias: bool):
         return params | ({"bias": jnp.zeros(x.shape[-1], x.dtype)} if bias else {})
 
     return init
+
+
+def _affine(params, scale: bool, bias: bool):
+    """The two parameters; None for one that this layer does not have."""
+    return params["scale"] if scale else None, params["bias"] if bias else None
 
 
 def _moments(x):
@@ -92,9 +99,9 @@ def _moments(x):
     return shift + mean, jnp.maximum(var, 0)
 
 
-def _normalise(params, x, mean, var, eps):
+def _normalise(x, mean, var, eps, scale, bias):
     factor = jax.lax.rsqrt(var + eps)
-    if "scale" in params:
-        factor = factor * jnp.broadcast_to(params["scale"].astype(x.dtype), (*factor.shape[:-1], x.shape[-1]))
+    if scale is not None:
+        factor = factor * jnp.broadcast_to(scale.astype(x.dtype), (*factor.shape[:-1], x.shape[-1]))
     y = (x - jnp.broadcast_to(mean, x.shape)) * jnp.broadcast_to(factor, x.shape)
-    return y + jnp.broadcast_to(params["bias"].astype(x.dtype), x.shape) if "bias" in params else y
+    return y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), x.shape)
