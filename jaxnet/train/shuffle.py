@@ -21,13 +21,14 @@ def shuffled(key: jax.Array, n: int, positions: jax.Array) -> jax.Array:
     rounds = 24 + 2 * max(n - 1, 1).bit_length()  # the tests count: fewer leave traces in small n
     words = jax.random.bits(key, (2, rounds))
     partners = (words[0] % jnp.uint32(n)).astype(jnp.int32)
-    x = positions.astype(jnp.int32)
-    for r in range(rounds):
+
+    def turn(r, x):
         other = partners[r] - x
         other = jnp.where(other < 0, other + n, other)
         pair = jnp.maximum(x, other).astype(jnp.uint32)
-        x = jnp.where(_hash(pair ^ words[1, r]) >> 31 == 1, other, x)
-    return x
+        return jnp.where(_hash(pair ^ words[1, r]) >> 31 == 1, other, x)
+
+    return jax.lax.fori_loop(0, rounds, turn, positions.astype(jnp.int32))
 
 
 def _hash(h: jax.Array) -> jax.Array:

@@ -113,14 +113,17 @@ def train_steps(step: Callable, batch_size: int, steps: int) -> Callable[[TrainS
         n = examples(data)
         epoch_steps = steps_per_epoch(n, batch_size)
 
-        def body(train_state, _):
-            epoch, position = jnp.divmod(train_state.step, epoch_steps)
+        def rows_of(count):
+            epoch, position = jnp.divmod(count, epoch_steps)
             order = jax.random.fold_in(jax.random.fold_in(train_state.key, _ORDER), epoch)
-            rows = shuffled(order, n, position * batch_size + jnp.arange(batch_size, dtype=jnp.int32))
+            return shuffled(order, n, position * batch_size + jnp.arange(batch_size, dtype=jnp.int32))
+
+        def body(train_state, rows):
             batch = jax.tree.map(lambda leaf: jnp.asarray(leaf).at[rows].get(mode="promise_in_bounds"), data)
             return step(train_state, batch)
 
-        return jax.lax.scan(body, train_state, length=steps)
+        rows = jax.vmap(rows_of)(train_state.step + jnp.arange(steps, dtype=jnp.int32))
+        return jax.lax.scan(body, train_state, rows)
 
     return run
 
