@@ -390,9 +390,10 @@ REFUSED = {
         {"x": {1: jnp.ones(1), "1": jnp.ones(1)}},
         r"leaf 'x/1': two keys of type int and str give this one name",
     ),
-    "key type": ({"x": {np.int64(1): 2}}, r"leaf 'x/1': a dict key has type int64: use str, int,"),
-    "key in a tuple": ({(1, frozenset()): 2}, r"a dict key has type frozenset"),
-    "surrogate key": ({"a\ud800": 1}, r"a dict key is not Unicode text"),
+    "key type": ({"x": {np.int64(1): 2}}, r"leaf 'x': it has a key of type int64: use str, int,"),
+    "key in a tuple": ({(1, frozenset()): 2}, r"leaf '': it has a key of type frozenset"),
+    "endless key": ({2**20000: 1}, r"it has a key of type int"),
+    "surrogate key": ({"a\ud800": 1}, r"its key 'a.ud800' is not Unicode text"),
     "too deep": (DEEP, r"nested deeper than 100 levels"),
     "loop": (
         {"a": LOOP},
@@ -519,7 +520,8 @@ def documented_reader():
 
 
 def golden_trees():
-    keys = [jax.random.key(0), jax.random.split(jax.random.key(1, impl="rbg"), 2)]
+    words = jnp.arange(10, dtype=jnp.uint32)
+    keys = [jax.random.wrap_key_data(words[:2]), jax.random.wrap_key_data(words[2:].reshape(2, 4), impl="rbg")]
     structure = {
         "params": {"dense": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.zeros(3, jnp.bfloat16)}},
         "opt": (Pair(jnp.int32(4), {"w": np.arange(3)}), optax.EmptyState()),
@@ -653,12 +655,24 @@ def test_a_name_that_is_also_a_folder_keeps_all_names_flat(tmp_path):
     assert {name: x.shape for name, x in load(tmp_path / "f").items()} == {name: x.shape for name, x in flat.items()}
 
 
+def test_names_that_nest_too_deep_stay_flat(tmp_path):
+    deep = "/".join("a" * 101)
+    (tmp_path / "f").write_bytes(container({deep: entry(), "a/b": entry(start=2, stop=4)}, b"1234"))
+    assert list(load(tmp_path / "f")) == [deep, "a/b"]
+
+
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", Fail("fsync", 2, OSError(errno.EINVAL, "not for folders")))
+    save(tmp_path / "t", OLD)
+    assert_same(load(tmp_path / "t"), OLD)
+
+
 def test_foreign_types(tmp_path):
     safetensors.numpy.save_file({"i": np.array([2**40]), "f": np.array([0.1])}, tmp_path / "n")
     assert_same(dict(sorted(load(tmp_path / "n").items())), {"f": np.array([0.1]), "i": np.array([2**40])})
     (tmp_path / "f4").write_bytes(container({"x": entry("F4", [4], 0, 2)}, b"12"))
     assert inspect(tmp_path / "f4").leaves == (Leaf("x", (4,), "F4", 2),)
-    with pytest.raises(CheckpointError, match="leaf 'x': .*F4"):
+    with pytest.raises(CheckpointError, match="leaf 'x': safetensors' type F4 packs several elements into a byte"):
         load(tmp_path / "f4")
 
 
@@ -828,7 +842,7 @@ def test_hostile_files_are_refused_with_a_reason(name, tmp_path):
     (tmp_path / "f").write_bytes(data)
     with pytest.raises(CheckpointError, match=match) as caught:
         load(tmp_path / "f")
-    assert len(str(caught.value)) < 3000 or name == "many axes"
+    assert len(str(caught.value)) < 3000
 
 
 def forge(tree, tensors=(), crcs=None, **more):
@@ -964,6 +978,7 @@ def test_a_failure_at_any_call_leaves_the_old_file_or_the_new_one(name, error, t
     path, failures = tmp_path / "t.safetensors", 0
     for n in range(1, 30):
         save(path, OLD)
+        path.chmod(0o600)
         before = path.stat().st_ino
         with monkeypatch.context() as patch:
             patch.setattr(os, name, fail := Fail(name, n, error))
@@ -980,7 +995,7 @@ def test_a_failure_at_any_call_leaves_the_old_file_or_the_new_one(name, error, t
         assert not replaced or name in ("open", "fsync")  # these two come once more, for the folder, after the rename
     assert (
         replaced
-        and failures == {"open": 2, "write": 3, "lseek": 2, "fstat": 1, "fchmod": 1, "fsync": 2, "replace": 1}[name]
+        and failures == {"open": 2, "write": 3, "lseek": 2, "fstat": 2, "fchmod": 1, "fsync": 2, "replace": 1}[name]
     )
 
 

@@ -72,6 +72,9 @@ def to_bytes(node: Node, x: Any) -> np.ndarray:
 
 def from_bytes(file: str, name: str, node: Node, shape: tuple[int, ...], raw: np.ndarray) -> np.ndarray:
     """The array whose bytes were `raw`, as a view where that can be; for random keys their data."""
+    if node.kind != "key" and node.value not in CODES and node.value not in WIDENED:
+        text = f"safetensors' type {node.value} packs several elements into a byte, which jaxnet cannot read: widen it"
+        raise CheckpointError(file, name, text)
     try:
         if node.kind == "key":
             return raw.view(np.uint32).reshape(shape)

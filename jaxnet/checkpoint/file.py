@@ -152,7 +152,7 @@ def _replacing(file: str) -> Iterator[int]:
     _sweep(folder)
     temporary, fd = _open_temporary(folder)
     try:
-        if old:
+        if old and old.st_mode != os.fstat(fd).st_mode:
             os.fchmod(fd, stat.S_IMODE(old.st_mode))
         yield fd
         os.fsync(fd)  # if this fails the kernel may have dropped the bytes: no second try can tell
@@ -213,6 +213,12 @@ def _sync_folder(folder: str):
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (
+            errno.EINVAL,
+            errno.EBADF,
+        ):  # some file systems cannot sync folders; PostgreSQL allows it too
+            raise
     finally:
         os.close(fd)
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 import zlib
 from typing import Any, NamedTuple
 
@@ -162,11 +163,11 @@ def _tensor(file: str, name: str, entry: Any) -> Tensor:
     if re.search("[\ud800-\udfff]", name):
         reason = "its name is not Unicode text"
     elif not isinstance(code, str) or code not in BITS:
-        reason = f"unknown dtype {code!r}, expected one of {', '.join(BITS)}"
+        reason = f"unknown dtype {reprlib.repr(code)}, expected one of {', '.join(BITS)}"
     elif not _sizes(shape) or len(shape) > 64:
-        reason = f"shape {shape!r} is not a list of at most 64 sizes"
+        reason = f"shape {reprlib.repr(shape)} is not a list of at most 64 sizes"
     elif not _sizes(offsets) or len(offsets) != 2:
-        reason = f"data_offsets {offsets!r} are not two positions"
+        reason = f"data_offsets {reprlib.repr(offsets)} are not two positions"
     elif math.prod(shape) * BITS[code] != 8 * (offsets[1] - offsets[0]):
         reason = f"{code}{shape} does not take {offsets[1] - offsets[0]} bytes, as its data_offsets {offsets} say"
     else:
@@ -213,7 +214,7 @@ def _unique(pairs):
     result = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"two entries are called {name!r}")
+            raise ValueError(f"two entries are called {reprlib.repr(name)}")
         result[name] = value
     return result
 

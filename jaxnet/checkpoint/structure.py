@@ -208,9 +208,14 @@ def refill(like: Any, leaves: dict[str, Any]) -> Any:
 
 
 def foreign_paths(names: Sequence[str]) -> list[Path]:
-    """Paths for the tensors of another program: split at '/', or not at all if then one would be leaf and dict."""
-    folders = {name[:i] for name in names for i, letter in enumerate(name) if letter == "/"}
-    return [tuple(name.split("/")) if folders.isdisjoint(names) else (name,) for name in names]
+    """Paths for the tensors of another program: split at '/', or not at all if that gives no tree of moderate depth."""
+    flat: list[Path] = [(name,) for name in names]
+    if any(name.count("/") >= MAX_DEPTH for name in names):
+        return flat
+    nested = [tuple(name.split("/")) for name in names]
+    leaves = set(nested)
+    both = any(path[:i] in leaves for path in nested for i in range(1, len(path)))  # a leaf and a dict
+    return flat if both else nested
 
 
 def nest(leaves: dict[Path, Node]) -> Node:
@@ -288,11 +293,12 @@ def _check_key(file: str, path: Path, key: Any):
     if type(key) is tuple:
         for part in key:
             _check_key(file, path, part)
-    elif _KINDS.get(type(key)) not in _SCALARS:
-        text = f"a dict key has type {type(key).__name__}: use str, int, float, bool, bytes, None or a tuple of these"
-        raise CheckpointError(file, leaf_name((*path, str(key))), text)
+    elif _KINDS.get(type(key)) not in _SCALARS or isinstance(key, int) and key.bit_length() > 10_000:
+        text = f"it has a key of type {type(key).__name__}: use str, int, float, bool, bytes, None or a tuple of these"
+        raise CheckpointError(file, leaf_name(path), text)
     elif isinstance(key, str) and re.search("[\ud800-\udfff]", key):
-        raise CheckpointError(file, ascii(key), "a dict key is not Unicode text (it has lone surrogates): rename it")
+        text = f"its key {key!a} is not Unicode text (it has lone surrogates): rename it"
+        raise CheckpointError(file, leaf_name(path), text)
 
 
 def _key_to_json(key: Any) -> Any:
