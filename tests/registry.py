@@ -1,0 +1,157 @@
+"""Every public layer and combinator as data, for the laws of `test_laws.py`.
+
+A name is that of the constructor, with ': what is special' behind it where a layer has more than one case.
+
+    python tests/registry.py        writes tests/golden/layouts.json again, after a wanted change of layout
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxnet
+from jaxnet import Layer, tree
+from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual
+from jaxnet.core import describe, layer, param, wire
+from jaxnet.layers import batch_norm, dense, dropout, embed, flatten, layer_norm
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "layouts.json"
+
+# Laws from which a case may be exempt, with the reason in the case: `dtype` (dtype in, dtype out), `batch` (leading axes
+# are batch axes), `differences` (gradients equal finite differences).
+LAWS = ("dtype", "batch", "differences")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer and the specs of its inputs; the first axis of each is a batch axis."""
+
+    net: Layer
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    exempt: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def specs(self, dtype: Any = jnp.float32, lead: tuple[int, ...] = ()) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The inputs with another float dtype and further leading axes."""
+        return tuple(
+            jax.ShapeDtypeStruct(lead + x.shape, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+            for x in self.inputs
+        )
+
+    def data(self, dtype: Any = jnp.float32, lead: tuple[int, ...] = (), seed: int = 7) -> tuple[jax.Array, ...]:
+        """Normal numbers of those specs; integers in 0 .. 3."""
+        return _numbers(self.specs(dtype, lead), seed)
+
+    def start(self, dtype: Any = jnp.float32) -> tuple[Any, Any]:
+        """Parameters, normal numbers all, and state (None for a stateless layer); nothing is compiled for them."""
+        specs, init_state = self.specs(dtype), self.net.init_state
+        params = _numbers(jax.eval_shape(lambda: self.net.init(jax.random.key(0), *specs)), seed=0)
+        return params, init_state(*specs) if init_state else None
+
+
+def _numbers(specs: Any, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+
+    def draw(spec):
+        whole = jnp.issubdtype(spec.dtype, jnp.integer)
+        return jnp.asarray(rng.integers(0, 4, spec.shape) if whole else rng.normal(size=spec.shape), spec.dtype)
+
+    return jax.tree.map(draw, specs)
+
+
+def floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+@wire(norm=layer_norm(), qkv=dense(3 * 4), out=dense(4))
+def attention(f, x):
+    """Pre-norm self-attention with 2 heads, written with jnp alone.  x [..., T, 4] -> y [..., T, 4]."""
+    q, k, v = jnp.split(f.qkv(f.norm(x)).reshape(*x.shape[:-1], 2, 6), 3, axis=-1)
+    scores = jnp.einsum("...qnh,...knh->...nqk", q, k) / 2**0.5
+    mixed = jnp.einsum("...nqk,...knh->...qnh", jax.nn.softmax(scores), v)
+    return f.out(mixed.reshape(x.shape))
+
+
+@wire(attn=residual(attention), drop=dropout(0.1), norm=layer_norm(), up=dense(4), down=dense(4))
+def transformer_block(f, x):
+    x = f.attn(x)
+    return x + f.drop(f.down(jax.nn.gelu(f.up(f.norm(x)))))
+
+
+@wire(table=param((4, 4), jax.nn.initializers.normal(1.0)), hidden=residual(chain(dense(4), jnp.tanh)))
+def tied(f, ids):
+    """A language model whose output weights are its embedding."""
+    x = f.table()[ids]
+    return f.hidden(x) @ f.table().T
+
+
+@wire(first=dense(4), second=dense(4))
+def product(f, x, y):
+    return f.first(x) * f.second(y)
+
+
+noisy_block = chain(dense(4), batch_norm(), jnp.tanh, dropout(0.2))
+
+_BFLOAT16 = "it computes in bfloat16, too coarse for differences"
+_IDS = "its inputs are integers; the dtype of its parameters is an argument"
+
+CASES: dict[str, Case] = {
+    "dense": Case(dense(3), (floats(8, 4),)),
+    "dense: without bias": Case(dense(3, bias=False), (floats(2, 3, 4),)),
+    "batch_norm": Case(batch_norm(), (floats(6, 2, 4),)),
+    "batch_norm: bare": Case(batch_norm(scale=False, bias=False), (floats(6, 4),)),
+    "layer_norm": Case(layer_norm(), (floats(6, 4),)),
+    "layer_norm: bare": Case(layer_norm(scale=False, bias=False), (floats(6, 4),)),
+    "dropout": Case(dropout(0.4), (floats(4, 4),)),
+    "embed": Case(embed(4, 4), (ints(4, 2),), {"dtype": _IDS}),
+    "flatten": Case(flatten(2), (floats(4, 2, 3),)),
+    "layer": Case(layer(None, lambda params, x: jnp.sin(x), label="sin"), (floats(4, 4),)),
+    "param": Case(tied, (ints(3, 2),), {"dtype": _IDS}),
+    "wire": Case(product, (floats(4, 4), floats(4, 4))),
+    "chain": Case(chain(dense(4), jnp.tanh, out=dense(3)), (floats(4, 4),)),
+    "parallel": Case(parallel(dense(4), negative=jnp.negative), (floats(4, 4),)),
+    "parallel: merge": Case(parallel(main=dense(4), shortcut=dense(4), merge=jnp.add), (floats(4, 4),)),
+    "residual": Case(residual(chain(layer_norm(), dense(4))), (floats(4, 4),)),
+    "repeat": Case(repeat(chain(dense(4), jnp.tanh), 2), (floats(4, 4),)),
+    "repeat: noisy, stateful, remat": Case(repeat(noisy_block, 2, remat=True), (floats(4, 4),)),
+    "remat": Case(remat(chain(dense(4), jnp.tanh)), (floats(4, 4),)),
+    "cast": Case(cast(chain(dense(4), jnp.tanh), "bfloat16"), (floats(4, 4),), {"differences": _BFLOAT16}),
+    "network: transformer": Case(transformer_block, (floats(1, 4, 4),)),
+    "network: stateful": Case(chain(stem=dense(4), blocks=repeat(residual(noisy_block), 2)), (floats(4, 4),)),
+}
+
+
+def public_names() -> set[str]:
+    """What must have a case: all constructors, and the three ways to make a layer."""
+    return {*jaxnet.layers.__all__, *jaxnet.combinators.__all__, "layer", "param", "wire"}
+
+
+def layout(case: Case) -> dict[str, dict[str, str]]:
+    """Path and spec of each parameter and of each number of the state."""
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda: case.net.init(key, *case.inputs))
+    init_state = case.net.init_state
+    state = jax.eval_shape(lambda: init_state(*case.inputs)) if init_state else {}
+    return {
+        name: {path: describe(spec) for path, spec in tree.flatten(part).items()}
+        for name, part in [("params", params), ("state", state)]
+    }
+
+
+def layouts() -> dict[str, Any]:
+    return {name: layout(case) for name, case in sorted(CASES.items())}
+
+
+if __name__ == "__main__":
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(json.dumps(layouts(), indent=1, sort_keys=True) + "\n")
+    print(f"{GOLDEN}: {len(CASES)} cases")
