@@ -79,16 +79,14 @@ def _as_json(info: "Info") -> dict[str, Any]:
 
 
 def _as_text(info: "Info") -> str:
-    kind = (
-        "safetensors file of another program" if info.version is None else f"jaxnet checkpoint, format {info.version}"
-    )
+    ours = f"jaxnet checkpoint, format {info.version}"
+    kind = "safetensors file of another program" if info.version is None else ours
     groups: dict[str, list[Leaf]] = {}
     for leaf in info.leaves:
         groups.setdefault(leaf.path.partition("/")[0], []).append(leaf)
     rows = [_row(x.path, str(list(x.shape)), x.dtype, [x]) for x in info.leaves]
-    sums = [
-        _row(f"{name}/*", f"{len(x)} arrays", "", x) for name, x in groups.items() if len(x) > 1 and len(groups) > 1
-    ]
+    large = {name: leaves for name, leaves in groups.items() if len(leaves) > 1 and len(groups) > 1}
+    sums = [_row(f"{name}/*", f"{len(leaves)} arrays", "", leaves) for name, leaves in large.items()]
     sums.append(_row("total", f"{len(rows)} arrays", "", info.leaves))
     parts = [f"{info.path}: {kind}, {info.nbytes:,} bytes"]
     parts.append(_table(("path", "shape", "dtype", "parameters", "bytes"), [*rows, None, *sums]))

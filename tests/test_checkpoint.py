@@ -391,6 +391,7 @@ REFUSED = {
         r"leaf 'x/1': two keys of type int and str give this one name",
     ),
     "key type": ({"x": {np.int64(1): 2}}, r"leaf 'x': it has a key of type int64: use str, int,"),
+    "tuple in a tuple": ({(1, (2,)): 2}, r"leaf '': it has a key of type tuple"),
     "key in a tuple": ({(1, frozenset()): 2}, r"leaf '': it has a key of type frozenset"),
     "endless key": ({2**20000: 1}, r"it has a key of type int"),
     "surrogate key": ({"a\ud800": 1}, r"its key 'a.ud800' is not Unicode text"),
@@ -416,10 +417,24 @@ def test_saving_inside_jit_is_an_error(tmp_path):
         jax.jit(lambda x: save(tmp_path / "t", {"x": x}))(jnp.ones(2))
 
 
+DEEP_METADATA: dict = {}
+for _ in range(100):
+    DEEP_METADATA = {"a": DEEP_METADATA}
+
+
 @pytest.mark.parametrize(
     "metadata",
-    [{"a": float("nan")}, {"a": (1, 2)}, {1: 2}, {"a": np.float32(1)}, {"a": jnp.ones(1)}, [1], {"a": {1}}],
-    ids=["nan", "tuple", "int key", "numpy", "array", "list", "set"],
+    [
+        {"a": float("nan")},
+        {"a": (1, 2)},
+        {1: 2},
+        {"a": np.float32(1)},
+        {"a": jnp.ones(1)},
+        [1],
+        {"a": {1}},
+        DEEP_METADATA,
+    ],
+    ids=["nan", "tuple", "int key", "numpy", "array", "list", "set", "deep"],
 )
 def test_metadata_must_survive_json(metadata, tmp_path):
     with pytest.raises(CheckpointError, match="metadata must be a dict of str keys"):
@@ -883,6 +898,8 @@ FORGED = {
         forge(["dict", [[["int", "0x1"], ["none", None]], [["bool", True], ["none", None]]]]),
         "two keys are al",
     ),
+    "key in a key": (forge(["dict", [[["tuple", [["tuple", []]]], ["none", None]]]]), "unknown kind 'tuple' of a key"),
+    "key is empty": (forge(["dict", [[[], ["none", None]]]]), "not well-formed"),
     "key is a dict": (forge(["dict", [[["dict", []], ["none", None]]]]), "not well-formed"),
     "field is a number": (forge(["record", [[["int", "0x1"], ["none", None]]]]), "the names of fields are strings"),
     "too deep": (forge(nested(101, ["none", None])), "nested deeper than 100 levels"),

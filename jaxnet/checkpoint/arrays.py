@@ -86,29 +86,22 @@ def from_bytes(file: str, name: str, node: Node, shape: tuple[int, ...], raw: np
         raise CheckpointError(file, name, f"numpy and ml_dtypes here cannot make {Spec(node.value, shape)}: {e}") from e
 
 
-def place(
-    file: str, nodes: dict[str, Node], stored: dict[str, np.ndarray], targets: dict[str, Target]
-) -> dict[str, Any]:
+def place(file: str, nodes: dict[str, Node], data: dict[str, np.ndarray], targets: dict[str, Target]) -> dict[str, Any]:
     """Turn what `from_bytes` gave into what `targets` asks for, all transfers in one call.
 
     What JAX would narrow (64 bits while `jax_enable_x64` is off) stays a NumPy array.
     """
-    result, moving, shardings = {}, [], []
-    for name, a in stored.items():
-        kind, sharding = targets[name]
-        result[name] = a[()] if kind == "numpy_scalar" else a
+    result: dict[str, Any] = dict(data)
+    moving = []
+    for name, (kind, _) in targets.items():
         if kind == "key":
-            result[name] = _wrap_key(file, name, nodes[name].value, a)
-        if (
-            kind == "key"
-            and sharding is not None
-            or kind == "jax"
-            and jax.dtypes.canonicalize_dtype(a.dtype) == a.dtype
-        ):
+            result[name] = _wrap_key(file, name, nodes[name].value, data[name])
+        elif kind == "numpy_scalar":
+            result[name] = data[name][()]
+        if kind == "key" or kind == "jax" and jax.dtypes.canonicalize_dtype(data[name].dtype) == data[name].dtype:
             moving.append(name)
-            shardings.append(sharding)
     try:
-        placed = jax.device_put([result[name] for name in moving], shardings)
+        placed = jax.device_put([result[name] for name in moving], [targets[name].sharding for name in moving])
     except (TypeError, ValueError) as e:
         raise CheckpointError(file, None, f"the shardings of `like` do not suit its shapes: {e}") from e
     return result | dict(zip(moving, placed, strict=True))

@@ -214,10 +214,7 @@ def _sync_folder(folder: str):
     try:
         os.fsync(fd)
     except OSError as e:
-        if e.errno not in (
-            errno.EINVAL,
-            errno.EBADF,
-        ):  # some file systems cannot sync folders; PostgreSQL allows it too
+        if e.errno not in (errno.EINVAL, errno.EBADF):  # a file system that cannot; PostgreSQL allows for these two
             raise
     finally:
         os.close(fd)
@@ -254,10 +251,14 @@ def _write(fd: int, data: memoryview):
 
 
 def _exact_json(file: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    def depth(x):
+        branches = x.values() if isinstance(x, dict) else x
+        return 1 + max(map(depth, branches), default=0) if isinstance(x, dict | list) else 0
+
     try:
-        if isinstance(metadata, dict) and json.loads(json.dumps(metadata)) == metadata:
+        if isinstance(metadata, dict) and json.loads(json.dumps(metadata)) == metadata and depth(metadata) <= 100:
             return metadata
-        reason = "it does not come back from JSON as it was"
+        reason = "it does not come back from JSON as it was, or is nested deeper than 100 levels"
     except (TypeError, ValueError, RecursionError) as e:
         reason = str(e)
     text = "metadata must be a dict of str keys with str, int, float, bool, None, lists and dicts inside"

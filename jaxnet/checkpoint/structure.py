@@ -130,7 +130,7 @@ def from_json(file: str, json: Any, path: Path = ()) -> Node:
             raise ValueError("two keys are alike")
         if kind == "record" and not all(isinstance(key, str) for key in keys):
             raise ValueError("the names of fields are strings")
-    except (ValueError, TypeError, OverflowError, RecursionError) as e:
+    except (ValueError, TypeError, OverflowError, LookupError) as e:
         text = f"the manifest's tree is not well-formed at '{ascii(leaf_name(path))[1:-1]}' ({e}); {RESTORE}"
         raise CheckpointError(file, None, text) from e
     return Node(kind, None, keys, [from_json(file, x, (*path, step)) for step, x in zip(steps, children, strict=True)])
@@ -165,10 +165,8 @@ def check_arrays(file: str, nodes: dict[str, Node], tensors: dict[str, Tensor]):
             raise CheckpointError(file, name, f"the tree gives it an unknown dtype, {node.value!r}; {RESTORE}")
         code, _ = stored_as(node, ())
         if tensor.code != code or node.kind == "key" and not axes or node.value == "complex128" and axes != (2,):
-            text = (
-                f"the tree calls it {node.value}, which is not stored as {Spec(tensor.code, tensor.shape)}; {RESTORE}"
-            )
-            raise CheckpointError(file, name, text)
+            text = f"the tree calls it {node.value}, which is not stored as {Spec(tensor.code, tensor.shape)}"
+            raise CheckpointError(file, name, f"{text}; {RESTORE}")
 
 
 def spec(node: Node, shape: tuple[int, ...] | None) -> Spec:
@@ -253,15 +251,19 @@ def _container_differences(template: Node, stored: Node) -> list[str]:
     lines = []
     for path in ours | theirs:
         here, there = ours.get(path), theirs.get(path)
-        words = [_in_words(n) if n else "nothing" for n in (here, there)]
-        only = here or there  # if one side alone has it: what is in it has been reported leaf by leaf
-        if here and there and words[0] != words[1] or not (here and there) and only and not only.children:
-            name = f"{leaf_name(path)}:" if path else "the root:"
-            lines.append(f"container differs: {name} template {words[0]}, file {words[1]}")
+        if here and there:
+            differ = _in_words(here) != _in_words(there)
+        else:  # one side alone has it: what is in it has been reported leaf by leaf, but it may be empty
+            differ = not (here or theirs[path]).children
+        if differ:
+            name = leaf_name(path) if path else "the root"
+            lines.append(f"container differs: {name}: template {_in_words(here)}, file {_in_words(there)}")
     return lines
 
 
-def _in_words(container: Node) -> str:
+def _in_words(container: Node | None) -> str:
+    if container is None:
+        return "nothing"
     names = {"none": "None", "record": "record of named fields", "ordered_dict": "OrderedDict"}
     name = names.get(container.kind, container.kind)
     if container.kind in DICTS and not all(isinstance(key, str) for key in container.keys):
@@ -290,31 +292,28 @@ def _fields(x: Any) -> list[tuple[str, Any]] | None:
 
 
 def _check_key(file: str, path: Path, key: Any):
-    if type(key) is tuple:
-        for part in key:
-            _check_key(file, path, part)
-    elif _KINDS.get(type(key)) not in _SCALARS or isinstance(key, int) and key.bit_length() > 10_000:
-        text = f"it has a key of type {type(key).__name__}: use str, int, float, bool, bytes, None or a tuple of these"
-        raise CheckpointError(file, leaf_name(path), text)
-    elif isinstance(key, str) and re.search("[\ud800-\udfff]", key):
-        text = f"its key {key!a} is not Unicode text (it has lone surrogates): rename it"
-        raise CheckpointError(file, leaf_name(path), text)
+    for part in key if type(key) is tuple else [key]:
+        if _KINDS.get(type(part)) not in _SCALARS or isinstance(part, int) and part.bit_length() > 10_000:
+            text = (
+                f"it has a key of type {type(part).__name__}: use str, int, float, bool, bytes, None or tuples of these"
+            )
+            raise CheckpointError(file, leaf_name(path), text)
+        if isinstance(part, str) and re.search("[\ud800-\udfff]", part):
+            text = f"its key {part!a} is not Unicode text (it has lone surrogates): rename it"
+            raise CheckpointError(file, leaf_name(path), text)
 
 
 def _key_to_json(key: Any) -> Any:
-    if isinstance(key, str):
-        return key
     if isinstance(key, tuple):
         return ["tuple", [_key_to_json(part) for part in key]]
     kind = _KINDS[type(key)]
-    return [kind, _SCALARS[kind][0](key)]
+    return key if kind == "str" else [kind, _SCALARS[kind][0](key)]
 
 
 def _key_from_json(json: Any) -> Any:
-    if isinstance(json, str):
-        return json
-    kind, content = json
-    return tuple(_key_from_json(part) for part in content) if kind == "tuple" else _scalar(kind, content)
+    if isinstance(json, list) and json[:1] == ["tuple"]:
+        return tuple(part if isinstance(part, str) else _scalar(*part) for part in json[1])
+    return json if isinstance(json, str) else _scalar(*json)
 
 
 def _types(keys: Sequence[Any]) -> str:
