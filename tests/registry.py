@@ -49,9 +49,9 @@ class Case:
 
     def start(self, dtype: Any = jnp.float32) -> tuple[Any, Any]:
         """Parameters, normal numbers all, and state (None for a stateless layer); nothing is compiled for them."""
-        specs, init_state = self.specs(dtype), self.net.init_state
+        specs = self.specs(dtype)
         params = _numbers(jax.eval_shape(lambda: self.net.init(jax.random.key(0), *specs)), seed=0)
-        return params, init_state(*specs) if init_state else None
+        return params, state_of(self.net, *specs) if self.net.init_state else None
 
 
 def _numbers(specs: Any, seed: int) -> Any:
@@ -62,6 +62,12 @@ def _numbers(specs: Any, seed: int) -> Any:
         return jnp.asarray(rng.integers(0, 4, spec.shape) if whole else rng.normal(size=spec.shape), spec.dtype)
 
     return jax.tree.map(draw, specs)
+
+
+def state_of(net: Layer, *inputs: Any) -> Any:
+    """The first state of a stateful layer."""
+    assert net.init_state is not None
+    return net.init_state(*inputs)
 
 
 def floats(*shape: int) -> jax.ShapeDtypeStruct:
@@ -139,8 +145,7 @@ def layout(case: Case) -> dict[str, dict[str, str]]:
     """Path and spec of each parameter and of each number of the state."""
     key = jax.random.key(0)
     params = jax.eval_shape(lambda: case.net.init(key, *case.inputs))
-    init_state = case.net.init_state
-    state = jax.eval_shape(lambda: init_state(*case.inputs)) if init_state else {}
+    state = jax.eval_shape(lambda: state_of(case.net, *case.inputs)) if case.net.init_state else {}
     return {
         name: {path: describe(spec) for path, spec in tree.flatten(part).items()}
         for name, part in [("params", params), ("state", state)]

@@ -95,7 +95,8 @@ def test_a_jitted_training_step_compiles_once_and_its_gradients_reach_every_para
     compiled = jax.jit(step)
     params, state, grads = compiled(params, state, jax.random.key(1), case.data())
     compiled(params, state, jax.random.key(2), case.data(seed=8))
-    assert compiled._cache_size() == 1, "what a step returns must go in again without a recompilation"
+    compiled_programs = compiled._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    assert compiled_programs == 1, "what a step returns must go in again without a recompilation"
     for path, grad in tree.flatten(grads).items():
         assert np.isfinite(grad).all(), path
         assert np.any(grad), f"no gradient reaches {path}"
