@@ -1241,13 +1241,10 @@ def test_memory(tmp_path):
     assert peak(verify, tmp_path / "t") < 5 << 20  # one block for each thread
 
 
-@pytest.mark.parametrize("leaves, size, limit", [(9, 2000, 0.1), (2000, 500, 1.0)])
-def test_time(leaves, size, limit, tmp_path):
-    """Ten times what a quiet two-core machine takes: this finds a leaf-by-leaf transfer, not a slow disk."""
-    tree = {str(i): jnp.zeros(size) for i in range(leaves)}
-    jax.block_until_ready(tree)
+def test_all_arrays_go_to_the_device_in_one_call(tmp_path, monkeypatch):
+    """2,000 leaves: 0.11 s in one call, 0.15 s one by one (a CPU; a GPU adds a round trip to each call)."""
+    tree, calls, real = [jnp.zeros(3), {"a": jnp.ones((2, 2)), "b": 1}, np.ones(2)], [], jax.device_put
     save(tmp_path / "t", tree)
-    start = time.perf_counter()
-    save(tmp_path / "t", tree)
-    jax.block_until_ready(load(tmp_path / "t", like=tree))
-    assert time.perf_counter() - start < limit
+    monkeypatch.setattr(jax, "device_put", lambda x, *args: calls.append(len(x)) or real(x, *args))
+    assert_same(load(tmp_path / "t"), tree)
+    assert calls == [2]

@@ -3,7 +3,7 @@
     save("run/state.safetensors", {"params": params, "opt": opt_state, "step": 100}, metadata={"accuracy": 0.98})
     state = load("run/state.safetensors", like=state)
 
-The files are plain safetensors; docs/checkpoint_format.md describes them.
+The files are plain safetensors; docs/checkpoint_format.md describes them. Linux and macOS (it takes `flock`).
 """
 
 from jaxnet.checkpoint.file import Info, Leaf, inspect, load, save, verify
