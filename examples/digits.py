@@ -33,22 +33,20 @@ def mlp() -> Layer:
 
 
 def convnet() -> Layer:
-    def block(features):
-        return chain(conv=conv(features, 3, bias=False), norm=batch_norm(), relu=jax.nn.relu)
-
     return chain(
-        block1=block(32),
-        block2=block(32),
+        conv1=conv(32, 3, bias=False),
+        norm1=batch_norm(),
+        relu1=jax.nn.relu,
         pool1=max_pool(2),
-        drop1=dropout(0.2),
-        block3=block(64),
-        block4=block(64),
+        conv2=conv(64, 3, bias=False),
+        norm2=batch_norm(),
+        relu2=jax.nn.relu,
         pool2=max_pool(2),
-        drop2=dropout(0.3),
         flatten=flatten(),
+        drop1=dropout(0.3),
         hidden=dense(128),
-        relu=jax.nn.relu,
-        drop3=dropout(0.4),
+        relu3=jax.nn.relu,
+        drop2=dropout(0.5),
         out=dense(10),
     )
 
@@ -150,7 +148,7 @@ def main(
     epochs: int = 0,
     batch_size: int = 0,
     lr: float = 3e-3,
-    noise: float = 0.2,
+    noise: float = 0.1,
     seed: int = 0,
     out: str = "out",
 ) -> float:
@@ -211,7 +209,7 @@ if __name__ == "__main__":
         "--lr", type=float, default=3e-3, help="learning rate at the start of the cosine (default: 0.003)"
     )
     parser.add_argument(
-        "--noise", type=float, default=0.2, help="deviation of the noise on training images (default: 0.2)"
+        "--noise", type=float, default=0.1, help="deviation of the noise on training images (default: 0.1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and noise (default: 0)")
     parser.add_argument(

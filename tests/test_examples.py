@@ -41,7 +41,9 @@ def digits():
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(EXAMPLES.glob("*.py"))])
 def test_help_explains_every_option(name):
-    help = subprocess.run([sys.executable, EXAMPLES / f"{name}.py", "--help"], capture_output=True, text=True, check=True).stdout
+    help = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     options = re.findall(r"^  (--[\w-]+)( [A-Z]+)?(.*(?:\n {10,}.*)?)", help, re.M)
     assert options and all(text.strip() for _, _, text in options)
 
@@ -169,7 +171,7 @@ def test_digits_takes_the_mnist_files(digits, real_data, tmp_path, capfd):
 def accuracies(digits, model, data, seeds, **settings):
     net, found = digits.MODELS[model](), []
     for seed in range(seeds):
-        result = digits.train(net, data, lr=3e-3, noise=0.2, seed=seed, progress=False, **settings)
+        result = digits.train(net, data, lr=3e-3, noise=0.1, seed=seed, progress=False, **settings)
         found.append(result.history[-1]["test_accuracy"])
     print(f"{model}: {np.mean(found):.2%} ± {np.std(found, ddof=1):.2%}")
     return np.mean(found)
