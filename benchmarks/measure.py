@@ -19,6 +19,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -99,7 +100,7 @@ def compare(
     clock = clock or (time.perf_counter if options.wall else time.process_time)
     rows, samples = [], {}
     for name in sorted(competitors, key=lambda name: name != reference):
-        if name != reference and options.only and not any(part.lower() in name.lower() for part in options.only):
+        if name != reference and not wanted(name, options):
             continue
         rows.append(row := Row(name))
         with _problems_of(row):
@@ -134,12 +135,18 @@ def interleave(rows: list[Row], samples: Mapping[str, Callable[[], float]], *, r
                 row.ratios.append(taken[row.name] / taken[reference])
 
 
+def wanted(name: str, options: argparse.Namespace) -> bool:
+    """Whether `--only`, if it was given, asks for this competitor."""
+    return not options.only or any(part.lower() in name.lower() for part in options.only)
+
+
 def check(result: Any, expected: Any, rtol: float) -> None:
     """Raise ValueError unless two trees of arrays agree, each within `rtol` of the largest value expected in it."""
     leaves, wanted = ([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in (result, expected))
     if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in wanted]:
         raise ValueError(f"the result has shapes {[x.shape for x in leaves]}, expected {[x.shape for x in wanted]}")
-    error = max(float(np.max(np.abs(x - y)) / np.max(np.abs(y))) for x, y in zip(leaves, wanted, strict=True))
+    errors = [np.max(np.abs(x - y)) / np.max(np.abs(y)) for x, y in zip(leaves, wanted, strict=True)]
+    error = np.max(errors)  # NaN if there is one, unlike Python's max
     if not error <= rtol:
         raise ValueError(f"the result is off by {error:.1e} of the largest value, {rtol:.0e} allowed")
 
@@ -170,15 +177,19 @@ def arguments(description: str | None, *, rounds=15, seconds=60.0, add: Callable
 
 
 def publish(options: argparse.Namespace, *tables: Table) -> None:
-    """Print tables, fastest first, and write the JSON file if one was asked for."""
+    """Print tables, and write the JSON file if one was asked for."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    models = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
+    versions = [f"{name} {installed[name]}" for name in PACKAGES if name in installed]
     facts = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()}-core {_processor()}, {platform.system()}",
+        "machine": f"{os.cpu_count()}-core {(models or [platform.machine()])[0]}, {platform.system()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "clock": "wall seconds" if options.wall else "CPU seconds of the process",
-        "versions": f"Python {platform.python_version()}, " + ", ".join(_versions()),
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
     }
-    print("{machine}, {cores} used; {clock}; {date}\n{versions}".format(**facts))
+    print("{machine}, cores used: {cores}; {clock}; {date}\n{versions}".format(**facts))
     for table in tables:
         print(f"\n{format_table(table)}", flush=True)
     if options.json:
@@ -187,25 +198,28 @@ def publish(options: argparse.Namespace, *tables: Table) -> None:
 
 
 def format_table(table: Table) -> str:
-    """The table as aligned text, with what its columns mean."""
-    scale, wide = UNITS[table.unit], max(len(row.name) for row in table.rows)
-    lines = [
-        table.title,
-        f"{table.unit}: time of one {table.per}, median over rounds [quartiles]; ratio: to '{table.reference}' in the same",
-        "round, likewise; compile: seconds that the first call took longer than the next",
-        "",
-        f"{'':{wide}} {table.unit:>8} {'[quartiles]':>17} {'ratio':>7} {'[quartiles]':>15} {'compile':>7} {'rounds':>6}",
-    ]
-    for row in sorted(table.rows, key=lambda row: (bool(row.problem), quartiles(row.seconds)[1])):
-        if row.problem:
-            lines.append(f"{row.name:{wide}} {row.problem}")
-            continue
-        low, median, high = (_digits(value * scale) for value in quartiles(row.seconds))
+    """The table as aligned text, fastest first, with what its columns mean."""
+    rows = sorted(table.rows, key=lambda row: (bool(row.problem), quartiles(row.seconds)[1]))
+    compiled = any(row.compile_seconds is not None for row in rows)
+    lines = [["", table.unit, "[quartiles]", "ratio", "[quartiles]", "rounds", *["compile"] * compiled]]
+    for row in rows:
+        low, median, high = (_digits(seconds * UNITS[table.unit]) for seconds in quartiles(row.seconds))
         below, ratio, above = (_digits(value) for value in quartiles(row.ratios))
-        spent = "" if row.compile_seconds is None else f"{row.compile_seconds:.2f}"
-        times, ratios = f"{median:>8} {f'[{low}, {high}]':>17}", f"{ratio:>7} {f'[{below}, {above}]':>15}"
-        lines.append(f"{row.name:{wide}} {times} {ratios} {spent:>7} {len(row.seconds):>6}")
-    return "\n".join(lines)
+        cells = [row.name, median, f"[{low}, {high}]", ratio, f"[{below}, {above}]", str(len(row.seconds))]
+        if compiled:
+            cells.append(f"{row.compile_seconds or 0:.2f}")
+        lines.append([row.name, row.problem] if row.problem else cells)
+    wide = max(len(line[0]) for line in lines)
+    widths = [max(len(line[i]) for line in lines if len(line) > 2) for i in range(1, len(lines[0]))]
+    text = [
+        f"{line[0]:{wide}}  " + "  ".join(map(str.rjust, line[1:], widths) if len(line) > 2 else line[1:])
+        for line in lines
+    ]
+    meaning = (
+        f"{table.unit}: time of one {table.per}, median over the rounds; ratio: to '{table.reference}', round by round"
+    )
+    meaning += "; compile: seconds\nthat the first call took beyond the second" if compiled else ""
+    return "\n".join([table.title, "", *text, "", meaning])
 
 
 def _sample(clock: Callable[[], float], work: Work, calls: int) -> Callable[[], float]:
@@ -235,15 +249,3 @@ def _problems_of(row: Row) -> Iterator[None]:
 def _digits(value: float) -> str:
     """Three significant digits without an exponent."""
     return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else f"{value:g}"
-
-
-def _processor() -> str:
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _versions() -> Iterator[str]:
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield f"{package} {importlib.metadata.version(package)}"
