@@ -419,7 +419,7 @@ def check_names(what: str, tree: Any, names) -> None:
         raise TypeError(f"{what} must be a dict by the name of the child, got {describe(tree)}")
     for name in tree:
         if name not in names:
-            raise ValueError(f"{what} hold '{name}', which is no child of this layer{_closest(name, names)}")
+            raise ValueError(f"{what} must have no '{name}', which is no child of this layer{_closest(name, names)}")
 
 
 def describe(tree: Any) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import jaxnet
 from jaxnet import Layer, tree
 from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual
-from jaxnet.core import describe, layer, param, wire
+from jaxnet.core import abstractly, describe, layer, param, wire
 from jaxnet.layers import batch_norm, dense, dropout, embed, flatten, layer_norm
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "layouts.json"
@@ -45,16 +45,16 @@ class Case:
 
     def data(self, dtype: Any = jnp.float32, lead: tuple[int, ...] = (), seed: int = 7) -> tuple[jax.Array, ...]:
         """Normal numbers of those specs; integers in 0 .. 3."""
-        return _numbers(self.specs(dtype, lead), seed)
+        return numbers(self.specs(dtype, lead), seed)
 
     def start(self, dtype: Any = jnp.float32) -> tuple[Any, Any]:
-        """Parameters, normal numbers all, and state (None for a stateless layer); nothing is compiled for them."""
+        """Parameters, normal numbers all, and state (None for a stateless layer)."""
         specs = self.specs(dtype)
-        params = _numbers(jax.eval_shape(lambda: self.net.init(jax.random.key(0), *specs)), seed=0)
-        return params, state_of(self.net, *specs) if self.net.init_state else None
+        return weights(self.net, *specs), state_of(self.net, *specs) if self.net.init_state else None
 
 
-def _numbers(specs: Any, seed: int) -> Any:
+def numbers(specs: Any, seed: int = 0) -> Any:
+    """Arrays of these specs: normal numbers, or integers in 0 .. 3. Nothing is compiled for them."""
     rng = np.random.default_rng(seed)
 
     def draw(spec):
@@ -62,6 +62,11 @@ def _numbers(specs: Any, seed: int) -> Any:
         return jnp.asarray(rng.integers(0, 4, spec.shape) if whole else rng.normal(size=spec.shape), spec.dtype)
 
     return jax.tree.map(draw, specs)
+
+
+def weights(net: Layer, *inputs: Any, seed: int = 0, **named: Any) -> Any:
+    """Parameters of a network, normal numbers all, so that none is zero."""
+    return numbers(abstractly(net.init)(jax.random.key(0), *inputs, **named), seed)
 
 
 def state_of(net: Layer, *inputs: Any) -> Any:

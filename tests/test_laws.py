@@ -106,8 +106,11 @@ def test_a_jitted_training_step_compiles_once_and_its_gradients_reach_every_para
 @pytest.mark.parametrize("train", [False, True])
 def test_jit_equals_eager(case, train):
     params, state = case.start()
-    call = lambda *a: run(case, *a, train=train, key=jax.random.key(1) if train else None)
-    eager, jitted = call(params, state, case.data()), jax.jit(call)(params, state, case.data())
+
+    def evaluate(params, state, inputs):
+        return run(case, params, state, inputs, train=train, key=jax.random.key(1) if train else None)
+
+    eager, jitted = (fn(params, state, case.data()) for fn in (evaluate, jax.jit(evaluate)))
     close(jitted, eager, rtol=2e-2 if "differences" in case.exempt else 1e-5)
     if not train:
         equal(eager[1], state)
@@ -270,7 +273,7 @@ def test_params_must_be_what_init_returns(case):
     with pytest.raises(TypeError, match="params must be a dict.* got None"):
         run(case, None, state, case.data(), train=False)
     if case.net.children and "" not in case.net.children:
-        with pytest.raises(ValueError, match="params hold 'foreign', which is no child"):
+        with pytest.raises(ValueError, match="params must have no 'foreign', which is no child"):
             run(case, {**params, "foreign": {}}, state, case.data(), train=False)
 
 
