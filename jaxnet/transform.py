@@ -285,6 +285,10 @@ def _equation_flops(equation) -> int:
     if name == "conv_general_dilated":
         kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
         return 2 * size * math.prod(kernel) // kernel[spec[0]]
+    if name in _CONVOLUTIONS:
+        operands = [v.aval.shape for v in (*equation.invars, *equation.outvars)]
+        kernel, output = (operands[i] for i in _CONVOLUTIONS[name])
+        return 2 * math.prod(output) * math.prod(kernel) // kernel[-1]
     if name in _ARITHMETIC:
         return size
     if name in _REDUCTIONS:
@@ -295,6 +299,8 @@ def _equation_flops(equation) -> int:
     return max(inner) if name == "cond" else sum(inner) * equation.params.get("length", 1)
 
 
+# The primitives of jaxnet.ops: where kernel and output are among their operands, and last, their result.
+_CONVOLUTIONS = {"convolve": (1, 2), "convolve_input": (0, 1), "convolve_kernel": (2, 1)}
 _ARITHMETIC = frozenset(
     "add sub mul div rem max min neg abs sign pow integer_pow sqrt rsqrt cbrt exp exp2 expm1 log log1p tanh logistic "
     "sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc erf_inv square floor ceil round lgamma "
