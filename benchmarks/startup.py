@@ -46,7 +46,8 @@ def main(argv=None):
             for name in NETWORKS
             for how in ["eager", "under jit"]
         }
-        title = f"First init of {len(widths)} dense layers of widths {widths[0]} to {widths[-1]}"
+        wide = f"width {WIDTH}" if widths[0] == widths[-1] else f"widths {widths[0]} to {widths[-1]}"
+        title = f"First init of {len(widths)} dense layers of {wide}, nested {options.depth} deep"
         tables.append(table(title, samples, "init", "s", "jaxnet, eager", options))
     measure.publish(options, *tables)
 
