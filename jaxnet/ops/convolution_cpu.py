@@ -1,0 +1,271 @@
+"""The three maps of `convolution` in the forms that XLA runs fast on a CPU, inside and outside of loops.
+
+XLA has fast convolutions on a CPU (YNNPACK's and Eigen's), but only in one order of axes: images [N, H, W, C], kernels
+[h, w, C, F]. Convolutions in other orders, such as the gradients that autodiff writes, it reorders in the outermost
+computation alone; in the body of a loop they fall to a loop nest that is 10 to 100 times slower. So the gradients are
+written here in that order, with explicit transposes (`_canonical`).
+
+Where another way to compute T is faster, it is a change of variables: if T(x, k, y) = T'(X x, K k, Y y) with linear maps X, K
+and Y, then each partial derivative of T is that of T' at the mapped operands, brought back by the transpose of the third map:
+
+    dT/dx (k, y) = X^T dT'/dx' (K k, Y y),    and so for the two others.
+
+One triple (X, K, Y) thus serves all three maps, and no index arithmetic is written twice (`_substitute`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxnet.ops.geometry import Geometry, lax_convolution, others, pad_spatial, plain, shape_of, slice_windows
+
+# The rule was measured with benchmarks/convolution.py, on one core of an AVX-512 machine.
+FEW = 4  # features: so few leave most of a vector register idle in XLA's convolutions
+SMALL = 16  # features: where neither side has more, XLA takes Eigen's convolution, the slower one
+LARGE = 2**24  # numbers: unfolded windows larger than this (64 MB) cost more than they gain
+
+
+def convolution(role: str, a, b, *, geometry: Geometry):
+    """The map called `role`, by the form that was measured best for these shapes."""
+    g, dtype = geometry, a.dtype
+    if dtype in (jnp.bfloat16, jnp.float16):  # sums are in float32, as in XLA's own convolutions
+        return convolution(role, a.astype(jnp.float32), b.astype(jnp.float32), geometry=g).astype(dtype)
+    if dtype not in (jnp.float32, jnp.float64):
+        return plain(role, a, b, geometry=g)
+
+    shapes = dict(zip(others(role), (a.shape, b.shape), strict=True)) | {role: shape_of(role, a, b, g)}
+    (*_, channels, features), batch = shapes["kernel"], shapes["input"][0]
+    features //= g.groups
+    strided = max(g.strides) > 1
+    larger = math.prod(g.window) > min(math.prod(g.sizes), math.prod(g.outputs))  # XLA would exchange kernel and image
+    unfolded = batch * math.prod(g.outputs) * math.prod(g.window) * channels
+
+    if g.groups > 1:
+        return (_depthwise if channels == 1 and features <= FEW else _grouped)(role, a, b, g)
+    if all(span <= s for span, s in zip(g.spans, g.strides, strict=True)):
+        return _unfolded(role, a, b, g, axes=g.rank)  # windows that do not overlap: the patches are no larger than x
+    if g.rank > 2:
+        return _unfolded(role, a, b, g, axes=g.rank - 2)
+    if features <= FEW < channels and not strided:
+        return _adjoint(role, a, b, g)
+    if unfolded <= LARGE:
+        if role == "kernel" and (
+            channels <= FEW or strided or any(o > n for o, n in zip(g.outputs, g.sizes, strict=True))
+        ):
+            return _unfolded_planes(role, a, b, g)
+        if role == "input" and channels <= FEW and not strided:
+            return _unfolded_planes(role, a, b, g)
+        if role != "kernel" and larger or role == "output" and channels <= FEW and features <= SMALL:
+            return _unfolded(role, a, b, g, axes=g.rank)
+        if dtype == jnp.float64 and not _fast_in_float64(role, shapes, g):
+            return (_unfolded_planes if role == "kernel" else functools.partial(_unfolded, axes=g.rank))(role, a, b, g)
+        if role != "kernel" and max(channels, features) <= SMALL and not (role == "input" and strided):
+            return _unfolded(role, a, b, g, axes=1)  # three times the features for windows of three, so not small
+    if g.rank == 1:
+        return _with_a_row(role, a, b, g)
+    return _canonical(role, a, b, g)
+
+
+# XLA's own convolution
+
+
+def _canonical(role: str, a, b, g: Geometry):
+    """All three maps as convolutions in the order of axes that XLA has fast code for; two spatial axes, one group.
+
+    input   x[n, i] = sum over o, w with o s + w d - lo = i of k[w] y[n, o]. With y spread out by s (zeros between, y'[o s] =
+            y[o]) and w' = W - 1 - w counting from the window's end, i.e. with the kernel flipped and C and F exchanged,
+            x[n, i] = sum over w' of y'[n, i + w' d - ((W - 1) d - lo)] k'[w']: a convolution of y' with stride 1, dilation d
+            and (W - 1) d - lo zeros before; after, as many as bring the outputs to the size of x.
+    kernel  k[w] = sum over n, o of x[n, o s + w d - lo] y[n, o]: the sum runs over images and outputs, so they are the
+            features and the window, C is the batch; w is the position, so its step d is the stride, and s the dilation.
+    """
+    if role == "output":
+        return lax_convolution(a, b, g)
+    if role == "input":
+        k, y = a, b
+        spread = g._replace(sizes=g.outputs, strides=(1, 1), padding=g.pullback_padding)
+        return lax_convolution(y, jnp.flip(k, (0, 1)).swapaxes(2, 3), spread, lhs_dilation=g.strides)
+    x, y = a, b
+    turned = g._replace(window=g.outputs, strides=g.dilation, padding=g.tight_padding, dilation=g.strides)
+    return lax_convolution(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), turned).transpose(1, 2, 0, 3)
+
+
+def _fast_in_float64(role: str, shapes, g: Geometry) -> bool:
+    """Does YNNPACK take this map in float64? Eigen does not, so there it is YNNPACK or the loop nest."""
+    *_, channels, features = shapes["kernel"]
+    if role == "kernel":
+        channels = shapes["input"][0]  # as in `_canonical`
+    return max(channels, features) > SMALL and not (role == "input" and max(g.strides) > 1)
+
+
+# Changes of variables
+
+
+def _substitute(role: str, a, b, g: Geometry, maps, inner):
+    """The map of T called `role` from that of T': `maps` are X, K and Y by role, inner(role, a', b') is the map of T'."""
+    mapped = [maps[name](operand) for name, operand in zip(others(role), (a, b), strict=True)]
+    spec = jax.ShapeDtypeStruct(shape_of(role, a, b, g), a.dtype)
+    return jax.linear_transpose(maps[role], spec)(inner(role, *mapped))[0]
+
+
+def _with_a_row(role: str, a, b, g: Geometry):
+    """One spatial axis: images of height 1."""
+    image = Geometry(
+        (1, *g.sizes), (1, *g.window), (1, *g.strides), ((0, 0), *g.padding), (1, *g.dilation), 1, g.precision
+    )
+    maps = {"input": lambda x: x[:, None], "kernel": lambda k: k[None], "output": lambda y: y[:, None]}
+    return _substitute(role, a, b, g, maps, functools.partial(convolution, geometry=image))
+
+
+def _unfolded(role: str, a, b, g: Geometry, *, axes: int):
+    """The windows along the first `axes` axes written out as features: a convolution over the other axes, or a product.
+
+    x [N, I.., rest, C] -> [N O.., rest, w.. C]; kernel [w.., rest, C, F] -> [rest, w.. C, F]; y -> [N O.., rest, F].
+    """
+    first, rest = g.axes(slice(axes)), g.axes(slice(axes, None))
+    apart = all(span <= s for span, s in zip(first.spans, first.strides, strict=True))
+
+    def unfold(x):
+        patches = _blocks(x, first) if apart else jnp.concatenate(slice_windows(x, first), -1)
+        return patches.reshape(-1, *patches.shape[axes + 1 :])
+
+    def flatten(k):
+        k = k.reshape(math.prod(first.window), *k.shape[axes:])
+        return jnp.moveaxis(k, 0, -3).reshape(*rest.window, -1, k.shape[-1])
+
+    maps = {"input": unfold, "kernel": flatten, "output": lambda y: y.reshape(-1, *y.shape[axes + 1 :])}
+    inner = (
+        functools.partial(convolution, geometry=rest)
+        if rest.rank
+        else functools.partial(_product, precision=g.precision)
+    )
+    return _substitute(role, a, b, g, maps, inner)
+
+
+def _blocks(x, g: Geometry):
+    """`slice_windows` and concatenate for windows that do not overlap: cut x into blocks of the stride, one for each window."""
+    n = g.rank
+    ends = zip(g.sizes, g.padding, g.outputs, g.strides, strict=True)
+    x = pad_spatial(x, [(lo, o * s - size - lo) for size, (lo, _), o, s in ends])
+    rest = x.shape[n + 1 :]
+    x = x.reshape(x.shape[0], *(size for pair in zip(g.outputs, g.strides, strict=True) for size in pair), *rest)
+    for axis, (span, d) in enumerate(zip(g.spans, g.dilation, strict=True)):
+        x = lax.slice_in_dim(x, 0, span, d, axis=2 * axis + 2)
+    outputs, taps = range(1, 2 * n + 1, 2), range(2, 2 * n + 1, 2)
+    x = x.transpose(0, *outputs, *range(2 * n + 1, x.ndim - 1), *taps, x.ndim - 1)
+    return x.reshape(*x.shape[: x.ndim - n - 1], -1)
+
+
+def _unfolded_planes(role: str, a, b, g: Geometry):
+    """As `_unfolded`, but each feature of each tap is a plane of its own, [w C, N O]: for few features, or steps within a row.
+
+    Only for the gradients: the kernel's is planes y, the input's brings kernel y^T back from planes.
+    """
+
+    def unfold(x):
+        windows = jax.vmap(lambda plane: jnp.stack(slice_windows(plane, g)), in_axes=-1, out_axes=1)(x)
+        return windows.reshape(windows.shape[0] * windows.shape[1], -1)
+
+    def inner(role, a, b):
+        return jnp.matmul(a, b if role == "kernel" else b.T, precision=g.precision)
+
+    maps = {
+        "input": unfold,
+        "kernel": lambda k: k.reshape(-1, k.shape[-1]),
+        "output": lambda y: y.reshape(-1, y.shape[-1]),
+    }
+    return _substitute(role, a, b, g, maps, inner)
+
+
+def _adjoint(role: str, a, b, g: Geometry):
+    """Input and output exchanged: with stride 1, T(x, k, y) = T*(y, flipped k, x), as in `_canonical`.
+
+    So few output features become few input features.
+    """
+    exchanged = {"input": "output", "kernel": "kernel", "output": "input"}
+    operands = {exchanged[name]: operand for name, operand in zip(others(role), (a, b), strict=True)}
+    if role != "kernel":
+        operands["kernel"] = _flip(operands["kernel"], g)
+    result = convolution(exchanged[role], *(operands[name] for name in others(exchanged[role])), geometry=_exchanged(g))
+    return _flip(result, g) if role == "kernel" else result
+
+
+def _exchanged(g: Geometry) -> Geometry:
+    return g._replace(sizes=g.outputs, padding=g.pullback_padding)
+
+
+def _flip(k, g: Geometry):
+    return jnp.flip(k, range(g.rank)).swapaxes(-1, -2)
+
+
+def _grouped(role: str, a, b, g: Geometry):
+    """One group after the other; each is a convolution of its own, in its best form."""
+
+    def split(name, a):  # [..., G c] -> [G, ..., c]
+        return jnp.moveaxis(a.reshape(*a.shape[:-1], g.groups, -1), -2, 0)
+
+    def one(operands):
+        return convolution(role, *operands, geometry=g._replace(groups=1))
+
+    first, second = others(role)
+    result = jnp.moveaxis(lax.map(one, (split(first, a), split(second, b))), 0, -2)
+    return result.reshape(*result.shape[:-2], -1)
+
+
+def _depthwise(role: str, a, b, g: Geometry):
+    """One input feature in each group: sums of products, feature by feature, without matrix products.
+
+    m output features in each group are m groups with one, for an x that is repeated m times.
+    """
+    repeats = (b if role != "input" else a).shape[-1] // g.groups
+    maps = {
+        "input": lambda x: jnp.repeat(x, repeats, axis=-1) if repeats > 1 else x,
+        "kernel": lambda k: k[..., 0, :],
+        "output": lambda y: y,
+    }
+    return _substitute(role, a, b, g, maps, functools.partial(_featurewise, g=g))
+
+
+def _featurewise(role: str, a, b, g: Geometry):
+    """x [N, *spatial, C], k [*window, C], y [N, *outputs, C]:  T = sum over w of sum(x shifted to w * k[w] * y)."""
+    if role == "output":
+        x, k = a, b
+        windows = slice_windows(x, g)
+        return sum(window * jnp.broadcast_to(k[tap], window.shape) for tap, window in zip(g.taps, windows, strict=True))
+    if role == "input":
+        k, y = a, b
+        # As in `_canonical`: y spread out, the kernel flipped.
+        pads = [(lo, hi, s - 1) for (lo, hi), s in zip(g.pullback_padding, g.strides, strict=True)]
+        y = lax.pad(y, jnp.zeros((), y.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+        stretched = g._replace(sizes=y.shape[1:-1], strides=(1,) * g.rank, padding=((0, 0),) * g.rank)
+        return _featurewise("output", y, jnp.flip(k, range(g.rank)), stretched)
+    x, y = a, b
+    channels = x.shape[-1]
+    x = pad_spatial(x, g.tight_padding)
+    g = g._replace(sizes=x.shape[1:-1], padding=((0, 0),) * g.rank)
+    if (
+        g.strides[-1] == 1
+    ):  # the last spatial axis and the features are one long axis, on which a step of d is one of d C
+        long = (g.sizes[-1] * channels,), (g.dilation[-1] * channels,)
+        g = g._replace(sizes=g.sizes[:-1] + long[0], dilation=g.dilation[:-1] + long[1])
+        x, y = x.reshape(*x.shape[:-2], -1), y.reshape(*y.shape[:-2], -1)
+
+    def add_image(sums, xy):
+        windows = slice_windows(xy[0][None], g)
+        return [total + window[0] * xy[1] for total, window in zip(sums, windows, strict=True)], None
+
+    # Whole images are added first: XLA's reduction over images and outputs at once is 3 to 5 times slower.
+    sums, _ = lax.scan(add_image, [jnp.zeros(y.shape[1:], y.dtype)] * len(g.taps), (x, y))
+    return jnp.stack([total.reshape(-1, channels).sum(0) for total in sums]).reshape(*g.window, channels)
+
+
+def _product(role: str, a, b, precision):
+    """A convolution without spatial axes: y = x k."""
+    if role == "output":
+        return jnp.matmul(a, b, precision=precision)
+    return jnp.matmul(b, a.T, precision=precision) if role == "input" else jnp.matmul(a.T, b, precision=precision)
