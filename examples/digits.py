@@ -43,10 +43,10 @@ def convnet() -> Layer:
         relu2=jax.nn.relu,
         pool2=max_pool(2),
         flatten=flatten(),
-        drop1=dropout(0.3),
+        drop1=dropout(0.25),
         hidden=dense(128),
         relu3=jax.nn.relu,
-        drop2=dropout(0.5),
+        drop2=dropout(0.25),
         out=dense(10),
     )
 

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING
 from jaxnet import train, tree
 from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual
 from jaxnet.core import Layer, layer, param, wire
-from jaxnet.layers import batch_norm, dense, dropout, embed, flatten, layer_norm
+from jaxnet.layers import (
+    avg_pool,
+    batch_norm,
+    conv,
+    dense,
+    dropout,
+    embed,
+    flatten,
+    global_avg_pool,
+    global_max_pool,
+    layer_norm,
+    max_pool,
+)
 from jaxnet.train.step import sgd
 from jaxnet.transform import capture, replace, summary, walk
 
@@ -21,21 +33,26 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Layer",
+    "avg_pool",
     "batch_norm",
     "capture",
     "cast",
     "chain",
     "checkpoint",
+    "conv",
     "data",
     "dense",
     "dropout",
     "embed",
     "flatten",
+    "global_avg_pool",
+    "global_max_pool",
     "layer",
     "layer_norm",
     "load",
-    "param",
+    "max_pool",
     "parallel",
+    "param",
     "remat",
     "repeat",
     "replace",

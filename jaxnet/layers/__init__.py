@@ -1,9 +1,23 @@
 """The layers. Each is a function that returns a `jaxnet.core.Layer`."""
 
+from jaxnet.layers.conv import conv
 from jaxnet.layers.dropout import dropout
 from jaxnet.layers.embed import embed
 from jaxnet.layers.linear import dense
 from jaxnet.layers.norm import batch_norm, layer_norm
+from jaxnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
 from jaxnet.layers.shape import flatten
 
-__all__ = ["batch_norm", "dense", "dropout", "embed", "flatten", "layer_norm"]
+__all__ = [
+    "avg_pool",
+    "batch_norm",
+    "conv",
+    "dense",
+    "dropout",
+    "embed",
+    "flatten",
+    "global_avg_pool",
+    "global_max_pool",
+    "layer_norm",
+    "max_pool",
+]
