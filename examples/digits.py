@@ -113,6 +113,24 @@ def confusion(predicted, labels) -> str:
     return "\n".join(rows)
 
 
+def draw_errors(path, images, predicted, labels) -> None:
+    """The test images that were misread, each with what it is and what it was taken for."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    wrong = np.flatnonzero(predicted != labels)[:24]
+    rows = max(1, -(-len(wrong) // 8))
+    figure = Figure(figsize=(8, 1.25 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, axes in enumerate(figure.subplots(rows, 8, squeeze=False).flat):
+        axes.set_axis_off()
+        if i < len(wrong):
+            axes.imshow(images[wrong[i], :, :, 0], cmap="gray_r")
+            axes.set_title(f"{labels[wrong[i]]}, read as {predicted[wrong[i]]}", fontsize=8)
+    figure.suptitle(f"{np.sum(predicted != labels)} of {len(labels):,} test images misread", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
 def inspect(params) -> None:
     """Print the structure of weights and biases, with a few of their values."""
     print(jaxnet.tree.table(params))
@@ -177,9 +195,11 @@ def main(
 
     picture = folder / f"{model}.png"
     plot_history(result.history, picture, title=f"{model} on {len(dataset.train.labels):,} digits: {accuracy:.2%}")
+    mistakes = folder / f"{model}_misread.png"
+    draw_errors(mistakes, dataset.test.images, predicted, dataset.test.labels)
     file = folder / f"{model}.safetensors"
     jaxnet.save(file, {"model": model, "params": params, "state": state})
-    print(f"learning curves in {picture}, checkpoint in {file}")
+    print(f"learning curves in {picture}, what it misread in {mistakes}, checkpoint in {file}")
 
     with tempfile.TemporaryDirectory() as scratch:
         logits = pathlib.Path(scratch) / "logits.npy"

@@ -26,7 +26,7 @@ def kernel_error(kernel) -> float:
     return float(np.abs(np.asarray(kernel)[:, :, 0, 0] - SOBEL).max())
 
 
-def learn_sobel(images, key, *, steps: int, lr: float = 2.0):
+def learn_sobel(images, key, *, steps: int, lr: float = 0.4):
     """Fit y = x * k to the Sobel responses by full-batch gradient descent; returns the kernel before and after."""
     net = conv(1, 3, padding="VALID", bias=False, kernel_init=jax.nn.initializers.normal(1.0))
     before = net.init(key, images)
