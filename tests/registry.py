@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxnet
 from jaxnet import Layer, tree
@@ -26,6 +27,14 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "layouts.json"
 # Laws from which a case may be exempt, with the reason in the case: `dtype` (dtype in, dtype out), `batch` (leading axes
 # are batch axes), `differences` (gradients equal finite differences).
 LAWS = ("dtype", "batch", "differences")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_to_compile():
+    """For a module of tests that compiles many small programs: XLA's optimisations would cost more than they save."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from registry import floats, noisy_block, numbers, state_of, weights
+from registry import floats, noisy_block, numbers, quick_to_compile, state_of, weights  # noqa: F401 (a fixture)
 
 from jaxnet import tree
 from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import numbers, state_of, weights
+from registry import numbers, quick_to_compile, state_of, weights  # noqa: F401 (a fixture)
 
 from jaxnet import tree
 from jaxnet.combinators import chain, parallel, remat, repeat, residual

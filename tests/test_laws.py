@@ -8,19 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import registry
-from registry import CASES, Case
+from registry import CASES, Case, quick_to_compile  # noqa: F401 (a fixture)
 
 from jaxnet import chain, parallel, tree
 from jaxnet.core import call, layer, output_specs, specs_of
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
