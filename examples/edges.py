@@ -65,7 +65,9 @@ def learn_digits(data, key, *, epochs: int):
     def test(params, batch: Split):
         return {"test_accuracy": net.apply(params, batch.images).argmax(-1) == batch.labels}
 
-    run = fit(loss, before, data.train, optimizer=optax.adam(2e-3), epochs=epochs, batch_size=64, key=key, progress=False)
+    run = fit(
+        loss, before, data.train, optimizer=optax.adam(2e-3), epochs=epochs, batch_size=64, key=key, progress=False
+    )
     return before, run.train_state.params, float(evaluate(test, data.test)(run.train_state)["test_accuracy"])
 
 
@@ -87,7 +89,9 @@ def draw(path, sobel, kernels, image) -> None:
         axes[0, column].set_title(name, fontsize=9)
     for row, name in enumerate(["before", "after", "what it sees"]):
         axes[row, 0].set_ylabel(name)
-    figure.suptitle("Kernels learned by gradient: given Sobel's answers (left), and to read digits (right)", fontsize=10)
+    figure.suptitle(
+        "Kernels learned by gradient: given Sobel's answers (left), and to read digits (right)", fontsize=10
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -106,7 +110,14 @@ def main(steps: int = 1000, epochs: int = 20, seed: int = 0, out: str = "out") -
     error = kernel_error(after)
     print("A 3x3 kernel, from a random start to the Sobel operator, nine weights at once:")
     for old, new, target in zip(before[:, :, 0, 0], after[:, :, 0, 0], SOBEL, strict=True):
-        print("  ", *(f"{x:6.2f}" for x in old), "   ->  ", *(f"{x:8.4f}" for x in new), "   Sobel", *(f"{x:3.0f}" for x in target))
+        print(
+            "  ",
+            *(f"{x:6.2f}" for x in old),
+            "   ->  ",
+            *(f"{x:8.4f}" for x in new),
+            "   Sobel",
+            *(f"{x:3.0f}" for x in target),
+        )
     print(f"largest error {kernel_error(before):.2f} before, {error:.1e} after {steps:,} steps\n")
 
     first, last, accuracy = learn_digits(data, digits_key, epochs=epochs)
@@ -125,7 +136,9 @@ def main(steps: int = 1000, epochs: int = 20, seed: int = 0, out: str = "out") -
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000, help="of gradient descent to the Sobel operator (default: 1000)")
+    parser.add_argument(
+        "--steps", type=int, default=1000, help="of gradient descent to the Sobel operator (default: 1000)"
+    )
     parser.add_argument("--epochs", type=int, default=20, help="of the convnet on the digits (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the random start (default: 0)")
     parser.add_argument("--out", metavar="FOLDER", default="out", help="for the picture (default: out)")

@@ -46,7 +46,7 @@ class Layer:
 
     init: Callable[..., Any]
     apply: Callable[..., Any]
-    init_state: Callable[..., Any] | None = None
+    init_state: Any = None  # Callable[..., Any] | None: who calls it knows whether there is one
     label: str = "layer"
     children: Mapping[str, Layer] = dataclasses.field(default_factory=dict)
     rebuild: Callable[[Mapping[str, Layer]], Layer] | None = None

@@ -64,7 +64,7 @@ def literal_xor(hidden, output, lr, epochs):
     """The classic NumPy program: forward, backward by hand, plain gradient descent; also the first step's gradients."""
     x = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float64)
     y = np.array([[0], [1], [1], [0]], np.float64)
-    hidden, output, first = hidden.copy(), output.copy(), None
+    hidden, output, first = hidden.copy(), output.copy(), ()
     for _ in range(epochs):
         h = sigmoid(x @ hidden)
         f = sigmoid(h @ output)

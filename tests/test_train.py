@@ -330,11 +330,12 @@ def test_progress_rewrites_its_line_on_a_terminal(monkeypatch):
         def flush(self):
             pass
 
-    monkeypatch.setattr("sys.stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
     show = Progress(200, compile_seconds=1.25)
     show({"step": 100, "epoch": 1, "loss": 0.5, "samples_per_second": 1234.0, "seconds": 60.0})
     show.close()
-    first, line, end = show.stream.written.split("\r")[1:]
+    first, line, end = terminal.written.split("\r")[1:]
     assert first == "compiled in 1.2 s\n"
     assert line == "epoch 1  step 100/200  loss 0.5  1,234 samples/s  1:00 left"  # half done after a minute
     assert end.endswith("\n")
