@@ -64,13 +64,13 @@ def literal_xor(hidden, output, lr, epochs):
     """The classic NumPy program: forward, backward by hand, plain gradient descent; also the first step's gradients."""
     x = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float64)
     y = np.array([[0], [1], [1], [0]], np.float64)
-    hidden, output, first = hidden.copy(), output.copy(), ()
+    hidden, output, first = hidden.copy(), output.copy(), []
     for _ in range(epochs):
         h = sigmoid(x @ hidden)
         f = sigmoid(h @ output)
         delta_output = (f - y) * f * (1 - f)
         delta_hidden = delta_output @ output.T * h * (1 - h)
-        gradients = x.T @ delta_hidden, h.T @ delta_output
+        gradients = [x.T @ delta_hidden, h.T @ delta_output]
         first = first or gradients
         hidden -= lr * gradients[0]
         output -= lr * gradients[1]
