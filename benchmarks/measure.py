@@ -218,7 +218,7 @@ def format_table(table: Table) -> str:
     meaning = (
         f"{table.unit}: time of one {table.per}, median over the rounds; ratio: to '{table.reference}', round by round"
     )
-    meaning += "; compile: seconds\nthat the first call took beyond the second" if compiled else ""
+    meaning += "\ncompile: seconds that the first call took beyond the second" if compiled else ""
     return "\n".join([table.title, "", *text, "", meaning])
 
 

@@ -1,0 +1,170 @@
+"""The benchmarks run, whatever is installed; the arithmetic of `measure` is checked with a clock that the test moves."""
+
+import importlib
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("measure")
+
+
+@pytest.fixture
+def options(measure):
+    return measure.arguments(None, argv=["--rounds", "4", "--cores", "0"])  # the tests' own process is not pinned
+
+
+class Clock:
+    """Time passes only where the work says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def work(self, measure, seconds, *, steps=1, output=1.0):
+        """A competitor whose calls take these seconds, one after the other; the last is repeated."""
+        left = list(seconds)
+
+        def run():
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+            return np.float32(output)
+
+        return lambda: measure.Work(run, steps)
+
+
+def compare(measure, options, clock, competitors, **arguments):
+    table = measure.compare(
+        "Title", competitors, per="step", unit="ms", reference="base", options=options, clock=clock, **arguments
+    )
+    return {row.name: row for row in table.rows}, measure.format_table(table)
+
+
+def test_times_are_per_step_and_ratios_within_the_round(measure, options):
+    clock = Clock()
+    competitors = {
+        "twice": clock.work(measure, [9.0, 2.0, 4.0, 4.0, 8.0, 8.0], steps=2),
+        "base": clock.work(measure, [5.0, 1.0, 1.0, 1.0, 2.0, 2.0]),
+    }
+    rows, text = compare(measure, options, clock, competitors)
+    assert rows["base"].seconds == [1.0, 1.0, 2.0, 2.0]  # the first call, 5 s, and the second, 1 s, are apart
+    assert rows["twice"].seconds == [2.0, 2.0, 4.0, 4.0]
+    assert rows["twice"].ratios == [2.0, 2.0, 2.0, 2.0]
+    assert (rows["base"].compile_seconds, rows["twice"].compile_seconds) == (4.0, 7.0)
+    lines = text.splitlines()
+    assert lines[3].split() == ["base", "1,500", "[1,000,", "2,000]", "1.00", "[1.00,", "1.00]", "4", "4.00"]
+    assert lines[4].split() == ["twice", "3,000", "[2,000,", "4,000]", "2.00", "[2.00,", "2.00]", "4", "7.00"]
+
+
+def test_quick_work_is_called_often_enough_to_be_measured(measure, options):
+    clock, calls = Clock(), []
+
+    def prepare():
+        def run():
+            calls.append(1)
+            clock.now += 2.0**-10
+
+        return measure.Work(run)
+
+    rows, _ = compare(measure, options, clock, {"base": prepare})
+    assert rows["base"].seconds == [2.0**-10] * 4
+    assert len(calls) == 2 + 4 * 21  # 21 / 1024 s is the first above 0.02 s
+
+
+def test_problems_are_named_and_the_others_go_on(measure, options):
+    clock = Clock()
+
+    def missing():
+        raise ModuleNotFoundError("No module named 'keras'", name="keras")
+
+    def breaks_later():
+        calls = []
+
+        def run():
+            calls.append(1)
+            clock.now += 1.0
+            if len(calls) == 4:
+                raise RuntimeError("out of\nmemory")
+            return np.float32(3.0)
+
+        return measure.Work(run, steps=3)
+
+    competitors = {
+        "base": clock.work(measure, [1.0]),
+        "missing": missing,
+        "wrong": clock.work(measure, [1.0], output=1.1),
+        "not a number": clock.work(measure, [1.0], output=np.nan),
+        "breaks": breaks_later,
+        "good": clock.work(measure, [2.0], output=1.0005),
+    }
+    rows, text = compare(measure, options, clock, competitors, expected=lambda steps: np.float64(steps))
+    assert rows["missing"].problem == "skipped: keras is not installed"
+    assert (
+        rows["wrong"].problem == "failed: ValueError: the result is off by 1.0e-01 of the largest value, 1e-03 allowed"
+    )
+    assert "off by nan" in rows["not a number"].problem
+    assert rows["breaks"].problem == "failed: RuntimeError: out of"
+    assert rows["good"].ratios == [2.0] * 4
+    assert [line.split("  ")[0] for line in text.splitlines()[3:5]] == ["base", "good"]  # problems come last
+    assert "missing       skipped: keras is not installed" in text
+
+
+def test_one_bad_number_is_enough(measure):
+    good, bad = np.ones(2), np.array([1.0, np.nan])
+    measure.check([good, good * 1.0005], [good, good], 1e-3)
+    for result in [[good, bad], [bad, good], [good, good * 1.002]]:
+        with pytest.raises(ValueError, match="the result is off by"):
+            measure.check(result, [good, good], 1e-3)
+
+
+def test_results_of_another_shape_are_wrong(measure):
+    with pytest.raises(ValueError, match=r"shapes \[\(3,\)\], expected \[\(2,\)\]"):
+        measure.check([np.ones(3)], [np.ones(2)], 1e-3)
+
+
+def test_quartiles(measure):
+    assert measure.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert np.isnan(measure.quartiles([])).all()
+
+
+def test_no_round_starts_after_the_budget(measure, options):
+    options.seconds = 0.0
+    rows, _ = compare(measure, options, clock := Clock(), {"base": clock.work(measure, [1.0])})
+    assert len(rows["base"].seconds) == 1  # but there is always one
+
+
+@pytest.mark.parametrize(
+    "script, flags, measured, peer, module",
+    [
+        ("xor.py", ["--only", "train_steps", "--only", "Keras"], "jaxnet, one loop: train_steps", "Keras fit", "keras"),
+        (
+            "convnet.py",
+            ["--only", "train_steps", "--only", "Keras"],
+            "jaxnet in a loop (train_steps)",
+            "Keras fit",
+            "keras",
+        ),
+        ("startup.py", ["--only", "Haiku, eager", "--depth", "1"], "jaxnet, eager", "Haiku, eager", "haiku"),
+    ],
+)
+def test_each_benchmark_runs(script, flags, measured, peer, module, tmp_path):
+    file = tmp_path / "numbers.json"
+    command = [sys.executable, BENCHMARKS / script, "--rounds", "1", "--seconds", "1", "--json", file, *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for table in json.loads(file.read_text())["tables"] for row in table["rows"]}
+    assert rows[measured]["problem"] == "" and rows[measured]["seconds"][0] > 0
+    installed = importlib.util.find_spec(module) is not None
+    assert rows[peer]["problem"] == ("" if installed else f"skipped: {module} is not installed")
+    assert f"{peer} " in done.stdout
