@@ -20,13 +20,25 @@ import jaxnet
 from jaxnet import Layer, tree
 from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual
 from jaxnet.core import abstractly, describe, layer, param, wire
-from jaxnet.layers import batch_norm, dense, dropout, embed, flatten, layer_norm
+from jaxnet.layers import (
+    avg_pool,
+    batch_norm,
+    conv,
+    dense,
+    dropout,
+    embed,
+    flatten,
+    global_avg_pool,
+    global_max_pool,
+    layer_norm,
+    max_pool,
+)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "layouts.json"
 
-# Laws from which a case may be exempt, with the reason in the case: `dtype` (dtype in, dtype out), `batch` (leading axes
-# are batch axes), `differences` (gradients equal finite differences).
-LAWS = ("dtype", "batch", "differences")
+# Laws from which a case may be exempt, with the reason in the case: `dtype` (dtype in, dtype out), `differences`
+# (gradients equal finite differences), `curvature` (second derivatives too).
+LAWS = ("dtype", "differences", "curvature")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -122,11 +134,20 @@ def product(f, x, y):
 noisy_block = chain(dense(4), batch_norm(), jnp.tanh, dropout(0.2))
 
 _BFLOAT16 = "it computes in bfloat16, too coarse for differences"
+_PARTS = "its parts are tested one by one, and it would take long to compile"
 _IDS = "its inputs are integers; the dtype of its parameters is an argument"
 
 CASES: dict[str, Case] = {
     "dense": Case(dense(3), (floats(8, 4),)),
     "dense: without bias": Case(dense(3, bias=False), (floats(2, 3, 4),)),
+    "conv": Case(conv(3, 2), (floats(2, 3, 4, 2),)),
+    "conv: sequence, dilated, grouped": Case(
+        conv(4, (3,), strides=2, padding="VALID", dilation=2, groups=2, bias=False), (floats(2, 9, 4),)
+    ),
+    "max_pool": Case(max_pool(2), (floats(2, 4, 5, 2),)),
+    "avg_pool": Case(avg_pool(2, strides=1, padding="SAME"), (floats(2, 3, 3, 2),)),
+    "global_max_pool": Case(global_max_pool(), (floats(2, 3, 3, 2),)),
+    "global_avg_pool": Case(global_avg_pool(1), (floats(2, 3, 2),)),
     "batch_norm": Case(batch_norm(), (floats(6, 2, 4),)),
     "batch_norm: bare": Case(batch_norm(scale=False, bias=False), (floats(6, 4),)),
     "layer_norm": Case(layer_norm(), (floats(6, 4),)),
@@ -145,8 +166,15 @@ CASES: dict[str, Case] = {
     "repeat: noisy, stateful, remat": Case(repeat(noisy_block, 2, remat=True), (floats(4, 4),)),
     "remat": Case(remat(chain(dense(4), jnp.tanh)), (floats(4, 4),)),
     "cast": Case(cast(chain(dense(4), jnp.tanh), "bfloat16"), (floats(4, 4),), {"differences": _BFLOAT16}),
-    "network: transformer": Case(transformer_block, (floats(1, 4, 4),)),
-    "network: stateful": Case(chain(stem=dense(4), blocks=repeat(residual(noisy_block), 2)), (floats(4, 4),)),
+    "network: transformer": Case(transformer_block, (floats(1, 4, 4),), {"curvature": _PARTS}),
+    "network: convnet": Case(
+        chain(conv(2, 3), batch_norm(), jax.nn.silu, max_pool(2), flatten(), head=dense(4)),
+        (floats(2, 4, 4, 1),),
+        {"curvature": _PARTS},
+    ),
+    "network: stateful": Case(
+        chain(stem=dense(4), blocks=repeat(residual(noisy_block), 2)), (floats(4, 4),), {"curvature": _PARTS}
+    ),
 }
 
 
