@@ -61,17 +61,6 @@ def logits_of(net: Layer, params, state, images, **training):
     return net.apply(params, images, state=state, **training)
 
 
-def augment(images, key, *, noise: float, shift: int):
-    """Gaussian noise on every pixel, and the whole batch moved by up to `shift` pixels each way."""
-    noise_key, shift_key = jax.random.split(key)
-    images = images + noise * jax.random.normal(noise_key, images.shape)
-    if shift:
-        padded = jnp.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
-        down, right = jax.random.randint(shift_key, (2,), 0, 2 * shift + 1)
-        images = jax.lax.dynamic_slice(padded, (0, down, right, 0), images.shape)
-    return images
-
-
 def train(
     net: Layer,
     data: Dataset,
@@ -80,11 +69,10 @@ def train(
     batch_size: int,
     lr: float = 3e-3,
     noise: float = 0.1,
-    shift: int = 0,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Result:
-    """AdamW on a cosine schedule, over augmented images; returns the train state and the history."""
+    """AdamW on a cosine schedule, Gaussian noise on the training images; returns the train state and the history."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     example = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), jnp.float32)
     params, state = net.init(init_key, example), net.init_state(example) if net.init_state else {}
@@ -92,7 +80,7 @@ def train(
     def loss(params, batch, state, key):
         images, labels = batch
         noise_key, key = jax.random.split(key)
-        images = augment(images, noise_key, noise=noise, shift=shift)
+        images = images + noise * jax.random.normal(noise_key, images.shape)
         logits, state = logits_of(net, params, state, images, key=key, train=True)
         errors = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return errors.mean(), state, {"accuracy": (logits.argmax(-1) == labels).mean()}
@@ -187,7 +175,6 @@ def main(
     batch_size: int = 0,
     lr: float = 3e-3,
     noise: float = 0.1,
-    shift: int = -1,
     seed: int = 0,
     out: str = "out",
 ) -> float:
@@ -196,13 +183,12 @@ def main(
     dataset = load_data(data_folder, download=download)
     epochs = epochs or (40 if data_folder is None else 10)
     batch_size = batch_size or (64 if data_folder is None else 128)
-    shift = shift if shift >= 0 else (0 if data_folder is None else 2)
     folder.mkdir(parents=True, exist_ok=True)
     net = MODELS[model]()
 
     print(dataset)
     print(jaxnet.summary(net, jax.ShapeDtypeStruct((batch_size, *dataset.train.images.shape[1:]), jnp.float32)), "\n")
-    result = train(net, dataset, epochs=epochs, batch_size=batch_size, lr=lr, noise=noise, shift=shift, seed=seed)
+    result = train(net, dataset, epochs=epochs, batch_size=batch_size, lr=lr, noise=noise, seed=seed)
     params, state = result.train_state.params, result.train_state.state
 
     print("\nWhat it learned, as a store of weights and biases:")
@@ -252,9 +238,6 @@ if __name__ == "__main__":
     )
     parser.add_argument(
         "--noise", type=float, default=0.1, help="deviation of the noise on training images (default: 0.1)"
-    )
-    parser.add_argument(
-        "--shift", type=int, default=-1, help="pixels by which images are moved in training (default: 0; 2 with --data)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and noise (default: 0)")
     parser.add_argument(
