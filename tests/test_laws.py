@@ -199,7 +199,8 @@ def test_gradients_equal_finite_differences(case):
 def test_check_grads_of_jax_agrees_to_second_order(case):
     with jax.enable_x64(True):
         numbers, function = float64(case)
-        jax.test_util.check_grads(jax.jit(function), (numbers,), order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-4)
+        modes, tolerance = ("fwd", "rev"), 1e-4
+        jax.test_util.check_grads(jax.jit(function), (numbers,), 2, modes, tolerance, tolerance, eps=1e-5)
 
 
 # --- law 4: the layout -----------------------------------------------------------------------------------------------
