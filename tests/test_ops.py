@@ -99,7 +99,7 @@ def test_convolve_is_its_definition(stride):
         i, j = stride * o + h - 1, stride * p + 2 * w - 2
         if 0 <= i < 5 and 0 <= j < 6:
             y[n, o, p, f] += x[n, i, j, c] * k[h, w, c, f]
-    result = convolve(x, k, strides=stride, padding=((1, 0), (2, 1)), dilation=(1, 2))
+    result = convolve(jnp.asarray(x), jnp.asarray(k), strides=stride, padding=((1, 0), (2, 1)), dilation=(1, 2))
     np.testing.assert_allclose(result, y, rtol=1e-4, atol=1e-5)
 
 
@@ -204,7 +204,8 @@ def test_no_convolution_leaves_the_fast_path_in_a_loop(name):
         return (carry[0] - dx, carry[1] - dk), None
 
     loop = jax.jit(lambda x, kernel: lax.scan(step, (x, kernel), None, length=3)[0], compiler_options=QUICK)
-    orders = re.findall(r" convolution\(.*dim_labels=([^,\s]+)", loop.lower(x, kernel).compile().as_text())
+    text = loop.lower(x, kernel).compile().as_text() or ""
+    orders = re.findall(r" convolution\(.*dim_labels=([^,\s]+)", text)
     assert set(orders) <= {"b01f_01io->b01f"}
 
 
@@ -288,13 +289,13 @@ def test_precision_is_that_of_the_call():
             ((2, 5, 5, 3), (3, 3, 3, 4)),
             dict(strides=(1, 2, 1)),
             ValueError,
-            "strides must be a positive int or one for each",
+            "strides must be a positive int, or one for each",
         ),
         (((2, 5, 5, 3), (3, 3, 3, 4)), dict(dilation=0), ValueError, "dilation must be a positive int"),
         (((2, 5, 5, 3), (3, 3, 2, 4)), dict(), ValueError, "groups=1 and shapes"),
         (((2, 5, 5, 4), (3, 3, 2, 5)), dict(groups=2), ValueError, "groups must divide"),
         (((2, 5, 5, 3), (3, 3, 4)), dict(), ValueError, "the same number of spatial axes"),
-        (((2, 5, 5, 3), (7, 3, 3, 4)), dict(padding="VALID"), ValueError, r"the window \(7, 3\) .* does not fit"),
+        (((2, 5, 5, 3), (7, 3, 3, 4)), dict(padding="VALID"), ValueError, r"the window \(7, 3\) does not fit"),
     ],
 )
 def test_convolve_says_what_it_got(shapes, options, error, message):
@@ -447,7 +448,7 @@ def test_pools_keep_the_dtype(dtype):
             jnp.ones((1, 4, 4, 3)),
             dict(window=(2, 2, 2)),
             ValueError,
-            "window must be a positive int or one for",
+            "window must be a positive int, or one for",
         ),
         (avg_pool, jnp.ones((1, 4, 4, 3)), dict(window=5), ValueError, r"avg_pool: the window \(5, 5\) does not fit"),
         (avg_pool, jnp.ones((1, 4, 4, 3)), dict(padding=2), ValueError, "padding must be smaller than the window"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
 from jaxnet import ops
-from jaxnet.core import Layer, check_input, layer
+from jaxnet.core import Layer, describe, layer
+from jaxnet.layers.conv import ENDLESS, check_spatial, over_batch, spatial_window
+from jaxnet.ops.pooling import pool_geometry
 
 __all__ = ["avg_pool", "global_avg_pool", "global_max_pool", "max_pool"]
 
@@ -18,20 +21,21 @@ def max_pool(
     strides: int | Sequence[int] | None = None,
     padding: str | int | Sequence[tuple[int, int]] = "VALID",
 ) -> Layer:
-    """The largest element of each window.   [..., *spatial, C] -> [..., *outputs, C]
+    """The largest element of each window, y[o, c] = max over w of x[o s + w - lo, c].   [..., *spatial, C] -> [..., *outputs, C]
 
-    The gradient goes to the first of the largest, in row-major order. Padding never wins. All axes before the spatial ones
-    are batch axes.
+    The gradient goes to the first of the largest, in row-major order, as in PyTorch. Padding never wins. All axes before the
+    spatial ones are batch axes.
 
     Args:
       window: an int for images (two spatial axes), or its size along each spatial axis: (2,) for sequences, (2, 2, 2) for
         volumes.
-      strides: the step between windows; the window by default, so that windows do not overlap.
-      padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), an int, or (before, after) for each axis.
+      strides: s, the step between windows; the window by default, so that windows do not overlap.
+      padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), an int, or (before, after) for each axis;
+        smaller than the window.
 
-    Raises: ValueError for too few axes or options that do not fit.
+    Raises: ValueError for options of the wrong form, a missing axis, or where no window fits. Numbers may be integers.
     """
-    return _pool("max_pool", ops.max_pool, window, strides, padding, kind=object)
+    return _pool("max_pool", ops.max_pool, jnp.number, window, strides, padding)
 
 
 def avg_pool(
@@ -40,43 +44,62 @@ def avg_pool(
     strides: int | Sequence[int] | None = None,
     padding: str | int | Sequence[tuple[int, int]] = "VALID",
 ) -> Layer:
-    """The mean of each window over the elements that are in x, not of padding.   [..., *spatial, C] -> [..., *outputs, C]
+    """The mean of each window, y[o, c] = mean over w of x[o s + w - lo, c].   [..., *spatial, C] -> [..., *outputs, C]
+
+    Only elements of x count, not padding: as in Keras, and in PyTorch with count_include_pad=False.
 
     Args, Raises: as `max_pool`; TypeError for inputs that are not floats.
     """
-    return _pool("avg_pool", ops.avg_pool, window, strides, padding, kind=jnp.floating)
+    return _pool("avg_pool", ops.avg_pool, jnp.floating, window, strides, padding)
 
 
 def global_max_pool(rank: int = 2) -> Layer:
-    """The largest element of each feature over the last `rank` spatial axes.   [..., *spatial, C] -> [..., C]"""
-    return _global("global_max_pool", jnp.max, rank, kind=object)
+    """The largest element of each feature over the `rank` axes before the last.   [..., *spatial, C] -> [..., C]
+
+    The gradient is shared equally by the largest, as that of `jax.numpy.max`.
+
+    Args, Raises: as `global_avg_pool`; numbers may be integers.
+    """
+    return _global("global_max_pool", jnp.max, jnp.number, rank)
 
 
 def global_avg_pool(rank: int = 2) -> Layer:
-    """The mean of each feature over the last `rank` spatial axes.   [..., *spatial, C] -> [..., C]"""
-    return _global("global_avg_pool", jnp.mean, rank, kind=jnp.floating)
+    """The mean of each feature over the `rank` axes before the last.   [..., *spatial, C] -> [..., C]
+
+    Args: rank: 1 for sequences, 2 for images, 3 for volumes; all axes before those are batch axes.
+
+    Raises: ValueError for a missing or an empty axis, TypeError for inputs that are not floats.
+    """
+    return _global("global_avg_pool", jnp.mean, jnp.floating, rank)
 
 
-def _pool(name: str, pool: Callable, window, strides, padding, kind) -> Layer:
-    window = (window, window) if isinstance(window, int) else tuple(window)
-    label = f"{name}({window[0] if len(window) == 2 and len(set(window)) == 1 else window})"
-    rank = len(window)
+def _pool(name: str, pool: Callable, kind, window, strides, padding) -> Layer:
+    window, size = spatial_window(name, window)
+    rank, label = len(window), f"{name}({size})"
+    strides = window if strides is None else strides
+
+    def check_windows(sizes):
+        pool_geometry(label, (1, *sizes, 1), window, strides, padding)
+
+    check_windows((ENDLESS,) * rank)  # options of the wrong form fail here
 
     def fn(params, x):
-        check_input(label, x, rank=rank + 1, kind=kind)
-        batch, image = x.shape[: -rank - 1], x.shape[-rank - 1 :]
-        y = pool(x.reshape(-1, *image), window, strides=strides, padding=padding)
-        return y.reshape(*batch, *y.shape[1:])
+        check_spatial(label, x, rank, kind=kind)
+        check_windows(x.shape[-rank - 1 : -1])
+        return over_batch(functools.partial(pool, window=window, strides=strides, padding=padding), x, rank)
 
     return layer(None, fn, label=label)
 
 
-def _global(name: str, reduce: Callable, rank: int, kind) -> Layer:
+def _global(name: str, reduce: Callable, kind, rank: int) -> Layer:
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"{name}: rank must be a positive int, the number of spatial axes, got {rank!r}")
+    label = f"{name}({rank})"
 
     def fn(params, x):
-        check_input(f"{name}({rank})", x, rank=rank + 1, kind=kind)
+        check_spatial(label, x, rank, kind=kind)
+        if 0 in x.shape[-rank - 1 : -1]:
+            raise ValueError(f"{label}: there must be something to pool over, got {describe(x)}")
         return reduce(x, axis=tuple(range(-rank - 1, -1)))
 
-    return layer(None, fn, label=f"{name}({rank})")
+    return layer(None, fn, label=label)

@@ -27,7 +27,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxnet.ops import convolution_cpu
-from jaxnet.ops.geometry import ROLES, Geometry, others, per_axis, plain, resolve_padding, shape_of
+from jaxnet.ops.geometry import ROLES, Geometry, others, plain, shape_of, window_geometry
 
 __all__ = ["convolve"]
 
@@ -76,16 +76,10 @@ def convolve(
             f"convolve: groups must divide the features of x and kernel, and kernel.shape[-2] be x.shape[-1] / groups, "
             f"got groups={groups} and shapes {x.shape} and {kernel.shape}"
         )
-    sizes, window = x.shape[1:-1], kernel.shape[:-2]
-    strides, dilation = per_axis("convolve: strides", strides, rank), per_axis("convolve: dilation", dilation, rank)
-    pads = resolve_padding("convolve", padding, sizes, window, strides, dilation)
     if precision is None:  # read here: the lowering may run outside of the context that sets it
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    geometry = Geometry(sizes, window, strides, pads, dilation, groups, precision)
-    if 0 in geometry.outputs:
-        raise ValueError(
-            f"convolve: the window {window} with {dilation=} does not fit into x of shape {x.shape} with {padding=}"
-        )
+    window = kernel.shape[:-2]
+    geometry = window_geometry("convolve", x.shape, window, strides, padding, dilation, groups, precision)
     return bind("output", *_equally_varying(x, kernel), geometry=geometry)
 
 

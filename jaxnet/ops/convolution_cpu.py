@@ -27,6 +27,7 @@ from jaxnet.ops.geometry import Geometry, lax_convolution, others, pad_spatial, 
 # The rule was measured with benchmarks/convolution.py, on one core of an AVX-512 machine.
 FEW = 4  # features: so few leave most of a vector register idle in XLA's convolutions
 SMALL = 16  # features: where neither side has more, XLA takes Eigen's convolution, the slower one
+SHORT = 5  # taps along an axis: to write out longer windows costs more than it gains
 LARGE = 2**24  # numbers: unfolded windows larger than this (64 MB) cost more than they gain
 
 
@@ -42,9 +43,6 @@ def convolution(role: str, a, b, *, geometry: Geometry):
     (*_, channels, features), batch = shapes["kernel"], shapes["input"][0]
     features //= g.groups
     strided = max(g.strides) > 1
-    larger = math.prod(g.window) > min(math.prod(g.sizes), math.prod(g.outputs))  # XLA would exchange kernel and image
-    unfolded = batch * math.prod(g.outputs) * math.prod(g.window) * channels
-
     if g.groups > 1:
         return (_depthwise if channels == 1 and features <= FEW else _grouped)(role, a, b, g)
     if all(span <= s for span, s in zip(g.spans, g.strides, strict=True)):
@@ -53,22 +51,19 @@ def convolution(role: str, a, b, *, geometry: Geometry):
         return _unfolded(role, a, b, g, axes=g.rank - 2)
     if features <= FEW < channels and not strided:
         return _adjoint(role, a, b, g)
-    if unfolded <= LARGE:
-        if role == "kernel" and (
-            channels <= FEW or strided or any(o > n for o, n in zip(g.outputs, g.sizes, strict=True))
-        ):
-            return _unfolded_planes(role, a, b, g)
-        if role == "input" and channels <= FEW and not strided:
-            return _unfolded_planes(role, a, b, g)
-        if role != "kernel" and larger or role == "output" and channels <= FEW and features <= SMALL:
-            return _unfolded(role, a, b, g, axes=g.rank)
-        if dtype == jnp.float64 and not _fast_in_float64(role, shapes, g):
-            return (_unfolded_planes if role == "kernel" else functools.partial(_unfolded, axes=g.rank))(role, a, b, g)
-        if role != "kernel" and max(channels, features) <= SMALL and not (role == "input" and strided):
-            return _unfolded(role, a, b, g, axes=1)  # three times the features for windows of three, so not small
-    if g.rank == 1:
-        return _with_a_row(role, a, b, g)
-    return _canonical(role, a, b, g)
+
+    # XLA exchanges kernel and image where the kernel is the larger one, and so leaves the order that is fast.
+    sizes, window, outputs = math.prod(g.sizes), math.prod(g.window), math.prod(g.outputs)
+    slow = outputs > sizes if role == "kernel" else window > min(sizes, outputs)
+    if dtype == jnp.float64:
+        slow = slow or not _fast_in_float64(role, shapes, g)
+    few = channels <= FEW and role != "output" and not strided
+    if (few or slow) and batch * outputs * window * channels <= LARGE:
+        return _unfolded_planes(role, a, b, g) if few or role == "kernel" else _unfolded(role, a, b, g, axes=g.rank)
+    small = max(channels, features) <= SMALL and g.window[0] <= SHORT
+    if small and role != "kernel" and not (role == "input" and strided):
+        return _unfolded(role, a, b, g, axes=1)  # for windows of three this gives three times the features
+    return _canonical(role, a, b, g) if g.rank == 2 else _with_a_row(role, a, b, g)
 
 
 # XLA's own convolution
@@ -162,7 +157,7 @@ def _blocks(x, g: Geometry):
 
 
 def _unfolded_planes(role: str, a, b, g: Geometry):
-    """As `_unfolded`, but each feature of each tap is a plane of its own, [w C, N O]: for few features, or steps within a row.
+    """As `_unfolded`, but each feature of each tap is a plane of its own, [w C, N O]: for few features.
 
     Only for the gradients: the kernel's is planes y, the input's brings kernel y^T back from planes.
     """

@@ -67,36 +67,61 @@ class Geometry(NamedTuple):
         )
 
 
+def window_geometry(
+    what: str, shape, window, strides, padding, dilation: Any = 1, groups: int = 1, precision: Any = None
+) -> Geometry:
+    """The geometry of windows over arrays [N, *spatial, C] of this shape; `what` is the name that errors start with.
+
+    Raises: ValueError for options of the wrong form, or where no window fits.
+    """
+    sizes = tuple(shape[1:-1])
+    rank = len(sizes)
+    window = per_axis(f"{what}: window", window, rank)
+    strides = per_axis(f"{what}: strides", strides, rank)
+    dilation = per_axis(f"{what}: dilation", dilation, rank)
+    pads = resolve_padding(what, padding, sizes, window, strides, dilation)
+    g = Geometry(sizes, window, strides, pads, dilation, groups, precision)
+    if 0 in g.outputs:
+        spans = f"the window {window}" + (f" with {dilation=}" if max(dilation) > 1 else "")
+        raise ValueError(
+            f"{what}: {spans} does not fit into spatial axes {sizes} with {padding=}; "
+            "take a smaller window, larger inputs or padding='SAME'"
+        )
+    return g
+
+
 def per_axis(what: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """One positive int for each of `rank` axes, from one for all or a sequence."""
-    values = (value,) * rank if isinstance(value, int | np.integer) else tuple(value)
+    values: tuple = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     if len(values) != rank or not all(isinstance(v, int | np.integer) and v >= 1 for v in values):
-        raise ValueError(f"{what} must be a positive int or one for each of the {rank} spatial axes, got {value!r}")
-    return tuple(int(v) for v in values)
+        axes = "the spatial axis" if rank == 1 else f"each of the {rank} spatial axes"
+        raise ValueError(f"{what} must be a positive int, or one for {axes}, got {value!r}")
+    return tuple(map(int, values))
 
 
 def resolve_padding(what: str, padding, sizes, window, strides, dilation) -> Pads:
     """(before, after) for each axis, from any form of the option."""
     rank = len(sizes)
     if isinstance(padding, str):
-        if padding.upper() not in ("SAME", "VALID"):
-            raise ValueError(
-                f"{what}: padding must be 'SAME', 'VALID', an int or (before, after) for each axis, got {padding!r}"
-            )
         if padding.upper() == "VALID":
             return ((0, 0),) * rank
-        spans = [(w - 1) * d + 1 for w, d in zip(window, dilation, strict=True)]
-        totals = [max(0, (-(-n // s) - 1) * s + span - n) for n, s, span in zip(sizes, strides, spans, strict=True)]
-        return tuple((total // 2, total - total // 2) for total in totals)
+        if padding.upper() == "SAME":
+            spans = [(w - 1) * d + 1 for w, d in zip(window, dilation, strict=True)]
+            totals = [max(0, (-(-n // s) - 1) * s + span - n) for n, s, span in zip(sizes, strides, spans, strict=True)]
+            return tuple((total // 2, total - total // 2) for total in totals)
+        raise ValueError(
+            f"{what}: padding must be 'SAME', 'VALID', an int or (before, after) for each axis, got {padding!r}"
+        )
     try:
         pads = tuple(
             (int(lo), int(hi)) for lo, hi in ([(padding, padding)] * rank if np.ndim(padding) == 0 else padding)
         )
     except (TypeError, ValueError):
         pads = ()
-    if len(pads) != rank or min(min(p) for p in pads) < 0:
+    if len(pads) != rank or min(min(pair) for pair in pads) < 0:
         raise ValueError(
-            f"{what}: padding must be (before, after), neither negative, for each of the {rank} spatial axes, got {padding!r}"
+            f"{what}: padding must be 'SAME', 'VALID', an int or (before, after), neither negative, for each of the {rank} "
+            f"spatial axes, got {padding!r}"
         )
     return pads
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxnet.ops.geometry import Geometry, per_axis, resolve_padding, slice_windows
+from jaxnet.ops.geometry import Geometry, slice_windows, window_geometry
 
 __all__ = ["avg_pool", "max_pool"]
 
@@ -44,7 +44,7 @@ def max_pool(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"max_pool: x must hold real numbers, got {x.dtype}")
-    for part in _parts(pool_geometry("max_pool", x, window, strides, padding)):
+    for part in _parts(pool_geometry("max_pool", x.shape, window, strides, padding)):
         x = _window_max(x, part)
     return x
 
@@ -66,7 +66,7 @@ def avg_pool(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(f"avg_pool: x must be floating, got {x.dtype}; convert it, as in x.astype(jnp.float32)")
-    g = pool_geometry("avg_pool", x, window, strides, padding)
+    g = pool_geometry("avg_pool", x.shape, window, strides, padding)
     narrow = x.dtype in (jnp.bfloat16, jnp.float16)
     total = x.astype(jnp.float32) if narrow else x
     for part in _parts(g):
@@ -83,21 +83,15 @@ def avg_pool(
     return (total * scale).astype(x.dtype)
 
 
-def pool_geometry(what: str, x, window, strides, padding) -> Geometry:
-    """The windows of a pooling over the axes of x between the first and the last."""
-    rank = x.ndim - 2
-    if rank < 1:
-        raise ValueError(f"{what}: x must be [N, *spatial, C] with 1 spatial axis or more, got shape {x.shape}")
-    window = per_axis(f"{what}: window", window, rank)
-    strides = window if strides is None else per_axis(f"{what}: strides", strides, rank)
-    pads = resolve_padding(what, padding, x.shape[1:-1], window, strides, (1,) * rank)
-    if any(max(pair) >= w for pair, w in zip(pads, window, strict=True)):
+def pool_geometry(what: str, shape, window, strides, padding) -> Geometry:
+    """The windows of a pooling over arrays [N, *spatial, C] of this shape; errors start with `what`."""
+    if len(shape) < 3:
+        raise ValueError(f"{what}: x must be [N, *spatial, C] with 1 spatial axis or more, got shape {shape}")
+    g = window_geometry(what, shape, window, window if strides is None else strides, padding)
+    if any(max(pair) >= w for pair, w in zip(g.padding, g.window, strict=True)):
         raise ValueError(
-            f"{what}: padding must be smaller than the window {window}, else a window is empty; got {padding!r}"
+            f"{what}: padding must be smaller than the window, {g.window}, or one holds no element; got {padding!r}"
         )
-    g = Geometry(x.shape[1:-1], window, strides, pads, (1,) * rank)
-    if 0 in g.outputs:
-        raise ValueError(f"{what}: the window {window} does not fit into x of shape {x.shape} with {padding=}")
     return g
 
 
