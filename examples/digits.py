@@ -3,7 +3,7 @@
     python examples/digits.py                          HEADER1
     python examples/digits.py --model convnet          HEADER2
     python examples/digits.py --data FOLDER            HEADER3
-    python examples/digits.py --data FOLDER --model convnet --epochs 12     HEADER4
+    python examples/digits.py --data FOLDER --model convnet     HEADER4
 
 The multilayer perceptron is the 784-256-128-10 store of weights and biases (64-256-128-10 for the 8x8 digits that come with
 scikit-learn, the default). FOLDER holds the four MNIST files; --download fetches them.
@@ -52,6 +52,7 @@ def convnet() -> Layer:
 
 
 MODELS = {"mlp": mlp, "convnet": convnet}
+RATES = {"mlp": 3e-3, "convnet": 1e-3}
 
 
 def logits_of(net: Layer, params, state, images, **training):
@@ -67,7 +68,7 @@ def train(
     *,
     epochs: int,
     batch_size: int,
-    lr: float = 3e-3,
+    lr: float,
     noise: float = 0.1,
     seed: int = 0,
     progress: bool | None = None,
@@ -173,7 +174,7 @@ def main(
     download: bool = False,
     epochs: int = 0,
     batch_size: int = 0,
-    lr: float = 3e-3,
+    lr: float = 0,
     noise: float = 0.1,
     seed: int = 0,
     out: str = "out",
@@ -188,7 +189,7 @@ def main(
 
     print(dataset)
     print(jaxnet.summary(net, jax.ShapeDtypeStruct((batch_size, *dataset.train.images.shape[1:]), jnp.float32)), "\n")
-    result = train(net, dataset, epochs=epochs, batch_size=batch_size, lr=lr, noise=noise, seed=seed)
+    result = train(net, dataset, epochs=epochs, batch_size=batch_size, lr=lr or RATES[model], noise=noise, seed=seed)
     params, state = result.train_state.params, result.train_state.state
 
     print("\nWhat it learned, as a store of weights and biases:")

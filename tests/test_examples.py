@@ -171,7 +171,7 @@ def test_digits_takes_the_mnist_files(digits, real_data, tmp_path, capfd):
 def accuracies(digits, model, data, seeds, **settings):
     net, found = digits.MODELS[model](), []
     for seed in range(seeds):
-        result = digits.train(net, data, lr=3e-3, noise=0.1, seed=seed, progress=False, **settings)
+        result = digits.train(net, data, lr=digits.RATES[model], noise=0.1, seed=seed, progress=False, **settings)
         found.append(result.history[-1]["test_accuracy"])
     print(f"{model}: {np.mean(found):.2%} ± {np.std(found, ddof=1):.2%}")
     return np.mean(found)
@@ -184,7 +184,7 @@ def test_accuracy_on_the_8x8_digits(digits, model, floor):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model, epochs, floor", [("mlp", 10, 0.98), ("convnet", 12, 0.992)])
+@pytest.mark.parametrize("model, epochs, floor", [("mlp", 10, 0.98), ("convnet", 10, 0.992)])
 def test_accuracy_on_mnist(digits, real_data, model, epochs, floor):
     data = digits.load_data(str(real_data / "mnist"))
     assert accuracies(digits, model, data, 1, epochs=epochs, batch_size=128) >= floor
