@@ -235,7 +235,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=0, help="passes over the data (default: 40; 10 with --data)")
     parser.add_argument("--batch-size", type=int, default=0, help="images a step (default: 64; 128 with --data)")
     parser.add_argument(
-        "--lr", type=float, default=3e-3, help="learning rate at the start of the cosine (default: 0.003)"
+        "--lr", type=float, default=0, help="learning rate at the start (default: 0.003; convnet: 0.001)"
     )
     parser.add_argument(
         "--noise", type=float, default=0.1, help="deviation of the noise on training images (default: 0.1)"

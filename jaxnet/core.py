@@ -99,8 +99,7 @@ def layer(
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
         check_state(name, state, stateful=init_state is not None)
-        if key is not None:
-            check_key(name, key)
+        check_mode(name, key, train)
         inputs, named = as_jax((inputs, named))
         offered = {"key": key, "train": train, "state": state}
         try:
@@ -167,9 +166,12 @@ def wire(**children: Any) -> Callable[[Callable], Layer]:
     """
 
     def decorate(body: Callable) -> Layer:
+        if not callable(body):
+            raise TypeError(f"wire: the body must be a function of (f, *inputs), got {describe(body)}")
         name = _name_of(body)
         return compose("wire" if name == "<lambda>" else name, children, body, lambda new: wire(**new)(body))
 
+    decorate.__name__ = "wire(...)"  # how it signs the error where the body was forgotten
     return decorate
 
 
@@ -241,8 +243,7 @@ def compose(
         check_state(label, state, stateful=bool(stateful))
         check_names(f"{label}: params", params, children)
         check_names(f"{label}: state", {} if state is None else state, stateful)
-        if key is not None:
-            check_key(label, key)
+        check_mode(label, key, train)
         inputs, named = as_jax((inputs, named))
         new_state, counts = dict(state or {}), {}
         context = jax.extend.core.get_opaque_trace_state()
@@ -294,8 +295,7 @@ def transparent(
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
         check_state(label, state, stateful=inner.init_state is not None)
-        if key is not None:
-            check_key(label, key)
+        check_mode(label, key, train)
         inputs, named = as_jax((inputs, named))
 
         def run(params, state, key, *inputs, **named):
@@ -401,6 +401,18 @@ def check_key(label: str, key: Any) -> None:
     if not typed and not (dtype == jnp.uint32 and shape and len(shape) == 1):
         got = describe(key) if dtype is not None else repr(key)
         raise TypeError(f"{label}: key must be one PRNG key such as jax.random.key(0), got {got}")
+
+
+def check_mode(label: str, key: Any, train: Any) -> None:
+    """Raise TypeError unless `key` is None or one PRNG key, and `train` a bool that is not traced."""
+    if key is not None:
+        check_key(label, key)
+    if not isinstance(train, bool):
+        got = describe(train) if _is_array(train) else repr(train)
+        remedy = (
+            "under jax.jit, jax.jit(net.apply, static_argnames='train') or functools.partial(net.apply, train=True)"
+        )
+        raise TypeError(f"{label}: train must be True or False, got {got}; {remedy}")
 
 
 def check_state(label: str, state: Any, *, stateful: bool) -> None:

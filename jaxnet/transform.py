@@ -78,8 +78,9 @@ def capture(net: Layer, pattern: str = "**") -> Callable:
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
         check_state(net.label, state, stateful=net.init_state is not None)
-        outputs, new_state = call(tapped, params, state or {}, key, train, inputs, named)
-        new_state, seen = _untap(new_state)
+        start = {} if state is None else state
+        outputs, new_state = call(tapped, params, start, key, train, inputs, named)
+        new_state, seen = _untap(net, new_state)
         return (outputs if net.init_state is None else (outputs, new_state)), dict(sorted(seen.items()))
 
     return apply
@@ -163,7 +164,11 @@ def summary(net: Layer, *inputs: Any, train: bool = False, **named: Any) -> Summ
 # Taps: layers that also bring out what passes through them, in the channel that exists for that, their state
 
 
-_TAP = "<tap>"  # no child can have this name
+class _Carried(NamedTuple):
+    """What passed through a tapped layer, call by call, and the state of the layer itself."""
+
+    taken: tuple
+    state: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -186,12 +191,11 @@ def _tap(layer: Layer, path: str, chosen: Callable, take: Callable, covered: boo
         return layer
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
-        before = (state or {}).get(_TAP, ())
-        state = {name: value for name, value in (state or {}).items() if name != _TAP}
-        outputs, new = call(inside, params, state if inside.init_state else None, key, train, inputs, named)
+        before, own = state if isinstance(state, _Carried) else ((), state)
+        outputs, new = call(inside, params, own if inside.init_state else None, key, train, inputs, named)
         if not speaks:
             return outputs, new
-        return outputs, {**(new or {}), _TAP: (*before, take(path, len(before), layer, (inputs, named), outputs))}
+        return outputs, _Carried((*before, take(path, len(before), layer, (inputs, named), outputs)), new)
 
     def init_state(*inputs, **named):
         return layer.init_state(*inputs, **named) if layer.init_state else {}
@@ -201,19 +205,23 @@ def _tap(layer: Layer, path: str, chosen: Callable, take: Callable, covered: boo
     )
 
 
-def _untap(state: Any, path: str = "") -> tuple[Any, dict[str, Any]]:
-    """Separate the state of the plain network from what the taps put into it."""
-    if not isinstance(state, dict):
-        return state, {}
-    plain, seen = {}, {}
+def _untap(layer: Layer, state: Any, path: str = "") -> tuple[Any, dict[str, Any]]:
+    """Separate the state of the plain network from what the taps put around it."""
+    seen = {}
+    if isinstance(state, _Carried):
+        seen = {f"{path}:{i}" if i else path: outputs for i, outputs in enumerate(state.taken)}
+        state = state.state
+    if "" in layer.children:
+        state, below = _untap(layer.children[""], state, path)
+        return state, seen | below
+    if not layer.children or not isinstance(state, dict):
+        return state, seen
+    plain = {}
     for name, value in state.items():
-        if name == _TAP:
-            seen |= {f"{path}:{i}" if i else path: outputs for i, outputs in enumerate(value)}
-        else:
-            inner, below = _untap(value, _join(path, name))
-            seen |= below
-            if not (below and isinstance(inner, dict) and not inner):  # a stateless layer has a state only by its tap
-                plain[name] = inner
+        own, below = _untap(layer.children[name], value, _join(path, name))
+        seen |= below
+        if layer.children[name].init_state is not None:
+            plain[name] = own
     return plain, seen
 
 

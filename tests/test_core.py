@@ -1,6 +1,8 @@
 """The contract: `wire`, `layer`, `param`, plain functions, keys, state, abstract initialisation, errors."""
 
 import functools
+import gc
+import weakref
 from typing import NamedTuple
 
 import jax
@@ -59,6 +61,9 @@ def test_a_child_called_twice_shares_its_weights():
     params = weights(net, X)
     assert tree.paths(params) == ["a/bias", "a/kernel"]
     close(net.apply(params, X), affine(params["a"], jnp.tanh(affine(params["a"], X))))
+    per_row = layer(lambda key, x: {"w": jnp.zeros(x.shape)}, lambda params, x: x)
+    net = wire(a=per_row)(lambda f, x: (f.a(x), f.a(x[:1])))
+    assert weights(net, X)["a"]["w"].shape == (4, 4)  # those of its first call
 
 
 def test_a_dropout_called_twice_draws_anew_and_the_same_in_the_next_call():
@@ -353,6 +358,33 @@ def test_what_is_not_callable_is_no_layer(wrong):
 def test_a_name_that_cannot_be_part_of_a_path_or_hides_something_is_refused(name):
     with pytest.raises(ValueError, match="a child's name is letters, digits and"):
         wire(**{name: dense(2)})(lambda f, x: f[name](x))
+
+
+def test_a_forgotten_or_wrong_body_is_found():
+    with pytest.raises(TypeError, match=r"chain: child '0': wire\(...\) is a function that makes a layer"):
+        chain(wire(a=dense(4)))
+    with pytest.raises(TypeError, match=r"wire: the body must be a function of \(f, \*inputs\), got float32\[4, 4\]"):
+        wire(a=dense(4))(X)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("net", [chain(dropout(0.5)), dropout(0.5), remat(jnp.tanh)], ids=repr)
+def test_train_is_a_static_bool(net):
+    message = r"train must be True or False, got bool\[\]; under jax.jit, jax.jit\(net.apply, static_argnames='train'\)"
+    with pytest.raises(TypeError, match=message):
+        jax.jit(net.apply)({}, X, key=key(), train=True)
+    with pytest.raises(TypeError, match="train must be True or False, got 'yes'"):
+        net.apply({}, X, key=key(), train="yes")
+    jitted = jax.jit(net.apply, static_argnames="train")
+    close(jitted({}, X, key=key(), train=True), net.apply({}, X, key=key(), train=True))
+
+
+def test_a_network_that_is_gone_leaves_nothing_in_memory():
+    net = chain(dense(4), repeat(dense(4), 2))
+    net.init(key(), X)
+    gone = [weakref.ref(net), weakref.ref(net.children["1"])]
+    del net
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
 
 
 # --- init: abstract, once per spec, deterministic --------------------------------------------------------------------

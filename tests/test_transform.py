@@ -141,6 +141,20 @@ def test_capture_carries_state_and_keeps_what_it_does_not_capture():
         capture(dense(4))(weights(dense(4), X), X, state={"mean": X})
 
 
+@pytest.mark.parametrize("first", [jnp.zeros(()), (jnp.zeros(()),), {}], ids=["array", "tuple", "empty"])
+def test_capture_keeps_a_state_of_any_form(first):
+    count = layer(None, lambda params, x, state: (x, jax.tree.map(lambda s: s + 1, state)), init_state=lambda x: first)
+    net = wire(count=count, plain=jnp.tanh, block=repeat(chain(count), 2))(
+        lambda f, x: f.block(f.count(f.plain(f.count(x))))
+    )
+    state = state_of(net, X)
+    expected = net.apply({}, X, state=state)
+    result, seen = capture(net)({}, X, state=state)
+    close(result, expected)
+    assert list(seen) == ["", "block", "block/0", "count", "count:1", "plain"]
+    close(capture(net)({}, X, state=result[1])[0], net.apply({}, X, state=expected[1]))
+
+
 def test_captured_outputs_are_ordinary_values_under_jit_grad_and_vmap():
     net = chain(up=dense(4), act=jnp.tanh, down=dense(4))
     params = weights(net, X)
