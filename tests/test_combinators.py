@@ -138,6 +138,11 @@ def test_repeat_is_a_loop_over_copies_in_outputs_state_and_gradients():
         close(repeated, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_unroll_is_that_of_the_scan():
+    jaxpr = jax.make_jaxpr(repeat(jnp.tanh, 6, unroll=3).apply)({}, X)
+    assert [equation.params["unroll"] for equation in jaxpr.eqns if equation.primitive.name == "scan"] == [3]
+
+
 def test_copy_i_is_initialised_with_fold_in_of_the_key_and_i():
     block = chain(dense(4), jnp.tanh)
     params = repeat(block, 3).init(key(7), X)

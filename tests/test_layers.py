@@ -146,6 +146,9 @@ def test_initialisers_and_precision_are_used():
     params = layer.init(jax.random.key(0), jnp.ones((1, 4)))
     np.testing.assert_array_equal(layer.apply(params, jnp.ones((1, 4))), [[11, 11]])  # 4 * 2 + 3
     assert "HIGHEST" in str(jax.make_jaxpr(layer.apply)(params, jnp.ones((1, 4))))
+    normal = jax.nn.initializers.normal()
+    drawn = dense(4, kernel_init=normal, bias_init=normal).init(jax.random.key(0), jnp.ones((1, 1)))
+    assert np.all(drawn["kernel"][0] != drawn["bias"])  # from keys of their own
     table = embed(2, 3, embedding_init=constant(5.0)).init(jax.random.key(0), jnp.array([0]))["embedding"]
     np.testing.assert_array_equal(table, np.full((2, 3), 5))
 
@@ -196,12 +199,12 @@ def test_batch_norm_is_accurate_where_the_mean_is_large_against_the_deviation(fi
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_statistics_of_half_precision_inputs_are_computed_in_float32(dtype):
-    """4096 equal steps around 1: a sum in bfloat16 would stop growing at 256, one in float16 overflow its squares."""
-    x = jnp.linspace(60, 68, 4096).astype(dtype)
+    """A mean of 64.1 would be 64.0 in bfloat16, which is 0.04 deviations; the sums of 4096 numbers stay finite too."""
+    x = jnp.linspace(60.1, 68.1, 4096).astype(dtype)
     wide = np.asarray(x, np.float64)
     norm = layer_norm(scale=False, bias=False)
     y = jax.jit(norm.apply)({}, x)
-    np.testing.assert_allclose(np.asarray(y, np.float64), layer_norm_formula(wide, 1e-5), atol=2e-2)  # one rounding
+    np.testing.assert_allclose(np.asarray(y, np.float64), layer_norm_formula(wide, 1e-5), rtol=2**-8, atol=1e-3)
     batch = batch_norm(momentum=0.0, scale=False, bias=False)
     state = state_of(batch, x[:, None])
     _, state = jax.jit(functools.partial(batch.apply, train=True))({}, x[:, None], state=state)

@@ -257,6 +257,26 @@ def test_replace_reaches_into_every_combinator_and_keeps_its_options():
     close(out.apply({}, X), jnp.sin(jnp.sin(X)) + jnp.cos(X))
 
 
+@pytest.mark.parametrize(
+    "around",
+    [
+        functools.partial(repeat, n=2, remat=True),
+        functools.partial(repeat, n=2, unroll=2),
+        functools.partial(remat, policy=jax.checkpoint_policies.dots_saveable),
+        functools.partial(cast, dtype="bfloat16"),
+        lambda inner: parallel(inner, merge=jnp.negative),
+    ],
+    ids=["repeat remat", "repeat unroll", "remat policy", "cast dtype", "parallel merge"],
+)
+def test_a_network_with_the_same_parts_is_the_same_program(around):
+    def gradient(net):
+        params = weights(net, X)
+        return str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(net.apply(p, X))))(params))
+
+    net = around(chain(dense(4), jnp.sin, dense(4), jnp.sin))
+    assert gradient(replace(net, "**/1", lambda path, layer: jnp.sin)) == gradient(net)
+
+
 def test_what_a_replacing_function_returns_must_be_a_layer():
     with pytest.raises(TypeError, match="replace: the new layer at 'a' must be a layer or a function"):
         replace(chain(a=dense(4)), "a", lambda path, layer: None)

@@ -267,6 +267,10 @@ def test_parts_know_nothing_of_each_other_in_dicts_and_keep_positions_elsewhere(
     assert chosen == {"a": {"x": 1}, "b": [None, {"x": 3}]} and rest == {"a": {"y": 2}, "b": [1, None]}
     assert tree.split({"a": 1}, "a") == ({"a": 1}, {}) and tree.split(5, "**") == (5, None)
     assert tree.split({"a": 1}) == ({}, {"a": 1})  # no pattern, nothing chosen
+    assert tree.split({"a": 1, "e": {}, "n": None}, "**") == (
+        {"a": 1},
+        {"e": {}, "n": None},
+    )  # no leaf, nothing to choose
 
 
 # --- with optax ------------------------------------------------------------------------------------------------------
