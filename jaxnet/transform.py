@@ -297,6 +297,8 @@ def _equation_flops(equation) -> int:
         operands = [v.aval.shape for v in (*equation.invars, *equation.outvars)]
         kernel, output = (operands[i] for i in _CONVOLUTIONS[name])
         return 2 * math.prod(output) * math.prod(kernel) // kernel[-1]
+    if name.startswith("reduce_window"):
+        return size * math.prod(equation.params["window_dimensions"])
     if name in _ARITHMETIC:
         return size
     if name in _REDUCTIONS:

@@ -319,6 +319,14 @@ def test_parameters_bytes_and_rows_are_those_of_init(case, train):
         assert (row.parameters, row.bytes) == (tree.count(inside), tree.bytes_of(inside)), path
 
 
+@jax.custom_vjp
+def scaled_gradient(x):
+    return jnp.tanh(x)
+
+
+scaled_gradient.defvjp(lambda x: (jnp.tanh(x), None), lambda _, g: (2 * g,))
+
+
 def flops(net, *inputs, **options):
     return summary(net, *inputs, **options).flops
 
@@ -346,7 +354,13 @@ def test_flops_of_dense_are_two_a_multiply_add_and_one_a_bias():
         (lambda x: jax.lax.scan(lambda h, row: (h + row, None), x[0], x)[0], 4 * 4),
         (lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x @ x, x), 3 * (2 * 4**3 + 1)),  # a scan; and its counter
         (lambda x: jax.jit(jax.checkpoint(lambda x: x @ x))(x), 2 * 4**3),
+        (lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x), 2 * 4**3),  # one turn
         (lambda x: jax.nn.relu(x), 4**2),  # through a custom_jvp
+        (lambda x: scaled_gradient(x), 4**2),
+        (
+            lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (2, 2), (2, 2), "VALID"),
+            4 * 4,
+        ),  # a window an output
         (lambda x: jax.lax.conv(x[None, None], jnp.ones((3, 1, 2, 2)), (1, 1), "VALID"), 2 * (3 * 3 * 3) * (2 * 2)),
     ],
 )
