@@ -22,7 +22,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnet.ops.geometry import Geometry, lax_convolution, others, pad_spatial, plain, shape_of, slice_windows
+from jaxnet.ops.geometry import (
+    Geometry,
+    lax_convolution,
+    others,
+    pad_spatial,
+    plain,
+    shape_of,
+    slice_windows,
+    split_windows,
+)
 
 # The rule was measured with benchmarks/convolution.py, on one core of an AVX-512 machine.
 FEW = 4  # features: so few leave most of a vector register idle in XLA's convolutions
@@ -45,7 +54,7 @@ def convolution(role: str, a, b, *, geometry: Geometry):
     strided = max(g.strides) > 1
     if g.groups > 1:
         return (_depthwise if channels == 1 and features <= FEW else _grouped)(role, a, b, g)
-    if all(span <= s for span, s in zip(g.spans, g.strides, strict=True)):
+    if g.apart:
         return _unfolded(role, a, b, g, axes=g.rank)  # windows that do not overlap: the patches are no larger than x
     if g.rank > 2:
         return _unfolded(role, a, b, g, axes=g.rank - 2)
@@ -123,10 +132,13 @@ def _unfolded(role: str, a, b, g: Geometry, *, axes: int):
     x [N, I.., rest, C] -> [N O.., rest, w.. C]; kernel [w.., rest, C, F] -> [rest, w.. C, F]; y -> [N O.., rest, F].
     """
     first, rest = g.axes(slice(axes)), g.axes(slice(axes, None))
-    apart = all(span <= s for span, s in zip(first.spans, first.strides, strict=True))
 
     def unfold(x):
-        patches = _blocks(x, first) if apart else jnp.concatenate(slice_windows(x, first), -1)
+        if first.apart:
+            x = jnp.moveaxis(split_windows(x, first), first.tap_axes, range(-axes - 1, -1))
+            patches = x.reshape(*x.shape[: x.ndim - axes - 1], -1)
+        else:
+            patches = jnp.concatenate(slice_windows(x, first), -1)
         return patches.reshape(-1, *patches.shape[axes + 1 :])
 
     def flatten(k):
@@ -140,20 +152,6 @@ def _unfolded(role: str, a, b, g: Geometry, *, axes: int):
         else functools.partial(_product, precision=g.precision)
     )
     return _substitute(role, a, b, g, maps, inner)
-
-
-def _blocks(x, g: Geometry):
-    """`slice_windows` and concatenate for windows that do not overlap: cut x into blocks of the stride, one for each window."""
-    n = g.rank
-    ends = zip(g.sizes, g.padding, g.outputs, g.strides, strict=True)
-    x = pad_spatial(x, [(lo, o * s - size - lo) for size, (lo, _), o, s in ends])
-    rest = x.shape[n + 1 :]
-    x = x.reshape(x.shape[0], *(size for pair in zip(g.outputs, g.strides, strict=True) for size in pair), *rest)
-    for axis, (span, d) in enumerate(zip(g.spans, g.dilation, strict=True)):
-        x = lax.slice_in_dim(x, 0, span, d, axis=2 * axis + 2)
-    outputs, taps = range(1, 2 * n + 1, 2), range(2, 2 * n + 1, 2)
-    x = x.transpose(0, *outputs, *range(2 * n + 1, x.ndim - 1), *taps, x.ndim - 1)
-    return x.reshape(*x.shape[: x.ndim - n - 1], -1)
 
 
 def _unfolded_planes(role: str, a, b, g: Geometry):

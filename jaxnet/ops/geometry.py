@@ -56,6 +56,16 @@ class Geometry(NamedTuple):
         """The positions in a window, in row-major order."""
         return list(itertools.product(*(range(w) for w in self.window)))
 
+    @property
+    def apart(self) -> bool:
+        """Do the windows not overlap?"""
+        return all(span <= s for span, s in zip(self.spans, self.strides, strict=True))
+
+    @property
+    def tap_axes(self) -> tuple[int, ...]:
+        """Where `split_windows` puts the axes of the window."""
+        return tuple(range(2, 2 * self.rank + 1, 2))
+
     def axes(self, part: slice) -> Geometry:
         """The geometry of some of the spatial axes."""
         return self._replace(
@@ -144,6 +154,17 @@ def slice_windows(x, g: Geometry, value: float = 0) -> list[jax.Array]:
         return lax.slice(x, [0, *starts, *none], [len(x), *stops, *features], [1, *g.strides, *ones])
 
     return [shifted(tap) for tap in g.taps]
+
+
+def split_windows(x, g: Geometry, value: float = 0) -> jax.Array:
+    """For windows that do not overlap: x cut into them, [N, *spatial, C] -> [N, o, w, o', w', ..., C], without copies of it."""
+    ends = zip(g.sizes, g.padding, g.outputs, g.strides, strict=True)
+    x = pad_spatial(x, [(lo, o * s - size - lo) for size, (lo, _), o, s in ends], value)
+    blocks = [size for pair in zip(g.outputs, g.strides, strict=True) for size in pair]
+    x = x.reshape(x.shape[0], *blocks, *x.shape[g.rank + 1 :])
+    for axis, span, d in zip(g.tap_axes, g.spans, g.dilation, strict=True):
+        x = lax.slice_in_dim(x, 0, span, d, axis=axis)
+    return x
 
 
 # The trilinear form T(x, k, y) of a convolution: its operands, and a map for each, named by the operand that it returns

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxnet.ops.geometry import Geometry, slice_windows, window_geometry
+from jaxnet.ops.geometry import Geometry, slice_windows, split_windows, window_geometry
 
 __all__ = ["avg_pool", "max_pool"]
 
@@ -70,7 +70,7 @@ def avg_pool(
     narrow = x.dtype in (jnp.bfloat16, jnp.float16)
     total = x.astype(jnp.float32) if narrow else x
     for part in _parts(g):
-        total = functools.reduce(jnp.add, slice_windows(total, part))
+        total = _window_sum(total, part)
     # How many elements of each window are in x: a product over the axes, known before anything runs.
     counts = np.ones(g.outputs)
     for axis, (size, w, s, (lo, _), o) in enumerate(
@@ -97,7 +97,7 @@ def pool_geometry(what: str, shape, window, strides, padding) -> Geometry:
 
 def _parts(g: Geometry) -> list[Geometry]:
     """The pooling in one step, or one for each axis, the last axis first: then the first of the largest is the row-major one."""
-    if len(g.taps) <= AT_ONCE:
+    if g.apart or len(g.taps) <= AT_ONCE:
         return [g]
     parts = []
     for axis in reversed(range(g.rank)):
@@ -113,6 +113,10 @@ def _parts(g: Geometry) -> list[Geometry]:
     return parts
 
 
+def _window_sum(x, g: Geometry):
+    return split_windows(x, g).sum(g.tap_axes) if g.apart else functools.reduce(jnp.add, slice_windows(x, g))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _window_max(x, g: Geometry):
     return functools.reduce(jnp.maximum, slice_windows(x, g, _least(x.dtype)))
@@ -120,10 +124,14 @@ def _window_max(x, g: Geometry):
 
 @_window_max.defjvp
 def _window_max_jvp(g: Geometry, primals, tangents):
-    """The tangent of the element that is taken; its transpose puts a cotangent back there. Linear, so all modes follow."""
+    """The tangent of the element that is taken; the transpose puts a cotangent back there. Linear, so all modes follow."""
     (x,), (tangent,) = primals, tangents
+    return _tangent_of_block(x, tangent, g) if g.apart else _tangent_of_slice(x, tangent, g)
+
+
+def _tangent_of_slice(x, tangent, g: Geometry):
     first, *others = slice_windows(x, g, _least(x.dtype))
-    largest, taken = first, jnp.zeros(first.shape, jnp.int8 if len(g.taps) <= 127 else jnp.int32)
+    largest, taken = first, jnp.zeros(first.shape, _small_int(g))
     for tap, window in enumerate(others, 1):
         larger = (window > largest) | (window != window)  # a NaN is taken
         largest = jnp.where(larger, window, largest)
@@ -132,5 +140,24 @@ def _window_max_jvp(g: Geometry, primals, tangents):
     return largest, functools.reduce(jnp.add, parts)
 
 
+def _tangent_of_block(x, tangent, g: Geometry):
+    """The same for windows that do not overlap: `taken` is a reduction, which XLA does not compute again for each element."""
+    blocks = split_windows(x, g, _least(x.dtype))
+    largest = blocks.max(g.tap_axes)
+    taps = np.arange(len(g.taps)).reshape(g.window)
+    taps = lax.broadcast_in_dim(jnp.asarray(taps, _small_int(g)), blocks.shape, g.tap_axes)
+
+    def spread(y):  # [N, *outputs, C] -> the shape of the blocks
+        return jnp.broadcast_to(jnp.expand_dims(y, g.tap_axes), blocks.shape)
+
+    found = (blocks == spread(largest)) | (blocks != blocks)
+    taken = jnp.where(found, taps, jnp.iinfo(taps.dtype).max).min(g.tap_axes)
+    return largest, jnp.where(spread(taken) == taps, split_windows(tangent, g), 0).sum(g.tap_axes)
+
+
 def _least(dtype):
     return -jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
+
+
+def _small_int(g: Geometry):
+    return jnp.int8 if len(g.taps) <= 127 else jnp.int32
