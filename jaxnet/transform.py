@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core
 
 from jaxnet import tree
 from jaxnet.core import Layer, abstractly, as_layer, call, check_state, describe, specs_of
@@ -303,6 +302,8 @@ def _equation_flops(equation) -> int:
         return size
     if name in _REDUCTIONS:
         return math.prod(equation.invars[0].aval.shape)
+    import jax.extend.core  # not above: it takes 16 ms
+
     inner = [_count_flops(getattr(j, "jaxpr", j)) for j in jax.extend.core.jaxprs_in_params(equation.params)]
     if not inner:
         return 0

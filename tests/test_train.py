@@ -181,6 +181,10 @@ def test_the_order_does_not_depend_on_the_chunks(chunks):
     np.testing.assert_array_equal(seen_rows(chunks, 3, 10), seen_rows([8], 3, 10))
 
 
+def test_a_full_batch_is_the_data_as_it_stands():
+    np.testing.assert_array_equal(seen_rows([2], 7, 7), [np.arange(7)] * 2)
+
+
 def test_an_epoch_equals_a_python_loop_over_its_steps():
     data, optimizer = regression(), optax.adam(1e-2)
     step = train_step(mean_square, optimizer)

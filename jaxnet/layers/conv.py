@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxnet import ops
 from jaxnet.core import Layer, check_input, describe, fold, layer
-from jaxnet.ops import convolve
 from jaxnet.ops.geometry import window_geometry
 
 __all__ = ["conv"]
@@ -77,7 +77,7 @@ def conv(
         check_spatial(label, x, rank, width=kernel.shape[-2] * groups, like=kernel)
         check_windows(x.shape[-rank - 1 : -1])
         options: dict[str, Any] = dict(strides=strides, padding=padding, dilation=dilation, groups=groups)
-        y = over_batch(lambda x: convolve(x, kernel, precision=precision, **options), x, rank)
+        y = over_batch(lambda x: ops.convolve(x, kernel, precision=precision, **options), x, rank)
         return y + jnp.broadcast_to(params["bias"], y.shape) if bias else y
 
     return layer(init, fn, label=label)

@@ -37,6 +37,7 @@ from jaxnet.ops.geometry import (
 FEW = 4  # features: so few leave most of a vector register idle in XLA's convolutions
 SMALL = 16  # features: where neither side has more, XLA takes Eigen's convolution, the slower one
 SHORT = 5  # taps along an axis: to write out longer windows costs more than it gains
+CHUNK = 8  # images: what the gradient of a kernel takes at a time
 LARGE = 2**24  # numbers: unfolded windows larger than this (64 MB) cost more than they gain
 
 
@@ -94,9 +95,23 @@ def _canonical(role: str, a, b, g: Geometry):
         k, y = a, b
         spread = g._replace(sizes=g.outputs, strides=(1, 1), padding=g.pullback_padding)
         return lax_convolution(y, jnp.flip(k, (0, 1)).swapaxes(2, 3), spread, lhs_dilation=g.strides)
-    x, y = a, b
     turned = g._replace(window=g.outputs, strides=g.dilation, padding=g.tight_padding, dilation=g.strides)
-    return lax_convolution(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), turned).transpose(1, 2, 0, 3)
+
+    def kernel_of(x, y):
+        return lax_convolution(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), turned).transpose(1, 2, 0, 3)
+
+    x, y = a, b
+    images, features = y.shape[0], y.shape[-1]
+    few = next((n for n in range(CHUNK, 1, -1) if images % n == 0), images)
+    if few == images or features <= SMALL:
+        return kernel_of(x, y)
+    # A few images at a time stay in the cache between being transposed and being used.
+    x, y = (images.reshape(few, -1, *images.shape[1:]) for images in (x, y))
+
+    def add_part(i, total):
+        return total + kernel_of(*(lax.dynamic_index_in_dim(images, i, axis=1, keepdims=False) for images in (x, y)))
+
+    return lax.fori_loop(0, x.shape[1], add_part, jnp.zeros((*g.window, x.shape[-1], features), x.dtype))
 
 
 def _fast_in_float64(role: str, shapes, g: Geometry) -> bool:
