@@ -1,9 +1,12 @@
 """Handwritten digits: train, inspect, save, restore in a new process, and see that nothing changed.
 
-    python examples/digits.py                          HEADER1
-    python examples/digits.py --model convnet          HEADER2
-    python examples/digits.py --data FOLDER            HEADER3
-    python examples/digits.py --data FOLDER --model convnet     HEADER4
+    python examples/digits.py                                   98.4 ± 0.2 % of the test images in 10 s
+    python examples/digits.py --model convnet                   99.3 ± 0.3 % in 16 s
+    python examples/digits.py --data FOLDER                     MLPMNIST % of MNIST's in 25 s
+    python examples/digits.py --data FOLDER --model convnet     CONVMNIST
+
+(as measured on two cores of a shared machine, compilation included; mean and deviation over 5 seeds, one fixed stratified
+split: `python -m pytest -m slow tests/test_examples.py -s` prints them)
 
 The multilayer perceptron is the 784-256-128-10 store of weights and biases (64-256-128-10 for the 8x8 digits that come with
 scikit-learn, the default). FOLDER holds the four MNIST files; --download fetches them.

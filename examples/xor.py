@@ -1,6 +1,6 @@
 """XOR, learned by gradient descent: 1,000 networks at once, in one compiled call.
 
-    python examples/xor.py                    (as measured: HEADER)
+    python examples/xor.py        (as measured: 22 %, 76 % and 99.8 % of 1,000 seeds in 8 s on two cores)
 
 A sigmoid 2-2-1 network without biases, weights uniform in [-1, 1], learning rate 0.1 and 10,000 full-batch epochs is how the
 problem is often shown, with one lucky seed. It learns XOR for one seed in five. Biases help; four hidden units and a
