@@ -2,8 +2,8 @@
 
     python examples/digits.py                                   98.4 ± 0.2 % of the test images in 10 s
     python examples/digits.py --model convnet                   99.3 ± 0.3 % in 16 s
-    python examples/digits.py --data FOLDER                     MLPMNIST % of MNIST's in 25 s
-    python examples/digits.py --data FOLDER --model convnet     CONVMNIST
+    python examples/digits.py --data FOLDER                     98.6 ± 0.1 % of MNIST's in 25 s
+    python examples/digits.py --data FOLDER --model convnet     99.3 % in 5 to 10 minutes (seed 0)
 
 (as measured on two cores of a shared machine, compilation included; mean and deviation over 5 seeds, one fixed stratified
 split: `python -m pytest -m slow tests/test_examples.py -s` prints them)

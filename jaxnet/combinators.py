@@ -101,13 +101,13 @@ def repeat(block: Any, n: int, *, remat: bool = False, unroll: int = 1) -> Layer
         def scanned(params, state, key, x, *rest, **named):
             def step(x, copy):
                 y, state = run(*copy, x, *rest, **named)
-                _check_same(f"repeat({n})", x, y, "only what keeps its shape can be repeated")
+                _check_same(f"repeat[{n}]", x, y, "only what keeps its shape can be repeated")
                 return y, state
 
             for leaf in jax.tree.leaves((params, state)):
                 if jnp.ndim(leaf) == 0 or leaf.shape[0] != n:
                     raise ValueError(
-                        f"repeat({n}): leaves of params and state must be stacked, [{n}, ...], got {describe(leaf)}; "
+                        f"repeat[{n}]: leaves of params and state must be stacked, [{n}, ...], got {describe(leaf)}; "
                         f"they were made for another number of copies"
                     )
             keys = None if key is None or not block.random else fold(key)

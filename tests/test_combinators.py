@@ -90,7 +90,7 @@ def test_residual_adds_its_first_input_and_shares_the_path():
 
 @pytest.mark.parametrize(
     "combinator, label",
-    [(residual, "residual"), (lambda block: repeat(block, 2), r"repeat\(2\)")],
+    [(residual, "residual"), (lambda block: repeat(block, 2), r"repeat\[2\]")],
     ids=["residual", "repeat"],
 )
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_the_program_does_not_grow_with_the_number_of_copies():
 def test_params_for_another_number_of_copies_are_an_error(n):
     params = weights(repeat(dense(4), n), X)
     with pytest.raises(
-        ValueError, match=rf"repeat\(3\): leaves of params and state must be stacked, \[3, ...\], got float32\[{n}"
+        ValueError, match=rf"repeat\[3\]: leaves of params and state must be stacked, \[3, ...\], got float32\[{n}"
     ):
         repeat(dense(4), 3).apply(params, X)
 

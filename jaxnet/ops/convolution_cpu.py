@@ -46,7 +46,7 @@ def convolution(role: str, a, b, *, geometry: Geometry):
     g, dtype = geometry, a.dtype
     if dtype in (jnp.bfloat16, jnp.float16):  # sums are in float32, as in XLA's own convolutions
         return convolution(role, a.astype(jnp.float32), b.astype(jnp.float32), geometry=g).astype(dtype)
-    if dtype not in (jnp.float32, jnp.float64):
+    if dtype not in (jnp.float32, jnp.float64) or a.size == 0 or b.size == 0:
         return plain(role, a, b, geometry=g)
 
     shapes = dict(zip(others(role), (a.shape, b.shape), strict=True)) | {role: shape_of(role, a, b, g)}
@@ -101,17 +101,17 @@ def _canonical(role: str, a, b, g: Geometry):
         return lax_convolution(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), turned).transpose(1, 2, 0, 3)
 
     x, y = a, b
-    images, features = y.shape[0], y.shape[-1]
-    few = next((n for n in range(CHUNK, 1, -1) if images % n == 0), images)
-    if few == images or features <= SMALL:
+    batch, features = y.shape[0], y.shape[-1]
+    together = next((n for n in range(CHUNK, 1, -1) if batch % n == 0), batch)
+    if together >= batch or features <= SMALL:
         return kernel_of(x, y)
-    # A few images at a time stay in the cache between being transposed and being used.
-    x, y = (images.reshape(few, -1, *images.shape[1:]) for images in (x, y))
+    # A few images at a time: they are still in the cache when, transposed, they are used.
+    x, y = (images.reshape(together, batch // together, *images.shape[1:]) for images in (x, y))
 
     def add_part(i, total):
         return total + kernel_of(*(lax.dynamic_index_in_dim(images, i, axis=1, keepdims=False) for images in (x, y)))
 
-    return lax.fori_loop(0, x.shape[1], add_part, jnp.zeros((*g.window, x.shape[-1], features), x.dtype))
+    return lax.fori_loop(0, batch // together, add_part, jnp.zeros((*g.window, x.shape[-1], features), x.dtype))
 
 
 def _fast_in_float64(role: str, shapes, g: Geometry) -> bool:
@@ -161,11 +161,7 @@ def _unfolded(role: str, a, b, g: Geometry, *, axes: int):
         return jnp.moveaxis(k, 0, -3).reshape(*rest.window, -1, k.shape[-1])
 
     maps = {"input": unfold, "kernel": flatten, "output": lambda y: y.reshape(-1, *y.shape[axes + 1 :])}
-    inner = (
-        functools.partial(convolution, geometry=rest)
-        if rest.rank
-        else functools.partial(_product, precision=g.precision)
-    )
+    inner = functools.partial(convolution if rest.rank else _product, geometry=rest)
     return _substitute(role, a, b, g, maps, inner)
 
 
@@ -199,12 +195,9 @@ def _adjoint(role: str, a, b, g: Geometry):
     operands = {exchanged[name]: operand for name, operand in zip(others(role), (a, b), strict=True)}
     if role != "kernel":
         operands["kernel"] = _flip(operands["kernel"], g)
-    result = convolution(exchanged[role], *(operands[name] for name in others(exchanged[role])), geometry=_exchanged(g))
+    a, b = (operands[name] for name in others(exchanged[role]))
+    result = convolution(exchanged[role], a, b, geometry=g._replace(sizes=g.outputs, padding=g.pullback_padding))
     return _flip(result, g) if role == "kernel" else result
-
-
-def _exchanged(g: Geometry) -> Geometry:
-    return g._replace(sizes=g.outputs, padding=g.pullback_padding)
 
 
 def _flip(k, g: Geometry):
@@ -214,14 +207,13 @@ def _flip(k, g: Geometry):
 def _grouped(role: str, a, b, g: Geometry):
     """One group after the other; each is a convolution of its own, in its best form."""
 
-    def split(name, a):  # [..., G c] -> [G, ..., c]
+    def split(a):  # [..., G c] -> [G, ..., c]
         return jnp.moveaxis(a.reshape(*a.shape[:-1], g.groups, -1), -2, 0)
 
     def one(operands):
         return convolution(role, *operands, geometry=g._replace(groups=1))
 
-    first, second = others(role)
-    result = jnp.moveaxis(lax.map(one, (split(first, a), split(second, b))), 0, -2)
+    result = jnp.moveaxis(lax.map(one, (split(a), split(b))), 0, -2)
     return result.reshape(*result.shape[:-2], -1)
 
 
@@ -244,7 +236,8 @@ def _featurewise(role: str, a, b, g: Geometry):
     if role == "output":
         x, k = a, b
         windows = slice_windows(x, g)
-        return sum(window * jnp.broadcast_to(k[tap], window.shape) for tap, window in zip(g.taps, windows, strict=True))
+        products = (w * jnp.broadcast_to(k[tap], w.shape) for tap, w in zip(g.taps, windows, strict=True))
+        return functools.reduce(jnp.add, products)
     if role == "input":
         k, y = a, b
         # As in `_canonical`: y spread out, the kernel flipped.
@@ -256,9 +249,7 @@ def _featurewise(role: str, a, b, g: Geometry):
     channels = x.shape[-1]
     x = pad_spatial(x, g.tight_padding)
     g = g._replace(sizes=x.shape[1:-1], padding=((0, 0),) * g.rank)
-    if (
-        g.strides[-1] == 1
-    ):  # the last spatial axis and the features are one long axis, on which a step of d is one of d C
+    if g.strides[-1] == 1:  # then the last spatial axis and the features are one long axis; a step of d is one of d C
         long = (g.sizes[-1] * channels,), (g.dilation[-1] * channels,)
         g = g._replace(sizes=g.sizes[:-1] + long[0], dilation=g.dilation[:-1] + long[1])
         x, y = x.reshape(*x.shape[:-2], -1), y.reshape(*y.shape[:-2], -1)
@@ -272,8 +263,10 @@ def _featurewise(role: str, a, b, g: Geometry):
     return jnp.stack([total.reshape(-1, channels).sum(0) for total in sums]).reshape(*g.window, channels)
 
 
-def _product(role: str, a, b, precision):
+def _product(role: str, a, b, *, geometry: Geometry):
     """A convolution without spatial axes: y = x k."""
     if role == "output":
-        return jnp.matmul(a, b, precision=precision)
-    return jnp.matmul(b, a.T, precision=precision) if role == "input" else jnp.matmul(a.T, b, precision=precision)
+        left, right = a, b
+    else:
+        left, right = (b, a.T) if role == "input" else (a.T, b)
+    return jnp.matmul(left, right, precision=geometry.precision)

@@ -14,9 +14,8 @@ from jaxnet.ops.geometry import Geometry, slice_windows, split_windows, window_g
 
 __all__ = ["avg_pool", "max_pool"]
 
-AT_ONCE = (
-    4  # taps: a larger window is pooled axis by axis, which takes h + w slices and not h w (measured faster from 9 on)
-)
+# Taps: a larger window that overlaps is pooled axis by axis, by h + w slices and not h w (measured faster from 9 on).
+AT_ONCE = 4
 
 
 def max_pool(
@@ -61,7 +60,7 @@ def avg_pool(
     Padding is not counted, as in TensorFlow, in Keras and in PyTorch with count_include_pad=False; a mean of a constant is
     that constant up to the edges. (Flax and PyTorch count the zeros by default.)
 
-    Args, Returns, Raises: as `max_pool`, for floating x only.
+    Args, Returns, Raises: as `max_pool`; x is floating or complex.
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -72,13 +71,10 @@ def avg_pool(
     for part in _parts(g):
         total = _window_sum(total, part)
     # How many elements of each window are in x: a product over the axes, known before anything runs.
-    counts = np.ones(g.outputs)
-    for axis, (size, w, s, (lo, _), o) in enumerate(
-        zip(g.sizes, g.window, g.strides, g.padding, g.outputs, strict=True)
-    ):
-        start = np.arange(o) * s - lo
-        real = np.minimum(start + w, size) - np.maximum(start, 0)
-        counts *= real.reshape([-1 if i == axis else 1 for i in range(g.rank)])
+    starts = [np.arange(o) * s - lo for o, s, (lo, _) in zip(g.outputs, g.strides, g.padding, strict=True)]
+    ends = [np.minimum(start + w, size) for start, w, size in zip(starts, g.window, g.sizes, strict=True)]
+    along = [end - np.maximum(start, 0) for start, end in zip(starts, ends, strict=True)]
+    counts = functools.reduce(np.multiply.outer, along)
     scale = lax.broadcast_in_dim(jnp.asarray(1 / counts, total.dtype), total.shape, range(1, g.rank + 1))
     return (total * scale).astype(x.dtype)
 
@@ -119,6 +115,8 @@ def _window_sum(x, g: Geometry):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _window_max(x, g: Geometry):
+    if g.apart:
+        return split_windows(x, g, _least(x.dtype)).max(g.tap_axes)
     return functools.reduce(jnp.maximum, slice_windows(x, g, _least(x.dtype)))
 
 
