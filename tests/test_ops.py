@@ -56,8 +56,9 @@ def plain(x, kernel, *, strides=1, padding="SAME", dilation=1, groups=1):
     )
 
 
-def operands(name, dtype="float32", batch=2):
-    """x, kernel and a cotangent y, and the options."""
+def operands(name, dtype="float32", batch=None):
+    """x, kernel and a cotangent y, and the options. Of many wide images, a few are taken at a time."""
+    batch = batch or (12 if "wide" in name else 2)
     sizes, window, channels, features, options = GEOMETRIES[name]
     groups = options.get("groups", 1)
     x, kernel = (
@@ -221,6 +222,14 @@ def test_other_platforms_get_what_autodiff_makes_of_a_plain_convolution():
     assert convolutions(convolve) == convolutions(plain)
 
 
+@pytest.mark.parametrize("name", ["small", "patches", "groups", "depthwise"])
+def test_a_batch_may_be_empty(name):
+    x, kernel, _, options = operands(name)
+    gradient = jax.grad(lambda x, k: jnp.sum(convolve(x, k, **options)), (0, 1))
+    dx, dk = quickly(gradient, x[:0], kernel)
+    assert dx.shape == (0, *x.shape[1:]) and not dk.any()
+
+
 def test_convolve_works_in_all_places():
     x, kernel, _, _ = operands("wide")
     expected = jax.grad(lambda k: jnp.sum(plain(x, k) ** 2))(kernel)
@@ -231,7 +240,7 @@ def test_convolve_works_in_all_places():
     assert_trees_close(gradient(kernel), expected)  # not compiled
     with jax.disable_jit():
         assert_trees_close(gradient(kernel), expected)
-    assert jax.eval_shape(convolve, x, kernel) == jax.ShapeDtypeStruct((2, 7, 6, 18), jnp.float32)
+    assert jax.eval_shape(convolve, x, kernel) == jax.ShapeDtypeStruct((12, 7, 6, 18), jnp.float32)
     exported = jax.export.export(jax.jit(gradient), platforms=["cpu", "cuda", "tpu"])(kernel)
     assert_trees_close(exported.call(kernel), expected)
 
