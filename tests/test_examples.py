@@ -159,6 +159,22 @@ def test_digits_refuses_a_checkpoint_of_something_else(digits, tmp_path):
         digits.restore(str(tmp_path / "other.safetensors"), None, None)
 
 
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (["--data", "nowhere"], "digits.py: nowhere: expected the four MNIST files"),
+        (["--batch-size", "5000"], "digits.py: batch_size 5000 is larger than the data, 1438 examples"),
+        (["--restore", __file__], f"digits.py: {__file__}: "),
+    ],
+)
+def test_digits_answers_wrong_options_in_one_line(options, text, tmp_path):
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / "digits.py", *options], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 1
+    assert text in run.stderr and "Traceback" not in run.stderr
+
+
 def test_digits_takes_the_mnist_files(digits, real_data, tmp_path, capfd):
     accuracy = digits.main("mlp", str(real_data / "mnist"), epochs=1, out=str(tmp_path))
     assert accuracy > 0.93
