@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+import jaxnet
 from jaxnet import batch_norm, chain, dense, dropout
 from jaxnet.train import (
     TrainState,
@@ -211,6 +212,29 @@ def test_a_run_maps_over_seeds_and_rates():
         one, loss = jax.jit(run)(keys[i], rates[i])
         chex.assert_trees_all_close(jax.tree.map(lambda leaf, i=i: leaf[i], params), one, rtol=1e-4)
         np.testing.assert_allclose(losses[i], loss, rtol=1e-3)
+
+
+def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path):
+    net = chain(dense(4), batch_norm(), dropout(0.5), dense(1))
+    data, optimizer = regression(), optax.adamw(optax.cosine_decay_schedule(0.05, 8))
+
+    def loss(params, batch, state, key):
+        out, state = net.apply(params, batch[0], state=state, key=key, train=True)
+        return jnp.mean(jnp.square(out - batch[1])), state
+
+    start = train_state(net.init(key0(), data[0]), optimizer, key0(), state=net.init_state(data[0]))
+    run = jax.jit(train_steps(train_step(loss, optimizer), 4, 4))
+    half, _ = run(start, data)
+    whole, losses = run(half, data)
+    jaxnet.save(tmp_path / "half.safetensors", half)
+    again, same = run(jaxnet.load(tmp_path / "half.safetensors", like=half), data)
+    chex.assert_trees_all_equal(jax.tree.map(bits, again), jax.tree.map(bits, whole))
+    np.testing.assert_array_equal(losses["loss"], same["loss"])
+
+
+def bits(leaf):
+    """What can be compared bit for bit: also of a key."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 # fit
