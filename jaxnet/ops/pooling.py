@@ -14,7 +14,7 @@ from jaxnet.ops.geometry import Geometry, slice_windows, split_windows, window_g
 
 __all__ = ["avg_pool", "max_pool"]
 
-# Taps: a larger window that overlaps is pooled axis by axis, by h + w slices and not h w (measured faster from 9 on).
+# Taps: a larger window is pooled axis by axis, by h + w slices and not h w (measured faster from 9 on).
 AT_ONCE = 4
 
 
@@ -68,7 +68,7 @@ def avg_pool(
     g = pool_geometry("avg_pool", x.shape, window, strides, padding)
     narrow = x.dtype in (jnp.bfloat16, jnp.float16)
     total = x.astype(jnp.float32) if narrow else x
-    for part in _parts(g):
+    for part in [g] if g.apart else _parts(g):
         total = _window_sum(total, part)
     # How many elements of each window are in x: a product over the axes, known before anything runs.
     starts = [np.arange(o) * s - lo for o, s, (lo, _) in zip(g.outputs, g.strides, g.padding, strict=True)]
@@ -93,7 +93,7 @@ def pool_geometry(what: str, shape, window, strides, padding) -> Geometry:
 
 def _parts(g: Geometry) -> list[Geometry]:
     """The pooling in one step, or one for each axis, the last axis first: then the first of the largest is the row-major one."""
-    if g.apart or len(g.taps) <= AT_ONCE:
+    if len(g.taps) <= AT_ONCE:
         return [g]
     parts = []
     for axis in reversed(range(g.rank)):
@@ -122,14 +122,14 @@ def _window_max(x, g: Geometry):
 
 @_window_max.defjvp
 def _window_max_jvp(g: Geometry, primals, tangents):
-    """The tangent of the element that is taken; the transpose puts a cotangent back there. Linear, so all modes follow."""
+    """The tangent of the element that is taken; the transpose puts a cotangent back there. Linear, so all modes follow.
+
+    Elements are compared with each other, never with the largest: that, computed once more in another program, may differ
+    from every element in its last bit (so the gradient of `jnp.max` can lose all, or divide by none).
+    """
     (x,), (tangent,) = primals, tangents
-    return _tangent_of_block(x, tangent, g) if g.apart else _tangent_of_slice(x, tangent, g)
-
-
-def _tangent_of_slice(x, tangent, g: Geometry):
     first, *others = slice_windows(x, g, _least(x.dtype))
-    largest, taken = first, jnp.zeros(first.shape, _small_int(g))
+    largest, taken = first, jnp.zeros(first.shape, jnp.int8 if len(g.taps) <= 127 else jnp.int32)
     for tap, window in enumerate(others, 1):
         larger = (window > largest) | (window != window)  # a NaN is taken
         largest = jnp.where(larger, window, largest)
@@ -138,24 +138,5 @@ def _tangent_of_slice(x, tangent, g: Geometry):
     return largest, functools.reduce(jnp.add, parts)
 
 
-def _tangent_of_block(x, tangent, g: Geometry):
-    """The same for windows that do not overlap: `taken` is a reduction, which XLA does not compute again for each element."""
-    blocks = split_windows(x, g, _least(x.dtype))
-    largest = blocks.max(g.tap_axes)
-    taps = np.arange(len(g.taps)).reshape(g.window)
-    taps = lax.broadcast_in_dim(jnp.asarray(taps, _small_int(g)), blocks.shape, g.tap_axes)
-
-    def spread(y):  # [N, *outputs, C] -> the shape of the blocks
-        return jnp.broadcast_to(jnp.expand_dims(y, g.tap_axes), blocks.shape)
-
-    found = (blocks == spread(largest)) | (blocks != blocks)
-    taken = jnp.where(found, taps, jnp.iinfo(taps.dtype).max).min(g.tap_axes)
-    return largest, jnp.where(spread(taken) == taps, split_windows(tangent, g), 0).sum(g.tap_axes)
-
-
 def _least(dtype):
     return -jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
-
-
-def _small_int(g: Geometry):
-    return jnp.int8 if len(g.taps) <= 127 else jnp.int32
