@@ -94,7 +94,7 @@ def repeat(block: Any, n: int, *, remat: bool = False, unroll: int = 1) -> Layer
         return jax.vmap(lambda key: block.init(key, *inputs, **named))(fold(key))
 
     def init_state(*inputs, **named):
-        state = block.init_state(*inputs, **named)  # pyright: ignore[reportOptionalCall]
+        state = block.init_state(*inputs, **named)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *jnp.shape(leaf))), state)
 
     def around(run):

@@ -238,7 +238,7 @@ def compose(
         for name in stateful:
             args, kwargs = calls[name]
             with scope(name):
-                state[name] = children[name].init_state(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
+                state[name] = children[name].init_state(*args, **kwargs)
         return state
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):

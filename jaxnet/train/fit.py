@@ -49,8 +49,7 @@ def fit(
       epochs: passes over the data. batch_size: examples a step; the last len(data) % batch_size of a pass are left out.
       key: PRNG key for the order of the data and the noise: the same key gives the same run, bit for bit on a CPU.
       evaluate: (train_state) -> dict of numbers, called after each epoch and joined to its last record.
-      progress: a line on stderr, rewritten in place on a terminal; None shows it there and one plain line an epoch elsewhere,
-        True forces plain lines at least, False is silent.
+      progress: a line on stderr, rewritten in place on a terminal, one plain line an epoch elsewhere; False is silent.
 
     Returns: a `Result`; one record a chunk, with 'step', 'epoch', the mean over the chunk of each metric, 'samples_per_second'
     and 'seconds' since the start without compiling.

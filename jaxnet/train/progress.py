@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 
 __all__ = ["Progress"]
@@ -21,7 +20,6 @@ class Progress:
         self.compile_seconds = compile_seconds
         self.width = 0
         self.first = True
-        self.last = time.perf_counter()
 
     def __call__(self, record: Mapping[str, float], *, newline: bool = False) -> None:
         if not self.show or not (self.terminal or newline):
