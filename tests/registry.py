@@ -6,6 +6,7 @@ A name is that of the constructor, with ': what is special' behind it where a la
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -88,6 +89,12 @@ def numbers(specs: Any, seed: int = 0) -> Any:
 def weights(net: Layer, *inputs: Any, seed: int = 0, **named: Any) -> Any:
     """Parameters of a network, normal numbers all, so that none is zero."""
     return numbers(abstractly(net.init)(jax.random.key(0), *inputs, **named), seed)
+
+
+def close(actual, expected, rtol=1e-5, atol=1e-6):
+    """Assert that two trees have one structure and nearly the same numbers."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, expected)
 
 
 def state_of(net: Layer, *inputs: Any) -> Any:

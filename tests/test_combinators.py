@@ -7,7 +7,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from registry import floats, noisy_block, numbers, quick_to_compile, state_of, weights  # noqa: F401 (a fixture)
+from registry import close, floats, noisy_block, numbers, quick_to_compile, state_of, weights  # noqa: F401 (a fixture)
 
 from jaxnet import tree
 from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual
@@ -19,11 +19,6 @@ X = numbers(floats(4, 4), seed=1)
 
 def key(seed: int = 0):
     return jax.random.key(seed)
-
-
-def close(actual, expected, rtol=1e-5, atol=1e-6):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, expected)
 
 
 def equations(jaxpr) -> list[str]:
