@@ -226,7 +226,7 @@ def _parts(outputs: Any, state: Any, *, stateful: bool) -> tuple[Any, Any, Mappi
 
 def _mean(name: str, value: Any, batch: Any, shares: jax.Array | None) -> jax.Array:
     """The (weighted) mean of one value an example; a scalar is one already."""
-    shape = jnp.shape(value)
+    shape: tuple[int, ...] = tuple(jnp.shape(value))
     if shape == ():
         return jnp.asarray(value)
     sizes = _sizes(batch)
