@@ -509,6 +509,13 @@ def test_a_step_that_does_not_fit_into_a_loop_is_named(step, error, text):
         fit(step, train_state(jnp.float32(0), 0.1, key0()), jnp.zeros(4), batch_size=2, steps=3, progress=False)
 
 
+def test_steps_that_are_done_already_are_named():
+    done = fitted(epochs=2).train_state
+    assert fitted(start=done, epochs=3).train_state.step == 9  # three epochs in all
+    with pytest.raises(ValueError, match="the train state has done 6 steps, and 6 are asked for in all; ask for more"):
+        fitted(start=done._replace(key=key0()), epochs=2)
+
+
 def test_arrays_without_a_batch_size_are_named():
     with pytest.raises(TypeError, match=r"without batch_size the data is an iterable of batches, got ndarray"):
         fitted(data=np.zeros(4), batch_size=None)

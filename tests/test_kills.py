@@ -42,7 +42,7 @@ def undisturbed(tmp_path_factory):
     return folder.parent, (folder / "end.safetensors").read_bytes(), time.monotonic() - began
 
 
-def killed_until_it_ends(undisturbed, name: str, signals: list[int], kills: int, rng: random.Random) -> int:
+def killed_until_it_ends(undisturbed, name: str, signals: list[signal.Signals], kills: int, rng: random.Random) -> int:
     """Kill a run again and again; returns how many of the kills found it at work. Its end must be that of the other."""
     parent, expected, seconds = undisturbed
     folder = parent / name

@@ -95,7 +95,7 @@ def fit(
       data: with `batch_size`, a pytree of arrays with a leading axis of examples; those in memory go to the device as a whole,
         memory maps and others that are read by `array[rows]` are read where they are needed. Without `batch_size`, an
         iterable of batches, or a function (number of the pass) -> iterable; they are drawn ahead by a thread.
-      epochs, steps: how long: passes over the data, or steps in all. One of them.
+      epochs, steps: until when: passes over the data, or steps, counted from step 0 of the train state. One of them.
       order, drop_last: as in `train_steps`; for arrays.
       evaluate: (train_state) -> dict of numbers, joined to the record: after each epoch, or every `evaluate_every` steps.
       record_every: steps a record; the default is about 100, an equal part of an epoch where there is one, and at most
@@ -143,6 +143,11 @@ def fit(
     path = None if checkpoint is None else pathlib.Path(checkpoint)
     if path is not None and path.exists():
         run.restore(path)
+    elif feed.total is not None and run.history.step >= feed.total:
+        raise ValueError(
+            f"fit: the train state has done {run.history.step} steps, and {feed.total} are asked for in all; ask for more, "
+            "or begin anew with train_state(params, ...)"
+        )
     show = Progress(feed.total, feed.epoch_steps, step=run.history.step, show=progress)
     if run.history.step > int(train_state.step):
         show.note(f"goes on from step {run.history.step:,}, saved in {path}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Record", "early_stopping", "time_budget", "write_csv", "write_jsonl"]
+__all__ = ["early_stopping", "time_budget", "write_csv", "write_jsonl"]
 
 Record = dict[str, float]
 """What is known at one step: 'step', 'epoch', the mean of each metric since the record before, 'seconds' and more."""
