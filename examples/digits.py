@@ -186,14 +186,11 @@ def main(
     seed: int = 0,
     out: str = "out",
     resume: bool = False,
-    cache_dir: str | None = None,
 ) -> float:
     """Train, inspect, save, restore; returns the test accuracy.
 
     Raises: SystemExit with code 130 or 143 if SIGINT or SIGTERM came; the state is saved, `resume` goes on from there.
     """
-    if cache_dir:
-        compile_cache(cache_dir)
     folder, data_folder = pathlib.Path(out), data
     dataset = load_data(data_folder, download=download)
     epochs = epochs or (40 if data_folder is None else 10)
@@ -274,6 +271,8 @@ if __name__ == "__main__":
     parser.add_argument("--restore", metavar="FILE", help="load this checkpoint and test it, without training")
     parser.add_argument("--logits", metavar="FILE", help="with --restore: also write the logits there, as .npy")
     args = vars(parser.parse_args())
+    if cache_dir := args.pop("cache_dir"):
+        compile_cache(cache_dir)
     checkpoint, logits_file = args.pop("restore"), args.pop("logits")
     try:
         if checkpoint:
