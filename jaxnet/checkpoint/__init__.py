@@ -8,5 +8,6 @@ The files are plain safetensors; docs/checkpoint_format.md describes them. Linux
 
 from jaxnet.checkpoint.file import Info, Leaf, inspect, load, save, verify
 from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.lazy import lazy
 
-__all__ = ["CheckpointError", "Info", "Leaf", "inspect", "load", "save", "verify"]
+__all__ = ["CheckpointError", "Info", "Leaf", "inspect", "lazy", "load", "save", "verify"]

@@ -118,7 +118,7 @@ def cast(file: str, data: dict[str, np.ndarray], targets: dict[str, Target]) -> 
         if lost:
             spec = Spec(x.dtype.name, x.shape)
             lines.append(
-                f"{name}: {lost} of {x.size} values of {spec} do not fit {wanted}, the first is {x.flat[first]}"
+                f"{name}: {lost} of {x.size} values of {spec} do not fit {wanted}, the first is {x.flat[first]!s}"
             )
     if lines:
         text = (

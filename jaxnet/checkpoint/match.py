@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import itertools
 from collections.abc import Callable, Iterable
 
 from jaxnet.checkpoint import structure
@@ -129,8 +130,9 @@ def _renames(missing: dict[str, Spec], unexpected: dict[str, Spec], found: dict[
     lines, rename, left, free = [], {}, dict(missing), dict(unexpected)
     for name, spec in list(missing.items())[:50]:  # bounded: each guess compares the name with all candidates
         candidates = [other for other, s in free.items() if s == spec][:50] if name in left else []
-        if best := difflib.get_close_matches(name, candidates, n=1, cutoff=0.3):
-            old, new, below = _widest(best[0], name, left, free, found)
+        likeness, best = max(((_likeness(other, name), other) for other in candidates), default=((0, 0.0), ""))
+        if likeness >= (0, 0.3):
+            old, new, below = _widest(best, name, left, free, found)
             for leaf in below:
                 del free[leaf], left[_with_prefix(leaf, {old: new})]
             what = f" ({len(below)} leaves)" if len(below) > 1 else ""
@@ -139,6 +141,14 @@ def _renames(missing: dict[str, Spec], unexpected: dict[str, Spec], found: dict[
             )
             rename[old] = new
     return [*lines, f"if so: load(..., rename={rename})"] if rename else []
+
+
+def _likeness(a: str, b: str) -> tuple[int, float]:
+    """How many of the last steps of two paths are the same, and how much of the text is."""
+    pairs = zip(reversed(a.split("/")), reversed(b.split("/")), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))), difflib.SequenceMatcher(
+        None, a, b
+    ).ratio()
 
 
 def _widest(old: str, new: str, missing: dict[str, Spec], unexpected: dict[str, Spec], found: dict[str, Spec]):
