@@ -9,5 +9,17 @@ The files are plain safetensors; docs/checkpoint_format.md describes them. Linux
 from jaxnet.checkpoint.file import Info, Leaf, inspect, load, save, verify
 from jaxnet.checkpoint.format import CheckpointError
 from jaxnet.checkpoint.lazy import lazy
+from jaxnet.checkpoint.store import Checkpoint, Checkpoints
 
-__all__ = ["CheckpointError", "Info", "Leaf", "inspect", "lazy", "load", "save", "verify"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Checkpoints",
+    "Info",
+    "Leaf",
+    "inspect",
+    "lazy",
+    "load",
+    "save",
+    "verify",
+]

@@ -64,6 +64,16 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | 
 
     The tree costs no second copy in memory: one leaf at a time is brought to the host.
     """
+    prepare(path, tree, metadata)()
+
+
+def prepare(
+    path: str | os.PathLike[str], tree: Any, metadata: dict[str, Any] | None, *, snapshot: bool = False
+) -> Callable[[], None]:
+    """Check all that can be wrong with a tree and return what writes it, once; from a copy if `snapshot`.
+
+    A copy is on the host and shares no memory with the tree, whose arrays may then be donated, deleted or changed.
+    """
     from jaxnet.checkpoint import arrays
 
     file = os.fsdecode(path)
@@ -73,11 +83,20 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | 
     tensors = fmt.layout([(name, *structure.stored_as(nodes[name], shape)) for name, shape in shapes.items()])
     manifest = {"version": fmt.VERSION, "metadata": _exact_json(file, metadata or {}), "tree": structure.to_json(node)}
     empty = fmt.write_header(file, tensors, manifest | {"crc32": ["0" * 8 * t.chunks for t in tensors]})
-    with _replacing(file) as fd:
-        os.lseek(fd, len(empty), os.SEEK_SET)
-        crcs = _write_tensors(fd, tensors, lambda name: arrays.to_bytes(nodes[name], leaves[name]))
-        os.lseek(fd, 0, os.SEEK_SET)
-        _write(fd, memoryview(fmt.write_header(file, tensors, manifest | {"crc32": crcs})))
+
+    def fetch(name):
+        return arrays.to_bytes(nodes[name], leaves[name])
+
+    copies = {name: fetch(name).copy() for name in leaves} if snapshot else None
+
+    def write():
+        with _replacing(file) as fd:
+            os.lseek(fd, len(empty), os.SEEK_SET)
+            crcs = _write_tensors(fd, tensors, fetch if copies is None else copies.pop)
+            os.lseek(fd, 0, os.SEEK_SET)
+            _write(fd, memoryview(fmt.write_header(file, tensors, manifest | {"crc32": crcs})))
+
+    return write
 
 
 def load(
@@ -289,7 +308,10 @@ def _write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any
                 if unsynced >= 4 * WRITE and (sync is None or sync.done()):
                     if sync:
                         sync.result()  # raises what the disk reported, which it does only once
-                    sync, unsynced = pool.submit(os.fsync, fd), 0
+                        sync = None
+                    with contextlib.suppress(RuntimeError):  # no new threads while the interpreter shuts down
+                        sync = pool.submit(os.fsync, fd)
+                    unsynced = 0
                 sums[start // fmt.CHUNK] = zlib.crc32(block, sums[start // fmt.CHUNK])
             crcs.append("".join(f"{crc:08x}" for crc in sums))
         if sync:
