@@ -11,7 +11,6 @@ import os
 import tracemalloc
 import zlib
 from fractions import Fraction
-from typing import Any, NamedTuple
 
 import hypothesis
 import hypothesis.strategies as st
@@ -22,16 +21,12 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+from test_checkpoint import DTYPES, Pair
 
 from jaxnet import tree as trees
 from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint.structure import CODES, WIDENED, leaf_name, leaf_path
-
-
-class Pair(NamedTuple):
-    first: Any
-    second: Any
+from jaxnet.checkpoint.structure import WIDENED, leaf_name, leaf_path
 
 
 def block(i):
@@ -338,7 +333,6 @@ def test_cast_and_strict_need_a_template(path):
 
 # ---------------------------------------------------------------------------------------------------- cast=True
 
-DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in CODES | WIDENED}
 MANTISSA = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}  # IEEE 754; bfloat16: the upper half of float32
 
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxnet.checkpoint.format import RESTORE, CheckpointError
-from jaxnet.checkpoint.match import Misfit
+from jaxnet.checkpoint.format import RESTORE, CheckpointError, Misfit
 from jaxnet.checkpoint.structure import CODES, WIDENED, Node, Spec
 
 

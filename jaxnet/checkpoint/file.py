@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint import match, structure
-from jaxnet.checkpoint.format import CheckpointError, Header, Tensor
-from jaxnet.checkpoint.match import Misfit
+from jaxnet.checkpoint.format import CheckpointError, Header, Misfit, Tensor
 from jaxnet.checkpoint.structure import Node
 
 if TYPE_CHECKING:

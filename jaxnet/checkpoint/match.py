@@ -6,12 +6,8 @@ import itertools
 from collections.abc import Callable, Iterable
 
 from jaxnet.checkpoint import structure
-from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.format import Misfit
 from jaxnet.checkpoint.structure import DICTS, Node, Path, Spec, leaf_name
-
-
-class Misfit(CheckpointError):
-    """A sound file that is not what was asked for: another request helps, another copy of the file does not."""
 
 
 def select(file: str, names: Iterable[str], patterns: Iterable[str]) -> set[str]:

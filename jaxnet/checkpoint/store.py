@@ -11,11 +11,10 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from jaxnet.checkpoint.file import Info, inspect, load_with_info, prepare
-from jaxnet.checkpoint.format import CheckpointError
-from jaxnet.checkpoint.match import Misfit
+from jaxnet.checkpoint.format import CheckpointError, Misfit
 
 
 class Checkpoint(NamedTuple):
@@ -70,10 +69,14 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._failures: list[BaseException] = []
-        weakref.finalize(self, _report, self._failures)  # when it is collected, or the program ends
+        weakref.finalize(self, _report, self._failures)  # what nobody has asked for when the program ends
 
     def save(
-        self, step: int, tree: Any, metrics: Mapping[str, Any] | None = None, metadata: dict[str, Any] | None = None
+        self,
+        step: SupportsIndex,
+        tree: Any,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         """Save the tree of a step, and then delete what need not be kept.
 
