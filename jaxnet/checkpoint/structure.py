@@ -153,6 +153,11 @@ def leaves(node: Node) -> dict[str, Node]:
     return {leaf_name(path): n for path, n in walk(node) if n.is_leaf}
 
 
+def show(x: Any) -> str:
+    """A scalar as Python writes it, which for an int of more than some thousand digits it does only in hexadecimal."""
+    return hex(x) if isinstance(x, int) and x.bit_length() > 10_000 else repr(x)
+
+
 def stored_as(node: Node, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     """The safetensors type and the shape of an array in the file; for random keys `shape` is that of their data."""
     if node.kind == "key":
