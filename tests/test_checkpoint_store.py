@@ -8,6 +8,8 @@ import errno
 import fcntl
 import functools
 import os
+import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -514,3 +516,16 @@ def test_a_kill_at_any_moment_leaves_the_old_checkpoints_or_the_new_one(tmp_path
         assert len(store.steps()) <= 3
     assert outcomes == {"random", *((mode, step) for mode in ("False", "True") for step in (3, 4, 5))}
     assert len(list(tmp_path.iterdir())) > 12 + 2 * 20
+
+
+# ------------------------------------------------------------------------------------------------------------- docs
+
+
+def test_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(compile(code, "checkpoints.md", "exec"), names)
+    assert sorted(os.listdir("run")) == [f"step_{step:08d}.safetensors" for step in (2, 4, 5)]
+    assert names["tuned"]["body"]["bias"].shape == (3,)

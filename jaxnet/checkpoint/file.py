@@ -427,18 +427,17 @@ def _match(
     stored = content.node if content.structured else None
     lines = match.differences(template, wanted, stored, found, strict=strict, cast=cast)
     kept = {} if strict else {name: leaves.get(name, node.value) for name, node in nodes.items() if name not in found}
-    lines += [
-        f"missing from the file: {n} {wanted[n]}, and `like` has no value" for n in kept if arrays.is_abstract(kept[n])
-    ]
+    empty = [name for name, x in kept.items() if arrays.is_abstract(x)]
+    lines += [f"missing from the file: {name} {wanted[name]}, and `like` has no value" for name in empty]
     if kept and kept.keys() == nodes.keys():
         lines.append("strict=False, but the file and the template have no path in common")
     if lines:
         text = f"{what} does not fit the template `like` (without `like` it loads as saved):"
         raise Misfit(file, None, "\n  ".join([text, *lines]))
-    taken = {name: x for name, x in leaves.items() if name in found}
-    return {
-        name: arrays.Target(nodes[name].kind, nodes[name].value, arrays.sharding(x)) for name, x in taken.items()
-    }, kept
+    targets = {
+        n: arrays.Target(nodes[n].kind, nodes[n].value, arrays.sharding(x)) for n, x in leaves.items() if n in found
+    }
+    return targets, kept
 
 
 def read_tensors(

@@ -208,9 +208,10 @@ class Checkpoints:
         for step in steps:
             try:
                 found = self._load(step, like, options)._replace(skipped=skipped)
-            except (Misfit, FileNotFoundError) as e:
-                if isinstance(e, Misfit):  # the request is wrong: an older file could only hide that
-                    raise
+            except Misfit:  # the request is wrong: an older file could only hide that
+                raise
+            except FileNotFoundError:  # another process has deleted it meanwhile
+                continue
             except (CheckpointError, OSError) as e:
                 self._bad.add(step)
                 skipped[step] = str(e)
