@@ -438,7 +438,8 @@ def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(tmp_path, monkey
 
 def run(code, folder, *arguments):
     """Run a program, with a time limit that only a hang exceeds."""
-    head = "import atexit, json, os, random, shutil, signal, sys, time\nimport numpy as np\nfrom jaxnet.checkpoint import Checkpoints\n"
+    head = "import atexit, os, random, shutil, signal, sys, time\nimport numpy as np\n"
+    head += "from jaxnet.checkpoint import Checkpoints\n"
     command = [sys.executable, "-c", head + code, str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
     save("run/state.safetensors", {"params": params, "opt": opt_state, "step": 100}, metadata={"accuracy": 0.98})
     state = load("run/state.safetensors", like=state)
 
+`lazy` opens a file for single leaves, `Checkpoints` is a folder with one file a step; docs/checkpoints.md is the guide.
 The files are plain safetensors; docs/checkpoint_format.md describes them. Linux and macOS (it takes `flock`).
 """
 
