@@ -135,11 +135,12 @@ def jaxnet_network(images):
 
 
 def jaxnet_fit(images, labels):
-    from jaxnet.train import fit
+    from jaxnet.train import fit, train_state, train_step
 
     loss, params, key = jaxnet_network(images)
-    options = dict(epochs=1, batch_size=BATCH, key=key, progress=False)
-    return fit(loss, params, (images, labels), optimizer=optimizer(), **options).history[0]["loss"]
+    start = train_state(params, optimizer(), key)
+    step = train_step(loss, optimizer())
+    return fit(step, start, (images, labels), epochs=1, batch_size=BATCH, progress=False).history[0]["loss"]
 
 
 def jaxnet_steps(images, labels):

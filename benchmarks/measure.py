@@ -213,7 +213,7 @@ def format_table(table: Table) -> str:
         cells = [row.name, median, f"[{low}, {high}]", ratio, f"[{below}, {above}]", str(len(row.seconds))]
         if compiled:
             cells.append(f"{row.compile_seconds or 0:.2f}")
-        cells += [_digits(quartiles(row.others[title])[1]) for title in others if title in row.others]
+        cells += [_digits(quartiles(row.others[title])[1]) if title in row.others else "" for title in others]
         lines.append([row.name, row.problem] if row.problem else cells)
     wide = max(len(line[0]) for line in lines)
     widths = [max(len(line[i]) for line in lines if len(line) > 2) for i in range(1, len(lines[0]))]

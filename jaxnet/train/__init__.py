@@ -1,20 +1,42 @@
 """Training: a pure step, many steps as one compiled call, and a host loop over those. Each level is usable alone."""
 
-from jaxnet.train.fit import Result, evaluate, fit
+from jaxnet.train.cache import compile_cache
+from jaxnet.train.diagnose import NonFiniteError
+from jaxnet.train.evaluate import evaluate
+from jaxnet.train.fit import Best, Result, fit
+from jaxnet.train.history import early_stopping, time_budget, write_csv, write_jsonl
+from jaxnet.train.loop import train_epoch, train_steps
+from jaxnet.train.optimizers import average, averaged, by_path, freeze, guarded
+from jaxnet.train.order import balanced, shuffle, shuffled
 from jaxnet.train.plot import plot_history
-from jaxnet.train.shuffle import shuffled
-from jaxnet.train.step import TrainState, sgd, train_epoch, train_state, train_step, train_steps
+from jaxnet.train.step import TrainState, Weighted, augmented, sgd, train_state, train_step
 
 __all__ = [
+    "Best",
+    "NonFiniteError",
     "Result",
     "TrainState",
+    "Weighted",
+    "augmented",
+    "average",
+    "averaged",
+    "balanced",
+    "by_path",
+    "compile_cache",
+    "early_stopping",
     "evaluate",
     "fit",
+    "freeze",
+    "guarded",
     "plot_history",
     "sgd",
+    "shuffle",
     "shuffled",
+    "time_budget",
     "train_epoch",
     "train_state",
     "train_step",
     "train_steps",
+    "write_csv",
+    "write_jsonl",
 ]

@@ -1,157 +1,485 @@
-"""A host loop over compiled chunks of training: progress, history, evaluation."""
+"""A host loop over compiled chunks of training: what one wants to see, keep and decide in between."""
 
 from __future__ import annotations
 
-import inspect
-import math
+import contextlib
+import json
+import os
+import pathlib
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnet import tree
+from jaxnet.train import source
+from jaxnet.train.diagnose import NonFiniteError, explain
+from jaxnet.train.history import History, Record, best_of
+from jaxnet.train.interrupt import Interrupted, interruptible
+from jaxnet.train.loop import chunk_of, planned, steps_per_epoch, take
+from jaxnet.train.optimizers import Guarded, find
+from jaxnet.train.order import Order, shuffle
 from jaxnet.train.progress import Progress
-from jaxnet.train.step import TrainState, examples, steps_per_epoch, train_state, train_step, train_steps
+from jaxnet.train.step import TrainState, examples
 
-__all__ = ["Result", "evaluate", "fit"]
+__all__ = ["Best", "Result", "fit"]
+
+CALL = 0.3  # seconds that a compiled call should take at most: how long Ctrl-C waits
+
+
+class Best(NamedTuple):
+    """The best evaluation so far: its value and step, and the parameters and state that it was of."""
+
+    value: float
+    step: int
+    params: Any
+    state: Any
 
 
 class Result(NamedTuple):
-    """What `fit` returns: the last train state, and the history, a list of records (dicts of plain numbers)."""
+    """What `fit` returns.
+
+    Attributes:
+      train_state: after the last step.
+      history: a list of records, dicts of plain numbers.
+      best: the best evaluation, None unless `best` was given.
+      stopped: why it ended before the last step: 'SIGINT', 'SIGTERM', or what the condition said; None if it did not.
+      compiled: what was compiled and why, one line each; more than one means that shapes or dtypes of batches changed.
+    """
 
     train_state: TrainState
-    history: list[dict[str, float]]
+    history: list[Record]
+    best: Best | None = None
+    stopped: str | None = None
+    compiled: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """For `sys.exit`: 128 + the number of the signal that ended the run (130, 143), 0 without one."""
+        return 128 + getattr(signal, self.stopped) if self.stopped in ("SIGINT", "SIGTERM") else 0
 
 
 def fit(
-    loss: Callable,
-    params: Any,
+    step: Callable[[TrainState, Any], tuple[TrainState, dict]],
+    train_state: TrainState,
     data: Any,
     *,
-    optimizer: Any,
-    epochs: int,
-    batch_size: int,
-    key: jax.Array,
-    state: Any = None,
+    batch_size: int | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    order: Order | None = shuffle,
+    drop_last: bool = True,
     evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
+    evaluate_every: int | None = None,
+    record_every: int | None = None,
+    best: str | None = None,
+    stop: Callable[[Sequence[Record]], Any] | None = None,
+    callbacks: Sequence[Callable[[Record], Any]] = (),
+    checkpoint: str | os.PathLike | None = None,
+    save_every: float = 60.0,
+    check_finite: bool = True,
     progress: bool | None = None,
 ) -> Result:
-    """Train on data in memory: every chunk of steps is one compiled call, and the host looks in between.
+    """Train: run a step again and again in compiled chunks, and look at what happens in between.
 
-    It is `train_steps` in a loop, and nothing more: write your own where it does not fit.
+    It is `train_steps` in a loop with what such a loop needs, and nothing that changes the numbers: the result is the same
+    bit for bit, wherever the chunks end, and whether the run was interrupted and resumed or not.
 
     Args:
-      loss, optimizer: as in `train_step`.
-      params, state: where to start; they are copied, never donated.
-      data: a pytree of arrays with a leading axis of examples, handed to the loss in batches.
-      epochs: passes over the data. batch_size: examples a step; the last len(data) % batch_size of a pass are left out.
-      key: PRNG key for the order of the data and the noise: the same key gives the same run, bit for bit on a CPU.
-      evaluate: (train_state) -> dict of numbers, called after each epoch and joined to its last record.
+      step: (train_state, batch) -> (train_state, metrics), as `train_step` makes it, or one of your own; not jitted.
+      train_state: where to start, as from `train_state(params, optimizer, key)`. It is copied, never donated.
+      data: with `batch_size`, a pytree of arrays with a leading axis of examples; those in memory go to the device as a whole,
+        memory maps and others that are read by `array[rows]` are read where they are needed. Without `batch_size`, an
+        iterable of batches, or a function (number of the pass) -> iterable; they are drawn ahead by a thread.
+      epochs, steps: how long: passes over the data, or steps in all. One of them.
+      order, drop_last: as in `train_steps`; for arrays.
+      evaluate: (train_state) -> dict of numbers, joined to the record: after each epoch, or every `evaluate_every` steps.
+      record_every: steps a record; the default is about 100, an equal part of an epoch where there is one, and at most
+        1,000 records in all.
+      best: 'min test_loss', 'max test_accuracy', ...: keep the parameters of the best evaluation.
+      stop: a condition (history) -> bool or a reason, asked after each record: `early_stopping`, `time_budget`.
+      callbacks: functions of a record, called with each as it comes: `write_jsonl(path)`, `wandb.log`, `print`.
+      checkpoint: a file. If it exists the run goes on from there, else it is written: every `save_every` seconds, at the
+        end, on a signal, and before an error is raised.
+      check_finite: stop where a loss, parameter or state ceases to be finite, and keep what was before, at the price of a
+        second copy of the train state on the device.
       progress: a line on stderr, rewritten in place on a terminal, one plain line an epoch elsewhere; False is silent.
 
-    Returns: a `Result`; one record a chunk, with 'step', 'epoch', the mean over the chunk of each metric, 'samples_per_second'
-    and 'seconds' since the start without compiling.
+    On the main thread SIGINT (Ctrl-C) and SIGTERM let the chunk end, save, and return what there is; a second one raises.
 
-    Raises: ValueError for empty data, a batch larger than the data, epochs below 1; FloatingPointError when the loss is no
-    longer finite, which names the step.
+    Returns: a `Result`. A record has 'step', 'epoch', the mean of each metric since the last one, what `evaluate` gave,
+    'samples_per_second', and 'seconds' of training since the start, without compiling and evaluating.
+
+    Raises:
+      ValueError, TypeError: data that is empty, of unequal lengths or out of range; a batch larger than the data; a step that
+        changes the type of the train state; a metric that is not a scalar; a checkpoint of a run with other data. All
+        before the first step is taken.
+      NonFiniteError (a FloatingPointError): names the step, the parameters and the operation where it began.
+      CheckpointError, OSError: the checkpoint is damaged, of another network, or cannot be written.
     """
-    if epochs < 1:
-        raise ValueError(f"fit: epochs must be at least 1, got {epochs}")
-    epoch_steps = steps_per_epoch(examples(data), batch_size)
-    chunk = _chunk(epoch_steps)
-    total = epochs * epoch_steps
-    data = jax.tree.map(jnp.asarray, data)
-    current = jax.tree.map(_copy, train_state(params, optimizer, key, state=state))
-
-    run = jax.jit(train_steps(train_step(loss, optimizer), batch_size, chunk), donate_argnums=0)
-    started = time.perf_counter()
-    run = run.lower(current, data).compile()
-    show = Progress(total, compile_seconds=time.perf_counter() - started, show=progress)
-
-    history: list[dict[str, float]] = []
-    clock, waiting = time.perf_counter(), None
-    idle = 0.0  # spent in `evaluate`
-    try:
-        for done in range(chunk, total + 1, chunk):
-            current, metrics = run(current, data)
-            if waiting is not None:
-                show(_note(history, *waiting, clock=clock + idle))  # while the device works on the next chunk
-            waiting = (metrics, done, epoch_steps, chunk * batch_size)
-            if done % epoch_steps == 0:
-                record, waiting = _note(history, *waiting, clock=clock + idle), None
-                if evaluate is not None:
-                    before = time.perf_counter()
-                    record |= {name: float(value) for name, value in evaluate(current).items()}
-                    idle += time.perf_counter() - before
-                show(record, newline=True)
-    finally:
-        show.close()
-    return Result(current, history)
-
-
-def evaluate(metrics: Callable, data: Any, *, batch_size: int = 500) -> Callable[[TrainState], dict[str, jax.Array]]:
-    """A function (train_state) -> the mean of each metric over all of the data, every example once, in one compiled call.
-
-    Args:
-      metrics: `metrics(params, batch)`, or `metrics(params, batch, state)`, -> dict of values, each a mean over the batch or
-        one value an example.
-      batch_size: how many examples at once; the last batch is smaller, and weighs less.
-
-    >>> count = evaluate(lambda params, batch: {"mean": batch.mean()}, jnp.arange(5.0), batch_size=2)
-    >>> float(count(TrainState({}, {}, (), None, None))["mean"])
-    2.0
-    """
-    n = examples(data)
-    size = min(batch_size, n)
-    full = n // size
-    data = jax.tree.map(jnp.asarray, data)
-    stateful = "state" in inspect.signature(metrics).parameters
-
-    def means(params, state, batch):
-        values = metrics(params, batch, state) if stateful else metrics(params, batch)
-        return {name: jnp.mean(value) for name, value in values.items()}
-
-    @jax.jit
-    def run(params, state, data):
-        def batch(i):
-            return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * size, size), data)
-
-        sums = jax.lax.map(lambda i: means(params, state, batch(i)), jnp.arange(full))
-        total = jax.tree.map(lambda values: values.sum() * size, sums)
-        if full * size < n:
-            rest = means(params, state, jax.tree.map(lambda leaf: leaf[full * size :], data))
-            total = jax.tree.map(lambda a, b: a + b * (n - full * size), total, rest)
-        return jax.tree.map(lambda value: value / n, total)
-
-    return lambda train_state: run(train_state.params, train_state.state, data)
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"fit: say how long, by one of epochs and steps; got epochs={epochs}, steps={steps}")
+    for name, value in {
+        "epochs": epochs,
+        "steps": steps,
+        "evaluate_every": evaluate_every,
+        "record_every": record_every,
+    }.items():
+        if value is not None and value < 1:
+            raise ValueError(f"fit: {name} must be at least 1, got {value}")
+    if best is not None:
+        best_of(best)
+        if evaluate is None:
+            raise ValueError(f"fit: best={best!r} looks at what `evaluate` returns; pass that, too")
+    if batch_size is None:
+        feed = _Iterable(data, epochs, steps)
+    else:
+        feed = _Arrays(data, batch_size, epochs, steps, order, drop_last)
+    run = _Run(step, train_state, feed, evaluate, evaluate_every, record_every, best, stop, callbacks, check_finite)
+    path = None if checkpoint is None else pathlib.Path(checkpoint)
+    if path is not None and path.exists():
+        run.restore(path)
+    show = Progress(feed.total, feed.epoch_steps, step=run.history.step, show=progress)
+    with interruptible() as flag:
+        try:
+            run.go(flag, show, path, save_every)
+        except Exception as error:
+            if path is not None and run.started:
+                with contextlib.suppress(Exception):
+                    run.save(path)
+                    error.add_note(f"the state at step {run.history.step} is saved in {path}")
+            raise
+        finally:
+            run.close()
+            show.close()
+    return Result(run.current, run.history.records, run.best, run.stopped, tuple(run.compiled))
 
 
-def _chunk(epoch_steps: int) -> int:
-    """Steps a compiled call: a divisor of the epoch, so that one program serves; about 100 cost no more than the whole epoch."""
-    divisors = [d for d in range(1, epoch_steps + 1) if epoch_steps % d == 0]
-    return min((d for d in divisors if d >= min(50, epoch_steps)), key=lambda d: abs(d - 100))
+class _Arrays:
+    """Arrays: rows are drawn within the compiled call, or on the host where the arrays are read lazily."""
+
+    def __init__(self, data, batch_size, epochs, steps, order, drop_last):
+        self.n = examples(data)
+        self.epoch_steps = steps_per_epoch(self.n, batch_size, drop_last=drop_last)
+        self.total = steps if epochs is None else epochs * self.epoch_steps
+        self.batching = {"batch_size": batch_size, "order": order, "drop_last": drop_last}
+        self.lazy = any(source.is_lazy(leaf) for leaf in jax.tree.leaves(data))
+        self.data = data if self.lazy else source.on_device(data)
+        self.facts = {"examples": self.n, "batch_size": batch_size, "drop_last": drop_last}
+
+    def stacks(self, train_state, step, position, next_cut):
+        if self.lazy:
+            key = jnp.copy(train_state.key)
+            stacks = source.stacks_of_rows(self.data, self.n, key, step, next_cut, self.total, **self.batching)
+            return source.Prefetch(stacks)
+        return self._stacks(step, next_cut)
+
+    def _stacks(self, step, next_cut):
+        batch_size = self.batching["batch_size"]
+        size = source.plan_size(batch_size)
+        while step < self.total:
+            n = min(next_cut(step), self.total) - step
+            yield source.Stack((self.data,), size, n, n * batch_size, {}, False)
+            step += n
+
+    def batches(self, size):
+        """The plan of a compiled call with room for so many steps, and how to read it; see `chunk_of`."""
+        if self.lazy:
+            return _of_stack
+
+        def of_rows(train_state, data):
+            return planned(train_state, self.n, size, **self.batching), lambda rows: take(data, rows)
+
+        return of_rows
+
+
+class _Iterable:
+    """Batches that come from outside."""
+
+    lazy = True
+
+    def __init__(self, data, epochs, steps):
+        if isinstance(data, dict | np.ndarray | jax.Array) or not (isinstance(data, Iterable) or callable(data)):
+            raise TypeError(
+                f"fit: without batch_size the data is an iterable of batches, got {type(data).__name__}; "
+                "for arrays say batch_size"
+            )
+        self.data, self.epochs, self.total, self.epoch_steps = data, epochs, steps, None
+        self.facts = {}
+
+    def stacks(self, train_state, step, position, next_cut):
+        return source.Prefetch(source.stacks_of_iterable(self.data, position, next_cut, step))
+
+    def batches(self, size):
+        return _of_stack
+
+
+def _of_stack(train_state, stack):
+    return stack, lambda batch: batch
+
+
+class _Pending(NamedTuple):
+    """A call that has been sent to the device."""
+
+    stack: source.Stack
+    first: int
+    n: int
+    outputs: tuple
+    sent: float
+
+
+class _Run:
+    """The state of a `fit`."""
+
+    def __init__(
+        self, step, train_state, feed, evaluate, evaluate_every, record_every, best, stop, callbacks, check_finite
+    ):
+        self.step, self.feed, self.evaluate, self.stop, self.callbacks = step, feed, evaluate, stop, callbacks
+        self.best_rule, self.check_finite = best, check_finite
+        self.current: TrainState = jax.tree.map(_copy, train_state)
+        self.evaluate_every = evaluate_every or feed.epoch_steps
+        self.record_every = record_every or _record_every(feed.epoch_steps, feed.total)
+        self.history = History(self.next_record, self.epoch)
+        self.history.step = int(train_state.step)
+        guard = find(train_state.opt, Guarded)
+        self.limit, self.in_a_row = None if guard is None else int(guard.limit), 0
+        self.best: Best | None = None
+        self.stopped: str | None = None
+        self.position: dict[str, Any] = {}
+        self.passes = 0
+        self.programs: dict[Any, Callable] = {}
+        self.compiled: list[str] = []
+        self.good = jnp.bool_(True)
+        self.pace = 1  # steps a call
+        self.done_at = 0.0
+        self.started = False
+        self.feeding: Any = None
+
+    # Where something is due
+
+    def next_record(self, step: int) -> int:
+        return min(_after(step, self.record_every), self.next_look(step))
+
+    def next_look(self, step: int) -> int:
+        """The next step at which the host wants to look at the state."""
+        ends = [step + (1 << 30) if self.feed.total is None else max(self.feed.total, step + 1)]
+        if self.evaluate is not None and self.evaluate_every:
+            ends.append(_after(step, self.evaluate_every))
+        return min(ends)
+
+    def epoch(self, step: int) -> int:
+        return -(-step // self.feed.epoch_steps) if self.feed.epoch_steps else self.passes + 1
+
+    # The loop
+
+    def go(self, flag: Interrupted, show: Progress, path: pathlib.Path | None, save_every: float) -> None:
+        total = self.feed.total
+        self.feeding = self.feed.stacks(self.current, self.history.step, self.position, self.next_look)
+        pending, saved_at, ahead = None, time.perf_counter(), self.history.step
+        while not self.stopped and not flag.name and (total is None or ahead < total):
+            stack = next(self.feeding, None)
+            if stack is None:
+                break
+            first = 0
+            while first < stack.n and not self.stopped and not flag.name:
+                n = min(stack.n - first, stack.size, self.pace)
+                if total is not None:
+                    n = min(n, total - ahead)
+                call = self._send(stack, first, n, show)
+                first, ahead = first + n, ahead + n
+                if pending is not None:
+                    self._receive(pending, show)  # while the device works on the next one
+                pending = call
+                looking = (stack.end and first == stack.n) or ahead == self.next_look(ahead - 1)
+                due = path is not None and time.perf_counter() - saved_at > save_every
+                if looking or due or self.stop is not None or (total is not None and ahead >= total):
+                    self._receive(pending, show)
+                    pending = None
+                if due and path is not None:
+                    self.save(path)
+                    saved_at = time.perf_counter()
+                if total is not None and ahead >= total:
+                    break
+            if self.feed.epoch_steps is None and self.feed.epochs is not None and self.passes >= self.feed.epochs:
+                break
+        if pending is not None:
+            self._receive(pending, show)
+        self.stopped = self.stopped or flag.name
+        if path is not None and self.started:
+            self.save(path)
+
+    def close(self) -> None:
+        if hasattr(self.feeding, "close"):
+            self.feeding.close()
+
+    def _send(self, stack: source.Stack, first: int, n: int, show: Progress) -> _Pending:
+        size = stack.size if self.feed.lazy else source.plan_size(self.feed.batching["batch_size"])
+        start, offset = (first, jnp.int32(first)) if self.feed.lazy else (0, jnp.int32(0))
+        program = self._program(size, stack.inputs, show)
+        sent = time.perf_counter()
+        self.current, self.good, *outputs = program(self.current, self.good, offset, jnp.int32(n), *stack.inputs)
+        self.started = True
+        return _Pending(stack, start, n, (self.good, *outputs), sent)
+
+    def _program(self, size: int, inputs: tuple, show: Progress) -> Callable:
+        spec = {
+            path: f"{leaf.dtype}{list(leaf.shape[int(self.feed.lazy) :])}"
+            for path, leaf in tree.flatten(inputs).items()
+        }
+        kind = (size, jax.tree.structure(inputs), *spec.values())
+        if kind not in self.programs:
+            start = time.perf_counter()
+            chunk = chunk_of(self.step, size, self.feed.batches(size), check_finite=self.check_finite)
+            lowered = jax.jit(chunk, donate_argnums=0, out_shardings=(_shardings(self.current), None, None)).lower(
+                self.current, self.good, jnp.int32(0), jnp.int32(0), *inputs
+            )
+            self.programs[kind] = lowered.compile()
+            seconds, why = time.perf_counter() - start, ""
+            if self.compiled:
+                before = self.spec
+                changed = [f"'{p}' from {before.get(p)} to {x}" for p, x in spec.items() if before.get(p) != x]
+                why = f": the batch changed, {', '.join(changed[:3]) or 'in structure'}"
+            self.compiled.append(f"compiled in {seconds:.1f} s{why}")
+            show.note(self.compiled[-1])
+        self.spec = spec
+        return self.programs[kind]
+
+    def _receive(self, call: _Pending, show: Progress) -> None:
+        """Wait for a call, and take in what it says."""
+        good, metrics = call.outputs
+        metrics = {name: np.asarray(values)[: call.n] for name, values in metrics.items()}
+        now = time.perf_counter()
+        seconds, self.done_at = now - max(call.sent, self.done_at), now
+        if not good:
+            raise self._broken(call)
+        end = call.stack.end and call.first + call.n == call.stack.n
+        new = self.history.add(metrics, seconds, call.stack.samples * call.n // call.stack.n, cut=end)
+        self.position = call.stack.before and {
+            **call.stack.before,
+            "skip": call.stack.before["skip"] + call.first + call.n,
+        }
+        if end:
+            self.passes += 1
+            self.position = {"passes": self.passes, "skip": 0, "state": None}
+        step = self.history.step
+        if self.evaluate is not None and (end if not self.evaluate_every else step % self.evaluate_every == 0):
+            self._evaluate(new[-1])
+        for record in new:
+            for callback in self.callbacks:
+                callback(record)
+        if self.stop is not None and new and (reason := self.stop(self.history.records)):
+            self.stopped = reason if isinstance(reason, str) else "the condition held"
+        self._check_skipped(metrics)
+        self.pace = int(np.clip(CALL * call.n / max(seconds, 1e-9), 1, 8 * call.n))
+        show(self.history.preview(), epoch_end=end)
+
+    def _evaluate(self, record: Record) -> None:
+        start = time.perf_counter()
+        values = {name: float(value) for name, value in self.evaluate(self.current).items()}
+        record |= values
+        if self.best_rule is not None:
+            name, better = best_of(self.best_rule)
+            if name not in values:
+                raise KeyError(f"fit: best={self.best_rule!r}, but `evaluate` returns {sorted(values)}")
+            if self.best is None or better(values[name], self.best.value):
+                params, state = jax.tree.map(_copy, (self.current.params, self.current.state))
+                self.best = Best(values[name], int(record["step"]), params, state)
+        self.done_at += time.perf_counter() - start
+
+    def _check_skipped(self, metrics) -> None:
+        if self.limit is None:
+            return
+        for i, skipped in enumerate(metrics["skipped"]):
+            self.in_a_row = self.in_a_row + 1 if skipped else 0
+            if self.in_a_row > self.limit:
+                self.started = False  # what is in the file is better than a state that skips all steps
+                at = self.history.step - len(metrics["skipped"]) + i
+                raise NonFiniteError(
+                    f"fit: {self.in_a_row} steps in a row were not finite, up to step {at}, and were skipped; "
+                    f"the limit is {self.limit}. A smaller learning rate may help",
+                    at,
+                    (),
+                    self.current,
+                    self.history.records,
+                )
+
+    def _broken(self, call: _Pending) -> NonFiniteError:
+        """What happened in a call whose numbers are not finite, by doing it again one step at a time."""
+
+        @jax.jit
+        def batch_at(train_state, i, *inputs):
+            plan, batch_of = self.feed.batches(call.stack.size if self.feed.lazy else 1)(train_state, *inputs)
+            return batch_of(jax.tree.map(lambda leaf: leaf[i if self.feed.lazy else 0], plan))
+
+        batches = (
+            lambda train_state, i=i: batch_at(train_state, jnp.int32(i), *call.stack.inputs)
+            for i in range(call.first, call.first + call.n)
+        )
+        return explain(self.step, self.current, batches, self.history.records)
+
+    # Keeping
+
+    def save(self, path: pathlib.Path) -> None:
+        from jaxnet import checkpoint
+
+        text = {
+            "history": self.history.state(),
+            "position": self.position,
+            "passes": self.passes,
+            "facts": self.feed.facts,
+        }
+        text |= {"in_a_row": self.in_a_row}
+        best = None if self.best is None else self.best._asdict()
+        run = {"train_state": self.current, "best": best}
+        checkpoint.save(path, run, metadata={"fit": json.dumps(text)})
+
+    def restore(self, path: pathlib.Path) -> None:
+        from jaxnet import checkpoint
+
+        info = checkpoint.inspect(path)
+        if "fit" not in info.metadata:
+            raise checkpoint.CheckpointError(str(path), None, "not written by `fit`: name another file")
+        text = json.loads(info.metadata["fit"])
+        if text["facts"] != self.feed.facts:
+            raise ValueError(
+                f"fit: {path} is of a run with {text['facts']}, this one has {self.feed.facts}; its position would mean another "
+                "batch: use the same data and batch size, or another file"
+            )
+        best = None
+        if any(leaf.path.startswith("best/") for leaf in info.leaves) or "best/value" in info.scalars:
+            best = Best(0.0, 0, self.current.params, self.current.state)._asdict()
+        run = checkpoint.load(path, like={"train_state": self.current, "best": best})
+        self.current = jax.tree.map(_copy, run["train_state"])
+        self.best = None if best is None else Best(**run["best"])
+        self.history.restore(text["history"])
+        self.position, self.passes, self.in_a_row = text["position"], text["passes"], text["in_a_row"]
 
 
 def _copy(leaf: Any) -> jax.Array:
-    return jax.device_put(jnp.asarray(leaf), may_alias=False)  # unlike jnp.array(copy=True), it compiles nothing
+    leaf = jnp.asarray(leaf, getattr(leaf, "dtype", None))
+    return jax.device_put(leaf, may_alias=False)  # unlike jnp.array(copy=True), it compiles nothing
 
 
-def _note(history: list, metrics: dict, step: int, epoch_steps: int, samples: int, *, clock: float) -> dict[str, float]:
-    """Wait for the metrics of a chunk and write them down as one record."""
-    values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
-    broken = np.flatnonzero(~np.isfinite(values["loss"]))
-    if broken.size:
-        first = step - len(values["loss"]) + int(broken[0])
-        raise FloatingPointError(
-            f"fit: the loss is {values['loss'][broken[0]]} at step {first}; a smaller learning rate may help, and labels "
-            "outside 0 .. classes - 1 also give nan (jaxnet.data.check_labels finds them)"
-        )
-    seconds = time.perf_counter() - clock
-    before = history[-1]["seconds"] if history else 0.0
-    record = {"step": step, "epoch": math.ceil(step / epoch_steps)}
-    record |= {name: float(value.mean()) for name, value in sorted(values.items(), key=lambda item: item[0] != "loss")}
-    record |= {"samples_per_second": samples / max(seconds - before, 1e-9), "seconds": seconds}
-    history.append(record)
-    return record
+def _shardings(train_state: TrainState) -> Any:
+    """Keep the train state where it is, if it is on several devices."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, train_state)
+    several = any(len(sharding.device_set) > 1 for sharding in jax.tree.leaves(shardings))
+    return shardings if several else None
+
+
+def _after(step: int, every: int) -> int:
+    """The first multiple of `every` after a step."""
+    return (step // every + 1) * every
+
+
+def _record_every(epoch_steps: int | None, total: int | None) -> int:
+    """About 100 steps, a divisor of the epoch if there is one; more where that would be more than 1,000 records."""
+    every = 100
+    if epoch_steps is not None:
+        divisors = [d for d in range(1, epoch_steps + 1) if epoch_steps % d == 0]
+        every = min((d for d in divisors if d >= min(50, epoch_steps)), key=lambda d: abs(d - 100))
+    return every * max(1, -(-(total or 0) // (1000 * every)))

@@ -11,36 +11,50 @@ _HIDDEN = ("step", "epoch", "seconds", "samples_per_second")
 
 
 class Progress:
-    """Show records as they come: rewritten in place on a terminal, one plain line an epoch elsewhere, nothing if `show=False`."""
+    """Show how a run goes: a line rewritten in place on a terminal, one plain line an epoch elsewhere, nothing if `show=False`.
 
-    def __init__(self, total: int, *, compile_seconds: float, show: bool | None = None):
+    Where there are more than 100 epochs, or none, about 100 lines stay.
+    """
+
+    def __init__(self, total: int | None, epoch_steps: int | None, *, step: int = 0, show: bool | None = None):
         self.total, self.stream = total, sys.stderr
         self.terminal = self.stream.isatty() if hasattr(self.stream, "isatty") else False
         self.show = show is not False
-        self.compile_seconds = compile_seconds
         self.width = 0
-        self.first = True
+        self.every = epoch_steps or 1
+        if total is not None:
+            self.every *= max(1, -(-total // (100 * self.every)))
+        self.shown = step // self.every  # the multiple of `every` that has a line of its own
 
-    def __call__(self, record: Mapping[str, float], *, newline: bool = False) -> None:
-        if not self.show or not (self.terminal or newline):
+    def __call__(self, record: Mapping[str, float], *, epoch_end: bool = False) -> None:
+        """Show a record. It gets a line of its own where a multiple of `every` or the end of an epoch is reached."""
+        if not self.show:
             return
-        if self.first:
-            self._write(f"compiled in {self.compile_seconds:.1f} s", newline=True)
-            self.first = False
-        self._write(self.line(record), newline=newline)
+        count = int(record["step"]) // self.every
+        stays = (count > self.shown and (epoch_end or self.every > 1 or self.total is not None)) or record[
+            "step"
+        ] == self.total
+        if stays:
+            self.shown = count
+        if stays or self.terminal:
+            self._write(self.line(record), newline=stays)
+
+    def note(self, text: str) -> None:
+        """A line about something else."""
+        if self.show:
+            self._write(text, newline=True)
 
     def line(self, record: Mapping[str, float]) -> str:
-        step = int(record["step"])
-        left = record["seconds"] / step * (self.total - step)
+        step, seconds = int(record["step"]), record["seconds"]
         values = [f"{name} {value:.4g}" for name, value in record.items() if name not in _HIDDEN]
+        if self.total is None or step >= self.total:
+            time = f"{_clock(seconds)} in all"
+        else:
+            time = f"{_clock(seconds / step * (self.total - step))} left"
+        of = "" if self.total is None else f"/{self.total:,}"
+        epoch = [f"epoch {int(record['epoch'])}"] if record["epoch"] else []
         return "  ".join(
-            [
-                f"epoch {int(record['epoch'])}",
-                f"step {step:,}/{self.total:,}",
-                *values,
-                f"{record['samples_per_second']:,.0f} samples/s",
-                f"{_clock(left)} left" if step < self.total else f"{_clock(record['seconds'])} in all",
-            ]
+            [*epoch, f"step {step:,}{of}", *values, f"{record['samples_per_second']:,.0f} samples/s", time]
         )
 
     def close(self) -> None:

@@ -1,17 +1,20 @@
-"""One step of training, and many of them as one compiled call."""
+"""One step of training: a pure function made of a loss and an optimizer."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxnet.train.shuffle import shuffled
+from jaxnet.train.optimizers import Guarded, find, keep
 
-__all__ = ["TrainState", "sgd", "train_epoch", "train_state", "train_step", "train_steps"]
+__all__ = ["TrainState", "Weighted", "augmented", "sgd", "train_state", "train_step"]
 
 
 class TrainState(NamedTuple):
@@ -22,7 +25,7 @@ class TrainState(NamedTuple):
       state: the network's state, {} where it has none.
       opt: the optimizer's state, () for plain SGD.
       key: PRNG key of the run; it never changes, every random number is drawn from it and the step.
-      step: steps done, int32 []; also the position in the data.
+      step: steps done, int32 []; the epoch and the position in its order follow from it.
     """
 
     params: Any
@@ -30,6 +33,18 @@ class TrainState(NamedTuple):
     opt: Any
     key: jax.Array
     step: jax.Array
+
+
+class Weighted(NamedTuple):
+    """Examples and how much each counts: as data for training, or as one batch.
+
+    Attributes:
+      batch: what the loss is given, leaves [B, ...].
+      weights: float [B], at least 0; the mean of a value is sum(w x) / sum(w). The padding of a last batch has weight 0.
+    """
+
+    batch: Any
+    weights: Any
 
 
 def sgd(params: Any, grads: Any, lr: Any) -> Any:
@@ -53,33 +68,85 @@ def train_state(params: Any, optimizer: Any, key: jax.Array, *, state: Any = Non
     return TrainState(params, {} if state is None else state, opt, key, jnp.int32(0))
 
 
-def train_step(loss: Callable, optimizer: Any) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
+def train_step(
+    loss: Callable, optimizer: Any, *, accumulate: int = 1
+) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
     """A pure step (train_state, batch) -> (train_state, metrics) from a loss and an optimizer.
 
     Args:
-      loss: `loss(params, batch)` -> a scalar, or (scalar, metrics), metrics being a dict of scalars. It names `key` among its
-        parameters if it draws random numbers, and `state` if the network is stateful: then it returns (scalar, new_state)
-        or (scalar, new_state, metrics).
+      loss: `loss(params, batch)` -> the loss, or (loss, metrics), metrics being a dict. The loss and each metric are a
+        scalar, or one value an example [B], of which the step takes the mean. It names `key` among its parameters if it
+        draws random numbers, and `state` if the network is stateful: then it returns (loss, new_state) or (loss,
+        new_state, metrics).
       optimizer: as in `train_state`.
+      accumulate: compute the gradient in so many equal parts of the batch, one after the other, in the memory of one:
+        the same step to rounding (up to batch statistics and random numbers, which each part has of its own).
 
     The metrics are those of the loss, and 'loss' itself. The step is for `jax.jit`, `jax.lax.scan`, `jax.vmap` as it is.
+    Where the batch is `Weighted` the loss must be one value an example, and all means are weighted ones; their sum of
+    weights is the metric 'weight'. With a `guarded` optimizer a step that is not finite changes nothing and counts in
+    the metric 'skipped'.
 
-    Raises: ValueError if the loss is not a scalar, TypeError if it returns something else than the above.
+    Raises, when it is traced: ValueError if the loss is neither a scalar nor one value an example, if the batch does not
+    divide, if prediction and target of shapes [B, 1] and [B] are subtracted; TypeError if the loss returns something else
+    than the above.
     """
     wanted = {"key", "state"} & set(inspect.signature(loss).parameters)
+    if accumulate < 1:
+        raise ValueError(f"train_step: accumulate must be at least 1, got {accumulate}")
 
-    def scalar_loss(params, batch, state, key):
+    def objective(params, batch, state, key, shares, scale):
+        """This part's contribution to the mean over the whole batch."""
         offered = {"state": state, "key": key}
-        outputs = loss(params, batch, **{name: offered[name] for name in wanted})
+        with _crossing_refused(batch):
+            outputs = loss(params, batch, **{name: offered[name] for name in wanted})
         value, new_state, metrics = _parts(outputs, state, stateful="state" in wanted)
-        if jnp.shape(value) != ():
-            raise ValueError(f"train_step: the loss must be a scalar, got shape {jnp.shape(value)}; take its mean")
-        return value, (new_state, {**metrics, "loss": value})
+        if shares is not None and jnp.ndim(value) == 0:
+            raise ValueError(
+                "train_step: with weights, or a padded last batch, the loss must be one value an example [B], got a "
+                "scalar; return it before its mean is taken"
+            )
+        metrics = {name: _mean(name, metric, batch, shares) / accumulate for name, metric in metrics.items()}
+        value = _mean("loss", value, batch, shares) / accumulate
+        return value if scale is None else value * scale.astype(value.dtype), (new_state, {**metrics, "loss": value})
+
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+
+    def gradients(params, batch, state, key, scale):
+        weights = batch.weights if isinstance(batch, Weighted) else None
+        batch = batch.batch if isinstance(batch, Weighted) else batch
+        total = None if weights is None else jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
+        shares = None if weights is None else weights / total * accumulate
+        if accumulate == 1:
+            (_, (state, metrics)), grads = differentiate(params, batch, state, key, shares, scale)
+        else:
+            parts = jax.tree.map(lambda leaf: _in_parts(leaf, accumulate), (batch, shares))
+
+            def add(carry, part):
+                (state, *sums), (i, (batch, shares)) = carry, part
+                part_key = jax.random.fold_in(key, i)
+                (_, (state, metrics)), grads = differentiate(params, batch, state, part_key, shares, scale)
+                return (state, *jax.tree.map(lambda a, b: a + b.astype(a.dtype), tuple(sums), (metrics, grads))), None
+
+            first = jax.tree.map(lambda leaf: leaf[0], parts)
+            shapes = jax.eval_shape(lambda: differentiate(params, first[0], state, key, first[1], scale))
+            wide = (shapes[0][1][1], shapes[1])
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), wide)
+            (state, *sums), _ = jax.lax.scan(add, (state, *zeros), (jnp.arange(accumulate), parts))
+            metrics, grads = jax.tree.map(lambda a, like: a.astype(like.dtype), tuple(sums), wide)
+        if total is not None:
+            metrics["weight"] = total
+        return grads, state, metrics
 
     def step(train_state: TrainState, batch: Any) -> tuple[TrainState, dict]:
         params, state, opt, key, count = train_state
+        guard = find(opt, Guarded)
         step_key = jax.random.fold_in(key, count)
-        (_, (state, metrics)), grads = jax.value_and_grad(scalar_loss, has_aux=True)(params, batch, state, step_key)
+        scale = None if guard is None else guard.scale
+        grads, new_state, metrics = gradients(params, batch, state, step_key, scale)
+        if guard is not None:
+            blame = jnp.where(jnp.isfinite(metrics["loss"]), 1, jnp.nan) / guard.scale
+            grads = jax.tree.map(lambda g: g * blame.astype(g.dtype), grads)
         if hasattr(optimizer, "init"):
             import optax
 
@@ -87,58 +154,34 @@ def train_step(loss: Callable, optimizer: Any) -> Callable[[TrainState, Any], tu
             params = optax.apply_updates(params, updates)
         else:
             params = sgd(params, grads, optimizer(count) if callable(optimizer) else optimizer)
-        return TrainState(params, state, opt, key, count + 1), metrics
+        if guard is not None:
+            taken = find(opt, Guarded).skipped == 0
+            new_state = keep(taken, new_state, state)
+            metrics["skipped"] = jnp.where(taken, 0.0, 1.0)
+        return TrainState(params, new_state, opt, key, count + 1), metrics
 
+    step.gradients = lambda train_state, batch: gradients(  # pyright: ignore[reportFunctionMemberAccess]
+        train_state.params, batch, train_state.state, jax.random.fold_in(train_state.key, train_state.step), None
+    )[0]
     return step
 
 
-def train_steps(step: Callable, batch_size: int, steps: int) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
-    """Many steps over data in memory as one pure function (train_state, data) -> (train_state, metrics [steps]).
+def augmented(step: Callable, change: Callable[[jax.Array, Any], Any]) -> Callable:
+    """The same step on a batch that was changed at random first: `change(key, batch) -> batch`, a pure function.
 
-    Each epoch goes through the data in an order of its own, drawn from the key and the number of the epoch, and leaves out
-    the len(data) % batch_size examples that come last in it. Which batch a step sees follows from `train_state.step`
-    alone: any chunks of the same run see the same batches.
-
-    Args:
-      step: (train_state, batch) -> (train_state, metrics), as from `train_step`.
-      batch_size: examples a step.
-      steps: how many; `jax.jit` the result, once, and call it again and again.
-
-    Raises: ValueError for empty data, leaves of unequal length, or a batch larger than the data.
+    The key follows from the run's key and the step, so that each step draws its own and a resumed run draws the same.
     """
-    if steps < 1:
-        raise ValueError(f"train_steps: steps must be at least 1, got {steps}")
 
-    def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
-        n = examples(data)
-        epoch_steps = steps_per_epoch(n, batch_size)
+    def step_on_changed(train_state, batch):
+        key = jax.random.fold_in(jax.random.fold_in(train_state.key, _CHANGE), train_state.step)
+        if isinstance(batch, Weighted):
+            return step(train_state, Weighted(change(key, batch.batch), batch.weights))
+        return step(train_state, change(key, batch))
 
-        if batch_size == n:  # the order within a full batch is all one
-            batch = jax.tree.map(jnp.asarray, data)
-            return jax.lax.scan(lambda train_state, _: step(train_state, batch), train_state, length=steps)
-
-        def rows_of(count):
-            epoch, position = jnp.divmod(count, epoch_steps)
-            order = jax.random.fold_in(jax.random.fold_in(train_state.key, _ORDER), epoch)
-            return shuffled(order, n, position * batch_size + jnp.arange(batch_size, dtype=jnp.int32))
-
-        def body(train_state, rows):
-            batch = jax.tree.map(lambda leaf: jnp.asarray(leaf).at[rows].get(mode="promise_in_bounds"), data)
-            return step(train_state, batch)
-
-        rows = jax.vmap(rows_of)(train_state.step + jnp.arange(steps, dtype=jnp.int32))
-        return jax.lax.scan(body, train_state, rows)
-
-    return run
+    return step_on_changed
 
 
-def train_epoch(step: Callable, batch_size: int) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
-    """One pass over data in memory as one pure function: `train_steps` with as many steps as there are full batches."""
-
-    def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
-        return train_steps(step, batch_size, steps_per_epoch(examples(data), batch_size))(train_state, data)
-
-    return run
+_CHANGE = 0x63686E67  # separates the keys of the changes from those of the steps, which are small numbers
 
 
 def examples(data: Any) -> int:
@@ -157,18 +200,6 @@ def examples(data: Any) -> int:
     if not lengths or not max(lengths.values()):
         raise ValueError("data: there are no examples")
     return max(lengths.values())
-
-
-def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Full batches in n examples. Raises ValueError if there is none."""
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
-    if batch_size > n:
-        raise ValueError(f"batch_size {batch_size} is larger than the data, {n} examples; use at most {n}")
-    return n // batch_size
-
-
-_ORDER = 0x6F726465  # separates the keys of the data's order from those of the steps, which are small numbers
 
 
 def _like(x, w):
@@ -191,3 +222,54 @@ def _parts(outputs: Any, state: Any, *, stateful: bool) -> tuple[Any, Any, Mappi
             f"train_step: a loss returns a scalar or {form} with a dict of metrics, got {len(outputs)} parts"
         )
     return value, state, metrics
+
+
+def _mean(name: str, value: Any, batch: Any, shares: jax.Array | None) -> jax.Array:
+    """The (weighted) mean of one value an example; a scalar is one already."""
+    shape: tuple[int, ...] = tuple(jnp.shape(value))
+    if shape == ():
+        return jnp.asarray(value)
+    sizes = _sizes(batch)
+    if len(shape) > 1 or shape[0] not in sizes:
+        what = "the loss" if name == "loss" else f"metric '{name}'"
+        raise ValueError(
+            f"train_step: {what} must be a scalar or one value an example {[*sizes]}, got shape {shape}; take its mean"
+        )
+    value = jnp.asarray(value, jnp.result_type(value, jnp.float32))
+    return value.mean() if shares is None else (value * shares.astype(value.dtype)).sum()
+
+
+def _sizes(batch: Any) -> set[int]:
+    """The lengths of the leading axes in a batch."""
+    return {leaf.shape[0] for leaf in jax.tree.leaves(batch) if getattr(leaf, "ndim", 0)}
+
+
+def _in_parts(leaf: jax.Array, parts: int) -> jax.Array:
+    if leaf.shape[0] % parts:
+        raise ValueError(f"train_step: a batch of {leaf.shape[0]} does not divide into accumulate={parts} equal parts")
+    return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])
+
+
+@contextlib.contextmanager
+def _crossing_refused(batch: Any) -> Iterator[None]:
+    """Refuse [B, 1] - [B], which broadcasts to all pairs [B, B] and trains on nonsense."""
+    if jax.config.jax_numpy_rank_promotion != "allow":  # pyright: ignore[reportAttributeAccessIssue]
+        yield
+        return
+    with warnings.catch_warnings(record=True) as caught, jax.numpy_rank_promotion("warn"):
+        warnings.simplefilter("always")
+        yield
+    sizes = _sizes(batch) - {1}
+    for warning in caught:
+        text = str(warning.message)
+        if "automatic rank promotion" not in text:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif found := re.search(
+            r"for subtract on shapes \((\d+), 1\) \((\d+),\)|subtract on shapes \((\d+),\) \((\d+), 1\)", text
+        ):
+            a, b = (int(n) for n in found.groups() if n)
+            if a == b and a in sizes:
+                raise ValueError(
+                    f"train_step: the loss subtracts [{a}, 1] and [{a}], which makes [{a}, {a}], all pairs; give both "
+                    f"one shape (x[:, 0] or y[:, None]), or write y[None, :] if all pairs are meant"
+                )

@@ -1,0 +1,105 @@
+"""Where numbers ceased to be finite: which step, which parameters, which operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnet import tree
+from jaxnet.train.step import TrainState
+
+__all__ = ["NonFiniteError", "explain"]
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient is NaN or infinite.
+
+    Attributes:
+      step: the number of steps done before the one that failed.
+      paths: the parameters whose gradients (or, with a step of one's own, new values) are not finite.
+      train_state: the last good one, before that step.
+      history: the records until then.
+    """
+
+    def __init__(self, text: str, step: int, paths: tuple[str, ...], train_state: TrainState, history: list):
+        super().__init__(text)
+        self.step, self.paths, self.train_state, self.history = step, paths, train_state, history
+
+
+def explain(step: Callable, train_state: TrainState, batches: Iterable[Callable], history: list) -> NonFiniteError:
+    """Take steps one at a time until one is not finite, and say where that began.
+
+    Args: train_state: the last good state; batches: for each of the steps after it (train_state) -> batch.
+    """
+    one, first = jax.jit(step), int(train_state.step)
+    for batch_of in batches:
+        batch = batch_of(train_state)
+        new, metrics = one(train_state, batch)
+        loss = metrics.get("loss", jnp.float32(0))
+        lost = _lost((new.params, new.state, new.opt), (train_state.params, train_state.state, train_state.opt))
+        if np.isfinite(loss) and not lost:
+            train_state = new
+            continue
+        number = int(train_state.step)
+        paths = tuple(tree.paths(_only_lost(new.params)))
+        what = f"the loss is {float(loss)}" if not np.isfinite(loss) else "the loss is finite, the update is not"
+        if hasattr(step, "gradients"):
+            paths = tuple(tree.paths(_only_lost(jax.jit(step.gradients)(train_state, batch))))
+            what += f"; gradients that are not finite: {_brief(paths)}" if paths else "; all gradients are finite"
+        elif paths:
+            what += f"; parameters that are no longer finite: {_brief(paths)}"
+        if cause := _cause(step, train_state, batch):
+            what += f". It begins with: {cause}"
+        return NonFiniteError(
+            f"fit: {what} at step {number}. A smaller learning rate or clipped gradients may help; labels outside 0 .. "
+            "classes - 1 also give nan (jaxnet.data.check_labels finds them)",
+            number,
+            paths,
+            train_state,
+            history,
+        )
+    return NonFiniteError(
+        f"fit: the loss, parameters or state cease to be finite between steps {first} and {int(train_state.step)}, in the "
+        "compiled loop only: step by step they do not",
+        first,
+        (),
+        train_state,
+        history,
+    )
+
+
+def _cause(step: Callable, train_state: TrainState, batch: Any) -> str | None:
+    """The first operation that makes a NaN or reads out of bounds, by JAX's `checkify`; None where it finds none or fails."""
+    from jax.experimental import checkify
+
+    for errors in (checkify.index_checks, checkify.float_checks):
+        try:
+            error, _ = jax.jit(checkify.checkify(step, errors=errors))(train_state, batch)
+            if text := error.get():
+                return text.strip().splitlines()[0].rstrip(".")
+        except Exception:
+            continue
+    return None
+
+
+def _is_float(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _only_lost(values: Any) -> Any:
+    """The leaves that are not all finite; None in place of the others."""
+    return jax.tree.map(lambda x: x if _is_float(x) and not bool(jnp.isfinite(x).all()) else None, values)
+
+
+def _lost(new: Any, old: Any) -> bool:
+    """Whether some leaf has fewer finite numbers than before."""
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    return any(bool(jnp.isfinite(a).sum() < jnp.isfinite(b).sum()) for a, b in pairs if _is_float(a))
+
+
+def _brief(paths: tuple[str, ...]) -> str:
+    return ", ".join(f"'{path}'" for path in paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")

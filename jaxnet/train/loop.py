@@ -1,0 +1,193 @@
+"""Many steps as one compiled call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnet import tree
+from jaxnet.train.optimizers import keep
+from jaxnet.train.order import Order, shuffle
+from jaxnet.train.step import TrainState, Weighted, examples
+
+__all__ = ["train_epoch", "train_steps"]
+
+
+def train_steps(
+    step: Callable, batch_size: int, steps: int, *, order: Order | None = shuffle, drop_last: bool = True
+) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
+    """Many steps over data in memory as one pure function (train_state, data) -> (train_state, metrics [steps]).
+
+    Which batch a step sees follows from `train_state.step` and the key alone: any chunks of the same run see the same
+    batches.
+
+    Args:
+      step: (train_state, batch) -> (train_state, metrics), as from `train_step`.
+      batch_size: examples a step.
+      steps: how many; `jax.jit` the result, once, and call it again and again.
+      order: the rows of an epoch: `shuffle` (another order each epoch), `balanced(labels)`, a function of your own, or None
+        for the data as it stands.
+      drop_last: leave out the len(data) % batch_size examples that come last in an epoch; if False, they make a batch of
+        their own, padded with examples of weight 0 (all batches are then `Weighted`).
+
+    Raises: ValueError for empty data, leaves of unequal length, or a batch larger than the data; TypeError if the step
+    changes the structure, a shape or a dtype of the train state.
+    """
+    if steps < 1:
+        raise ValueError(f"train_steps: steps must be at least 1, got {steps}")
+
+    def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
+        data = jax.tree.map(jnp.asarray, data)
+        plan = planned(train_state, examples(data), steps, batch_size, order, drop_last)
+
+        def body(train_state, rows):
+            new, metrics = step(train_state, take(data, rows))
+            check_same(train_state, new)
+            return new, metrics
+
+        return jax.lax.scan(body, train_state, plan, length=steps)
+
+    return run
+
+
+def train_epoch(
+    step: Callable, batch_size: int, *, order: Order | None = shuffle, drop_last: bool = True
+) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
+    """One pass over data in memory as one pure function: `train_steps` with as many steps as an epoch has batches."""
+
+    def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
+        steps = steps_per_epoch(examples(data), batch_size, drop_last=drop_last)
+        return train_steps(step, batch_size, steps, order=order, drop_last=drop_last)(train_state, data)
+
+    return run
+
+
+def steps_per_epoch(n: int, batch_size: int, *, drop_last: bool = True) -> int:
+    """Batches in n examples. Raises ValueError if there is none."""
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+    if batch_size > n:
+        raise ValueError(f"batch_size {batch_size} is larger than the data, {n} examples; use at most {n}")
+    return n // batch_size if drop_last else -(-n // batch_size)
+
+
+def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order: Order | None, drop_last: bool) -> Any:
+    """Which rows the next steps take: int32 [steps, B], and their weights [steps, B] if the last batch is padded.
+
+    None where every step takes all rows, whose order is all one.
+    """
+    epoch_steps = steps_per_epoch(n, batch_size, drop_last=drop_last)
+    if batch_size == n and drop_last and (order is None or order is shuffle):
+        return None
+    key = jax.random.fold_in(train_state.key, _ORDER)
+
+    def rows_of(count):
+        epoch, batch = jnp.divmod(count, epoch_steps)
+        positions = batch * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+        inside = jnp.minimum(positions, n - 1)
+        rows = inside if order is None else order(key, n, epoch, inside)
+        return rows if drop_last else (rows, (positions < n).astype(jnp.float32))
+
+    return jax.vmap(rows_of)(train_state.step + jnp.arange(steps, dtype=jnp.int32))
+
+
+_ORDER = 0x6F726465  # separates the keys of the data's order from those of the steps, which are small numbers
+
+
+def take(data: Any, rows: Any) -> Any:
+    """The batch that one row of a plan stands for."""
+    if rows is None:
+        return data
+    weights = None
+    if isinstance(rows, tuple):
+        rows, weights = rows
+    batch = jax.tree.map(lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), data)
+    if weights is None:
+        return batch
+    if isinstance(batch, Weighted):
+        return Weighted(batch.batch, batch.weights * weights.astype(batch.weights.dtype))
+    return Weighted(batch, weights)
+
+
+def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool = True) -> Callable:
+    """Up to `size` steps as one function (train_state, good, first, n, *inputs) -> (train_state, good, metrics [size]).
+
+    It takes the steps first .. first + n - 1 of a plan; one program serves every n <= size - first.
+
+    With `check_finite`, if a value that was finite is not so any more after the n steps, or a loss is not, then the state
+    that comes back is the one that went in, and `good` is False from then on: whoever looks only later still finds the
+    last good state.
+
+    Args: batches: (train_state, *inputs) -> (plan with leaves [size, ...], function from one of its rows to a batch).
+    """
+    step = jax.jit(step, inline=True)  # traced once, for its shapes and in the loop
+
+    def run(train_state: TrainState, good: jax.Array, first: jax.Array, n: jax.Array, *inputs: Any):
+        plan, batch_of = batches(train_state, *inputs)
+
+        def batch_at(i):
+            return batch_of(jax.tree.map(lambda leaf: leaf[first + i], plan))
+
+        new, metrics = jax.eval_shape(lambda: step(train_state, batch_at(0)))
+        check_same(train_state, new)
+        check_metrics(metrics)
+
+        def body(i, carry):
+            train_state, values = carry
+            train_state, metrics = step(train_state, batch_at(i))
+            return train_state, jax.tree.map(lambda all, one: all.at[i].set(one), values, metrics)
+
+        values = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), metrics)
+        new, values = jax.lax.fori_loop(0, n, body, (train_state, values))
+        if not check_finite:
+            return new, good, values
+        lost = ~jnp.isfinite(values["loss"]) if "loss" in values else jnp.zeros(size, bool)
+        if "skipped" in values:
+            lost &= values["skipped"] == 0
+        good &= ~lost.any() & (_broken(new) <= _broken(train_state))
+        return keep(good, new, train_state), good, values
+
+    return run
+
+
+def _broken(train_state: TrainState) -> jax.Array:
+    """How many numbers are not finite. (Some optimizers keep an infinity on purpose: only a change tells.)"""
+    leaves = jax.tree.leaves((train_state.params, train_state.state, train_state.opt))
+    floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return sum((jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in floats), jnp.int32(0))
+
+
+def check_same(old: Any, new: Any) -> None:
+    """Raise TypeError unless a step gives back what it was given, in structure, shapes and dtypes."""
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        before, after = set(tree.paths(old)), set(tree.paths(new))
+        raise TypeError(
+            f"the step changes the structure of the train state: it adds {sorted(after - before)} and drops "
+            f"{sorted(before - after)} ({jax.tree.structure(old)} becomes {jax.tree.structure(new)})"
+        )
+    found = zip(tree.paths(old), jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    spec = {path: (_spec(a), _spec(b)) for path, a, b in found}
+    if changed := [f"'{path}' from {a} to {b}" for path, (a, b) in spec.items() if a != b]:
+        raise TypeError(
+            f"the step changes the type of the train state: {', '.join(changed[:5])}; cast what it returns with "
+            ".astype, or start with the other type"
+        )
+
+
+def check_metrics(metrics: Any) -> None:
+    """Raise unless the metrics of a step are a dict of scalars."""
+    if not isinstance(metrics, dict):
+        raise TypeError(f"a step returns (train_state, metrics) with a dict of metrics, got {type(metrics).__name__}")
+    for name, metric in metrics.items():
+        if getattr(metric, "shape", None) != ():
+            raise ValueError(
+                f"metric '{name}' must be a scalar, got {_spec(metric) if hasattr(metric, 'shape') else metric}; "
+                "reduce it, or give its parts names of their own"
+            )
+
+
+def _spec(leaf: Any) -> str:
+    return f"{jnp.result_type(leaf) if not hasattr(leaf, 'dtype') else leaf.dtype}{list(jnp.shape(leaf))}"

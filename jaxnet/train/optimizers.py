@@ -1,0 +1,182 @@
+"""What goes around an optax optimizer: groups by path, frozen parameters, averaged weights, steps that are not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxnet import tree
+
+__all__ = ["Averaged", "Guarded", "average", "averaged", "by_path", "freeze", "guarded"]
+
+
+def by_path(groups: Mapping[str, Any]) -> Any:
+    """Give groups of parameters optimizers of their own; the first pattern that matches a path decides.
+
+        by_path({"embed": None, "**/bias": optax.adam(1e-3), "**": optax.adamw(1e-3, weight_decay=0.1)})
+
+    Args: groups: path pattern (see `jaxnet.tree`) -> an optax transformation, a learning rate or schedule for plain SGD, or
+      None for parameters that do not move (whose gradients are then not even computed, under `jax.jit`).
+    Returns: an optax transformation.
+    Raises: KeyError, at `init`, for a parameter that no pattern matches and for a pattern that decides for none.
+    """
+    import optax
+
+    groups = dict(groups)
+    transforms: dict[Any, Any] = {
+        pattern: optax.set_to_zero() if g is None else as_optax(g) for pattern, g in groups.items()
+    }
+
+    def labels(params):
+        paths = tree.paths(params)
+        chosen = {path: next((p for p in groups if tree.matches(path, p)), None) for path in paths}
+        if left := [path for path, pattern in chosen.items() if pattern is None]:
+            raise KeyError(f"by_path: no pattern matches {left[:5]}; the last may be '**', for all others")
+        if idle := [pattern for pattern in groups if pattern not in chosen.values()]:
+            raise KeyError(f"by_path: nothing is left for {idle}; the parameters are {paths[:20]}")
+        return tree.map_with_path(lambda path, _: chosen[path], params)
+
+    return optax.partition(transforms, labels)
+
+
+def freeze(optimizer: Any, *patterns: str) -> Any:
+    """Leave the parameters whose path matches one of the patterns as they are. Raises as `by_path`."""
+    return by_path({pattern: None for pattern in patterns} | {"**": optimizer})
+
+
+class Averaged(NamedTuple):
+    """The state of `averaged`: of the optimizer inside, the average of the parameters, and the number of updates."""
+
+    inner: Any
+    params: Any
+    updates: jax.Array
+
+
+def averaged(optimizer: Any, decay: float = 0.999) -> Any:
+    """Keep a moving average of the parameters beside them, a <- d a + (1 - d) w with d = min(decay, (1 + t) / (10 + t)).
+
+    The ramp lets the start be forgotten. `average(train_state)` reads it; training itself is unchanged. Half-precision
+    parameters are averaged in float32.
+
+    Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; the ramp is that of
+    tf.train.ExponentialMovingAverage(num_updates).
+    """
+    import optax
+
+    if not 0 <= decay < 1:
+        raise ValueError(f"averaged: decay must be in [0, 1), got {decay}")
+    inner = optax.with_extra_args_support(as_optax(optimizer))
+
+    def init(params):
+        copies = jax.tree.map(lambda w: jnp.array(w, jnp.promote_types(w.dtype, jnp.float32), copy=True), params)
+        return Averaged(inner.init(params), copies, jnp.int32(0))
+
+    def update(updates, state, params=None, **extra):
+        if params is None:
+            raise ValueError("averaged: update needs the parameters, update(grads, state, params)")
+        updates, inner_state = inner.update(updates, state.inner, params, **extra)
+        t = state.updates.astype(jnp.float32)
+        d = jnp.minimum(decay, (1 + t) / (10 + t))
+        new = optax.apply_updates(params, updates)
+        mean = jax.tree.map(lambda a, w: a + (1 - d).astype(a.dtype) * (w.astype(a.dtype) - a), state.params, new)
+        return updates, Averaged(inner_state, mean, state.updates + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def average(train_state: Any) -> Any:
+    """The averaged parameters of a run whose optimizer is `averaged`, in the dtypes of the parameters.
+
+    Raises: ValueError where there is no average.
+    """
+    found = find(train_state.opt, Averaged)
+    if found is None:
+        raise ValueError("average: the optimizer keeps no average; wrap it in `averaged`")
+    return jax.tree.map(lambda a, w: a.astype(w.dtype), found.params, train_state.params)
+
+
+class Guarded(NamedTuple):
+    """The state of `guarded`.
+
+    Attributes:
+      inner: of the optimizer inside.
+      scale: what the loss is multiplied by, float32 [].
+      clean: steps since the scale changed, int32 [].
+      skipped: steps skipped in a row until now, and in_all: since the start, int32 [].
+      limit: more than so many in a row are an error, int32 [].
+    """
+
+    inner: Any
+    scale: jax.Array
+    clean: jax.Array
+    skipped: jax.Array
+    in_all: jax.Array
+    limit: jax.Array
+
+
+def guarded(optimizer: Any, *, limit: int = 10, loss_scale: float | None = None, interval: int = 2000) -> Any:
+    """Skip a step whose loss or gradients are not finite: parameters, state and optimizer stay as they were.
+
+    More than `limit` such steps in a row are an error, which `fit` raises; until then, and afterwards, no NaN is ever
+    applied. `train_step` counts the steps skipped in its metrics ('skipped').
+
+    Args:
+      loss_scale: for float16, whose gradients underflow: the loss is multiplied by so much and the gradients divided by
+        it, e.g. 2.0**15. The scale is halved at each step skipped and doubled after `interval` steps without one.
+
+    Source of the scaling: Micikevicius et al., "Mixed Precision Training", ICLR 2018.
+    """
+    import optax
+
+    if limit < 0 or interval < 1 or (loss_scale is not None and loss_scale <= 0):
+        raise ValueError(
+            "guarded: limit must be at least 0, interval at least 1 and loss_scale positive, "
+            f"got {limit}, {interval} and {loss_scale}"
+        )
+    inner = optax.with_extra_args_support(as_optax(optimizer))
+
+    def init(params):
+        scale = jnp.float32(1.0 if loss_scale is None else loss_scale)
+        return Guarded(inner.init(params), scale, *(jnp.int32(n) for n in (0, 0, 0, limit)))
+
+    def update(updates, state, params=None, **extra):
+        good = all_finite(updates) & (state.skipped <= state.limit)
+        updates, inner_state = inner.update(updates, state.inner, params, **extra)
+        updates = jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), updates)
+        inner_state = keep(good, inner_state, state.inner)
+        scale, clean = state.scale, jnp.where(good, state.clean + 1, 0)
+        if loss_scale is not None:
+            grown = clean >= interval
+            scale = jnp.where(good, jnp.where(grown, scale * 2, scale), jnp.maximum(scale / 2, 1.0))
+            clean = jnp.where(grown, 0, clean)
+        skipped = jnp.where(good, 0, state.skipped + 1)
+        return updates, Guarded(inner_state, scale, clean, skipped, state.in_all + jnp.where(good, 0, 1), state.limit)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def as_optax(optimizer: Any) -> Any:
+    """A learning rate or schedule as plain SGD; an optax transformation as it is."""
+    import optax
+
+    return optimizer if hasattr(optimizer, "update") else optax.sgd(optimizer)
+
+
+def find(opt: Any, kind: type) -> Any:
+    """The first node of this type in an optimizer's state, or None."""
+    nodes = jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, kind))
+    return next((node for node in nodes if isinstance(node, kind)), None)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether all float leaves are finite, bool []."""
+    flags = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    return jnp.all(jnp.stack(flags)) if flags else jnp.bool_(True)
+
+
+def keep(good: jax.Array, new: Any, old: Any) -> Any:
+    """The new tree where `good`, else the old one."""
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)

@@ -1,0 +1,253 @@
+"""Where batches come from: arrays in memory, arrays that are read where they are needed, iterables of batches."""
+
+from __future__ import annotations
+
+import base64
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnet import tree
+from jaxnet.train.loop import planned
+from jaxnet.train.step import Weighted
+
+__all__ = ["Stack", "is_lazy", "on_device", "stacks_of_iterable", "stacks_of_rows"]
+
+STACK = 32 << 20  # bytes of batches that go to the device at once
+PLAN = 1 << 17  # rows that are drawn at once; drawing so many takes about 2 ms
+
+
+class Stack(NamedTuple):
+    """Some steps' work: inputs of a compiled call, and where in the data they stand.
+
+    Attributes:
+      inputs: of the compiled call, beside the train state.
+      size: steps that the inputs have room for; n: steps that are in it.
+      samples: examples in the n steps.
+      before: the position in front of its first step, to be kept in a checkpoint.
+      end: whether a pass over the data ends with it.
+    """
+
+    inputs: tuple
+    size: int
+    n: int
+    samples: int
+    before: dict[str, Any]
+    end: bool
+
+
+def is_lazy(leaf: Any) -> bool:
+    """Whether an array is to be read row by row instead of being put on the device: a memory map, or what only looks so."""
+    if isinstance(leaf, np.memmap):
+        return True
+    plain = isinstance(leaf, np.ndarray | np.generic | jax.Array | int | float | bool | list)
+    return not plain and all(hasattr(leaf, name) for name in ("shape", "dtype", "__getitem__"))
+
+
+def on_device(data: Any) -> Any:
+    """The tree as arrays on the device. Raises ValueError for an integer that JAX's 32 bits cannot hold."""
+    return tree.map_with_path(lambda path, leaf: jnp.asarray(_fitting(path, leaf)), data)
+
+
+def plan_size(batch_size: int) -> int:
+    """Steps whose rows are drawn at once."""
+    return int(np.clip(PLAN // batch_size, 16, 1 << 15))
+
+
+def stacks_of_rows(
+    data: Any, n: int, key: jax.Array, step: int, next_cut: Callable[[int], int], total: int, **batching
+):
+    """Batches of arrays that are too large for memory, by random access: the same batches as `train_steps` makes.
+
+    Args: next_cut: as in `stacks_of_iterable`; total: the last step; batching: as in `planned`.
+    """
+    size = _stack_size(sum(_row_bytes(leaf) for leaf in jax.tree.leaves(data)) * batching["batch_size"])
+
+    class At(NamedTuple):
+        key: jax.Array
+        step: jax.Array
+
+    plan_from = jax.jit(lambda key, step: planned(At(key, step), n, size, **batching))  # pyright: ignore[reportArgumentType]
+    while step < total:
+        count = min(size, next_cut(step) - step)
+        plan = plan_from(key, jnp.int32(step))
+        plan = (
+            np.broadcast_to(np.arange(n, dtype=np.int32), (size, n)) if plan is None else jax.tree.map(np.asarray, plan)
+        )
+        rows, weights = plan if isinstance(plan, tuple) else (plan, None)
+
+        def read(path, leaf, rows=rows[:count], count=count):
+            values = _fitting(path, leaf[rows.reshape(-1)])
+            out = np.zeros((size, *rows.shape[1:], *values.shape[1:]), values.dtype)
+            out[:count] = values.reshape(*rows.shape, *values.shape[1:])
+            return out
+
+        batch = tree.map_with_path(read, data)
+        if weights is not None:
+            inner, own = batch if isinstance(batch, Weighted) else (batch, None)
+            batch = Weighted(inner, weights if own is None else own * weights.astype(own.dtype))
+        yield Stack((jax.device_put(batch),), size, count, count * batching["batch_size"], {}, False)
+        step += count
+
+
+def stacks_of_iterable(
+    data: Any, position: dict[str, Any], next_cut: Callable[[int], int], step: int
+) -> Iterator[Stack]:
+    """Batches of an iterable, as many of one kind as fit, put on the device together; passes follow each other.
+
+    Args:
+      data: an iterable of batches, or a function from the number of the pass to one. What can be iterated only once ends
+        with its first pass.
+      position: {} or a position that a `Stack` gave: where to go on. Where the iterator offers `get_state` and `set_state`
+        (Grain), or the iterable `state_dict` and `load_state_dict` (torchdata), the state is restored, else the
+        batches that have been used are drawn again and passed over.
+      next_cut: the first step after this one at which a stack has to end.
+    Raises: ValueError for a pass without batches; whatever the iterable raises.
+    """
+    passes, since, anchor = position.get("passes", 0), position.get("skip", 0), position.get("state")
+    while True:
+        batches = _begun(data, passes, anchor, since)
+        held, before, kind, size, room = [], {}, None, 0, 0
+        while True:
+            if len(held) == room and (state := _state_of(data, batches)) is not None:
+                anchor, since = state, 0  # from here on, positions are counted from this state
+            batch = next(batches, _END)
+            if held and (batch is _END or len(held) == room or _kind(batch) != kind):
+                yield _stacked(held, size, before, batch is _END)
+                step, held = step + len(held), []
+            if batch is _END:
+                break
+            if not held:
+                before = {"passes": passes, "skip": since, "state": anchor}
+                kind, size = _kind(batch), _stack_size(_bytes(batch))
+                room = min(size, next_cut(step) - step)
+            held.append(batch)
+            since += 1
+        if not before and not position:
+            raise ValueError("data: the iterable has no batches")
+        if batches is data:
+            return
+        passes, since, anchor, position = passes + 1, 0, None, {}
+
+
+class Prefetch:
+    """Run an iterator in a thread, at most `depth` items ahead. What it raises is raised here, in its place."""
+
+    def __init__(self, items: Iterator, depth: int = 2):
+        self.queue: queue.Queue = queue.Queue(depth)
+        self.closed = threading.Event()
+        threading.Thread(target=self._fill, args=(items,), daemon=True, name="jaxnet-prefetch").start()
+
+    def _fill(self, items):
+        try:
+            for item in items:
+                if not self._put((item, None)):
+                    return
+            self._put((None, StopIteration()))
+        except BaseException as error:
+            self._put((None, error))
+
+    def _put(self, item) -> bool:
+        while not self.closed.is_set():
+            try:
+                self.queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        item, error = self.queue.get()
+        if error is not None:
+            raise error
+        return item
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+_END = object()
+
+
+def _stacked(batches: list, size: int, before: dict, end: bool) -> Stack:
+    def stack(*leaves):
+        out = np.zeros((size, *leaves[0].shape), leaves[0].dtype)
+        for i, leaf in enumerate(leaves):
+            out[i] = leaf
+        return out
+
+    fitting = [tree.map_with_path(_fitting, batch) for batch in batches]
+    inputs = jax.device_put(jax.tree.map(stack, *fitting))
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(fitting[0])]
+    samples = max((shape[0] for shape in shapes if shape), default=1)
+    return Stack((inputs,), size, len(batches), len(batches) * samples, before, end)
+
+
+def _kind(batch: Any) -> Any:
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, [(np.shape(leaf), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves]
+
+
+def _bytes(batch: Any) -> int:
+    return sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(batch))
+
+
+def _row_bytes(leaf: Any) -> int:
+    return int(np.prod(leaf.shape[1:], dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
+
+
+def _stack_size(batch_bytes: int) -> int:
+    return int(np.clip(STACK // max(batch_bytes, 1), 1, 64))
+
+
+def _fitting(path: str, leaf: Any) -> Any:
+    """The leaf as JAX will hold it, with 64-bit integers checked before they are cut to 32."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    array = np.asarray(leaf)
+    if array.dtype.kind not in "biufcV":
+        raise TypeError(f"data: '{path}' must hold numbers, got {array.dtype}; encode it first")
+    wanted = jax.dtypes.canonicalize_dtype(array.dtype)
+    if array.dtype.kind in "iu" and wanted != array.dtype and array.size:
+        low, high, info = array.min(), array.max(), np.iinfo(wanted)
+        if low < info.min or high > info.max:
+            worst = low if low < info.min else high
+            raise ValueError(
+                f"data: '{path}' holds {worst}, which {array.dtype} can and {wanted} cannot; JAX would wrap it around: "
+                "use smaller numbers, or set jax_enable_x64"
+            )
+    return array.astype(wanted, copy=False)
+
+
+def _begun(data: Any, passes: int, state: Any, skip: int) -> Iterator:
+    """The iterator of a pass, taken to a position in it."""
+    if state is not None:
+        state = base64.b64decode(state["base64"]) if "base64" in state else state["json"]
+        if hasattr(data, "load_state_dict"):
+            data.load_state_dict(state)
+    iterable: Any = data(passes) if callable(data) else data
+    batches: Any = iter(iterable)
+    if state is not None and not hasattr(data, "load_state_dict"):
+        batches.set_state(state)
+    for _ in range(skip):
+        next(batches, None)
+    return batches
+
+
+def _state_of(data: Any, batches: Any) -> Any:
+    """Where an iterator stands, as JSON can hold it; None if it does not say."""
+    if hasattr(data, "state_dict") and hasattr(data, "load_state_dict"):
+        state = data.state_dict()
+    elif hasattr(batches, "get_state") and hasattr(batches, "set_state"):
+        state = batches.get_state()
+    else:
+        return None
+    return {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else {"json": state}
