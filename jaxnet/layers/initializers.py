@@ -54,9 +54,14 @@ def ones(key, shape: tuple[int, ...], dtype):
 
 
 def _full(key, shape, value, dtype):
-    if isinstance(key, jax.core.Tracer):
-        return jnp.full(shape, value, dtype)
-    return jax.device_put(np.full(shape, value, dtype))
+    if _is_for_numpy(key):
+        return jax.device_put(np.full(shape, value, dtype))
+    return jnp.full(shape, value, dtype)
+
+
+def _is_for_numpy(x) -> bool:
+    """Whether what follows from x may be computed in NumPy: x is not traced, and no mesh says where arrays are to be."""
+    return not isinstance(x, jax.core.Tracer) and jax.sharding.get_abstract_mesh().empty
 
 
 def _scaled_by_fan_in(own: Callable, draw: Callable, deviation: float, key, shape, dtype, *, out_axis: int):
@@ -73,7 +78,7 @@ def _scaled_by_fan_in(own: Callable, draw: Callable, deviation: float, key, shap
     # From here on as in JAX: this order of divisions, each result rounded to the dtype.
     fan_in = shape[-2] * (n / shape[-2] / shape[out_axis])
     factor = np.sqrt(np.array(1 / fan_in, drawn.dtype)) / np.array(deviation, drawn.dtype)
-    if isinstance(drawn, jax.core.Tracer):
-        return jax.lax.optimization_barrier(drawn)[:n].reshape(shape) * factor
-    values = jax.device_get(drawn)[:n].reshape(shape) * factor
-    return jax.device_put(values, drawn.sharding if drawn.committed else None)
+    if _is_for_numpy(drawn):
+        values = jax.device_get(drawn)[:n].reshape(shape) * factor
+        return jax.device_put(values, drawn.sharding if drawn.committed else None)
+    return jax.lax.optimization_barrier(drawn)[:n].reshape(shape) * factor
