@@ -67,9 +67,7 @@ def main(argv=None):
     clock = "perf_counter" if options.wall else "process_time"
     timed = "import time, numpy; t = time.{0}(); {1}; print(time.{0}() - t)"
     samples = {name: lambda code=code: float(startup.child(timed.format(clock, code))) for name, code in DATA.items()}
-    tables.append(
-        startup.table("The digits as arrays, after numpy", samples, "process", "ms", next(iter(DATA)), options)
-    )
+    tables.append(startup.table("The digits as arrays, after numpy", samples, "load", "ms", next(iter(DATA)), options))
     measure.publish(options, *tables)
 
 
