@@ -40,7 +40,8 @@ def _published() -> tuple[np.ndarray, np.ndarray]:
             "digits() needs scikit-learn, which holds the images, and could not import it; "
             "install scikit-learn, e.g. `pip install -e '.[examples]'` in the checkout"
         ) from error
-    return load_digits(return_X_y=True)
+    pixels, labels = load_digits(return_X_y=True)
+    return pixels, labels
 
 
 def _test_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
