@@ -95,7 +95,7 @@ def fit(
       data: with `batch_size`, a pytree of arrays with a leading axis of examples; those in memory go to the device as a whole,
         memory maps and others that are read by `array[rows]` are read where they are needed. Without `batch_size`, an
         iterable of batches, or a function (number of the pass) -> iterable; they are drawn ahead by a thread.
-      epochs, steps: how long: passes over the data, or steps in all. One of them.
+      epochs, steps: until when: passes over the data, or steps, counted from step 0 of the train state. One of them.
       order, drop_last: as in `train_steps`; for arrays.
       evaluate: (train_state) -> dict of numbers, joined to the record: after each epoch, or every `evaluate_every` steps.
       record_every: steps a record; the default is about 100, an equal part of an epoch where there is one, and at most
@@ -143,13 +143,21 @@ def fit(
     path = None if checkpoint is None else pathlib.Path(checkpoint)
     if path is not None and path.exists():
         run.restore(path)
+    elif feed.total is not None and run.history.step >= feed.total:
+        raise ValueError(
+            f"fit: the train state has done {run.history.step} steps, and {feed.total} are asked for in all; ask for more, "
+            "or begin anew with train_state(params, ...)"
+        )
     show = Progress(feed.total, feed.epoch_steps, step=run.history.step, show=progress)
+    if run.history.step > int(train_state.step):
+        show.note(f"goes on from step {run.history.step:,}, saved in {path}")
     with interruptible() as flag:
         try:
             run.go(flag, show, path, save_every)
         except Exception as error:
             if path is not None and run.started:
                 with contextlib.suppress(Exception):
+                    run.settle(error)
                     run.save(path)
                     error.add_note(f"the state at step {run.history.step} is saved in {path}")
             raise
@@ -257,6 +265,7 @@ class _Run:
         self.pace = 1  # steps a call
         self.done_at = 0.0
         self.started = False
+        self.pending: _Pending | None = None
         self.feeding: Any = None
 
     # Where something is due
@@ -279,7 +288,7 @@ class _Run:
     def go(self, flag: Interrupted, show: Progress, path: pathlib.Path | None, save_every: float) -> None:
         total = self.feed.total
         self.feeding = self.feed.stacks(self.current, self.history.step, self.position, self.next_look)
-        pending, saved_at, ahead = None, time.perf_counter(), self.history.step
+        saved_at, ahead = time.perf_counter(), self.history.step
         while not self.stopped and not flag.name and (total is None or ahead < total):
             stack = next(self.feeding, None)
             if stack is None:
@@ -291,14 +300,13 @@ class _Run:
                     n = min(n, total - ahead)
                 call = self._send(stack, first, n, show)
                 first, ahead = first + n, ahead + n
-                if pending is not None:
-                    self._receive(pending, show)  # while the device works on the next one
-                pending = call
+                waiting, self.pending = self.pending, call
+                if waiting is not None:
+                    self._receive(waiting, show)  # while the device works on the next one
                 looking = (stack.end and first == stack.n) or ahead == self.next_look(ahead - 1)
                 due = path is not None and time.perf_counter() - saved_at > save_every
                 if looking or due or self.stop is not None or (total is not None and ahead >= total):
-                    self._receive(pending, show)
-                    pending = None
+                    self._receive_pending(show)
                 if due and path is not None:
                     self.save(path)
                     saved_at = time.perf_counter()
@@ -306,11 +314,15 @@ class _Run:
                     break
             if self.feed.epoch_steps is None and self.feed.epochs is not None and self.passes >= self.feed.epochs:
                 break
-        if pending is not None:
-            self._receive(pending, show)
+        self._receive_pending(show)
         self.stopped = self.stopped or flag.name
         if path is not None and self.started:
             self.save(path)
+
+    def settle(self, error: Exception) -> None:
+        """Bring what is known of the run up to its state, after an error."""
+        if self.pending is not None and not isinstance(error, NonFiniteError):
+            self._receive_pending(None)
 
     def close(self) -> None:
         if hasattr(self.feeding, "close"):
@@ -348,8 +360,13 @@ class _Run:
         self.spec = spec
         return self.programs[kind]
 
-    def _receive(self, call: _Pending, show: Progress) -> None:
-        """Wait for a call, and take in what it says."""
+    def _receive_pending(self, show: Progress | None) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self._receive(pending, show)
+
+    def _receive(self, call: _Pending, show: Progress | None) -> None:
+        """Wait for a call, and take in what it says; without `show`, tell nobody."""
         good, metrics = call.outputs
         metrics = {name: np.asarray(values)[: call.n] for name, values in metrics.items()}
         now = time.perf_counter()
@@ -357,7 +374,8 @@ class _Run:
         if not good:
             raise self._broken(call)
         end = call.stack.end and call.first + call.n == call.stack.n
-        new = self.history.add(metrics, seconds, call.stack.samples * call.n // call.stack.n, cut=end)
+        samples = call.stack.samples * call.n // call.stack.n
+        new = self.history.add(call.n, metrics, seconds, samples, cut=end)
         self.position = call.stack.before and {
             **call.stack.before,
             "skip": call.stack.before["skip"] + call.first + call.n,
@@ -368,14 +386,18 @@ class _Run:
         step = self.history.step
         if self.evaluate is not None and (end if not self.evaluate_every else step % self.evaluate_every == 0):
             self._evaluate(new[-1])
+        self.pace = int(np.clip(CALL * call.n / max(seconds, 1e-9), 1, 8 * call.n))
+        if show is None:
+            return
         for record in new:
+            show(record)
             for callback in self.callbacks:
                 callback(record)
+        if not new:
+            show(self.history.preview(), partial=True)
         if self.stop is not None and new and (reason := self.stop(self.history.records)):
             self.stopped = reason if isinstance(reason, str) else "the condition held"
         self._check_skipped(metrics)
-        self.pace = int(np.clip(CALL * call.n / max(seconds, 1e-9), 1, 8 * call.n))
-        show(self.history.preview(), epoch_end=end)
 
     def _evaluate(self, record: Record) -> None:
         start = time.perf_counter()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Order", "balanced", "shuffle", "shuffled"]
+__all__ = ["balanced", "shuffle", "shuffled"]
 
 Order = Callable[[jax.Array, int, jax.Array, jax.Array], jax.Array]
 """(key of the run, number of examples n, epoch, positions in it [B]) -> rows of the data, int32 [B] in 0 .. n-1."""
