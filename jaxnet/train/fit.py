@@ -482,7 +482,8 @@ class _Run:
 
 
 def _copy(leaf: Any) -> jax.Array:
-    return jnp.array(leaf, dtype=getattr(leaf, "dtype", None), copy=True)
+    leaf = jnp.asarray(leaf, getattr(leaf, "dtype", None))
+    return jax.device_put(leaf, may_alias=False)  # unlike jnp.array(copy=True), it compiles nothing
 
 
 def _shardings(train_state: TrainState) -> Any:
