@@ -18,6 +18,7 @@ import pytest
 
 import jaxnet
 from jaxnet import batch_norm, chain, dense, dropout
+from jaxnet.checkpoint import Checkpoints
 from jaxnet.train import (
     NonFiniteError,
     TrainState,
@@ -385,6 +386,26 @@ def test_a_finished_run_is_read_and_not_trained(tmp_path):
     assert again.compiled == () and again.history == first.history and again.best == first.best
     more = counting(6, checkpoint=tmp_path / "run.safetensors", best="max seen")
     assert more.best is not None and more.best.step == 6 and more.history[:4] == first.history
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_store_keeps_the_newest_and_the_best_and_passes_over_damage(tmp_path, asynchronous):
+    score = {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0, 5: 4.0, 6: 4.5}
+
+    def run(n):
+        with Checkpoints(tmp_path, keep=2, metric="min score", asynchronous=asynchronous) as store:
+            return counting(
+                n, evaluate=lambda state: {"score": score[int(state.step)]}, checkpoint=store
+            ), store.steps()
+
+    first, steps = run(5)
+    assert steps == [2, 4, 5]  # the newest two, and the best
+    newest = tmp_path / "step_00000005.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="step 4 is loaded, since others cannot be read"):
+        second, steps = run(6)
+    assert second.train_state.params == 6 and [r["step"] for r in second.history] == [1, 2, 3, 4, 5, 6]
+    assert steps == [2, 5, 6] and second.history[:4] == first.history[:4]
 
 
 def test_the_checkpoint_is_an_ordinary_file(tmp_path):
