@@ -33,6 +33,7 @@ from startup import child
 DISK = "the disk alone"
 RETURNS, WRITTEN = "jaxnet, asynchronous: until save returns", "jaxnet, asynchronous: until it is on the disk"
 PEAK = "peak / tree"
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # glibc then gives back what is freed, so that peaks can be compared
 
 
 class Format(NamedTuple):
@@ -64,7 +65,7 @@ def main(argv=None):
                     for row in rows:
                         if row.name in FORMATS and row.name != DISK and not row.problem:
                             call = f"print_peak({what!r}, {row.name!r}, {leaves}, {size}, {folder!r})"
-                            row.others[PEAK] = [float(child(f"import checkpoints; checkpoints.{call}"))]
+                            row.others[PEAK] = [float(child(f"import checkpoints; checkpoints.{call}", **ALLOCATOR))]
                 tables.append(Table(f"{what.capitalize()} {title}", what, "ms", DISK, rows))
     measure.publish(options, *tables)
 
@@ -171,21 +172,18 @@ def sync(*paths: str) -> None:
 
 
 def print_peak(what: str, name: str, leaves: int, size: int, folder: str) -> None:
-    """In the child: print the peak memory while a tree is saved or loaded, less that before there was one, a tree's size."""
+    """In the child: print the most memory that a tree and its saving, or loading, take, in sizes of the tree."""
     save, load = FORMATS[name]()
     path, small = file_of(f"{name} small", folder), make_tree(2, 1000)
     save(path, small)
     load(path, shapes(small))
+    tree = make_tree(leaves, size if what == "save" else 1)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size,), x.dtype, sharding=x.sharding), tree)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins again, at what is in use now
     before = memory("VmRSS")
-    if what == "save":
-        tree = make_tree(leaves, size)
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins again, at what is in use now
-        save(file_of(name, folder), tree)
-    else:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size,), x.dtype, sharding=x.sharding), make_tree(leaves, 1))
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-        tree = jax.block_until_ready(load(file_of(name, folder), like))
-    print((memory("VmHWM") - before) / (4 * leaves * size))
+    result = save(file_of(name, folder), tree) if what == "save" else load(file_of(name, folder), like)
+    jax.block_until_ready(result)
+    print((what == "save") + (memory("VmHWM") - before) / (4 * leaves * size))
 
 
 def memory(what: str) -> int:
@@ -260,7 +258,15 @@ def torch():
 def equinox():
     import equinox as eqx
 
-    return Format(eqx.tree_serialise_leaves, eqx.tree_deserialise_leaves)
+    def save(path, tree):
+        with open(path, "wb") as file:  # given a name, it would add .eqx to it
+            eqx.tree_serialise_leaves(file, tree)
+
+    def load(path, like):
+        with open(path, "rb") as file:
+            return eqx.tree_deserialise_leaves(file, like)
+
+    return Format(save, load)
 
 
 def flax():

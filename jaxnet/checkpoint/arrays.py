@@ -1,5 +1,6 @@
 """The leaves: what each kind of array is, its bytes, and arrays from bytes."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -39,9 +40,7 @@ def describe(file: str, name: str, x: Any) -> Node:
 
 def describe_template(file: str, name: str, x: Any) -> Node:
     """The node of a leaf of a template, of which only kind, dtype, shape and sharding count."""
-    if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return Node("key", _key_kind(file, name, x.dtype))
+    if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)):
         kind = "jax"
     elif type(x) in (np.ndarray, np.memmap):  # no other subclass: a masked array would lose its mask
         kind = "numpy"
@@ -50,11 +49,18 @@ def describe_template(file: str, name: str, x: Any) -> Node:
     else:
         text = f"a {type(x).__module__}.{type(x).__qualname__} is neither an array nor a Python scalar, str or bytes"
         raise CheckpointError(file, name, f"{text}: convert it, or register its class as a pytree of arrays")
-    dtype = x.dtype.name
-    if dtype not in CODES and dtype not in WIDENED:
-        text = f"dtype {x.dtype} cannot be stored: convert it to one of {', '.join([*CODES, *WIDENED])}"
-        raise CheckpointError(file, name, text)
-    return Node(kind, dtype)
+    if node := _node(kind, x.dtype):
+        return node
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return Node("key", _key_kind(file, name, x.dtype))
+    text = f"dtype {x.dtype} cannot be stored: convert it to one of {', '.join([*CODES, *WIDENED])}"
+    raise CheckpointError(file, name, text)
+
+
+@functools.lru_cache(1000)
+def _node(kind: str, dtype: Any) -> Node | None:
+    """The node of an array; None for random keys, and for what has no code."""
+    return Node(kind, dtype.name) if dtype.name in CODES or dtype.name in WIDENED else None
 
 
 def shape_in_file(node: Node, x: Any) -> tuple[int, ...]:
