@@ -31,8 +31,6 @@ def describe(file: str, name: str, x: Any) -> Node:
         text = "a traced array has no values yet: save outside jit, grad, vmap and scan"
     elif isinstance(x, jax.Array) and x.is_deleted():
         text = "the array has been deleted (donated to a jitted function?): save the arrays that the function returned"
-    elif isinstance(x, jax.Array) and not x.is_fully_addressable:
-        text = "the array is spread over several processes: gather it first (multihost_utils.process_allgather)"
     if text:
         raise CheckpointError(file, name, text)
     return node
@@ -100,7 +98,10 @@ def place(file: str, nodes: dict[str, Node], data: dict[str, np.ndarray], target
     """
     result: dict[str, Any] = dict(data)
     moving = []
-    for name, (kind, _, _) in targets.items():
+    for name, (kind, _, sharding) in targets.items():
+        if sharding is not None and not sharding.is_fully_addressable:
+            result[name] = _spread(file, nodes[name], data[name], sharding)
+            continue
         if kind == "key":
             result[name] = _wrap_key(file, name, nodes[name].value, data[name])
         elif kind == "numpy_scalar":
@@ -112,6 +113,15 @@ def place(file: str, nodes: dict[str, Node], data: dict[str, np.ndarray], target
     except (TypeError, ValueError) as e:
         raise Misfit(file, None, f"the shardings of `like` do not suit its shapes: {e}") from e
     return result | dict(zip(moving, placed, strict=True))
+
+
+def _spread(file: str, node: Node, data: np.ndarray, sharding: Any) -> jax.Array:
+    """An array on devices of several processes, of which each fills its own."""
+    try:
+        x = jax.make_array_from_callback(data.shape, sharding, data.__getitem__)
+    except (TypeError, ValueError) as e:
+        raise Misfit(file, None, f"the shardings of `like` do not suit its shapes: {e}") from e
+    return jax.random.wrap_key_data(x, impl=node.value) if node.kind == "key" else x
 
 
 def cast(file: str, data: dict[str, np.ndarray], targets: dict[str, Target]) -> dict[str, np.ndarray]:

@@ -43,7 +43,7 @@ class Info(NamedTuple):
     metadata: dict[str, Any]
     leaves: tuple[Leaf, ...]
     scalars: dict[str, Any]  # Python scalars and strings by path
-    nbytes: int  # of the whole file
+    nbytes: int  # of the whole file, and of its parts
 
 
 def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | None = None) -> None:
@@ -71,9 +71,10 @@ def prepare(
 ) -> Callable[[], None]:
     """Check all that can be wrong with a tree and return what writes it, once; from a copy if `snapshot`.
 
-    A copy is on the host and shares no memory with the tree, whose arrays may then be donated, deleted or changed.
+    A copy is on the host and shares no memory with the tree, whose arrays may then be donated, deleted or changed. A
+    tree that is spread over several processes is never copied.
     """
-    from jaxnet.checkpoint import arrays
+    from jaxnet.checkpoint import arrays, parts
 
     file = os.fsdecode(path)
     node, leaves = structure.encode(file, tree, functools.partial(arrays.describe, file))
@@ -81,6 +82,8 @@ def prepare(
     shapes = {name: arrays.shape_in_file(nodes[name], x) for name, x in leaves.items()}
     tensors = fmt.layout([(name, *structure.stored_as(nodes[name], shape)) for name, shape in shapes.items()])
     manifest = {"version": fmt.VERSION, "metadata": _exact_json(file, metadata or {}), "tree": structure.to_json(node)}
+    if parts.is_spread(leaves):
+        return functools.partial(parts.write, file, tensors, manifest, leaves)
     empty = fmt.write_header(file, tensors, manifest | {"crc32": ["0" * 8 * t.chunks for t in tensors]})
 
     def fetch(name):
@@ -94,6 +97,7 @@ def prepare(
             crcs = _write_tensors(fd, tensors, fetch if copies is None else copies.pop)
             os.lseek(fd, 0, os.SEEK_SET)
             _write(fd, memoryview(fmt.write_header(file, tensors, manifest | {"crc32": crcs})))
+        parts.sweep(os.path.realpath(file))
 
     return write
 
@@ -202,6 +206,12 @@ def verify(path: str | os.PathLike[str]) -> Info:
         content = read_content(file, fd, size)
         read_tensors(file, fd, content.header, content.header.tensors, None)
         return _info(file, size, content)
+
+
+def replace(file: str, content: bytes) -> None:
+    """Write a file, durably, in place of the one that may be there."""
+    with _replacing(file) as fd:
+        _write(fd, memoryview(content))
 
 
 # Writing: a temporary file in the same folder, fsync, rename, fsync of the folder. Whoever opens the file sees the old
@@ -393,6 +403,7 @@ def _info(file: str, size: int, content: Content) -> Info:
     leaves = tuple(Leaf(name, specs[name].shape or (), specs[name].dtype, size) for name, size in sizes.items())
     if header.manifest is None:
         return Info(file, None, header.metadata, leaves, scalars, size)
+    size += sum(nbytes for _, nbytes in header.parts.files) if header.parts else 0
     return Info(file, header.manifest["version"], header.manifest["metadata"], leaves, scalars, size)
 
 
@@ -444,6 +455,10 @@ def read_tensors(
     file: str, fd: int, header: Header, tensors: Sequence[Tensor], empty: Callable[[int], Any] | None
 ) -> dict[str, Any]:
     """Read and check the bytes of some tensors; into memory that `empty(bytes)` gives, if it is given."""
+    if header.parts:
+        from jaxnet.checkpoint import parts
+
+        return parts.read_tensors(file, header, tensors, empty)
     out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
     crcs = dict(zip((t.name for t in header.tensors), header.manifest["crc32"], strict=True)) if header.manifest else {}
     jobs = [(t, i, crcs.get(t.name, "")[8 * i : 8 * i + 8]) for t in tensors for i in range(t.chunks)]

@@ -16,7 +16,8 @@ import reprlib
 import zlib
 from typing import Any, NamedTuple
 
-VERSION = 1
+VERSION = 1  # of a file that holds a tree
+PARTS = 2  # of one whose tensors are in other files; no greater version is known
 CHUNK = 64 << 20  # bytes under one CRC-32, which finds every burst up to 32 bits and misses one other damage in 2^32
 MAX_HEADER = 100_000_000  # the official reader's limit
 ALIGNMENT = 64  # of the first tensor's byte in the file
@@ -60,6 +61,13 @@ class Tensor(NamedTuple):
         return max(1, -(-(self.stop - self.start) // CHUNK))  # an empty tensor has one too: it guards the name
 
 
+class Parts(NamedTuple):
+    """Where the tensors of a file of version 2 are: the number of the save, and for each part its digest and bytes."""
+
+    id: str
+    files: list[tuple[str, int]]
+
+
 class Header(NamedTuple):
     """A checked header: the tensors in the order of their data; `manifest` is None for the file of another program."""
 
@@ -67,6 +75,7 @@ class Header(NamedTuple):
     metadata: dict[str, str]
     manifest: dict[str, Any] | None
     data: int  # where the tensors' bytes begin
+    parts: Parts | None = None
 
 
 def layout(tensors: list[tuple[str, str, tuple[int, ...]]]) -> list[Tensor]:
@@ -126,7 +135,10 @@ def read_header(file: str, raw: bytes, size: int) -> Header:
     _check_version(file, manifest.get("version"))
     tensors = _tensors(file, header, size - 8 - len(raw))
     _check_manifest(file, manifest, tensors)
-    return Header(tensors, metadata, manifest, 8 + len(raw))
+    if manifest["version"] < PARTS:
+        return Header(tensors, metadata, manifest, 8 + len(raw))
+    parts, tensors = _read_parts(file, manifest, tensors)
+    return Header(tensors, metadata, manifest, 8 + len(raw), parts)
 
 
 def crc_start(tensor: Tensor, chunk: int) -> int:
@@ -186,8 +198,8 @@ def _sizes(value: Any) -> bool:
 def _check_version(file: str, version: Any):
     if type(version) is not int or version < 1:
         raise CheckpointError(file, None, f"the manifest's version is {version!r}, expected a number; {RESTORE}")
-    if version > VERSION:
-        text = f"it has format version {version}, this jaxnet reads versions up to {VERSION}: install a newer jaxnet"
+    if version > PARTS:
+        text = f"it has format version {version}, this jaxnet reads versions up to {PARTS}: install a newer jaxnet"
         raise Misfit(file, None, text)
 
 
@@ -200,6 +212,31 @@ def _check_manifest(file: str, manifest: dict[str, Any], tensors: list[Tensor]):
             raise CheckpointError(file, t.name, f"its crc32 must be {8 * t.chunks} hexadecimal digits, got {crc!r}")
     if not isinstance(manifest.get("metadata"), dict):
         raise CheckpointError(file, None, "the manifest's metadata must be an object")
+
+
+def _read_parts(file: str, manifest: dict[str, Any], tensors: list[Tensor]) -> tuple[Parts, list[Tensor]]:
+    """The parts of a file of version 2 and its tensors, placed as in one file."""
+    try:
+        described = manifest["parts"]
+        parts = Parts(described["id"], [(digest, size) for digest, size in described["files"]])
+        entries = [(name, code, shape) for name, code, shape in described["tensors"]]
+        if (
+            tensors
+            or not re.fullmatch("[0-9a-f]{16}", parts.id)
+            or len({name for name, _, _ in entries}) < len(entries)
+        ):
+            raise ValueError("it has tensors itself, no number, or two tensors of one name")
+        if not all(isinstance(digest, str) and _sizes([size]) for digest, size in parts.files):
+            raise ValueError("a part is not a digest and a size")
+        if not all(isinstance(name, str) and isinstance(code, str) and _sizes(shape) for name, code, shape in entries):
+            raise ValueError("a tensor is not a name, a dtype and a shape")
+        if any(BITS.get(code, 0) % 8 or code not in BITS or len(shape) > 64 for _, code, shape in entries):
+            raise ValueError("a tensor has an unknown dtype or more than 64 axes")
+    except (KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(file, None, f"the manifest's parts are not well-formed ({e}); {RESTORE}") from e
+    if sum(math.prod(shape) * BITS[code] // 8 for _, code, shape in entries) > sum(size for _, size in parts.files):
+        raise CheckpointError(file, None, f"the tensors need more bytes than the parts have; {RESTORE}")
+    return parts, layout([(name, code, tuple(shape)) for name, code, shape in entries])
 
 
 def _digest(raw: bytes) -> str:

@@ -24,7 +24,8 @@ def lazy(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
     was in it when it was opened.
 
     A leaf is not checked twice, and a program that cuts the file short in place, instead of replacing it as `save` does,
-    would crash its readers: `load(path, only=...)` makes copies and has neither weakness.
+    would crash its readers: `load(path, only=...)` makes copies and has neither weakness. Of a checkpoint that several
+    processes have written, each look-up reads a copy.
 
     Raises:
       CheckpointError: the header is damaged or, when it is looked up, the leaf.
@@ -59,10 +60,13 @@ class _Leaves(Mapping[str, Any]):
         if path not in tensors:
             return nodes[path].value
         node, tensor = nodes[path], tensors[path]
-        if path not in self.checked:  # by reads, since a bad disk under a memory map kills the process
-            read_tensors(self.file, self.fd, header, [tensor], None)
-            self.checked.add(path)
-        raw = np.frombuffer(self.map, np.uint8)[header.data + tensor.start : header.data + tensor.stop]
+        if header.parts:  # its bytes are in several files
+            raw = read_tensors(self.file, self.fd, header, [tensor], arrays.empty)[tensor.name]
+        else:
+            if path not in self.checked:  # by reads, since a bad disk under a memory map kills the process
+                read_tensors(self.file, self.fd, header, [tensor], None)
+                self.checked.add(path)
+            raw = np.frombuffer(self.map, np.uint8)[header.data + tensor.start : header.data + tensor.stop]
         array = arrays.from_bytes(self.file, path, node, tensor.shape, raw)
         array.flags.writeable = False
         kind = "numpy" if node.kind == "jax" else node.kind

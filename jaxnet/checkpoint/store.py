@@ -1,6 +1,5 @@
 """A folder of checkpoints, one file a step: saved in the foreground or beside the training, and found again."""
 
-import contextlib
 import errno
 import math
 import operator
@@ -13,6 +12,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, SupportsIndex
 
+from jaxnet.checkpoint import parts
 from jaxnet.checkpoint.file import Info, inspect, load_with_info, prepare
 from jaxnet.checkpoint.format import CheckpointError, Misfit
 
@@ -106,7 +106,8 @@ class Checkpoints:
             raise ValueError(f"metadata must not have entries called {sorted(taken)}: the store writes them itself")
         about = {"step": step, "metrics": numbers, **(metadata or {})}
         # After the main thread's end nobody would wait for another one.
-        beside = self.asynchronous and threading.main_thread().is_alive()
+        # A tree that is spread over several processes is written in the foreground, since these have to wait together.
+        beside = self.asynchronous and threading.main_thread().is_alive() and not parts.is_spread(tree)
         write = prepare(self._path(step), tree, about, snapshot=beside)
         if not beside:
             return self._write(step, write)
@@ -192,8 +193,7 @@ class Checkpoints:
         old = [other for other in steps if other < min(good[-self.keep :], default=step)]
         best = self._ranked(good)[0][: self.keep_best] if old and self.metric else []
         for other in set(old) - set(best):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path(other))
+            parts.remove(self._path(other))
 
     def _write_beside(self, step: int, write: Any) -> None:
         try:
