@@ -1,6 +1,8 @@
 """The leaves: what each kind of array is, its bytes, and arrays from bytes."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -98,30 +100,50 @@ def place(file: str, nodes: dict[str, Node], data: dict[str, np.ndarray], target
     """
     result: dict[str, Any] = dict(data)
     moving = []
-    for name, (kind, _, sharding) in targets.items():
-        if sharding is not None and not sharding.is_fully_addressable:
-            result[name] = _spread(file, nodes[name], data[name], sharding)
-            continue
-        if kind == "key":
-            result[name] = _wrap_key(file, name, nodes[name].value, data[name])
-        elif kind == "numpy_scalar":
+    for name, target in targets.items():
+        if target.kind == "numpy_scalar":
             result[name] = data[name][()]
-        if kind == "key" or kind == "jax" and jax.dtypes.canonicalize_dtype(data[name].dtype) == data[name].dtype:
+        elif is_spread(target):
+            result[name] = _spread(file, nodes[name], data[name], target.sharding)
+        elif _goes_to_jax(target):
+            result[name] = _wrap_key(file, name, nodes[name].value, data[name]) if target.kind == "key" else data[name]
             moving.append(name)
-    try:
+    with _suitable(file):
         placed = jax.device_put([result[name] for name in moving], [targets[name].sharding for name in moving])
-    except (TypeError, ValueError) as e:
-        raise Misfit(file, None, f"the shardings of `like` do not suit its shapes: {e}") from e
     return result | dict(zip(moving, placed, strict=True))
 
 
+def is_spread(target: Target) -> bool:
+    """Whether an array goes to devices of several processes, of which each fills its own."""
+    return target.sharding is not None and not target.sharding.is_fully_addressable and _goes_to_jax(target)
+
+
+def _goes_to_jax(target: Target) -> bool:
+    if target.kind == "key":
+        return True
+    return target.kind == "jax" and jax.dtypes.canonicalize_dtype(_dtype(target.dtype)) == _dtype(target.dtype)
+
+
+def blocks(file: str, target: Target, shape: tuple[int, ...]) -> list[tuple[slice, ...]] | None:
+    """Which blocks of an array in the file are for devices of this process; None if all of it is."""
+    if not is_spread(target):
+        return None
+    with _suitable(file):
+        return list(target.sharding.addressable_devices_indices_map(shape).values())
+
+
 def _spread(file: str, node: Node, data: np.ndarray, sharding: Any) -> jax.Array:
-    """An array on devices of several processes, of which each fills its own."""
-    try:
+    with _suitable(file):
         x = jax.make_array_from_callback(data.shape, sharding, data.__getitem__)
+    return jax.random.wrap_key_data(x, impl=node.value) if node.kind == "key" else x
+
+
+@contextlib.contextmanager
+def _suitable(file: str) -> Iterator[None]:
+    try:
+        yield
     except (TypeError, ValueError) as e:
         raise Misfit(file, None, f"the shardings of `like` do not suit its shapes: {e}") from e
-    return jax.random.wrap_key_data(x, impl=node.value) if node.kind == "key" else x
 
 
 def cast(file: str, data: dict[str, np.ndarray], targets: dict[str, Target]) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import os
 import secrets
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -172,7 +172,9 @@ def load_with_info(
         if like is not None:
             what = "it" if only is None else "what `only` selects"
             targets, kept = _match(file, what, like, content, strict, cast)
-        raw = read_tensors(file, fd, header, [tensors[name] for name in targets], arrays.empty)
+        # Of a tree in parts, what other processes will hold is not read. A cast looks at all values.
+        needed = {tensors[n].name: arrays.blocks(file, t, tensors[n].shape) for n, t in targets.items() if not cast}
+        raw = read_tensors(file, fd, header, [tensors[name] for name in targets], arrays.empty, needed)
     stored = {n: arrays.from_bytes(file, n, nodes[n], tensors[n].shape, raw.pop(tensors[n].name)) for n in targets}
     if cast:
         stored = arrays.cast(file, stored, targets)
@@ -452,13 +454,21 @@ def _match(
 
 
 def read_tensors(
-    file: str, fd: int, header: Header, tensors: Sequence[Tensor], empty: Callable[[int], Any] | None
+    file: str,
+    fd: int,
+    header: Header,
+    tensors: Sequence[Tensor],
+    empty: Callable[[int], Any] | None,
+    needed: Mapping[str, Sequence[tuple[slice, ...]] | None] | None = None,
 ) -> dict[str, Any]:
-    """Read and check the bytes of some tensors; into memory that `empty(bytes)` gives, if it is given."""
+    """Read and check the bytes of some tensors; into memory that `empty(bytes)` gives, if it is given.
+
+    Of tensors in parts, only pieces that overlap one of the blocks in `needed` are read, where it names some.
+    """
     if header.parts:
         from jaxnet.checkpoint import parts
 
-        return parts.read_tensors(file, header, tensors, empty)
+        return parts.read_tensors(file, header, tensors, empty, needed or {})
     out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
     crcs = dict(zip((t.name for t in header.tensors), header.manifest["crc32"], strict=True)) if header.manifest else {}
     jobs = [(t, i, crcs.get(t.name, "")[8 * i : 8 * i + 8]) for t in tensors for i in range(t.chunks)]

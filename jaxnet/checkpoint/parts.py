@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxnet.checkpoint import file as files
@@ -94,7 +94,11 @@ def _owned(leaves: dict[str, Any], *, everything: bool) -> dict[str, dict[str, A
 
 
 def read_tensors(
-    file: str, header: Header, tensors: Sequence[Tensor], empty: Callable[[int], Any] | None
+    file: str,
+    header: Header,
+    tensors: Sequence[Tensor],
+    empty: Callable[[int], Any] | None,
+    needed: Mapping[str, Sequence[tuple[slice, ...]] | None],
 ) -> dict[str, Any]:
     """As `file.read_tensors`, from the parts."""
     out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
@@ -103,6 +107,9 @@ def read_tensors(
         for t in tensors:
             for number, tensor, start in found[t.name]:
                 path, fd, part = parts[number]
+                blocks = needed.get(t.name)
+                if blocks is not None and not any(_overlap(t, tensor, start, block) for block in blocks):
+                    continue
                 if not empty:
                     files.read_tensors(path, fd, part, [tensor], None)
                     continue
@@ -114,6 +121,12 @@ def read_tensors(
                     raw = files.read_tensors(path, fd, part, [tensor], empty)[tensor.name]
                     place[...] = raw.reshape(place.shape)
     return out
+
+
+def _overlap(whole: Tensor, piece: Tensor, start: tuple[int, ...], block: tuple[slice, ...]) -> bool:
+    """Whether a piece has elements in a block; for a block, axes at the end may be left out."""
+    ranges = [axis.indices(size)[:2] for axis, size in zip(block, whole.shape, strict=False)]
+    return all(a < high and low < a + n for (low, high), a, n in zip(ranges, start, piece.shape, strict=False))
 
 
 @contextlib.contextmanager

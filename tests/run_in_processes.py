@@ -1,0 +1,232 @@
+"""One of several processes with two devices each: python run_in_processes.py PROCESS PROCESSES PORT FOLDER WHAT."""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import traceback
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxnet.checkpoint import CheckpointError, Checkpoints, file, inspect, lazy, load, save, verify
+
+
+def make_tree(mesh, scale=1):
+    """Arrays over all devices in several ways, and what each process has for itself; `values` says what is in them."""
+
+    def spread(x, *spec):
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec(*spec)), lambda index: x[index])
+
+    x = values(scale)
+    return {
+        "blocks": spread(x["blocks"], "a", "b"),
+        "columns": spread(x["columns"], None, ("a", "b")),
+        "copies": spread(x["copies"]),
+        "empty": spread(x["empty"], "a"),
+        "keys": jax.random.wrap_key_data(spread(np.arange(8, dtype=np.uint32).reshape(4, 2), "b")),
+        "a/b": {"own": jax.device_put(x["own"], jax.local_devices()[0]), "host": x["host"]},
+        "step": scale,
+    }
+
+
+def values(scale=1):
+    return {
+        "blocks": scale * np.arange(32, dtype=np.float32).reshape(4, 8),
+        "columns": scale * np.arange(16, dtype=np.int8).reshape(2, 8),
+        "copies": np.float32(scale) * np.ones((), np.float32),
+        "empty": np.zeros((0, 4), np.float32),
+        "own": scale * np.arange(3, dtype=np.float32),
+        "host": scale * np.arange(4),
+    }
+
+
+def assert_same(got, expected):
+    """Containers, shardings and, on this process, values."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert type(x) is type(y)
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            assert x.sharding == y.sharding
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        if isinstance(x, jax.Array):
+            assert x.sharding == y.sharding
+            for a, b in zip(x.addressable_shards, y.addressable_shards, strict=True):
+                np.testing.assert_array_equal(np.asarray(a.data), np.asarray(b.data), strict=True)
+        else:
+            np.testing.assert_array_equal(x, y)
+
+
+def fails(function, error, text):
+    try:
+        function()
+    except error as e:
+        assert text in str(e), str(e)
+    else:
+        raise AssertionError(f"expected {error.__name__} with {text!r}")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# The scenarios. Each is called in all processes, with a folder of its own and the mesh over all devices.
+
+
+def saved_and_loaded(folder, mesh, me):
+    path, tree = folder / "x.safetensors", make_tree(mesh)
+    save(path, tree, metadata={"by": "two"})
+    assert_same(load(path, like=tree), tree)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree["blocks"])
+    assert_same(load(path, like={"blocks": like}, only="blocks"), {"blocks": tree["blocks"]})
+    assert inspect(path).metadata == {"by": "two"} and verify(path) == inspect(path)
+    with lazy(path) as leaves:
+        np.testing.assert_array_equal(leaves["blocks"], values()["blocks"])  # also what the other process has
+
+
+def replaced(folder, mesh, me):
+    path = folder / "x.safetensors"
+    save(path, make_tree(mesh, 1))
+    before = names(folder)
+    multihost_utils.sync_global_devices("looked")
+    save(path, make_tree(mesh, 2))
+    after = names(folder)
+    assert len(before) == len(after) == 3 and set(before) & set(after) == {"x.safetensors"}
+    assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 2))
+
+
+def only_what_is_needed_is_read(folder, mesh, me):
+    path, tree = folder / "x.safetensors", make_tree(mesh)
+    save(path, tree)
+    if me == 1:
+        (part,) = folder.glob("*-00001")
+        data = bytearray(part.read_bytes())
+        data[inspect(part).nbytes - 1 :] = b"\xff"
+        row = data.index(values()["blocks"][2, :4].tobytes())  # rows 2 and 3 are those of process 1
+        data[row] ^= 1
+        part.write_bytes(data)
+    multihost_utils.sync_global_devices("damaged")
+    like = {"blocks": tree["blocks"]}
+    if me == 0:
+        assert_same(load(path, like=like, only="blocks"), like)
+    else:
+        fails(lambda: load(path, like=like, only="blocks"), CheckpointError, "CRC-32")
+    fails(lambda: verify(path), CheckpointError, "CRC-32")
+
+
+def a_disk_fails_in_one_process(folder, mesh, me):
+    path, real = folder / "x.safetensors", os.write
+    save(path, make_tree(mesh, 1))
+
+    def full(fd, data):
+        raise OSError(28, "No space left on device")
+
+    os.write = full if me == 1 else real
+    try:
+        expected = (OSError, "No space left") if me == 1 else (CheckpointError, "processes [1] failed")
+        fails(lambda: save(path, make_tree(mesh, 2)), *expected)
+    finally:
+        os.write = real
+    assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 1))
+    multihost_utils.sync_global_devices("looked")
+    assert len(names(folder)) == 3  # nothing is left of the one that failed
+
+
+def the_manifest_cannot_be_written(folder, mesh, me):
+    path, real = folder / "x.safetensors", file.replace
+    save(path, make_tree(mesh, 1))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    file.replace = full
+    try:
+        expected = (OSError, "No space left") if me == 0 else (CheckpointError, "processes [0] failed")
+        fails(lambda: save(path, make_tree(mesh, 2)), *expected)
+    finally:
+        file.replace = real
+    assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 1))
+    multihost_utils.sync_global_devices("looked")
+    assert len(names(folder)) == 3
+
+
+def processes_that_save_different_trees(folder, mesh, me):
+    tree = make_tree(mesh)
+    if me == 1:
+        del tree["blocks"]
+    expected = "its pieces do not fill F32[4, 8]" if me == 0 else "processes [0] failed"
+    fails(lambda: save(folder / "x.safetensors", tree), CheckpointError, expected)
+    multihost_utils.sync_global_devices("swept")
+    assert names(folder) == []
+
+
+def a_store_of_steps(folder, mesh, me):
+    with Checkpoints(folder, keep=2, asynchronous=True) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, make_tree(mesh, step))
+        multihost_utils.sync_global_devices("all deleted")
+        assert checkpoints.steps() == [2, 3] and len(names(folder)) == 6
+        found = checkpoints.latest(like=make_tree(mesh))
+        assert found and found.step == 3
+        assert_same(found.tree, make_tree(mesh, 3))
+
+
+SCENARIOS = [
+    saved_and_loaded,
+    replaced,
+    only_what_is_needed_is_read,
+    a_disk_fails_in_one_process,
+    the_manifest_cannot_be_written,
+    processes_that_save_different_trees,
+    a_store_of_steps,
+]
+
+
+def run_all(folder, mesh, me):
+    """Print for each scenario what went wrong, or an empty string."""
+    results = {}
+    for scenario in SCENARIOS:
+        place = folder / scenario.__name__
+        place.mkdir(exist_ok=True)
+        try:
+            scenario(place, mesh, me)
+            results[scenario.__name__] = ""
+        except Exception:
+            results[scenario.__name__] = traceback.format_exc()
+        multihost_utils.sync_global_devices(scenario.__name__)
+    print(json.dumps(results))
+
+
+def save_and_die(folder, mesh, me, process, suffix, when):
+    """Save, and save again: then one process is killed when it gives a file its name, `before` or `after` that."""
+    path, real = folder / "x.safetensors", os.replace
+    save(path, make_tree(mesh, 1))
+
+    def replace(source, target):
+        last = str(target).endswith(suffix)
+        if last and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if me == int(process):
+        os.replace = replace
+    save(path, make_tree(mesh, 2))
+
+
+def main():
+    me, processes, port, folder, what, *rest = sys.argv[1:]
+    jax.config.update("jax_num_cpu_devices", 2)
+    address, me = f"127.0.0.1:{port}", int(me)
+    jax.distributed.initialize(address, int(processes), me, heartbeat_timeout_seconds=10)
+    auto = (AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((int(processes), 2), ("a", "b"), axis_types=auto)
+    {"all": run_all, "die": save_and_die}[what](pathlib.Path(folder), mesh, me, *rest)
+
+
+if __name__ == "__main__":
+    main()

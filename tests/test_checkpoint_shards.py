@@ -1,0 +1,220 @@
+"""Checkpoints of sharded arrays: from n devices to m in one process, and of several processes in parts.
+
+Expected values are those that the arrays were made of. The scenarios with two processes are in run_in_processes.py and
+all run in one pair, since most of the time is spent on starting it.
+"""
+
+import json
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from run_in_processes import SCENARIOS, values
+
+from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save, verify
+
+HERE = pathlib.Path(__file__).parent
+
+DEVICES = """
+import sys, pathlib, numpy as np, jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+n, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+jax.config.update("jax_num_cpu_devices", n)
+from jaxnet.checkpoint import load, save
+mesh = jax.make_mesh((n,), ("x",), axis_types=(AxisType.Auto,))
+rows, copies = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
+x, keys = np.arange(64, dtype=np.float32).reshape(8, 8), jax.random.split(jax.random.key(1), 8)
+tree = {"x": jax.device_put(x, rows), "keys": jax.device_put(keys, rows), "copies": jax.device_put(x, copies)}
+like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
+files = sorted(folder.iterdir())
+for file in files:
+    plain, sharded = load(file), load(file, like=like)
+    assert all(len(a.sharding.device_set) == 1 for a in plain.values())
+    assert all(a.sharding == like[name].sharding and len(a.sharding.device_set) == n for name, a in sharded.items())
+    for got in plain, sharded:
+        np.testing.assert_array_equal(got["x"], x)
+        np.testing.assert_array_equal(got["copies"], x)
+        np.testing.assert_array_equal(jax.random.key_data(got["keys"]), jax.random.key_data(keys))
+save(folder / f"{len(files)}-from-{n}.safetensors", tree)
+print(*(file.stem for file in files))
+"""
+
+
+def test_saved_on_n_devices_and_loaded_on_m(tmp_path):
+    """Each process has another number of devices and loads what all before it have saved."""
+    for n in (8, 4, 2, 1, 8):
+        done = subprocess.run(
+            [sys.executable, "-c", DEVICES, str(n), tmp_path], capture_output=True, text=True, timeout=90
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0-from-8", "1-from-4", "2-from-2", "3-from-1"]
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1  # the file does not depend on the devices
+
+
+def test_sharded_leaves_are_gathered_one_at_a_time(tmp_path):
+    rows = sharding(4, PartitionSpec("x"))
+    tree = {str(i): jax.device_put(jnp.zeros((4, 1 << 17)), rows) for i in range(8)}  # 2 MiB each
+    tracemalloc.start()
+    save(tmp_path / "t", tree)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 << 20  # the leaf that is written and the next one, not 16 MiB
+
+
+def sharding(n, spec):
+    return NamedSharding(jax.make_mesh((n,), ("x",), devices=jax.devices()[:n], axis_types=(AxisType.Auto,)), spec)
+
+
+def start(count, folder, *what):
+    """Start processes that know each other; (process, its output) are waited for by `finish`."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, HERE / "run_in_processes.py"]
+    return [
+        subprocess.Popen(
+            [*command, str(i), str(count), str(port), folder, *what],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(processes):
+    """(exit status, stdout, stderr) of each; all are killed if one takes longer than two minutes."""
+    try:
+        return [(*process.communicate(timeout=120)[::-1], process.returncode)[::-1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The results of all scenarios in two processes, and their folder."""
+    folder = tmp_path_factory.mktemp("pair")
+    done = finish(start(2, folder, "all"))
+    assert [status for status, _, _ in done] == [0, 0], done
+    return [json.loads(out.splitlines()[-1]) for _, out, _ in done], folder
+
+
+@pytest.mark.parametrize("name", [scenario.__name__ for scenario in SCENARIOS])
+def test_two_processes(name, pair):
+    results, _ = pair
+    assert [result[name] for result in results] == ["", ""]
+
+
+@pytest.fixture
+def parts(pair, tmp_path):
+    """What two processes have saved, to be changed: the manifest, and the two parts."""
+    for path in (pair[1] / "saved_and_loaded").iterdir():
+        shutil.copy(path, tmp_path)
+    manifest, *rest = sorted(tmp_path.iterdir())
+    assert manifest.name == "x.safetensors" and len(rest) == 2
+    return manifest, rest
+
+
+def assert_values(got, scale=1):
+    x = values(scale)
+    for name in ("blocks", "columns", "copies", "empty"):
+        np.testing.assert_array_equal(np.asarray(got[name]), x[name], strict=True)
+    for name in ("own", "host"):
+        np.testing.assert_array_equal(np.asarray(got["a/b"][name]), x[name], strict=True)
+    np.testing.assert_array_equal(jax.random.key_data(got["keys"]), np.arange(8).reshape(4, 2))
+    assert got["step"] == scale
+
+
+def test_one_process_loads_what_two_have_saved(parts):
+    path, _ = parts
+    got = load(path)
+    assert_values(got)
+    assert type(got["a/b"]["host"]) is np.ndarray and isinstance(got["blocks"], jax.Array)
+    for n, spec in [(1, PartitionSpec()), (2, PartitionSpec(None, "x")), (4, PartitionSpec("x"))]:
+        like = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=sharding(n, spec))
+        found = load(path, like={"blocks": like}, only="blocks")["blocks"]
+        assert found.sharding == like.sharding
+        np.testing.assert_array_equal(np.asarray(found), values()["blocks"])
+    with lazy(path) as leaves:
+        assert leaves["step"] == 1 and set(leaves) == {leaf.path for leaf in inspect(path).leaves} | {"step"}
+        np.testing.assert_array_equal(leaves["a~1b/own"], values()["own"])
+
+
+def test_inspect_and_verify_of_parts(parts):
+    path, (first, second) = parts
+    info = inspect(path)
+    assert (info.version, info.metadata, info.scalars) == (2, {"by": "two"}, {"step": 1})
+    assert [(leaf.path, leaf.shape, leaf.dtype) for leaf in info.leaves] == [
+        *[("blocks", (4, 8), "float32"), ("columns", (2, 8), "int8"), ("copies", (), "float32")],
+        *[("empty", (0, 4), "float32"), ("keys", (4,), "key<threefry2x32>")],
+        *[("a~1b/own", (3,), "float32"), ("a~1b/host", (4,), "int64")],
+    ]
+    assert info.nbytes == sum(p.stat().st_size for p in (path, first, second)) and verify(path) == info
+    assert [leaf.shape for leaf in inspect(second).leaves if leaf.path.startswith("blocks")] == [(2, 4), (2, 4)]
+
+
+def test_every_damaged_byte_of_the_parts_is_found(parts):
+    path, files = parts
+    for file in (path, *files):
+        data = file.read_bytes()
+        for i in range(0, len(data), 7):
+            file.write_bytes(data[:i] + bytes([data[i] ^ 0x10]) + data[i + 1 :])
+            for check in (load, verify):
+                with pytest.raises(CheckpointError):
+                    check(path)
+        file.write_bytes(data)
+    assert_values(load(path))
+
+
+def test_parts_that_are_missing_or_of_another_save_are_named(parts, pair):
+    path, (first, second) = parts
+    data = second.read_bytes()
+    second.unlink()
+    with pytest.raises(CheckpointError, match=f"its part {second} is missing"):
+        load(path)
+    other = next((pair[1] / "replaced").glob("*-00001"))
+    shutil.copy(other, second)  # a sound file
+    with pytest.raises(CheckpointError, match=f"its part {second} is that of another checkpoint"):
+        load(path)
+    second.write_bytes(data)
+    assert_values(load(path))
+    assert inspect(path) and first.exists()
+
+
+def test_one_process_saves_over_the_parts(parts, tmp_path):
+    path, files = parts
+    others = [tmp_path / "y.safetensors.part-0123456789abcdef-00000", tmp_path / "x.safetensors.part-1", tmp_path / "x"]
+    for other in others:
+        other.write_bytes(b"of somebody else")
+    save(path, {"w": jnp.ones(2)})
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])  # the parts are gone, and nothing else
+    assert inspect(path).version == 1 and not any(file.exists() for file in files)
+
+
+KILLS = {  # who is killed, at the name of which file, before or after it has it -> which tree must load
+    "in its part": ("1", "-00001", "before", 1),
+    "before the manifest": ("0", "x.safetensors", "before", 1),
+    "after the manifest": ("0", "x.safetensors", "after", 2),
+}
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_a_killed_process_leaves_the_old_checkpoint_or_the_new_one(name, tmp_path):
+    process, suffix, when, scale = KILLS[name]
+    done = finish(start(2, tmp_path, "die", process, suffix, when))
+    assert done[int(process)][0] == -9 and done[1 - int(process)][0] != 0  # the other one is ended by JAX
+    assert_values(load(tmp_path / "x.safetensors"), scale)
+    verify(tmp_path / "x.safetensors")
+    assert len(list(tmp_path.glob("*.part-*"))) > 2  # what the dead have left
+    save(tmp_path / "x.safetensors", {"w": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
