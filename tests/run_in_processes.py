@@ -8,6 +8,7 @@ import sys
 import traceback
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -49,7 +50,7 @@ def assert_same(got, expected):
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert type(x) is type(y)
-        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             assert x.sharding == y.sharding
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         if isinstance(x, jax.Array):
@@ -104,7 +105,6 @@ def only_what_is_needed_is_read(folder, mesh, me):
     if me == 1:
         (part,) = folder.glob("*-00001")
         data = bytearray(part.read_bytes())
-        data[inspect(part).nbytes - 1 :] = b"\xff"
         row = data.index(values()["blocks"][2, :4].tobytes())  # rows 2 and 3 are those of process 1
         data[row] ^= 1
         part.write_bytes(data)

@@ -33,8 +33,10 @@ class Piece(NamedTuple):
 def is_spread(tree: Any) -> bool:
     """Whether some array of a tree lies on devices of several processes."""
     import jax
+    from jax.core import Tracer
 
-    return any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(tree))
+    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer))
+    return not all(x.is_fully_addressable for x in arrays)
 
 
 def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: dict[str, Any]) -> None:
