@@ -162,12 +162,19 @@ def test_no_round_starts_after_the_budget(measure, options):
         ("convnet.py", ["--only", "jaxnet, jit", "--only", "Keras"], "jaxnet, jitted step", "Keras fit", "keras"),
         ("first_step.py", ["--only", "Haiku"], "jaxnet, fit", "Haiku", "haiku"),
         ("startup.py", ["--only", "Haiku, eager", "--depth", "1"], "jaxnet, eager", "Haiku, eager", "haiku"),
+        (
+            "checkpoints.py",
+            ["--only", "jaxnet", "--only", "npz", "--only", "Equinox", "--leaves", "20", "--megabytes", "1"],
+            "jaxnet",
+            "Equinox, durable",
+            "equinox",
+        ),
     ],
 )
 def test_each_benchmark_runs(script, flags, measured, peer, module, tmp_path):
     file = tmp_path / "numbers.json"
     command = [sys.executable, BENCHMARKS / script, "--rounds", "1", "--seconds", "1", "--json", file, *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for table in json.loads(file.read_text())["tables"] for row in table["rows"]}
     assert rows[measured]["problem"] == "" and rows[measured]["seconds"][0] > 0
