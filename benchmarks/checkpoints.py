@@ -80,7 +80,7 @@ def add_flags(parser):
 def make_tree(leaves: int, size: int) -> dict[str, Any]:
     """Arrays of `size` float32s, in dicts of ten."""
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.random(size, np.float32)) for _ in range(leaves)]
+    arrays = [jnp.asarray(rng.random(size, np.float32)).block_until_ready() for _ in range(leaves)]
     return {f"layer_{i}": {f"leaf_{j}": x for j, x in enumerate(arrays[i : i + 10])} for i in range(0, leaves, 10)}
 
 
