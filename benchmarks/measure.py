@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 SAMPLE_SECONDS = 0.02  # the least that one sample lasts: what is quicker is called several times
-PACKAGES = ("jax", "numpy", "optax", "equinox", "flax", "dm-haiku", "keras", "torch")
+PACKAGES = ("jax", "numpy", "optax", "equinox", "flax", "dm-haiku", "keras", "torch", "safetensors", "orbax-checkpoint")
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}
 
 
