@@ -163,6 +163,13 @@ def processes_that_save_different_trees(folder, mesh, me):
     assert names(folder) == []
 
 
+def processes_that_share_no_folder(folder, mesh, me):
+    own = folder / str(me)
+    expected = "00001 is not there: all processes must save to one folder" if me == 0 else "processes [0] failed"
+    fails(lambda: save(own / "x.safetensors", make_tree(mesh)), CheckpointError, expected)
+    assert names(own) == []
+
+
 def a_store_of_steps(folder, mesh, me):
     with Checkpoints(folder, keep=2, asynchronous=True) as checkpoints:
         for step in (1, 2, 3):
@@ -181,6 +188,7 @@ SCENARIOS = [
     a_disk_fails_in_one_process,
     the_manifest_cannot_be_written,
     processes_that_save_different_trees,
+    processes_that_share_no_folder,
     a_store_of_steps,
 ]
 

@@ -21,6 +21,7 @@ from run_in_processes import SCENARIOS, values
 
 from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save, verify
 from jaxnet.checkpoint.format import read_header
+from jaxnet.cli import main
 
 HERE = pathlib.Path(__file__).parent
 
@@ -189,6 +190,7 @@ def test_inspect_and_verify_of_parts(parts):
         *[("empty", (0, 4), "float32"), ("keys", (4,), "key<threefry2x32>")],
         *[("a~1b/own", (3,), "float32"), ("a~1b/host", (4,), "int64")],
     ]
+    assert main(["inspect", str(path)]) == main(["verify", str(path)]) == main(["diff", str(path), str(GOLDEN)]) == 0
     assert info.nbytes == sum(p.stat().st_size for p in (path, first, second)) and verify(path) == info
     assert [leaf.shape for leaf in inspect(second).leaves if leaf.path.startswith("blocks")] == [(2, 4), (2, 4)]
 

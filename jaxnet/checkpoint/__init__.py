@@ -4,7 +4,8 @@
     state = load("run/state.safetensors", like=state)
 
 `lazy` opens a file for single leaves, `Checkpoints` is a folder with one file a step; docs/checkpoints.md is the guide.
-The files are plain safetensors; docs/checkpoint_format.md describes them. Linux and macOS (it takes `flock`).
+Several processes save one tree in parts. The files are plain safetensors; docs/checkpoint_format.md describes them.
+Linux and macOS (it takes `flock`).
 """
 
 from jaxnet.checkpoint.file import Info, Leaf, inspect, load, save, verify

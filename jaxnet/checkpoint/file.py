@@ -62,6 +62,10 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | 
         might not survive a power cut.
 
     The tree costs no second copy in memory: one leaf at a time is brought to the host.
+
+    If an array lies on devices of several processes, all of them must call this with the same tree and a path that they
+    share; each writes a part, `path` names the parts, and all raise if one fails. What is not spread is saved as process
+    0 has it.
     """
     prepare(path, tree, metadata)()
 

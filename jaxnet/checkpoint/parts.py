@@ -56,7 +56,7 @@ def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: di
         except Exception as e:  # the others wait: say so before raising it
             error = e
         well = multihost_utils.process_allgather(np.array(error is None))
-        if not well.all() and me == 0:
+        if not well.all():
             sweep(target)
         if error:
             raise error
@@ -67,7 +67,11 @@ def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: di
     def commit() -> None:
         paths = [path_of(target, identity, i) for i in range(jax.process_count())]
         with contextlib.ExitStack() as stack:
-            opened = [stack.enter_context(files.opened(path)) for path in paths]
+            try:
+                opened = [stack.enter_context(files.opened(path)) for path in paths]
+            except FileNotFoundError as e:
+                text = f"the part {e.filename} is not there: all processes must save to one folder, which they share"
+                raise CheckpointError(file, None, text) from e
             headers = [files.read_content(*part).header for part in opened]
             pieces(file, tensors, headers)
             parts = [
