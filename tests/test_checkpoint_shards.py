@@ -20,7 +20,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from run_in_processes import SCENARIOS, values
 
 from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save, verify
-from jaxnet.checkpoint.format import read_header
+from jaxnet.checkpoint.format import Header, layout, read_header, write_header
+from jaxnet.checkpoint.parts import pieces
 from jaxnet.cli import main
 
 HERE = pathlib.Path(__file__).parent
@@ -163,8 +164,7 @@ def test_golden_parts(parts):
     path, written = parts
     for old, new in zip(sorted(GOLDEN.parent.glob(f"{GOLDEN.name}.part-*")), written, strict=True):
         assert old.read_bytes() == new.read_bytes()
-    manifests = [read_header(str(p), p.read_bytes()[8:], p.stat().st_size).manifest for p in (GOLDEN, path)]
-    assert manifests[0] and manifests[1]
+    manifests = [read_header(str(p), p.read_bytes()[8:], p.stat().st_size).manifest or {} for p in (GOLDEN, path)]
     ids = [manifest["parts"].pop("id") for manifest in manifests]
     assert manifests[0] == manifests[1] and ids[0] != ids[1]
 
@@ -221,6 +221,64 @@ def test_parts_that_are_missing_or_of_another_save_are_named(parts, pair):
     second.write_bytes(data)
     assert_values(load(path))
     assert inspect(path) and first.exists()
+
+
+WELL_FORMED = {"id": "0123456789abcdef", "files": [["0" * 64, 500]], "tensors": [["w", "F32", [2]]]}
+FORGED = {
+    "no parts": None,
+    "a path for an id": WELL_FORMED | {"id": "../../../../etc/x"},
+    "no id": {name: x for name, x in WELL_FORMED.items() if name != "id"},
+    "a size of no number": WELL_FORMED | {"files": [["0" * 64, "500"]]},
+    "a digest alone": WELL_FORMED | {"files": ["0" * 64]},
+    "two tensors of one name": WELL_FORMED | {"tensors": [["w", "F32", [2]]] * 2},
+    "an unknown dtype": WELL_FORMED | {"tensors": [["w", "F33", [2]]]},
+    "half bytes": WELL_FORMED | {"tensors": [["w", "F4", [2]]]},
+    "a negative size": WELL_FORMED | {"tensors": [["w", "F32", [-2]]]},
+    "no shape": WELL_FORMED | {"tensors": [["w", "F32"]]},
+    "more than there is": WELL_FORMED | {"tensors": [["w", "F32", [1 << 40]]]},
+    "another tensor than in the tree": WELL_FORMED | {"tensors": [["v", "F32", [2]]]},
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_parts_are_refused(name, tmp_path):
+    manifest = {"version": 2, "metadata": {}, "tree": ["dict", [["w", ["jax", "float32"]]]], "crc32": []}
+    for parts in WELL_FORMED, FORGED[name]:
+        (tmp_path / "x").write_bytes(write_header("x", [], manifest | {"parts": parts}))
+        if parts is WELL_FORMED:
+            assert inspect(tmp_path / "x").leaves[0].shape == (2,)
+    for check in (inspect, load, verify):
+        with pytest.raises(CheckpointError):
+            check(tmp_path / "x")
+
+
+GRIDS = {  # pieces (dtype, start, shape) of a F32[4, 6], and whether they fill it
+    "the whole": ([("F32", "", (4, 6))], True),
+    "rows": ([("F32", "0", (2, 6)), ("F32", "2", (2, 6))], True),
+    "uneven": ([("F32", "0,0", (1, 6)), ("F32", "1,0", (3, 6))], True),
+    "blocks": ([("F32", f"{i},{j}", (2, 3)) for i in (0, 2) for j in (0, 3)], True),
+    "none": ([], False),
+    "a hole": ([("F32", f"{i},{j}", (2, 3)) for i, j in [(0, 0), (0, 3), (2, 3)]], False),
+    "one twice": ([("F32", "0", (2, 6)), ("F32", "0", (2, 6))], False),
+    "an overlap of the right size": ([("F32", "0", (2, 6)), ("F32", "1", (2, 6))], False),
+    "too large": ([("F32", "0", (2, 6)), ("F32", "2", (3, 6))], False),
+    "not from the beginning": ([("F32", "1", (3, 6))], False),
+    "another dtype": ([("I32", "", (4, 6))], False),
+    "an axis too few": ([("F32", "", (24,))], False),
+    "a position too many": ([("F32", "0,0,0", (4, 6))], False),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_pieces_fill_their_tensor_exactly(name):
+    found, fill = GRIDS[name]
+    (whole,) = layout([("w", "F32", (4, 6))])
+    parts = [Header(layout([(f"w/{start}", code, shape)]), {}, None, 0) for code, start, shape in found]
+    if fill:
+        assert len(pieces("x", [whole], parts)["w"]) == len(found)
+    else:
+        with pytest.raises(CheckpointError, match=r"leaf 'w': its pieces do not fill F32\[4, 6\]"):
+            pieces("x", [whole], parts)
 
 
 def test_one_process_saves_over_the_parts(parts, tmp_path):

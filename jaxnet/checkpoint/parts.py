@@ -62,7 +62,7 @@ def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: di
             raise error
         if not well.all():
             failed = np.flatnonzero(~well).tolist()
-            raise CheckpointError(file, None, f"processes {failed} failed to write their part; nothing was replaced")
+            raise CheckpointError(file, None, f"processes {failed} failed to save; what they raise says why")
 
     def commit() -> None:
         paths = [path_of(target, identity, i) for i in range(jax.process_count())]
@@ -107,9 +107,9 @@ def read_tensors(
     needed: Mapping[str, Sequence[tuple[slice, ...]] | None],
 ) -> dict[str, Any]:
     """As `file.read_tensors`, from the parts."""
-    out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
     with opened(file, header) as parts:
         found = pieces(file, header.tensors, [part for _, _, part in parts])
+        out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}  # no more than the parts have
         for t in tensors:
             for number, tensor, start in found[t.name]:
                 path, fd, part = parts[number]
@@ -181,7 +181,9 @@ def _fill(whole: Tensor, found: list[Piece]) -> bool:
     cuts = [sorted({p.start[axis] for p in found}) for axis in range(len(whole.shape))]
     ends = [dict(itertools.pairwise([*cut, size])) for cut, size in zip(cuts, whole.shape, strict=True)]
     cells = {p.start for p in found}
-    regular = len(found) == len(cells) and cells == set(itertools.product(*cuts)) and all(cut[0] == 0 for cut in cuts)
+    regular = (
+        len(found) == len(cells) and cells == set(itertools.product(*cuts)) and all(cut[:1] == [0] for cut in cuts)
+    )
     return regular and all(
         start + size == end[start]
         for p in found
