@@ -170,6 +170,31 @@ def processes_that_share_no_folder(folder, mesh, me):
     assert names(own) == []
 
 
+def two_load_what_one_has_saved(folder, mesh, me):
+    path, tree = folder / "x.safetensors", make_tree(mesh)
+    if me == 0:
+        keys = jax.random.wrap_key_data(jnp.arange(8, dtype=jnp.uint32).reshape(4, 2))
+        save(path, {"blocks": jnp.asarray(values()["blocks"]), "keys": keys})
+    multihost_utils.sync_global_devices("saved")
+    like = {"blocks": tree["blocks"], "keys": tree["keys"]}
+    assert inspect(path).version == 1
+    assert_same(load(path, like=like), like)
+
+
+def rounded_while_it_is_loaded(folder, mesh, me):
+    path, tree = folder / "x.safetensors", make_tree(mesh)
+    save(path, {"w": tree["blocks"]})
+    sharding = NamedSharding(mesh, PartitionSpec(("a", "b")))
+    like = {"w": jax.ShapeDtypeStruct((4, 8), jnp.bfloat16, sharding=sharding)}
+    got = load(path, like=like, cast=True)["w"]
+    assert got.sharding == sharding and got.dtype == jnp.bfloat16
+    for shard in got.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data, np.float32), values()["blocks"][shard.index])
+    odd = {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("a")))}
+    save(path, {"w": tree["a/b"]["own"], "x": tree["blocks"]})
+    fails(lambda: load(path, like=odd, only="w"), CheckpointError, "the shardings of `like` do not suit its shapes")
+
+
 def a_store_of_steps(folder, mesh, me):
     with Checkpoints(folder, keep=2, asynchronous=True) as checkpoints:
         for step in (1, 2, 3):
@@ -189,6 +214,8 @@ SCENARIOS = [
     the_manifest_cannot_be_written,
     processes_that_save_different_trees,
     processes_that_share_no_folder,
+    two_load_what_one_has_saved,
+    rounded_while_it_is_loaded,
     a_store_of_steps,
 ]
 

@@ -47,7 +47,8 @@ class Checkpoints:
         ends before then waits for the thread and says it on stderr. `with` makes that certain: its end waits too.
 
     Older files are deleted when the new one is safely on the disk, and damaged ones do not count among those kept: a
-    good checkpoint, once there, stays until there is a newer one. One process at a time should save to a folder.
+    good checkpoint, once there, stays until there is a newer one. One process at a time should save to a folder, or all
+    that a tree is spread over; these write in the foreground, whatever `asynchronous` says.
     """
 
     def __init__(
