@@ -20,7 +20,7 @@ from jaxnet.train import source
 from jaxnet.train.diagnose import NonFiniteError, explain
 from jaxnet.train.history import History, Record, best_of
 from jaxnet.train.interrupt import Interrupted, interruptible
-from jaxnet.train.loop import chunk_of, planned, steps_per_epoch, take
+from jaxnet.train.loop import chunk_of, planned_ahead, steps_per_epoch, take
 from jaxnet.train.optimizers import Guarded, find
 from jaxnet.train.order import Order, shuffle
 from jaxnet.train.progress import Progress
@@ -191,8 +191,8 @@ class _Arrays:
         if self.lazy:
             return _of_stack
 
-        def of_rows(train_state, data):
-            return planned(train_state, self.n, size, **self.batching), lambda rows: take(data, rows)
+        def of_rows(n, train_state, data):
+            return planned_ahead(train_state, self.n, size, n, **self.batching), lambda rows: take(data, rows)
 
         return of_rows
 
@@ -218,7 +218,7 @@ class _Iterable:
         return _of_stack
 
 
-def _of_stack(train_state, stack):
+def _of_stack(n, train_state, stack):
     return stack, lambda batch: batch
 
 
@@ -412,7 +412,7 @@ class _Run:
 
         @jax.jit
         def batch_at(train_state, i, *inputs):
-            plan, batch_of = self.feed.batches(call.stack.size if self.feed.lazy else 1)(train_state, *inputs)
+            plan, batch_of = self.feed.batches(call.stack.size if self.feed.lazy else 1)(1, train_state, *inputs)
             return batch_of(jax.tree.map(lambda leaf: leaf[i if self.feed.lazy else 0], plan))
 
         batches = (

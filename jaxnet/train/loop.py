@@ -94,6 +94,23 @@ def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order:
     return jax.vmap(rows_of)(train_state.step + jnp.arange(steps, dtype=jnp.int32))
 
 
+def planned_ahead(train_state: TrainState, n: int, size: int, count: jax.Array, **batching) -> Any:
+    """A plan with room for `size` steps of which the first `count` are drawn, some at a time; see `planned`."""
+    block = min(size, max(1, _DRAWN // batching["batch_size"]))
+    blocks = -(-size // block)
+
+    def draw(i):
+        return planned(train_state._replace(step=train_state.step + i * block), n, block, **batching)
+
+    room = jax.tree.map(lambda x: jnp.zeros((blocks * block, *x.shape[1:]), x.dtype), jax.eval_shape(draw, jnp.int32(0)))
+
+    def add(i, plan):
+        return jax.tree.map(lambda all, part: jax.lax.dynamic_update_slice_in_dim(all, part, i * block, 0), plan, draw(i))
+
+    return jax.lax.fori_loop(0, -(-count // block), add, room)
+
+
+_DRAWN = 1 << 13  # rows that are drawn at once: enough for the arithmetic to be vectorised
 _ORDER = 0x6F726465  # separates the keys of the data's order from those of the steps, which are small numbers
 
 
@@ -121,12 +138,12 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
     that comes back is the one that went in, and `good` is False from then on: whoever looks only later still finds the
     last good state.
 
-    Args: batches: (train_state, *inputs) -> (plan with leaves [size, ...], function from one of its rows to a batch).
+    Args: batches: (n, train_state, *inputs) -> (plan with leaves [size, ...], function from one of its rows to a batch).
     """
     step = jax.jit(step, inline=True)  # traced once, for its shapes and in the loop
 
     def run(train_state: TrainState, good: jax.Array, first: jax.Array, n: jax.Array, *inputs: Any):
-        plan, batch_of = batches(train_state, *inputs)
+        plan, batch_of = batches(n, train_state, *inputs)
 
         def batch_at(i):
             return batch_of(jax.tree.map(lambda leaf: leaf[first + i], plan))
@@ -147,17 +164,17 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
         lost = ~jnp.isfinite(values["loss"]) if "loss" in values else jnp.zeros(size, bool)
         if "skipped" in values:
             lost &= values["skipped"] == 0
-        good &= ~lost.any() & (_broken(new) <= _broken(train_state))
+        good &= ~lost.any() & ~_breaks(train_state, new)
         return keep(good, new, train_state), good, values
 
     return run
 
 
-def _broken(train_state: TrainState) -> jax.Array:
-    """How many numbers are not finite. (Some optimizers keep an infinity on purpose: only a change tells.)"""
-    leaves = jax.tree.leaves((train_state.params, train_state.state, train_state.opt))
-    floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return sum((jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in floats), jnp.int32(0))
+def _breaks(old: TrainState, new: TrainState) -> jax.Array:
+    """Whether a number is no longer finite. (Some optimizers keep an infinity on purpose: only a change tells.)"""
+    pairs = zip(*(jax.tree.leaves((state.params, state.state, state.opt)) for state in (old, new)), strict=True)
+    floats = [(a, b) for a, b in pairs if jnp.issubdtype(a.dtype, jnp.inexact)]
+    return sum((jnp.any(jnp.isfinite(a) & ~jnp.isfinite(b)) for a, b in floats), jnp.bool_(False))
 
 
 def check_same(old: Any, new: Any) -> None:

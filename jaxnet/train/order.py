@@ -69,7 +69,9 @@ def shuffled(key: jax.Array, n: int, positions: jax.Array) -> jax.Array:
     of MurmurHash3 (Appleby).
     """
     rounds = 24 + 2 * max(n - 1, 1).bit_length()  # the tests count: fewer leave traces in small n
-    words = jax.random.bits(key, (2 * rounds,)).reshape(2, rounds)  # drawn flat, they compile in half the time
+    seed = jax.random.key_data(key)
+    words = _hash(jnp.arange(2 * rounds, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + seed[0])
+    words = _hash(words ^ seed[-1]).reshape(2, rounds)  # jax.random.bits would take longer than all the rounds, and to compile
     partners = (words[0] % jnp.uint32(n)).astype(jnp.int32)
 
     def turn(r, x):
