@@ -9,7 +9,8 @@ the loops in Python are rows of NumPy arrays, where not named otherwise.
 
 How `fit` is timed: one run of it goes on in a thread of its own, and its `evaluate` hands over to the clock after every
 sample, in turns with the other competitors. So a sample has all that `fit` does for these steps, its records (one per
-100 steps), the evaluation's stop and the progress, and not its compiling, which is in the first sample, as everybody's.
+100 steps; 1,000 for XOR, the default for a million steps), the evaluation's stop and the progress, and not its compiling,
+which is in the first sample, as everybody's.
 On 'a file' each epoch is a line; on 'a terminal' the line is written anew after each compiled call, too.
 
 What takes the same batches must arrive at the same weights as the hand-written step in a Python loop, up to rounding. Keras
@@ -42,7 +43,7 @@ from peers import Feed
 from jaxnet import train
 from jaxnet.train.loop import planned
 
-CHUNK = 100  # steps of a call of `train_steps`, and of a record of `fit`
+CHUNK = 100  # steps of a call of `train_steps`, at most
 REFERENCE = "JAX, whole epoch: scan, rows from NumPy"
 
 
@@ -52,7 +53,7 @@ class Problem(NamedTuple):
     Attributes:
       hand, loss: (params, batch) -> scalar, hand-written and of the jaxnet network.
       feed: the data; one call of a loop in Python goes through it once (or `feed.epochs` times).
-      steps: of a compiled loop.
+      steps: of a compiled loop; fit_steps: of `fit` between two evaluations; record_steps: and between two records.
       checked: params -> what is compared.
       others: the competitors' loops.
     """
@@ -66,6 +67,7 @@ class Problem(NamedTuple):
     feed: Feed
     steps: int
     fit_steps: int
+    record_steps: int
     checked: Callable
     others: Mapping[str, Callable[[], Work]]
 
@@ -116,6 +118,7 @@ def xor_problem(rows):
         xor.FEED,
         xor.EPOCHS,
         10 * xor.EPOCHS,
+        1000,
         xor.kernels,
         others,
     )
@@ -143,6 +146,7 @@ def mlp_problem(rule, rows):
         feed,
         feed.steps,
         feed.steps,
+        100,
         mlp.biases,
         others,
     )
@@ -172,6 +176,7 @@ def convnet_problem(rows):
         feed,
         feed.steps,
         feed.steps,
+        100,
         convnet.biases,
         others,
     )
@@ -257,11 +262,12 @@ def hand_scan(problem, rows_of):
 
 def hand_full_batch(problem):
     data = problem.data
-    run = jax.jit(
-        lambda state: jax.lax.scan(lambda s, _: hand_step(problem, s, data), state, length=problem.steps)[0],
-        donate_argnums=0,
-    )
-    return carried(run, hand_start(problem), lambda state: problem.checked(state[0]), steps=problem.steps)
+
+    def loop(state, data):
+        return jax.lax.scan(lambda state, _: hand_step(problem, state, data), state, length=problem.steps)
+
+    run, start = jax.jit(loop, donate_argnums=0), hand_start(problem)
+    return carried(lambda s: run(s, data)[0], start, lambda s: problem.checked(s[0]), steps=problem.steps)
 
 
 def permuted(problem, i):
@@ -347,7 +353,7 @@ def jaxnet_fit(problem, stream):
                 data,
                 batch_size=problem.feed.batch_size,
                 steps=100 * problem.fit_steps,  # the line for each hundredth is then one a sample
-                record_every=CHUNK,
+                record_every=problem.record_steps,
                 evaluate=evaluate,
                 evaluate_every=problem.fit_steps,
             )
@@ -370,10 +376,10 @@ def jaxnet_fit(problem, stream):
 
 
 def competitors_of(problem) -> dict[str, Callable[[], Work]]:
-    make = functools.partial
+    make, chunk = functools.partial, min(CHUNK, -(-problem.steps // 2))
     jaxnet = {
         "jaxnet, jitted step in a Python loop": make(jaxnet_batches, problem),
-        f"jaxnet, train_steps, {CHUNK} a call": make(jaxnet_loop, problem, CHUNK),
+        f"jaxnet, train_steps, {chunk} a call": make(jaxnet_loop, problem, chunk),
         "jaxnet, fit, progress on a file": make(jaxnet_fit, problem, io.StringIO()),
         "jaxnet, fit, progress on a terminal": make(jaxnet_fit, problem, Terminal()),
     }

@@ -166,7 +166,7 @@ def keras(model, loss, optimizer, feed, weights, *, shuffle: bool = True) -> Wor
 
 def torch(model, loss, optimizer, feed, weights, *, loader: bool = False) -> Work:
     """Batches are indexed from tensors in memory, or with `loader` come from a `DataLoader`."""
-    from torch import randperm
+    from torch import no_grad, randperm
     from torch.utils.data import DataLoader, TensorDataset
 
     def epoch():
@@ -187,6 +187,7 @@ def torch(model, loss, optimizer, feed, weights, *, loader: bool = False) -> Wor
         return value
 
     def result(output):
-        return weights(model) if feed.whole else float(loss(model(feed.x), feed.y))
+        with no_grad():
+            return weights(model) if feed.whole else float(loss(model(feed.x), feed.y))
 
     return Work(run, feed.steps, result)

@@ -318,10 +318,10 @@ class _Run:
 
     def _send(self, stack: source.Stack, first: int, n: int, show: Progress) -> _Pending:
         size = stack.size if self.feed.lazy else source.plan_size(self.feed.batching["batch_size"])
-        start, offset = (first, jnp.int32(first)) if self.feed.lazy else (0, jnp.int32(0))
+        start = first if self.feed.lazy else 0
         program = self._program(size, stack.inputs, show)
         sent = time.perf_counter()
-        self.current, self.good, *outputs = program(self.current, self.good, offset, jnp.int32(n), *stack.inputs)
+        self.current, self.good, *outputs = program(self.current, self.good, np.int32(start), np.int32(n), *stack.inputs)
         self.started = True
         return _Pending(stack, start, n, (self.good, *outputs), sent)
 
