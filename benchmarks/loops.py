@@ -100,7 +100,7 @@ def main(argv=None):
 
 def add_flags(parser):
     parser.add_argument("--table", action="append", choices=PROBLEMS, help="those tables (default: all)")
-    parser.add_argument("--rows", type=int, help="examples, instead of 59,904 for the MLP and 1,280 for the convnet")
+    parser.add_argument("--rows", type=int, help="examples, instead of 12,800 for the MLP and 1,280 for the convnet")
 
 
 # The problems
@@ -125,7 +125,7 @@ def xor_problem(rows):
 
 
 def mlp_problem(rule, rows):
-    feed = Feed(*mlp.images(rows or 59_904), 128)
+    feed = Feed(*mlp.images(rows or 12_800), 128)
     others = {
         "Equinox": lambda: mlp.equinox(feed, rule),
         "Flax Linen": lambda: mlp.linen(feed, rule),
