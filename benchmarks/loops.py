@@ -396,7 +396,9 @@ def competitors_of(problem) -> dict[str, Callable[[], Work]]:
         "JAX, jitted step, rows taken in it": make(hand_gathers, problem),
         "jaxnet, train_epoch": make(jaxnet_loop, problem, problem.steps),
     }
-    own = {name: lambda f=f: falls(problem, f()) for name, f in problem.others.items() if name.startswith(("Ker", "PyT"))}
+    own = {
+        name: lambda f=f: falls(problem, f()) for name, f in problem.others.items() if name.startswith(("Ker", "PyT"))
+    }
     return {**loops, **jaxnet, **problem.others, **own}
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import json
 import pathlib
 import subprocess
@@ -120,6 +121,29 @@ def test_problems_are_named_and_the_others_go_on(measure, options):
     assert "missing       skipped: keras is not installed" in text
 
 
+def test_a_competitor_may_expect_a_result_of_its_own(measure, options):
+    clock = Clock()
+
+    def other(result):
+        return lambda: clock.work(measure, [1.0], output=result)()._replace(expected=lambda steps: 5.0)
+
+    competitors = {"base": clock.work(measure, [1.0]), "other": other(5.0), "wrong": other(1.0)}
+    rows, _ = compare(measure, options, clock, competitors, expected=lambda steps: 1.0)
+    assert [row.problem for row in rows.values()][:2] == ["", ""]
+    assert "off by 8.0e-01" in rows["wrong"].problem
+
+
+def test_batches_go_through_all_rows_in_a_new_order_each_epoch(measure):
+    feed = importlib.import_module("peers").Feed(np.arange(6), -np.arange(6), batch_size=2, epochs=2)
+    batches = list(itertools.islice(feed.stream(), feed.steps))
+    assert all((x == -y).all() for x, y in batches)
+    first, second = (np.concatenate([x for x, _ in part]) for part in (batches[:3], batches[3:]))
+    assert sorted(first) == sorted(second) == list(range(6))
+    assert (first != second).any()
+    whole = feed._replace(batch_size=6)
+    assert next(whole.stream())[0] is feed.x and whole.steps == 2
+
+
 def test_one_bad_number_is_enough(measure):
     good, bad = np.ones(2), np.array([1.0, np.nan])
     measure.check([good, good * 1.0005], [good, good], 1e-3)
@@ -150,6 +174,13 @@ def test_no_round_starts_after_the_budget(measure, options):
         ("xor.py", ["--only", "train_steps", "--only", "Keras"], "jaxnet, one loop: train_steps", "Keras fit", "keras"),
         ("convnet.py", ["--only", "jaxnet, jit", "--only", "Keras"], "jaxnet, jitted step", "Keras fit", "keras"),
         ("startup.py", ["--only", "Haiku, eager", "--depth", "1"], "jaxnet, eager", "Haiku, eager", "haiku"),
+        (
+            "loops.py",
+            ["--table", "adam", "--rows", "1280", "--only", "a file", "--only", "Keras"],
+            "jaxnet, fit, progress on a file",
+            "Keras fit",
+            "keras",
+        ),
     ],
 )
 def test_each_benchmark_runs(script, flags, measured, peer, module, tmp_path):

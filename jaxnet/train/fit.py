@@ -321,7 +321,9 @@ class _Run:
         start = first if self.feed.lazy else 0
         program = self._program(size, stack.inputs, show)
         sent = time.perf_counter()
-        self.current, self.good, *outputs = program(self.current, self.good, np.int32(start), np.int32(n), *stack.inputs)
+        self.current, self.good, *outputs = program(
+            self.current, self.good, np.int32(start), np.int32(n), *stack.inputs
+        )
         self.started = True
         return _Pending(stack, start, n, (self.good, *outputs), sent)
 

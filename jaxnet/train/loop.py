@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxnet import tree
-from jaxnet.train.optimizers import keep
 from jaxnet.train.order import Order, shuffle
 from jaxnet.train.step import TrainState, Weighted, examples
 
@@ -102,10 +101,14 @@ def planned_ahead(train_state: TrainState, n: int, size: int, count: jax.Array, 
     def draw(i):
         return planned(train_state._replace(step=train_state.step + i * block), n, block, **batching)
 
-    room = jax.tree.map(lambda x: jnp.zeros((blocks * block, *x.shape[1:]), x.dtype), jax.eval_shape(draw, jnp.int32(0)))
+    room = jax.tree.map(
+        lambda x: jnp.zeros((blocks * block, *x.shape[1:]), x.dtype), jax.eval_shape(draw, jnp.int32(0))
+    )
 
     def add(i, plan):
-        return jax.tree.map(lambda all, part: jax.lax.dynamic_update_slice_in_dim(all, part, i * block, 0), plan, draw(i))
+        return jax.tree.map(
+            lambda all, part: jax.lax.dynamic_update_slice_in_dim(all, part, i * block, 0), plan, draw(i)
+        )
 
     return jax.lax.fori_loop(0, -(-count // block), add, room)
 
@@ -165,7 +168,7 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
         if "skipped" in values:
             lost &= values["skipped"] == 0
         good &= ~lost.any() & ~_breaks(train_state, new)
-        return keep(good, new, train_state), good, values
+        return jax.lax.cond(good, lambda: new, lambda: train_state), good, values  # compiles faster than a `where`
 
     return run
 
