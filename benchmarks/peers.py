@@ -81,7 +81,7 @@ def equinox(model, loss, optimizer, feed, weights) -> Work:
     opt_state = optimizer.init(eqx.filter(model, eqx.is_array))
 
     def step(state, x, y):
-        return make_step(*state[:2], x, y)
+        return make_step(state[0], state[1], x, y)
 
     return each_batch(step, (model, opt_state, None), feed, lambda state: weights(state[0]))
 
