@@ -62,13 +62,17 @@ def carried(step: Callable, state: Any, result: Callable, *, calls: int = 1, ste
 
 @dataclasses.dataclass
 class Row:
-    """One competitor: seconds a step and ratios to the reference, a value a round; or the problem it had."""
+    """One competitor: seconds a step and ratios to the reference, a value a round; or the problem it had.
+
+    `others` are further columns by their titles, a value a round.
+    """
 
     name: str
     seconds: list[float] = dataclasses.field(default_factory=list)
     ratios: list[float] = dataclasses.field(default_factory=list)
     compile_seconds: float | None = None
     problem: str = ""
+    others: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -203,13 +207,15 @@ def format_table(table: Table) -> str:
     """The table as aligned text, fastest first, with what its columns mean."""
     rows = sorted(table.rows, key=lambda row: (bool(row.problem), quartiles(row.seconds)[1]))
     compiled = any(row.compile_seconds is not None for row in rows)
-    lines = [["", table.unit, "[quartiles]", "ratio", "[quartiles]", "rounds", *["compile"] * compiled]]
+    others = list(dict.fromkeys(title for row in rows for title in row.others))
+    lines = [["", table.unit, "[quartiles]", "ratio", "[quartiles]", "rounds", *["compile"] * compiled, *others]]
     for row in rows:
         low, median, high = (_digits(seconds * UNITS[table.unit]) for seconds in quartiles(row.seconds))
         below, ratio, above = (_digits(value) for value in quartiles(row.ratios))
         cells = [row.name, median, f"[{low}, {high}]", ratio, f"[{below}, {above}]", str(len(row.seconds))]
         if compiled:
             cells.append(f"{row.compile_seconds or 0:.2f}")
+        cells += [_digits(quartiles(row.others[title])[1]) if title in row.others else "" for title in others]
         lines.append([row.name, row.problem] if row.problem else cells)
     wide = max(len(line[0]) for line in lines)
     widths = [max(len(line[i]) for line in lines if len(line) > 2) for i in range(1, len(lines[0]))]
@@ -221,6 +227,7 @@ def format_table(table: Table) -> str:
         f"{table.unit}: time of one {table.per}, median over the rounds; ratio: to '{table.reference}', round by round"
     )
     meaning += "\ncompile: seconds that the first call took beyond the second" if compiled else ""
+    meaning += f"\n{', '.join(others)}: medians" if others else ""
     return "\n".join([table.title, "", *text, "", meaning])
 
 

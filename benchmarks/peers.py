@@ -143,7 +143,7 @@ def haiku(forward, params, loss, optimizer, feed, weights) -> Work:
     def update(state, x, y):
         params, opt_state, _ = state
         value, grads = jax.value_and_grad(lambda params: loss(network.apply(params, x), y))(params)
-        updates, opt_state = optimizer.update(grads, opt_state)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
     state = (params, optimizer.init(params), None)

@@ -77,10 +77,10 @@ def init_seconds(name: str, how: str, widths: list[int], clock: str) -> float:
     return float(seconds)
 
 
-def child(code: str) -> str:
+def child(code: str, **environment: str) -> str:
     """What a new Python process prints."""
     path = f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); "
-    environment = os.environ | {"KERAS_BACKEND": "jax"}
+    environment = os.environ | {"KERAS_BACKEND": "jax"} | environment
     done = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True, env=environment)
     if done.returncode:
         error = done.stderr.strip().splitlines()[-1]

@@ -26,7 +26,7 @@ import optax
 import jaxnet
 from jaxnet import Layer, batch_norm, chain, conv, dense, dropout, flatten, max_pool
 from jaxnet.data import Dataset, check_labels, digits, mnist
-from jaxnet.train import Result, evaluate, fit, plot_history
+from jaxnet.train import Result, augmented, compile_cache, evaluate, fit, plot_history, train_state, train_step
 
 
 def mlp() -> Layer:
@@ -74,20 +74,25 @@ def train(
     lr: float,
     noise: float = 0.1,
     seed: int = 0,
+    checkpoint: pathlib.Path | None = None,
     progress: bool | None = None,
 ) -> Result:
-    """AdamW on a cosine schedule, Gaussian noise on the training images; returns the train state and the history."""
+    """AdamW on a cosine schedule, Gaussian noise on the training images; returns the train state and the history.
+
+    With a checkpoint, the run goes on from there if the file exists, and its state is kept there if it is interrupted.
+    """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     example = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), jnp.float32)
     params, state = net.init(init_key, example), net.init_state(example) if net.init_state else {}
 
+    def add_noise(key, batch):
+        return batch._replace(images=batch.images + noise * jax.random.normal(key, batch.images.shape))
+
     def loss(params, batch, state, key):
         images, labels = batch
-        noise_key, key = jax.random.split(key)
-        images = images + noise * jax.random.normal(noise_key, images.shape)
         logits, state = logits_of(net, params, state, images, key=key, train=True)
         errors = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return errors.mean(), state, {"accuracy": (logits.argmax(-1) == labels).mean()}
+        return errors, state, {"accuracy": logits.argmax(-1) == labels}
 
     def test(params, batch, state):
         logits, _ = logits_of(net, params, state, batch.images)
@@ -95,16 +100,15 @@ def train(
         return {"test_loss": errors, "test_accuracy": logits.argmax(-1) == batch.labels}
 
     steps = epochs * (len(data.train.labels) // batch_size)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(lr, max(steps, 1)), weight_decay=1e-4)
     return fit(
-        loss,
-        params,
+        augmented(train_step(loss, optimizer), add_noise),
+        train_state(params, optimizer, run_key, state=state),
         data.train,
-        state=state,
-        optimizer=optax.adamw(optax.cosine_decay_schedule(lr, max(steps, 1)), weight_decay=1e-4),
         epochs=epochs,
         batch_size=batch_size,
-        key=run_key,
         evaluate=evaluate(test, data.test),
+        checkpoint=checkpoint,
         progress=progress,
     )
 
@@ -181,8 +185,12 @@ def main(
     noise: float = 0.1,
     seed: int = 0,
     out: str = "out",
+    resume: bool = False,
 ) -> float:
-    """Train, inspect, save, restore; returns the test accuracy."""
+    """Train, inspect, save, restore; returns the test accuracy.
+
+    Raises: SystemExit with code 130 or 143 if SIGINT or SIGTERM came; the state is saved, `resume` goes on from there.
+    """
     folder, data_folder = pathlib.Path(out), data
     dataset = load_data(data_folder, download=download)
     epochs = epochs or (40 if data_folder is None else 10)
@@ -192,7 +200,15 @@ def main(
 
     print(dataset)
     print(jaxnet.summary(net, jax.ShapeDtypeStruct((batch_size, *dataset.train.images.shape[1:]), jnp.float32)), "\n")
-    result = train(net, dataset, epochs=epochs, batch_size=batch_size, lr=lr or RATES[model], noise=noise, seed=seed)
+    running = folder / f"{model}_running.safetensors"
+    if not resume:
+        running.unlink(missing_ok=True)
+    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr or RATES[model], "noise": noise, "seed": seed}
+    result = train(net, dataset, **settings, checkpoint=running)
+    if result.stopped:
+        step = int(result.train_state.step)
+        print(f"{result.stopped} at step {step}: the state is in {running}; the same command with --resume goes on")
+        raise SystemExit(result.exit_code)
     params, state = result.train_state.params, result.train_state.state
 
     print("\nWhat it learned, as a store of weights and biases:")
@@ -211,6 +227,7 @@ def main(
     draw_errors(mistakes, dataset.test.images, predicted, dataset.test.labels)
     file = folder / f"{model}.safetensors"
     jaxnet.save(file, {"model": model, "params": params, "state": state})
+    running.unlink()
     print(f"learning curves in {picture}, what it misread in {mistakes}, checkpoint in {file}")
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -247,9 +264,15 @@ if __name__ == "__main__":
     parser.add_argument(
         "--out", metavar="FOLDER", default="out", help="for the picture and the checkpoint (default: out)"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from where an interrupted run with this --out ended"
+    )
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="keep compiled programs there: later starts are faster")
     parser.add_argument("--restore", metavar="FILE", help="load this checkpoint and test it, without training")
     parser.add_argument("--logits", metavar="FILE", help="with --restore: also write the logits there, as .npy")
     args = vars(parser.parse_args())
+    if cache_dir := args.pop("cache_dir"):
+        compile_cache(cache_dir)
     checkpoint, logits_file = args.pop("restore"), args.pop("logits")
     try:
         if checkpoint:

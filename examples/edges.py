@@ -17,7 +17,7 @@ import optax
 
 from jaxnet import Layer, chain, conv, dense, flatten, max_pool, sgd, tree
 from jaxnet.data import Split, digits
-from jaxnet.train import evaluate, fit
+from jaxnet.train import compile_cache, evaluate, fit, train_state, train_step
 
 SOBEL = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], np.float32)  # vertical edges; Sobel & Feldman 1968
 
@@ -65,9 +65,11 @@ def learn_digits(data, key, *, epochs: int):
     def test(params, batch: Split):
         return {"test_accuracy": net.apply(params, batch.images).argmax(-1) == batch.labels}
 
-    run = fit(
-        loss, before, data.train, optimizer=optax.adam(2e-3), epochs=epochs, batch_size=64, key=key, progress=False
-    )
+    optimizer = optax.adam(2e-3)
+    start = train_state(before, optimizer, key)
+    run = fit(train_step(loss, optimizer), start, data.train, epochs=epochs, batch_size=64, progress=False)
+    if run.stopped:
+        raise SystemExit(run.exit_code)
     return before, run.train_state.params, float(evaluate(test, data.test)(run.train_state)["test_accuracy"])
 
 
@@ -142,4 +144,8 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=20, help="of the convnet on the digits (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the random start (default: 0)")
     parser.add_argument("--out", metavar="FOLDER", default="out", help="for the picture (default: out)")
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="keep compiled programs there: later starts are faster")
+    args = vars(parser.parse_args())
+    if cache_dir := args.pop("cache_dir"):
+        compile_cache(cache_dir)
+    main(**args)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnet import Layer, chain, dense, sgd
+from jaxnet.train import compile_cache
 
 X = jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 Y = jnp.array([[0.0], [1.0], [1.0], [0.0]])
@@ -88,4 +89,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1000, help="networks to train at once (default: 1000)")
     parser.add_argument("--epochs", type=int, default=10_000, help="full-batch steps (default: 10000)")
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="keep compiled programs there: later starts are faster")
+    args = vars(parser.parse_args())
+    if cache_dir := args.pop("cache_dir"):
+        compile_cache(cache_dir)
+    main(**args)

@@ -1,4 +1,4 @@
-"""The command line: `jaxnet inspect FILE`.
+"""The command line: `jaxnet inspect FILE`, `jaxnet verify FILE...`, `jaxnet diff A B`.
 
 A subcommand is two functions: one adds its parser, the other runs it and returns the exit code. What takes long to
 import is imported in the latter.
@@ -16,17 +16,29 @@ import jaxnet
 
 if TYPE_CHECKING:
     from jaxnet.checkpoint import Info, Leaf
+    from jaxnet.checkpoint.compare import Statistics
 
 DESCRIPTION = "Tools for the checkpoints of jaxnet, a library for functional neural networks on JAX."
 EPILOG = """examples:
-  jaxnet inspect run/state.safetensors            paths, shapes, types and sizes
-  jaxnet inspect --json model.safetensors         the same for programs
+  jaxnet inspect run/state.safetensors                     paths, shapes, types and sizes
+  jaxnet inspect --stats --glob '**/kernel' model.safetensors
+  jaxnet verify run/*.safetensors                          read all bytes and check them
+  jaxnet diff old.safetensors new.safetensors              which leaves differ, and how far
 
-exit codes: 0 all is well; 1 the file is missing, damaged or no checkpoint; 2 the command itself is wrong
+exit codes: 0 all is well, or equal; 1 damaged or no checkpoint, or different; 2 the command is wrong, or a file
+cannot be opened
 """
 INSPECT = """Show what a checkpoint, or any other safetensors file, holds: path, shape, dtype, number of parameters
 (elements) and bytes of every array, the Python values beside them, and the metadata. Only the header is read, and
 checked, so that 10 GB take no longer than 10 kB."""
+STATS = """also read the arrays, and show of their finite elements the least, the greatest, mean and standard deviation,
+and how many others there are (NaN, infinities)"""
+VERIFY = """Read every byte of the files and compare it with its checksum. Files of other programs have no checksums:
+of them only the header and the length are checked."""
+DIFF = """Compare two files leaf by leaf and show what only one of them has, which shapes and dtypes differ, and how far
+apart the values are: how many elements have other bits, max |A - B|, and |A - B| / |A| in Euclidean norms. Containers
+and metadata do not count. All bytes of common leaves are checked; a damaged file gives code 2, for nothing is known of
+what it held."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (CheckpointError, OSError) as e:
-        print(f"jaxnet {args.command}: {_printable(str(e))}", file=sys.stderr)
-        return 1
+        _complain(args.command, e)
+        return 1 if _is_damage(e) and args.command != "diff" else 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,12 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"jaxnet {jaxnet.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_inspect(commands)
+    _add_verify(commands)
+    _add_diff(commands)
     return parser
 
 
 def _add_inspect(commands: Any):
     parser = commands.add_parser("inspect", help="show what a checkpoint holds", description=INSPECT)
     parser.add_argument("file", metavar="FILE", help="a checkpoint, or any *.safetensors file")
+    parser.add_argument("--stats", action="store_true", help=STATS)
+    text = "show only these leaves: a pattern of paths like 'head' or '**/bias'; may be repeated"
+    parser.add_argument("--glob", action="append", metavar="PATTERN", help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.set_defaults(run=_inspect)
 
@@ -66,32 +83,128 @@ def _inspect(args: argparse.Namespace) -> int:
     from jaxnet.checkpoint import inspect
 
     info = inspect(args.file)
-    print(json.dumps(_as_json(info), indent=2) if args.json else _printable(_as_text(info)))
+    if args.glob:
+        from jaxnet.checkpoint.match import select
+
+        names = select(args.file, [*(leaf.path for leaf in info.leaves), *info.scalars], args.glob)
+        scalars = {path: x for path, x in info.scalars.items() if path in names}
+        info = info._replace(leaves=tuple(leaf for leaf in info.leaves if leaf.path in names), scalars=scalars)
+    statistics = _statistics(info) if args.stats else None
+    if args.json:
+        print(json.dumps(_as_json(info, statistics), indent=2))
+    else:
+        print(_printable(_as_text(info, statistics)))
     return 0
 
 
-def _as_json(info: "Info") -> dict[str, Any]:
+def _statistics(info: "Info") -> dict[str, "Statistics | None"]:
+    from jaxnet.checkpoint import lazy
+    from jaxnet.checkpoint.compare import statistics
+
+    with lazy(info.path) as leaves:
+        return {leaf.path: statistics(leaves[leaf.path]) for leaf in info.leaves}
+
+
+def _add_verify(commands: Any):
+    parser = commands.add_parser("verify", help="check every byte of checkpoints", description=VERIFY)
+    parser.add_argument("files", metavar="FILE", nargs="+", help="a checkpoint, or any *.safetensors file")
+    parser.add_argument("--json", action="store_true", help="print one JSON list instead of lines")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from jaxnet.checkpoint import CheckpointError, verify
+
+    results, code = [], 0
+    for file in args.files:
+        try:
+            info = verify(file)
+            state, reason = ("good", None) if info.version else ("unchecked", "it has no checksums: another program's")
+            results.append({"path": file, "state": state, "reason": reason})
+        except (CheckpointError, OSError) as e:
+            state = "damaged" if _is_damage(e) else "unreadable"
+            code = max(code, 1 if state == "damaged" else 2)
+            results.append({"path": file, "state": state, "reason": str(e)})
+            if not args.json:
+                _complain(args.command, e)
+        if not args.json:
+            print(_printable(f"{file}: {state}"), flush=True)
+    if args.json:
+        print(json.dumps(results, indent=2))
+    return code
+
+
+def _add_diff(commands: Any):
+    parser = commands.add_parser("diff", help="compare two checkpoints", description=DIFF)
+    parser.add_argument("a", metavar="A", help="a checkpoint, or any *.safetensors file")
+    parser.add_argument("b", metavar="B", help="another one")
+    parser.add_argument("--json", action="store_true", help="print one JSON list, of what differs, instead of a table")
+    parser.set_defaults(run=_diff)
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from jaxnet.checkpoint.compare import differences
+
+    found = differences(args.a, args.b)
+    if args.json:
+        lines = [x._asdict() | {"largest": _exact(x.largest), "relative": _exact(x.relative)} for x in found]
+        print(json.dumps(lines, indent=2))
+    elif found:
+        head = ("path", "differs", "A", "B", "elements", "max |A-B|", "relative")
+        rows = [(x.path, x.what, _cut(x.a or "-", 40), _cut(x.b or "-", 40), *map(_short, x[4:])) for x in found]
+        print(_printable(_table(head, rows)))
+    else:
+        print("the leaves are equal, bit for bit")
+    return 1 if found else 0
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether the file is at fault, not the command or what keeps the file from being opened."""
+    from jaxnet.checkpoint.format import CheckpointError, Misfit
+
+    return isinstance(error, CheckpointError) and not isinstance(error, Misfit)
+
+
+def _complain(command: str, error: Exception):
+    print(f"jaxnet {command}: {_printable(str(error))}", file=sys.stderr)
+
+
+def _as_json(info: "Info", statistics: "dict[str, Statistics | None] | None") -> dict[str, Any]:
     """A dict for JSON; values that JSON cannot hold exactly (numbers, bytes) as Python writes them."""
-    leaves = [leaf._asdict() | {"parameters": math.prod(leaf.shape)} for leaf in info.leaves]
-    scalars = {path: {"type": type(x).__name__, "value": _show(x)} for path, x in info.scalars.items()}
+    from jaxnet.checkpoint.structure import show
+
+    leaves: list[dict[str, Any]] = [x._asdict() | {"parameters": math.prod(x.shape)} for x in info.leaves]
+    if statistics is not None:
+        for leaf in leaves:
+            found = statistics[leaf["path"]]
+            leaf["stats"] = {name: _exact(x) for name, x in found._asdict().items()} if found else None
+    scalars = {path: {"type": type(x).__name__, "value": show(x)} for path, x in info.scalars.items()}
     total = sum(leaf["parameters"] for leaf in leaves)
     return info._asdict() | {"leaves": leaves, "scalars": scalars, "parameters": total}
 
 
-def _as_text(info: "Info") -> str:
+def _as_text(info: "Info", statistics: "dict[str, Statistics | None] | None") -> str:
+    from jaxnet.checkpoint.structure import show
+
     ours = f"jaxnet checkpoint, format {info.version}"
     kind = "safetensors file of another program" if info.version is None else ours
     groups: dict[str, list[Leaf]] = {}
     for leaf in info.leaves:
         groups.setdefault(leaf.path.partition("/")[0], []).append(leaf)
-    rows = [_row(x.path, str(list(x.shape)), x.dtype, [x]) for x in info.leaves]
     large = {name: leaves for name, leaves in groups.items() if len(leaves) > 1 and len(groups) > 1}
+    rows = [_row(x.path, str(list(x.shape)), x.dtype, [x]) for x in info.leaves]
     sums = [_row(f"{name}/*", f"{len(leaves)} arrays", "", leaves) for name, leaves in large.items()]
     sums.append(_row("total", f"{len(rows)} arrays", "", info.leaves))
+    head = ("path", "shape", "dtype", "parameters", "bytes")
+    if statistics is not None:
+        head += ("min", "max", "mean", "std", "non-finite")
+        found = [statistics[x.path] or (None,) * 5 for x in info.leaves]
+        rows = [(*row, *map(_short, numbers)) for row, numbers in zip(rows, found, strict=True)]
+        sums = [(*row, *[""] * 5) for row in sums]
     parts = [f"{info.path}: {kind}, {info.nbytes:,} bytes"]
-    parts.append(_table(("path", "shape", "dtype", "parameters", "bytes"), [*rows, None, *sums]))
+    parts.append(_table(head, [*rows, None, *sums]))
     if info.scalars:
-        values = [(path, type(x).__name__, _cut(_show(x))) for path, x in info.scalars.items()]
+        values = [(path, type(x).__name__, _cut(show(x))) for path, x in info.scalars.items()]
         parts.append(_table(("path", "type", "value"), values))
     if info.metadata:
         parts.append(f"metadata: {json.dumps(info.metadata, indent=2, ensure_ascii=False)}")
@@ -110,15 +223,19 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...] | None]) -> str
     lines = []
     for row in cells:
         row = row or ["-" * width for width in widths]
-        right = [name in ("parameters", "bytes") for name in head]
+        right = [name not in ("path", "shape", "dtype", "type", "value", "differs", "A", "B") for name in head]
         padded = [x.rjust(w) if r else x.ljust(w) for x, w, r in zip(row, widths, right, strict=True)]
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
 
 
-def _show(x: Any) -> str:
-    """repr, but Python refuses to print an int of more than some thousand digits in decimal."""
-    return hex(x) if isinstance(x, int) and x.bit_length() > 10_000 else repr(x)
+def _short(x: float | None) -> str:
+    return "-" if x is None else f"{x:,}" if isinstance(x, int) else f"{x:.4g}"
+
+
+def _exact(x: float | None) -> float | str | None:
+    """A number as JSON can hold it: NaN and infinities as Python writes them."""
+    return x if x is None or math.isfinite(x) else repr(x)
 
 
 def _cut(text: str, width: int = 80) -> str:

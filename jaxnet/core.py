@@ -357,11 +357,15 @@ def fold(key, name: str):
 
 def fold_all(key, names: list[str]) -> dict[str, Any]:
     """`fold` for each name; in a program that is being traced, as one operation, which compiles in a fraction of the time."""
-    threefry = str(getattr(key, "dtype", "")) == "key<fry>"  # other generators may fold otherwise under vmap
-    if not isinstance(key, jax.core.Tracer) or not threefry or len(names) < 2:
+    if not isinstance(key, jax.core.Tracer) or not is_threefry(key) or len(names) < 2:
         return {name: fold(key, name) for name in names}
     codes = np.array([zlib.crc32(name.encode()) for name in names], np.uint32)
     return dict(zip(names, jax.vmap(jax.random.fold_in, (None, 0))(key, codes), strict=True))
+
+
+def is_threefry(key) -> bool:
+    """Whether a key, typed or raw, belongs to JAX's default generator; others may draw and fold otherwise under vmap."""
+    return str(jax.random.key_impl(key)) == "threefry2x32"
 
 
 @contextlib.contextmanager

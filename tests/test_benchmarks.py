@@ -68,6 +68,17 @@ def test_times_are_per_step_and_ratios_within_the_round(measure, options):
     assert lines[4].split() == ["twice", "3,000", "[2,000,", "4,000]", "2.00", "[2.00,", "2.00]", "4", "7.00"]
 
 
+def test_other_quantities_are_columns_of_medians(measure):
+    rows = [
+        measure.Row("base", [1.0], [1.0], others={"wall s": [1.0, 3.0, 2.0], "peak MB": [300.0]}),
+        measure.Row("quick", [0.5], [0.5]),
+        measure.Row("broken", problem="failed"),
+    ]
+    lines = measure.format_table(measure.Table("Title", "run", "s", "base", rows)).splitlines()
+    assert lines[2].split()[-3:] == ["s", "peak", "MB"] and lines[4].split()[-2:] == ["2.00", "300"]
+    assert lines[3].split()[-1] == "1" and lines[-1] == "wall s, peak MB: medians"  # nothing but the rounds
+
+
 def test_quick_work_is_called_often_enough_to_be_measured(measure, options):
     clock, calls = Clock(), []
 
@@ -173,6 +184,7 @@ def test_no_round_starts_after_the_budget(measure, options):
     [
         ("xor.py", ["--only", "train_steps", "--only", "Keras"], "jaxnet, one loop: train_steps", "Keras fit", "keras"),
         ("convnet.py", ["--only", "jaxnet, jit", "--only", "Keras"], "jaxnet, jitted step", "Keras fit", "keras"),
+        ("first_step.py", ["--only", "Haiku"], "jaxnet, fit", "Haiku", "haiku"),
         ("startup.py", ["--only", "Haiku, eager", "--depth", "1"], "jaxnet, eager", "Haiku, eager", "haiku"),
         (
             "loops.py",

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import safetensors.numpy
 
 from jaxnet import __version__
 from jaxnet.checkpoint import save
+from jaxnet.checkpoint.compare import statistics
 from jaxnet.cli import main
 
 TREE = {
@@ -95,21 +97,160 @@ def test_inspect_shows_an_empty_tree_and_a_huge_number(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, match", [("missing", "No such file"), ("bad", "too few for a safe"), (".", "is a folder")]
+    "name, match, code", [("missing", "No such file", 2), ("bad", "too few for a safe", 1), (".", "is a folder", 2)]
 )
-def test_a_bad_file_gives_one_line_on_stderr_and_code_1(name, match, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_bad_file_gives_one_line_on_stderr(command, name, match, code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad").write_bytes(b"bad")
-    assert main(["inspect", name]) == 1
+    assert main([command, name]) == code  # 1: the file is at fault; 2: it cannot be opened
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("jaxnet inspect: ") and match in err and err.count("\n") == 1
+    assert out == {"inspect": "", "verify": f"{name}: {'damaged' if code == 1 else 'unreadable'}\n"}[command]
+    assert err.startswith(f"jaxnet {command}: ") and match in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["inspect"], ["inspekt", "f"], ["inspect", "f", "--xml"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["inspect"], ["inspekt", "f"], ["inspect", "f", "--xml"], ["verify"], ["diff", "f"]]
+)
 def test_a_wrong_command_gives_code_2(arguments, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         main(arguments)
     assert "usage: jaxnet" in capsys.readouterr().err
+
+
+def test_inspect_shows_statistics_of_the_finite_elements(tmp_path, capsys):
+    tree = {"x": np.array([-1, 2, np.nan, np.inf], np.float32), "n": np.array([np.nan, -np.inf], np.float16)}
+    tree |= {
+        "b": np.array([True, True, False]),
+        "k": jax.random.key(0),
+        "c": np.ones(1, np.complex64),
+        "nothing": np.ones((0, 2)),
+    }
+    save(tmp_path / "t", tree)
+    assert main(["inspect", "--stats", str(tmp_path / "t")]) == 0
+    rows = {words[0]: words[-5:] for line in capsys.readouterr().out.splitlines() if (words := line.split())}
+    assert rows["x"] == ["-1", "2", "0.5", "1.5", "2"]  # the deviation of (-1, 2) from its mean
+    assert rows["b"] == ["0", "1", "0.6667", "0.4714", "0"]  # sqrt(2/3 * 1/3)
+    assert rows["n"] == ["-", "-", "-", "-", "2"] and rows["nothing"] == ["-", "-", "-", "-", "0"]
+    assert rows["k"] == rows["c"] == ["-"] * 5
+    assert main(["inspect", "--stats", "--json", str(tmp_path / "t")]) == 0
+    leaves = {leaf["path"]: leaf["stats"] for leaf in json.loads(capsys.readouterr().out)["leaves"]}
+    assert leaves["x"] == {"min": -1, "max": 2, "mean": 0.5, "std": 1.5, "nonfinite": 2} and leaves["k"] is None
+
+
+def test_statistics_of_more_than_one_block(tmp_path):
+    x = np.random.default_rng(0).normal(3, 2, (1 << 20) + 12345).astype(np.float32)
+    got, wide = statistics(x), x.astype(np.float64)
+    assert got and (got.min, got.max, got.nonfinite) == (x.min(), x.max(), 0) and got.mean and got.std
+    np.testing.assert_allclose((got.mean, got.std), (wide.mean(), wide.std()), rtol=1e-12)  # NumPy's own
+
+
+def test_inspect_can_be_limited_to_patterns(path, capsys):
+    assert main(["inspect", path, "--glob", "**/bias", "--glob", "step"]) == 0
+    out = capsys.readouterr().out
+    assert "params/dense/bias" in out and "step  int   7" in out and "kernel" not in out and "name" not in out
+    assert "total              1 arrays" in out
+    assert main(["inspect", path, "--glob", "params/dens"]) == 2
+    assert "no path matches 'params/dens'; the nearest of 5 are ['params/dense/bias'" in capsys.readouterr().err
+
+
+def damage(path):
+    with open(path, "r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        last = f.read(1)
+        f.seek(-1, os.SEEK_END)
+        f.write(bytes([last[0] ^ 1]))
+
+
+def test_verify_goes_through_all_files(path, tmp_path, capsys):
+    save(bad := str(tmp_path / "bad"), TREE)
+    damage(bad)
+    safetensors.numpy.save_file({"a": np.ones(2)}, other := str(tmp_path / "other"))
+    assert main(["verify", path, other]) == 0
+    assert capsys.readouterr().out == f"{path}: good\n{other}: unchecked\n"
+    assert main(["verify", bad, path]) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{bad}: damaged\n{path}: good\n" and "jaxnet verify: " in err and "CRC-32" in err
+    missing = str(tmp_path / "missing")
+    assert main(["verify", "--json", path, missing, bad, other]) == 2
+    out, err = capsys.readouterr()
+    states = [(x["path"], x["state"]) for x in json.loads(out)]
+    assert states == [(path, "good"), (missing, "unreadable"), (bad, "damaged"), (other, "unchecked")] and err == ""
+    assert [x["reason"] is None for x in json.loads(out)] == [True, False, False, False]
+
+
+DIFF = """
+path   differs    A                    B                                         elements  max |A-B|   relative
+-----  ---------  -------------------  ----------------------------------------  --------  ---------  ---------
+old    only in A  int8[1]              -                                                -          -          -
+x      values     float32[2]           float32[2]                                       1          4        0.8
+shape  shape      float32[2]           float32[3]                                       -          -          -
+dtype  dtype      float32[2]           bfloat16[2]                                      1  0.0009766  0.0006902
+zero   values     float64[1]           float64[1]                                       1          0          0
+nan    values     float32[2]           float32[2]                                       1        inf        inf
+key    values     key<threefry2x32>[]  key<threefry2x32>[]                              1          -          -
+impl   dtype      key<threefry2x32>[]  key<rbg>[]                                       -          -          -
+n      values     3                    0x10000000000000000000000000000000000...         -          -          -
+kind   shape      int                  int32[]                                          -          -          -
+new    only in B  -                    str                                              -          -          -
+"""
+
+
+def test_diff_shows_what_differs_and_how_far(tmp_path, capsys):
+    key, rbg = jax.random.key(0), jax.random.key(0, impl="rbg")
+    pairs: dict[str, Any] = {
+        "same": (jnp.array([jnp.nan, 1]), jnp.array([jnp.nan, 1])),
+        "also": ("text", "text"),
+        "none": (float("nan"), float("nan")),
+        "x": (jnp.array([3.0, 4.0]), jnp.array([3.0, 8.0])),  # |(0, 4)| / |(3, 4)| = 0.8
+        "shape": (jnp.ones(2), jnp.ones(3)),
+        "dtype": (
+            jnp.array([1.0, 1 + 2**-10]),
+            jnp.ones(2, jnp.bfloat16),
+        ),  # 2^-10 / sqrt(1 + (1 + 2^-10)^2) = 0.00069020
+        "zero": (np.zeros(1), -np.zeros(1)),  # equal, but of other bits
+        "nan": (jnp.array([1.0, 2]), jnp.array([1.0, jnp.nan])),
+        "key": (key, jax.random.key(9)),
+        "impl": (key, rbg),
+        "n": (3, 2**20000),
+        "kind": (3, np.int32(3)),
+    }
+    a = {"old": np.zeros(1, np.int8)} | {path: x for path, (x, _) in pairs.items()}
+    b = {path: y for path, (_, y) in pairs.items()} | {"new": "x"}
+    files = [str(tmp_path / "a"), str(tmp_path / "b")]
+    save(files[0], a)
+    save(files[1], dict(reversed(b.items())))
+    assert main(["diff", *files]) == 1
+    assert capsys.readouterr().out == DIFF.lstrip()
+    assert main(["diff", "--json", *files]) == 1
+    found = {x["path"]: x for x in json.loads(capsys.readouterr().out)}
+    expected = {"path": "x", "what": "values", "a": "float32[2]", "b": "float32[2]", "differing": 1}
+    assert found["x"] == expected | {"largest": 4, "relative": 0.8}
+    assert found["nan"]["largest"] == "inf" and len(found) == 11
+    assert main(["diff", files[0], files[0]]) == 0
+    assert capsys.readouterr().out == "the leaves are equal, bit for bit\n"
+    assert main(["diff", "--json", files[1], files[1]]) == 0
+    assert capsys.readouterr().out == "[]\n"
+
+
+def test_diff_of_more_than_one_block(tmp_path, capsys):
+    x = np.arange((1 << 20) + 10, dtype=np.float64)
+    y = x.copy()
+    y[[5, -1]] += 0.5
+    save(tmp_path / "a", {"x": x})
+    save(tmp_path / "b", {"x": y})
+    assert main(["diff", "--json", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["differing"], found["largest"]) == (2, 0.5)
+    np.testing.assert_allclose(found["relative"], np.linalg.norm(x - y) / np.linalg.norm(x), rtol=1e-9)
+
+
+def test_diff_of_a_damaged_or_missing_file_is_trouble_and_not_a_difference(path, tmp_path, capsys):
+    save(bad := str(tmp_path / "bad"), TREE)
+    damage(bad)
+    assert main(["diff", path, bad]) == 2 and main(["diff", bad, path]) == 2
+    assert "CRC-32" in capsys.readouterr().err
+    assert main(["diff", path, str(tmp_path / "missing")]) == 2
 
 
 def test_version_and_help(capsys):
@@ -130,4 +271,4 @@ def test_as_a_program(path):
     done = subprocess.run(
         f"{command}x", shell=True, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
     )
-    assert done.returncode == 1 and b"No such file" in done.stderr and b"Traceback" not in done.stderr
+    assert done.returncode == 2 and b"No such file" in done.stderr and b"Traceback" not in done.stderr

@@ -8,6 +8,7 @@ import importlib
 import os
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -247,6 +248,26 @@ def test_digits_refuses_a_split_with_an_empty_side(fraction):
     pytest.importorskip("sklearn")
     with pytest.raises(ValueError, match=r"test_fraction must leave images on both sides, got .* of class 0; try 0\.2"):
         digits(test_fraction=fraction)
+
+
+def test_digits_come_from_the_file_of_scikit_learn_or_else_from_its_function(monkeypatch):
+    datasets = pytest.importorskip("sklearn.datasets")
+    expected = datasets.load_digits(return_X_y=True)
+    monkeypatch.setattr(datasets, "load_digits", None)  # the file alone
+    from_file = digits_module._published()
+    monkeypatch.undo()
+    monkeypatch.setattr(digits_module.importlib.util, "find_spec", lambda name: None)
+    from_function = digits_module._published()
+    for pixels, labels in (from_file, from_function):
+        np.testing.assert_array_equal(pixels, expected[0])
+        np.testing.assert_array_equal(labels, expected[1])
+        assert pixels.dtype == expected[0].dtype and labels.dtype == expected[1].dtype
+
+
+def test_digits_do_not_import_scikit_learn():
+    pytest.importorskip("sklearn")
+    code = "import sys, jaxnet.data; jaxnet.data.digits(); print('sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
 def test_digits_says_how_to_get_scikit_learn(monkeypatch):

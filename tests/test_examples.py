@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -144,6 +145,31 @@ def test_digits_trains_saves_and_restores_in_a_new_process(digits, tmp_path, cap
     if model == "mlp":
         params = jaxnet.load(tmp_path / "mlp.safetensors")["params"]
         assert jaxnet.tree.count(params) == 64 * 256 + 256 + 256 * 128 + 128 + 128 * 10 + 10
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_digits_goes_on_after_an_interruption(tmp_path, number, code):
+    command = [
+        sys.executable,
+        EXAMPLES / "digits.py",
+        "--epochs",
+        "600",
+        "--out",
+        tmp_path,
+        "--cache-dir",
+        tmp_path / "cache",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("epoch"):
+            assert process.poll() is None
+        process.send_signal(number)
+        printed, _ = process.communicate(timeout=60)
+    said = re.search(rf"{number.name} at step (\d+): .*--resume goes on", printed)
+    assert process.returncode == code and said and 0 < int(said[1]) < 120 * 22
+    rest = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    assert rest.returncode == 0 and f"goes on from step {int(said[1]):,}" in rest.stderr
+    assert "identical, bit for bit" in rest.stdout and not (tmp_path / "mlp_running.safetensors").exists()
 
 
 def test_the_mnist_store_has_234_752_weights_and_394_biases(digits):

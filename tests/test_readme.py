@@ -12,6 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+TRAINING = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.S))  # one program
 COMMANDS = re.findall(r"```bash\n(.*?)```", README, re.S)
 
 
@@ -27,6 +28,13 @@ def test_code_blocks_run(code, tmp_path, monkeypatch, capsys):
     if promised:
         printed = float(capsys.readouterr().out.split()[-1].rstrip("%"))
         assert abs(printed - float(promised[1].rstrip("%"))) < 1.5  # other processors round otherwise
+
+
+def test_the_program_in_the_training_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scope = {"__name__": "training"}
+    exec(compile(TRAINING, "training.md", "exec"), scope)
+    assert scope["run"].best.value > 0.8 and (tmp_path / "curves.png").exists()
 
 
 def test_its_commands_name_what_exists():

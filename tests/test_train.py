@@ -1,9 +1,8 @@
 """The training loop: its steps against hand-written JAX and NumPy, its order of the data against theory, its errors by text."""
 
-import itertools
-import json
 import math
 import re
+from typing import Any
 
 import chex
 import jax
@@ -13,12 +12,17 @@ import optax
 import pytest
 
 import jaxnet
-from jaxnet import batch_norm, chain, dense, dropout
+from jaxnet import batch_norm, cast, chain, dense, dropout, layer_norm
 from jaxnet.train import (
     TrainState,
-    evaluate,
-    fit,
-    plot_history,
+    Weighted,
+    augmented,
+    average,
+    averaged,
+    balanced,
+    by_path,
+    freeze,
+    guarded,
     sgd,
     shuffled,
     train_epoch,
@@ -26,7 +30,6 @@ from jaxnet.train import (
     train_step,
     train_steps,
 )
-from jaxnet.train.progress import Progress
 
 
 def key0():
@@ -120,7 +123,11 @@ def test_a_loss_gets_key_and_state_only_if_it_names_them():
 @pytest.mark.parametrize(
     "loss, error, text",
     [
-        (lambda p, b: p * jnp.ones(3), ValueError, r"the loss must be a scalar, got shape \(3,\); take its mean"),
+        (
+            lambda p, b: p * jnp.ones(3),
+            ValueError,
+            r"must be a scalar or one value an example \[2\], got shape \(3,\); take its mean",
+        ),
         (lambda p, b: (p, {}, {}), TypeError, r"returns a scalar or \(value, metrics\)"),
         (lambda p, b: (p, 3.0), TypeError, "with a dict of metrics"),
         (lambda p, b, state: p, TypeError, r"returns \(value, new_state\)"),
@@ -158,7 +165,7 @@ def test_neighbours_come_apart_as_they_should():
     assert abs(chi_squared - (n - 2)) < 5 * math.sqrt(2 * (n - 2))
 
 
-def seen_rows(chunks, batch_size, n):
+def seen_rows(chunks, batch_size, n, **settings):
     """Which rows the steps of these chunks see, in order."""
 
     def step(state, batch):
@@ -166,7 +173,7 @@ def seen_rows(chunks, batch_size, n):
 
     state, rows = TrainState({}, {}, (), jax.random.key(7), jnp.int32(0)), []
     for steps in chunks:
-        state, metrics = jax.jit(train_steps(step, batch_size, steps))(state, jnp.arange(n))
+        state, metrics = jax.jit(train_steps(step, batch_size, steps, **settings))(state, jnp.arange(n))
         rows += list(np.asarray(metrics["rows"]))
     return rows
 
@@ -237,149 +244,285 @@ def bits(leaf):
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
-# fit
+# The order of the data: classes
 
 
-def fitted(**changes):
-    settings = {"optimizer": 0.05, "epochs": 3, "batch_size": 4, "key": key0(), "progress": False}
-    return fit(mean_square, params_of(), regression(), **(settings | changes))
+def test_balanced_gives_every_class_its_share_and_every_example_its_turn():
+    labels = np.array([0] * 70 + [5] * 20 + [9] * 9)  # 99 positions an epoch, 33 for each class
+    order = balanced(labels)
+    seen = np.zeros(99)
+    for epoch in range(40):
+        rows = np.asarray(order(key0(), 99, jnp.int32(epoch), jnp.arange(99)))
+        assert [(labels[rows] == label).sum() for label in (0, 5, 9)] == [33, 33, 33]
+        counts = np.bincount(rows, minlength=99)
+        for label, size in ((0, 70), (5, 20), (9, 9)):
+            mine = counts[labels == label]
+            assert set(mine) <= {33 // size, -(-33 // size)}  # as equally often as 33 draws from so many can be
+        seen += counts
+    assert (seen[:70] > 0).all() and abs(seen[:70] - 40 * 33 / 70).max() < 5 * math.sqrt(40 * 33 / 70)
 
 
-def test_fit_is_train_steps_and_leaves_the_callers_arrays_alone():
-    params, data = params_of(), regression()
-    result = fit(mean_square, params, data, optimizer=0.05, epochs=3, batch_size=4, key=key0(), progress=False)
-    state, metrics = jax.jit(train_steps(train_step(mean_square, 0.05), 4, 9))(train_state(params, 0.05, key0()), data)
-    chex.assert_trees_all_close(result.train_state.params, state.params, rtol=1e-6)
-    np.testing.assert_allclose([r["loss"] for r in result.history], metrics["loss"].reshape(3, 3).mean(1), rtol=1e-5)
-    assert not jax.tree.leaves(params)[0].is_deleted() and result.train_state.step == 9
+def test_balanced_says_what_it_cannot_use():
+    with pytest.raises(TypeError, match=r"labels must be integers \[n\], got float64\[2\]"):
+        balanced([0.5, 1.0])
+    with pytest.raises(ValueError, match="there are no labels"):
+        balanced(np.zeros(0, int))
+    with pytest.raises(ValueError, match="made for 3 labels, used on data with 10 examples"):
+        seen_rows([1], 2, 10, order=balanced([0, 1, 1]))
 
 
-def test_the_same_key_gives_the_same_run_bit_for_bit():
-    chex.assert_trees_all_equal(fitted().train_state.params, fitted().train_state.params)
+def test_without_an_order_the_data_come_as_they_stand():
+    np.testing.assert_array_equal(seen_rows([5], 3, 9, order=None), np.arange(15).reshape(5, 3) % 9)
 
 
-def test_the_history_is_plain_numbers():
-    history = fitted(evaluate=lambda state: {"test_loss": jnp.float32(0.5)}).history
-    assert [record["step"] for record in history] == [3, 6, 9] and [record["epoch"] for record in history] == [1, 2, 3]
-    assert json.loads(json.dumps(history)) == history
-    assert history[0]["test_loss"] == 0.5 and history[0]["samples_per_second"] > 0
-    assert [record["seconds"] for record in history] == sorted(record["seconds"] for record in history)
+def test_a_padded_last_batch_counts_every_example_once():
+    def step(state, batch):
+        return state._replace(step=state.step + 1), {"rows": batch.batch, "weights": batch.weights}
+
+    start = TrainState({}, {}, (), jax.random.key(7), jnp.int32(0))
+    _, seen = jax.jit(train_steps(step, 4, 6, drop_last=False))(start, jnp.arange(10))  # two epochs of three batches
+    for epoch in (slice(0, 3), slice(3, 6)):
+        rows, weights = np.asarray(seen["rows"][epoch]).ravel(), np.asarray(seen["weights"][epoch]).ravel()
+        assert weights.sum() == 10 and sorted(rows[weights == 1]) == list(range(10)) and set(rows) <= set(range(10))
 
 
-def test_fit_learns_a_linear_map():
-    result = fitted(epochs=300, optimizer=0.1)
-    np.testing.assert_allclose(result.train_state.params["kernel"][:, 0], [1.0, -2.0, 0.5], atol=1e-3)
+# Weights
 
 
-@pytest.mark.parametrize(
-    "changes, text",
-    [
-        ({"batch_size": 13}, "batch_size 13 is larger than the data, 12 examples; use at most 12"),
-        ({"batch_size": 0}, "batch_size must be a positive int, got 0"),
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-    ],
-)
-def test_fit_says_what_is_wrong_before_it_starts(changes, text):
-    with pytest.raises(ValueError, match=re.escape(text)):
-        fitted(**changes)
+def squares(params, batch):
+    x, y = batch
+    return jnp.square(NET.apply(params, x) - y)[:, 0]
 
 
-@pytest.mark.parametrize(
-    "data, text",
-    [
-        ((np.zeros((0, 3)), np.zeros((0, 1))), "there are no examples"),
-        ((np.zeros((4, 3)), np.zeros((5, 1))), r"as many examples, got \{'0': 4, '1': 5\}"),
-        ({"x": np.zeros((4, 3)), "y": np.float32(1)}, "'y' is a scalar"),
-        ((), "there are no examples"),
-    ],
-)
-def test_data_without_a_common_length_is_named(data, text):
-    with pytest.raises(ValueError, match=text):
-        fit(mean_square, params_of(), data, optimizer=0.1, epochs=1, batch_size=2, key=key0(), progress=False)
+def test_one_value_an_example_is_averaged_as_by_hand():
+    batch, params = regression(), params_of()
+    by_hand = jax.jit(train_step(mean_square, 0.1))(train_state(params, 0.1, key0()), batch)
+    by_step = jax.jit(train_step(squares, 0.1))(train_state(params, 0.1, key0()), batch)
+    chex.assert_trees_all_close(by_hand[0].params, by_step[0].params, rtol=1e-6)
+    np.testing.assert_allclose(by_hand[1]["loss"], by_step[1]["loss"], rtol=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_step():
-    def loss(w, batch):
-        return jnp.where(w > 2.5, jnp.nan, -w)  # w grows by one a step: 0, 1, 2, 3
-
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
-        fit(loss, jnp.float32(0), jnp.zeros(10), optimizer=1.0, epochs=1, batch_size=1, key=key0(), progress=False)
-
-
-def test_labels_out_of_range_do_not_pass_for_a_loss():
-    def loss(params, batch):
-        return optax.softmax_cross_entropy_with_integer_labels(params * jnp.ones((2, 3)), batch).mean()
-
-    with pytest.raises(FloatingPointError, match="check_labels"):
-        fit(loss, jnp.float32(1), jnp.full(4, 5), optimizer=0.1, epochs=1, batch_size=2, key=key0(), progress=False)
+def test_weights_count_as_repetitions_do():
+    (x, y), params = regression(4), params_of()
+    weights = np.array([2, 1, 0, 3], np.float32)
+    rows = np.repeat(np.arange(4), weights.astype(int))
+    step = jax.jit(train_step(lambda p, b: (squares(p, b), {"big": squares(p, b) > 1}), 0.1))
+    weighted, metrics = step(train_state(params, 0.1, key0()), Weighted((x, y), weights))
+    repeated, expected = step(train_state(params, 0.1, key0()), (x[rows], y[rows]))
+    chex.assert_trees_all_close(weighted.params, repeated.params, rtol=1e-5)
+    assert metrics["weight"] == 6 and metrics["big"] == pytest.approx(float(expected["big"]))
+    nothing, _ = step(train_state(params, 0.1, key0()), Weighted((x, y), np.zeros(4, np.float32)))
+    chex.assert_trees_all_equal(nothing.params, params)
 
 
-# Evaluation
+def test_weights_go_with_their_rows_through_an_epoch():
+    def step(state, batch):
+        return state._replace(step=state.step + 1), {"same": (batch.batch == batch.weights).all()}
+
+    data = Weighted(jnp.arange(9.0), jnp.arange(9.0))
+    start = TrainState({}, {}, (), jax.random.key(7), jnp.int32(0))
+    assert jax.jit(train_steps(step, 3, 6))(start, data)[1]["same"].all()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 64])
-def test_evaluation_counts_every_example_once(batch_size):
-    values = np.arange(10.0, dtype=np.float32)
-    mean = evaluate(lambda params, batch: {"mean": batch.mean(), "each": batch}, values, batch_size=batch_size)
-    result = mean(train_state({}, 0.1, key0()))
-    assert result["mean"] == result["each"] == pytest.approx(4.5)  # the mean of 0 .. 9
+def test_a_scalar_loss_cannot_be_weighted():
+    (x, y), weights = regression(4), np.ones(4, np.float32)
+    with pytest.raises(ValueError, match=r"the loss must be one value an example \[B\], got a scalar"):
+        train_step(mean_square, 0.1)(train_state(params_of(), 0.1, key0()), Weighted((x, y), weights))
 
 
-def test_evaluation_passes_state_to_metrics_that_name_it():
-    mean = evaluate(lambda params, batch, state: {"sum": batch + state["shift"]}, jnp.zeros(5), batch_size=2)
-    assert mean(train_state({}, 0.1, key0(), state={"shift": jnp.float32(3)}))["sum"] == 3
+# Parts of a batch
 
 
-# What one sees
+@pytest.mark.parametrize("loss", [mean_square, squares])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_accumulated_gradients_are_those_of_the_large_batch(loss, weighted):
+    if weighted and loss is mean_square:
+        pytest.skip("a scalar loss cannot be weighted")
+    batch = Weighted(regression(), np.arange(12, dtype=np.float32)) if weighted else regression()
+    params, optimizer = params_of(), optax.sgd(0.1)
+
+    def noted(params, batch):
+        return loss(params, batch), {"mean": batch[0].mean()} if not weighted else {"first": batch[0][:, 0]}
+
+    whole = jax.jit(train_step(noted, optimizer))(train_state(params, optimizer, key0()), batch)
+    parts = jax.jit(train_step(noted, optimizer, accumulate=4))(train_state(params, optimizer, key0()), batch)
+    chex.assert_trees_all_close(whole[0].params, parts[0].params, rtol=1e-5)
+    chex.assert_trees_all_close(whole[1], parts[1], rtol=1e-5)
 
 
-def test_progress_is_one_plain_line_an_epoch_where_there_is_no_terminal(capsys):
-    fitted(progress=None)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("compiled in ") and len(lines) == 4
-    assert re.fullmatch(r"epoch 3  step 9/9  loss [\d.e-]+  [\d,]+ samples/s  0:00 in all", lines[3])
+def test_parts_take_less_memory_than_the_whole():
+    def loss(w, x):
+        return jnp.mean(jnp.tanh(jnp.outer(x, w)) ** 2)  # an activation of [B, D]
+
+    def temporary(accumulate):
+        step = jax.jit(train_step(loss, 0.1, accumulate=accumulate))
+        args = train_state(jnp.ones(1000), 0.1, key0()), jnp.ones(1000)
+        return step.lower(*args).compile().memory_analysis().temp_size_in_bytes  # pyright: ignore
+
+    assert temporary(10) < temporary(1) / 4
 
 
-def test_progress_can_be_silent(capsys):
-    fitted(progress=False)
-    assert capsys.readouterr() == ("", "")
+def test_parts_draw_noise_of_their_own_and_pass_state_on():
+    def loss(w, batch, state, key):
+        return w + jnp.mean(batch), {"n": state["n"] + 1}, {"noise": jax.random.uniform(key)}
+
+    step = jax.jit(train_step(loss, 0.1, accumulate=3))
+    state, metrics = step(train_state(jnp.float32(0), 0.1, key0(), state={"n": jnp.int32(0)}), jnp.ones(6))
+    assert state.state["n"] == 3
+    step_key = jax.random.fold_in(key0(), 0)
+    noise = [float(jax.random.uniform(jax.random.fold_in(jax.random.clone(step_key), i))) for i in range(3)]
+    assert len(set(noise)) == 3 and metrics["noise"] == pytest.approx(np.mean(noise))
 
 
-def test_progress_rewrites_its_line_on_a_terminal(monkeypatch):
-    class Terminal:
-        written = ""
-
-        def isatty(self):
-            return True
-
-        def write(self, text):
-            self.written += text
-
-        def flush(self):
-            pass
-
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
-    show = Progress(200, compile_seconds=1.25)
-    show({"step": 100, "epoch": 1, "loss": 0.5, "samples_per_second": 1234.0, "seconds": 60.0})
-    show.close()
-    first, line, end = terminal.written.split("\r")[1:]
-    assert first == "compiled in 1.2 s\n"
-    assert line == "epoch 1  step 100/200  loss 0.5  1,234 samples/s  1:00 left"  # half done after a minute
-    assert end.endswith("\n")
+def test_a_batch_that_does_not_divide_is_named():
+    with pytest.raises(ValueError, match="a batch of 12 does not divide into accumulate=5 equal parts"):
+        train_step(mean_square, 0.1, accumulate=5)(train_state(params_of(), 0.1, key0()), regression())
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        train_step(mean_square, 0.1, accumulate=0)
 
 
-def test_learning_curves_are_a_picture(tmp_path):
-    history = fitted(evaluate=lambda state: {"test_accuracy": 0.5}).history
-    plot_history(history, tmp_path / "curves.png", title="curves")
-    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"  # the PNG signature
-    with pytest.raises(ValueError, match="the history is empty"):
-        plot_history([], tmp_path / "none.png")
+def test_a_change_of_the_batch_follows_from_key_and_step():
+    def loss(w, x):
+        return w * x.mean()
+
+    def noise(key, x):
+        return x + jax.random.normal(key, x.shape)
+
+    step = jax.jit(augmented(train_step(loss, 0.0), noise))
+    start = train_state(jnp.float32(1), 0.0, key0())
+    first, one = step(start, jnp.zeros(8))
+    assert one["loss"] == step(start, jnp.zeros(8))[1]["loss"] != step(first, jnp.zeros(8))[1]["loss"]
+    weighted, _ = jax.jit(augmented(train_step(lambda w, x: w * x, 0.1), lambda key, x: x + 1))(
+        start, Weighted(jnp.zeros(2), jnp.ones(2))
+    )
+    assert weighted.params == pytest.approx(0.9)  # the gradient is 1, the mean of what came out of the change
 
 
-def test_chunks_divide_the_epoch():
-    from jaxnet.train.fit import _chunk
+# Around an optimizer
 
-    sizes = {n: _chunk(n) for n in itertools.chain(range(1, 400), [468, 600, 60_000])}
-    assert all(n % size == 0 for n, size in sizes.items())
-    assert sizes[468] == 117 and sizes[60_000] == 100 and sizes[22] == 22 and sizes[397] == 397  # 397 is prime
+
+def test_groups_have_optimizers_of_their_own_and_frozen_ones_do_not_move():
+    params = {"body": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}
+    optimizer = by_path({"body/kernel": None, "**/bias": 0.5, "**": optax.sgd(0.25)})
+    step = jax.jit(train_step(lambda p, b: sum(leaf.sum() for leaf in jax.tree.leaves(p)), optimizer))
+    state, _ = step(train_state(params, optimizer, key0()), jnp.zeros(1))
+    assert jax.tree.map(lambda leaf: float(leaf[0]), state.params) == {
+        "body": {"kernel": 1.0, "bias": 0.5},
+        "head": {"kernel": 0.75},
+    }
+    frozen = freeze(0.25, "body")
+    state, _ = jax.jit(train_step(lambda p, b: sum(leaf.sum() for leaf in jax.tree.leaves(p)), frozen))(
+        train_state(params, frozen, key0()), jnp.zeros(1)
+    )
+    assert jax.tree.map(lambda leaf: float(leaf[0]), state.params)["body"] == {"kernel": 1.0, "bias": 1.0}
+
+
+def test_a_frozen_layers_gradient_is_not_computed():
+    params = {"body": jnp.ones((64, 64)), "head": jnp.ones((64, 64))}
+
+    def loss(p, x):
+        return jnp.mean(x @ p["body"] @ p["head"])
+
+    def products(optimizer):
+        text = jax.jit(train_step(loss, optimizer)).lower(train_state(params, optimizer, key0()), jnp.ones((8, 64)))
+        return (text.compile().as_text() or "").count(" dot(")
+
+    assert products(freeze(0.1, "body")) < products(0.1)
+
+
+def test_groups_that_miss_something_are_named():
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    with pytest.raises(KeyError, match=r"no pattern matches \['b'\]; the last may be '\*\*'"):
+        by_path({"a": 0.1}).init(params)
+    with pytest.raises(KeyError, match=r"nothing is left for \['c'\]; the parameters are \['a', 'b'\]"):
+        freeze(0.1, "c").init(params)
+
+
+def test_the_average_follows_its_formula():
+    optimizer = averaged(1.0, decay=0.5)
+    step = jax.jit(train_step(lambda w, b: -w, optimizer))  # w = 0, 1, 2, 3, ...
+    state, expected = train_state(jnp.float32(0), optimizer, key0()), 0.0
+    for t in range(12):
+        state, _ = step(state, jnp.zeros(1))
+        d = min(0.5, (1 + t) / (10 + t))
+        expected = d * expected + (1 - d) * (t + 1)
+        assert average(state) == pytest.approx(expected, rel=1e-5)
+    assert state.params == 12
+    with pytest.raises(ValueError, match="wrap it in `averaged`"):
+        average(train_state(jnp.float32(0), 0.1, key0()))
+
+
+def test_half_precision_is_averaged_in_float32():
+    optimizer = averaged(optax.sgd(0.0), decay=0.999)
+    state = train_state(jnp.bfloat16(1), optimizer, key0())
+    assert state.opt.params.dtype == jnp.float32 and average(state).dtype == jnp.bfloat16
+
+
+def poisoned(at, limit=10, optimizer=None, **settings):
+    """A run whose loss is not finite at some steps; its parameter and its state count the others."""
+    optimizer = guarded(1.0 if optimizer is None else optimizer, limit=limit, **settings)
+
+    def loss(w, bad, state):
+        return -w * jnp.where(bad, jnp.nan, 1), {"n": state["n"] + 1}
+
+    bad = jnp.zeros(12, bool).at[jnp.array(at)].set(True)
+    start = train_state(jnp.float32(0), optimizer, key0(), state={"n": jnp.int32(0)})
+    return jax.jit(lambda start: jax.lax.scan(train_step(loss, optimizer), start, bad))(start)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted():
+    state, metrics = poisoned([3, 4, 8])
+    assert state.params == 9 and state.state["n"] == 9 and state.step == 12
+    assert list(np.flatnonzero(metrics["skipped"])) == [3, 4, 8]
+    assert state.opt.in_all == 3 and state.opt.skipped == 0
+
+
+def test_beyond_the_limit_nothing_is_applied_any_more():
+    state, metrics = poisoned([3, 4, 5], limit=2)
+    assert state.params == 3 and state.state["n"] == 3 and metrics["skipped"][3:].all()
+
+
+def test_a_skipped_step_leaves_the_optimizer_alone():
+    state, _ = poisoned([3, 4], optimizer=optax.adam(1.0))
+    inner: Any = state.opt.inner
+    assert inner[0].count == 10 and np.isfinite(inner[0].mu)
+
+
+def test_the_loss_scale_halves_and_doubles():
+    state, _ = poisoned([3, 4], loss_scale=1024.0, interval=3)
+    # doubled after steps 0-2, halved at 3 and 4, doubled after 5-7 and 8-10
+    assert state.opt.scale == 1024 * 2 / 2 / 2 * 2 * 2 and state.params == 10
+
+
+def test_a_scaled_loss_rescues_gradients_that_underflow_in_float16():
+    def loss(w, x):
+        return (w.astype(jnp.float16) * x.astype(jnp.float16) * jnp.float16(1e-4)).astype(jnp.float32).mean()
+
+    def moved(optimizer):  # the gradient is 1e-4 * 1e-5: less than float16's least 6e-8, until it is scaled
+        step = jax.jit(train_step(loss, optimizer))
+        return float(step(train_state(jnp.float32(0), optimizer, key0()), jnp.full(1, 1e-5))[0].params)
+
+    assert moved(1.0) == 0
+    assert moved(guarded(1.0, loss_scale=2.0**15)) == pytest.approx(-1e-9, rel=0.05)
+
+
+def test_mixed_precision_keeps_parameters_norms_and_loss_in_float32():
+    net = cast(chain(dense(8), layer_norm(), dense(3)), jnp.bfloat16)
+    x = jax.random.normal(key0(), (4, 5))
+    params = net.init(jax.random.key(1), x)
+
+    def loss(params, x):
+        return jax.nn.logsumexp(net.apply(params, x), axis=-1)
+
+    state, metrics = jax.jit(train_step(loss, 0.1))(train_state(params, 0.1, key0()), x)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, metrics))} == {"float32"}
+    text = jax.jit(train_step(loss, 0.1)).lower(train_state(params, 0.1, jax.random.key(2)), x).as_text()
+    assert re.search(r"dot_general.*bf16", text) and not re.search(r"dot_general.*xf32", text)
+    assert not re.search(r"(rsqrt|exponential).*bf16", text)  # the norm's and the softmax's inner steps
+
+
+def test_settings_that_make_no_sense_are_named():
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
+        averaged(0.1, decay=1)
+    with pytest.raises(ValueError, match="limit must be at least 0, interval at least 1 and loss_scale positive"):
+        guarded(0.1, loss_scale=0)

@@ -3,10 +3,24 @@
     save("run/state.safetensors", {"params": params, "opt": opt_state, "step": 100}, metadata={"accuracy": 0.98})
     state = load("run/state.safetensors", like=state)
 
+`lazy` opens a file for single leaves, `Checkpoints` is a folder with one file a step; docs/checkpoints.md is the guide.
 The files are plain safetensors; docs/checkpoint_format.md describes them. Linux and macOS (it takes `flock`).
 """
 
 from jaxnet.checkpoint.file import Info, Leaf, inspect, load, save, verify
 from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.lazy import lazy
+from jaxnet.checkpoint.store import Checkpoint, Checkpoints
 
-__all__ = ["CheckpointError", "Info", "Leaf", "inspect", "load", "save", "verify"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Checkpoints",
+    "Info",
+    "Leaf",
+    "inspect",
+    "lazy",
+    "load",
+    "save",
+    "verify",
+]

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxnet.checkpoint.format import RESTORE, CheckpointError
+from jaxnet.checkpoint.format import RESTORE, CheckpointError, Misfit
 from jaxnet.checkpoint.structure import CODES, WIDENED, Node, Spec
 
 
 class Target(NamedTuple):
-    """How a leaf shall come back: its kind as in Node, and its sharding (None: where JAX puts arrays by default)."""
+    """How an array shall come back: kind and dtype as in Node, and sharding (None: where JAX puts arrays by default)."""
 
     kind: str
+    dtype: str
     sharding: Any = None
 
 
@@ -78,7 +79,7 @@ def from_bytes(file: str, name: str, node: Node, shape: tuple[int, ...], raw: np
     try:
         if node.kind == "key":
             return raw.view(np.uint32).reshape(shape)
-        dtype = np.dtype(getattr(ml_dtypes, node.value, node.value))
+        dtype = _dtype(node.value)
         if "int" in node.value and node.value in WIDENED:
             return raw.view(np.uint8 if node.value.startswith("uint") else np.int8).astype(dtype).reshape(shape)
         return raw.view(dtype).reshape(shape[:-1] if dtype == np.complex128 else shape)
@@ -93,7 +94,7 @@ def place(file: str, nodes: dict[str, Node], data: dict[str, np.ndarray], target
     """
     result: dict[str, Any] = dict(data)
     moving = []
-    for name, (kind, _) in targets.items():
+    for name, (kind, _, _) in targets.items():
         if kind == "key":
             result[name] = _wrap_key(file, name, nodes[name].value, data[name])
         elif kind == "numpy_scalar":
@@ -103,8 +104,32 @@ def place(file: str, nodes: dict[str, Node], data: dict[str, np.ndarray], target
     try:
         placed = jax.device_put([result[name] for name in moving], [targets[name].sharding for name in moving])
     except (TypeError, ValueError) as e:
-        raise CheckpointError(file, None, f"the shardings of `like` do not suit its shapes: {e}") from e
+        raise Misfit(file, None, f"the shardings of `like` do not suit its shapes: {e}") from e
     return result | dict(zip(moving, placed, strict=True))
+
+
+def cast(file: str, data: dict[str, np.ndarray], targets: dict[str, Target]) -> dict[str, np.ndarray]:
+    """Arrays in the dtypes of `targets`: floats rounded to floats, all else exact, or one Misfit for all that is not."""
+    result, lines = {}, []
+    for name, x in data.items():
+        wanted = x.dtype if targets[name].kind == "key" else _dtype(targets[name].dtype)
+        result[name], lost, first = (x, 0, 0) if x.dtype == wanted else _cast(x, wanted)
+        if lost:
+            spec = Spec(x.dtype.name, x.shape)
+            lines.append(
+                f"{name}: {lost} of {x.size} values of {spec} do not fit {wanted}, the first is {x.flat[first]!s}"
+            )
+    if lines:
+        text = (
+            "these leaves would change by more than rounding (load them in their own dtype and convert them yourself):"
+        )
+        raise Misfit(file, None, "\n  ".join([text, *lines]))
+    return result
+
+
+def is_abstract(x: Any) -> bool:
+    """Whether a leaf of a template has no values to keep."""
+    return isinstance(x, jax.ShapeDtypeStruct) or isinstance(x, jax.Array) and x.is_deleted()
 
 
 def sharding(x: Any) -> Any:
@@ -119,6 +144,66 @@ def empty(nbytes: int) -> np.ndarray:
     raw = np.empty(nbytes + 63, np.uint8)
     start = -raw.__array_interface__["data"][0] % 64
     return raw[start : start + nbytes]
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _cast(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int, int]:
+    """An array in another dtype, how many values have not come through, and the flat index of the first of them."""
+    result, lost, first, block = np.empty(x.shape, dtype), 0, 0, 1 << 20  # in blocks: the check takes float64s
+    source, target = x.reshape(-1), result.reshape(-1)
+    for start in range(0, x.size, block):
+        part = slice(start, start + block)
+        target[part], bad = _cast_block(source[part], dtype)
+        first = first if lost or not bad.any() else start + int(bad.argmax())
+        lost += int(bad.sum())
+    return result, lost, first
+
+
+def _cast_block(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    def is_a(kind, which=x.dtype):
+        return jnp.issubdtype(which, kind)
+
+    if is_a(np.complexfloating) or is_a(np.complexfloating, dtype):
+        if not is_a(np.complexfloating, dtype):
+            new, bad = _cast_block(np.real(x), dtype)
+            return new, bad | (np.imag(x) != 0)
+        part = np.dtype(np.float32 if dtype.name == "complex64" else np.float64)
+        (real, bad), (imag, worse) = (_cast_block(y, part) for y in (np.real(x), np.imag(x)))
+        new = np.empty(x.shape, dtype)
+        new.real, new.imag = real, imag
+        return new, bad | worse
+    with np.errstate(all="ignore"):
+        if is_a(np.floating) and is_a(np.floating, dtype):
+            new = x.astype(dtype)
+            before, after = x.astype(np.float64), new.astype(np.float64)
+            fits = np.isfinite(after) & (abs(before) <= float(ml_dtypes.finfo(dtype).max))
+            same = (after == before) | np.isnan(after) & np.isnan(before)
+            return new, ~np.where(np.isfinite(before), fits, same)
+        if is_a(np.floating):
+            before = x.astype(np.float64)
+            inside = _inside(before, dtype)
+            return np.where(inside, before, 0).astype(dtype), ~inside | (before != np.trunc(before))
+        whole = x.astype(np.dtype(f"{'u' * x.dtype.name.startswith(('u', 'bool'))}int{8 * x.dtype.itemsize}"))
+        if is_a(np.floating, dtype):
+            new = whole.astype(dtype)
+            after = new.astype(np.float64)
+            inside = _inside(after, whole.dtype)
+            return new, ~inside | (np.where(inside, after, 0).astype(whole.dtype) != whole)
+        low, high = _limits(dtype)
+        return whole.astype(dtype), (whole < low) | (whole > high)
+
+
+def _limits(dtype: np.dtype) -> tuple[int, int]:
+    return (0, 1) if dtype.name == "bool" else (int(ml_dtypes.iinfo(dtype).min), int(ml_dtypes.iinfo(dtype).max))
+
+
+def _inside(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Where float64 numbers lie in the range of an integer dtype, whose limits are powers of two and so exact."""
+    low, high = _limits(dtype)
+    return (x >= float(low)) & (x < float(high + 1))
 
 
 def _fetch(x: Any) -> np.ndarray:

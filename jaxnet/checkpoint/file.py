@@ -9,14 +9,17 @@ import os
 import secrets
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint import structure
-from jaxnet.checkpoint.format import CheckpointError, Header, Tensor
-from jaxnet.checkpoint.structure import Node, Spec
+from jaxnet.checkpoint import match, structure
+from jaxnet.checkpoint.format import CheckpointError, Header, Misfit, Tensor
+from jaxnet.checkpoint.structure import Node
+
+if TYPE_CHECKING:
+    from jaxnet.checkpoint.arrays import Target
 
 READ = 1 << 20  # bytes read and summed at a time, so that the sum finds them in the processor's cache
 WRITE = 4 << 20  # bytes written and summed at a time; a part of format.CHUNK
@@ -60,6 +63,16 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | 
 
     The tree costs no second copy in memory: one leaf at a time is brought to the host.
     """
+    prepare(path, tree, metadata)()
+
+
+def prepare(
+    path: str | os.PathLike[str], tree: Any, metadata: dict[str, Any] | None, *, snapshot: bool = False
+) -> Callable[[], None]:
+    """Check all that can be wrong with a tree and return what writes it, once; from a copy if `snapshot`.
+
+    A copy is on the host and shares no memory with the tree, whose arrays may then be donated, deleted or changed.
+    """
     from jaxnet.checkpoint import arrays
 
     file = os.fsdecode(path)
@@ -69,14 +82,31 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | 
     tensors = fmt.layout([(name, *structure.stored_as(nodes[name], shape)) for name, shape in shapes.items()])
     manifest = {"version": fmt.VERSION, "metadata": _exact_json(file, metadata or {}), "tree": structure.to_json(node)}
     empty = fmt.write_header(file, tensors, manifest | {"crc32": ["0" * 8 * t.chunks for t in tensors]})
-    with _replacing(file) as fd:
-        os.lseek(fd, len(empty), os.SEEK_SET)
-        crcs = _write_tensors(fd, tensors, lambda name: arrays.to_bytes(nodes[name], leaves[name]))
-        os.lseek(fd, 0, os.SEEK_SET)
-        _write(fd, memoryview(fmt.write_header(file, tensors, manifest | {"crc32": crcs})))
+
+    def fetch(name):
+        return arrays.to_bytes(nodes[name], leaves[name])
+
+    copies = {name: fetch(name).copy() for name in leaves} if snapshot else None
+
+    def write():
+        with _replacing(file) as fd:
+            os.lseek(fd, len(empty), os.SEEK_SET)
+            crcs = _write_tensors(fd, tensors, fetch if copies is None else copies.pop)
+            os.lseek(fd, 0, os.SEEK_SET)
+            _write(fd, memoryview(fmt.write_header(file, tensors, manifest | {"crc32": crcs})))
+
+    return write
 
 
-def load(path: str | os.PathLike[str], like: Any = None) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    like: Any = None,
+    *,
+    only: str | Iterable[str] | None = None,
+    rename: dict[str, str] | Callable[[str], str] | None = None,
+    strict: bool = True,
+    cast: bool = False,
+) -> Any:
     """Read a tree from a file and check every byte of it.
 
     Without `like` dicts, lists, tuples, None, scalars and arrays come back as they were saved; NamedTuples, dataclasses
@@ -89,24 +119,64 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
 
     Arrays of 64 bits stay NumPy arrays while `jax_enable_x64` is off: JAX would truncate them.
 
+    Args:
+      path: the file.
+      like: what the result shall look like, or None.
+      only: a pattern of paths as in `jaxnet.tree` ('blocks/*/kernel', 'head'), or several, of which each must match
+        something. Only these leaves are read and checked. The result, and `like`, is the part of the tree that holds
+        them, as `jaxnet.tree.split(tree, only)[0]` gives it.
+      rename: new paths for leaves of the file: a dict {path or node in the file: path or node in the result}, of which
+        the longest that fits counts, or a function from path to path. The leaves then have no containers but those of
+        `like` or, without it, nested dicts. `only` speaks of the new paths.
+      strict: False (with `like`) to keep the leaves of `like` that the file lacks, which must have values, and to
+        leave out those of the file that `like` lacks. What both have must still fit, and they must share something.
+      cast: True (with `like`) to convert arrays to the dtypes of `like`. Between floats, values are rounded to the
+        nearest; all else must be exact. What overflows, is NaN or a fraction and becomes an integer, is an integer out
+        of range or between two floats, or loses an imaginary part is an error.
+
     Raises:
-      CheckpointError: the file is damaged, not a checkpoint, or does not fit `like` (all differences in one error).
+      CheckpointError: the file is damaged, not a checkpoint, or is not what was asked for (all differences in one
+        error, with guesses at what has been renamed).
       OSError: the file is missing or cannot be opened.
     """
+    return load_with_info(path, like, only=only, rename=rename, strict=strict, cast=cast)[0]
+
+
+def load_with_info(
+    path: str | os.PathLike[str],
+    like: Any = None,
+    *,
+    only: str | Iterable[str] | None = None,
+    rename: dict[str, str] | Callable[[str], str] | None = None,
+    strict: bool = True,
+    cast: bool = False,
+) -> tuple[Any, Info]:
+    """What `load` and `inspect` return, from one and the same file, even while another replaces it."""
     from jaxnet.checkpoint import arrays
 
-    with _opened(path) as (file, fd, size):
-        header, node, nodes, tensors = _read_content(file, fd, size)
-        targets = {name: arrays.Target(nodes[name].kind) for name in tensors}
+    if like is None and (cast or not strict):
+        raise ValueError("cast=True and strict=False need a tree `like`: they say how it and the file may differ")
+    with opened(path) as (file, fd, size):
+        content = read_content(file, fd, size)
+        info, kept = _info(file, size, content), {}
+        if rename is not None:
+            content = _rename(file, content, rename)
+        if only is not None:
+            content = _select(file, content, [only] if isinstance(only, str) else list(only))
+        header, node, nodes, tensors = content[:4]
+        targets = {name: arrays.Target(nodes[name].kind, nodes[name].value) for name in tensors}
         if like is not None:
-            found = structure.specs_in_file(nodes, tensors)
-            targets = _match(file, like, node if header.manifest else None, found)
-        raw = _read_tensors(file, fd, header, arrays.empty)
-    stored = {name: arrays.from_bytes(file, name, nodes[name], t.shape, raw.pop(t.name)) for name, t in tensors.items()}
+            what = "it" if only is None else "what `only` selects"
+            targets, kept = _match(file, what, like, content, strict, cast)
+        raw = read_tensors(file, fd, header, [tensors[name] for name in targets], arrays.empty)
+    stored = {n: arrays.from_bytes(file, n, nodes[n], tensors[n].shape, raw.pop(tensors[n].name)) for n in targets}
+    if cast:
+        stored = arrays.cast(file, stored, targets)
     values = arrays.place(file, nodes, stored, targets)
     if like is None:
-        return structure.build(node, values)
-    return structure.refill(like, {name: values.get(name, n.value) for name, n in nodes.items()})
+        return structure.build(node, values), info
+    scalars = {name: n.value for name, n in nodes.items() if name not in tensors}
+    return structure.refill(like, scalars | values | kept), info
 
 
 def inspect(path: str | os.PathLike[str]) -> Info:
@@ -116,8 +186,8 @@ def inspect(path: str | os.PathLike[str]) -> Info:
       CheckpointError: the header is damaged (the arrays' bytes are not read: `verify` does that).
       OSError: the file is missing or cannot be opened.
     """
-    with _opened(path) as (file, fd, size):
-        return _info(file, size, _read_content(file, fd, size))
+    with opened(path) as (file, fd, size):
+        return _info(file, size, read_content(file, fd, size))
 
 
 def verify(path: str | os.PathLike[str]) -> Info:
@@ -128,9 +198,9 @@ def verify(path: str | os.PathLike[str]) -> Info:
 
     Raises: as `load`.
     """
-    with _opened(path) as (file, fd, size):
-        content = _read_content(file, fd, size)
-        _read_tensors(file, fd, content.header, None)
+    with opened(path) as (file, fd, size):
+        content = read_content(file, fd, size)
+        read_tensors(file, fd, content.header, content.header.tensors, None)
         return _info(file, size, content)
 
 
@@ -237,7 +307,10 @@ def _write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any
                 if unsynced >= 4 * WRITE and (sync is None or sync.done()):
                     if sync:
                         sync.result()  # raises what the disk reported, which it does only once
-                    sync, unsynced = pool.submit(os.fsync, fd), 0
+                        sync = None
+                    with contextlib.suppress(RuntimeError):  # no new threads while the interpreter shuts down
+                        sync = pool.submit(os.fsync, fd)
+                    unsynced = 0
                 sums[start // fmt.CHUNK] = zlib.crc32(block, sums[start // fmt.CHUNK])
             crcs.append("".join(f"{crc:08x}" for crc in sums))
         if sync:
@@ -269,7 +342,7 @@ def _exact_json(file: str, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
+def opened(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
     """Give the file's name, descriptor and size."""
     file = os.fsdecode(path)
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # do not wait for the other end of a pipe
@@ -284,16 +357,17 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
         os.close(fd)
 
 
-class _Content(NamedTuple):
+class Content(NamedTuple):
     """All that a file's first bytes say, checked."""
 
     header: Header
     node: Node
     leaves: dict[str, Node]
     tensors: dict[str, Tensor]  # by the names of the leaves, which in another program's file may not be their own
+    structured: bool  # whether the file says which containers the tree has
 
 
-def _read_content(file: str, fd: int, size: int) -> _Content:
+def read_content(file: str, fd: int, size: int) -> Content:
     first = bytearray(min(8, size))
     _read(file, fd, memoryview(first), 0)
     raw = bytearray(fmt.header_length(file, bytes(first), size))
@@ -304,15 +378,15 @@ def _read_content(file: str, fd: int, size: int) -> _Content:
         dtypes = [Node("jax", structure.DTYPES.get(t.code, t.code)) for t in header.tensors]
         tensors = {structure.leaf_name(path): t for path, t in zip(paths, header.tensors, strict=True)}
         node = structure.nest(dict(zip(paths, dtypes, strict=True)))
-        return _Content(header, node, structure.leaves(node), tensors)
+        return Content(header, node, structure.leaves(node), tensors, False)
     node = structure.from_json(file, header.manifest.get("tree"))
     leaves, tensors = structure.leaves(node), {t.name: t for t in header.tensors}
     structure.check_arrays(file, leaves, tensors)
-    return _Content(header, node, leaves, tensors)
+    return Content(header, node, leaves, tensors, True)
 
 
-def _info(file: str, size: int, content: _Content) -> Info:
-    header, _, nodes, tensors = content
+def _info(file: str, size: int, content: Content) -> Info:
+    header, nodes, tensors = content.header, content.leaves, content.tensors
     specs = structure.specs_in_file(nodes, tensors)
     scalars = {name: n.value for name, n in nodes.items() if name not in tensors}
     sizes = {name: tensors[name].stop - tensors[name].start for name in nodes if name in tensors}
@@ -322,26 +396,57 @@ def _info(file: str, size: int, content: _Content) -> Info:
     return Info(file, header.manifest["version"], header.manifest["metadata"], leaves, scalars, size)
 
 
-def _match(file: str, like: Any, stored: Node | None, found: dict[str, Spec]) -> dict[str, Any]:
-    """How each leaf of `like` wants its value, if the file fits it in all."""
+def _rename(file: str, content: Content, rename: dict[str, str] | Callable[[str], str]) -> Content:
+    """The same leaves under other names, without the containers."""
+    paths = match.renamed(file, content.leaves, rename)
+    leaves = {structure.leaf_name(path): content.leaves[name] for name, path in paths.items()}
+    tensors = {structure.leaf_name(path): content.tensors[n] for n, path in paths.items() if n in content.tensors}
+    node = structure.nest({path: content.leaves[name] for name, path in paths.items()})
+    return Content(content.header, node, leaves, tensors, False)
+
+
+def _select(file: str, content: Content, patterns: list[str]) -> Content:
+    """The part of a file's tree that matches the patterns."""
+    if not patterns:
+        raise ValueError("only must be a pattern of paths or several, got none")
+    names = match.select(file, content.leaves, patterns)
+    node = match.prune(content.node, names) or content.node
+    leaves, tensors = ({n: x for n, x in part.items() if n in names} for part in (content.leaves, content.tensors))
+    return content._replace(node=node, leaves=leaves, tensors=tensors)
+
+
+def _match(
+    file: str, what: str, like: Any, content: Content, strict: bool, cast: bool
+) -> tuple[dict[str, "Target"], dict[str, Any]]:
+    """How `like` wants each array that it takes from the file, if that fits it in all; and the leaves that it keeps."""
     from jaxnet.checkpoint import arrays
 
     template, leaves = structure.encode(file, like, functools.partial(arrays.describe_template, file))
-    nodes = structure.leaves(template)
+    nodes, found = structure.leaves(template), structure.specs_in_file(content.leaves, content.tensors)
     wanted = {n: structure.spec(node, tuple(leaves[n].shape) if n in leaves else None) for n, node in nodes.items()}
-    if lines := structure.differences(template, wanted, stored, found):
-        text = "it does not fit the template `like` (without `like` it loads as saved):"
-        raise CheckpointError(file, None, "\n  ".join([text, *lines]))
-    return {name: arrays.Target(nodes[name].kind, arrays.sharding(x)) for name, x in leaves.items()}
+    stored = content.node if content.structured else None
+    lines = match.differences(template, wanted, stored, found, strict=strict, cast=cast)
+    kept = {} if strict else {name: leaves.get(name, node.value) for name, node in nodes.items() if name not in found}
+    empty = [name for name, x in kept.items() if arrays.is_abstract(x)]
+    lines += [f"missing from the file: {name} {wanted[name]}, and `like` has no value" for name in empty]
+    if kept and kept.keys() == nodes.keys():
+        lines.append("strict=False, but the file and the template have no path in common")
+    if lines:
+        text = f"{what} does not fit the template `like` (without `like` it loads as saved):"
+        raise Misfit(file, None, "\n  ".join([text, *lines]))
+    targets = {
+        n: arrays.Target(nodes[n].kind, nodes[n].value, arrays.sharding(x)) for n, x in leaves.items() if n in found
+    }
+    return targets, kept
 
 
-def _read_tensors(file: str, fd: int, header: Header, empty: Callable[[int], Any] | None) -> dict[str, Any]:
-    """Read and check the bytes of every tensor; into memory that `empty(bytes)` gives, if it is given."""
-    out = {t.name: empty(t.stop - t.start) for t in header.tensors} if empty else {}
-    crcs = header.manifest["crc32"] if header.manifest else [""] * len(header.tensors)
-    jobs = [
-        (t, i, crc[8 * i : 8 * i + 8]) for t, crc in zip(header.tensors, crcs, strict=True) for i in range(t.chunks)
-    ]
+def read_tensors(
+    file: str, fd: int, header: Header, tensors: Sequence[Tensor], empty: Callable[[int], Any] | None
+) -> dict[str, Any]:
+    """Read and check the bytes of some tensors; into memory that `empty(bytes)` gives, if it is given."""
+    out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
+    crcs = dict(zip((t.name for t in header.tensors), header.manifest["crc32"], strict=True)) if header.manifest else {}
+    jobs = [(t, i, crcs.get(t.name, "")[8 * i : 8 * i + 8]) for t in tensors for i in range(t.chunks)]
 
     def check(job):
         tensor, i, expected = job

@@ -42,6 +42,10 @@ class CheckpointError(Exception):
         return f"{self.path}: " + (f"leaf '{self.leaf}': " if self.leaf is not None else "") + self.reason
 
 
+class Misfit(CheckpointError):
+    """A sound file that is not what was asked for: another request helps, another copy of the file does not."""
+
+
 class Tensor(NamedTuple):
     """One entry of the header: `code` is safetensors' name of a type, `start` and `stop` count from the first datum."""
 
@@ -184,7 +188,7 @@ def _check_version(file: str, version: Any):
         raise CheckpointError(file, None, f"the manifest's version is {version!r}, expected a number; {RESTORE}")
     if version > VERSION:
         text = f"it has format version {version}, this jaxnet reads versions up to {VERSION}: install a newer jaxnet"
-        raise CheckpointError(file, None, text)
+        raise Misfit(file, None, text)
 
 
 def _check_manifest(file: str, manifest: dict[str, Any], tensors: list[Tensor]):

@@ -1,4 +1,4 @@
-"""The tree: its structure as JSON and back, the names of its leaves, and how two trees differ.
+"""The tree: its structure as JSON and back, and the names of its leaves.
 
 In JSON a node is [kind, content]:
 
@@ -13,7 +13,6 @@ In JSON a node is [kind, content]:
 
 import base64
 import collections
-import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -69,6 +68,13 @@ def leaf_name(path: Path) -> str:
     return "~__metadata__" if name == "__metadata__" else name  # in a safetensors header that name has another meaning
 
 
+def leaf_path(name: str) -> Path:
+    """The path whose `leaf_name` this is."""
+    if name == "~__metadata__":
+        return ("__metadata__",)
+    return tuple(step.replace("~1", "/").replace("~0", "~") for step in name.split("/")) if name else ()
+
+
 def encode(file: str, tree: Any, describe: Callable[[str, Any], Node]) -> tuple[Node, dict[str, Any]]:
     """The node of a tree, and its array leaves by name; `describe(name, leaf)` gives the node of such a leaf."""
     arrays = {}
@@ -96,7 +102,7 @@ def encode(file: str, tree: Any, describe: Callable[[str, Any], Node]) -> tuple[
         steps = [str(key) for key in keys]
         if len(set(steps)) < len(steps):
             name = leaf_name((*path, next(step for step in steps if steps.count(step) > 1)))
-            raise CheckpointError(file, name, f"two keys of type {_types(keys)} give this one name: rename one")
+            raise CheckpointError(file, name, f"two keys of type {types(keys)} give this one name: rename one")
         return Node(kind, None, keys, [visit(x, (*path, step)) for step, x in zip(steps, children, strict=True)])
 
     return visit(tree, ()), arrays
@@ -145,6 +151,11 @@ def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:
 
 def leaves(node: Node) -> dict[str, Node]:
     return {leaf_name(path): n for path, n in walk(node) if n.is_leaf}
+
+
+def show(x: Any) -> str:
+    """A scalar as Python writes it, which for an int of more than some thousand digits it does only in hexadecimal."""
+    return hex(x) if isinstance(x, int) and x.bit_length() > 10_000 else repr(x)
 
 
 def stored_as(node: Node, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
@@ -218,6 +229,8 @@ def foreign_paths(names: Sequence[str]) -> list[Path]:
 
 def nest(leaves: dict[Path, Node]) -> Node:
     """Nested dicts with these leaves."""
+    if () in leaves:
+        return leaves[()]
     root: dict[str, Any] = {}
     for (*path, last), leaf in leaves.items():
         branch = root
@@ -229,56 +242,6 @@ def nest(leaves: dict[Path, Node]) -> Node:
         return Node("dict", None, list(x), [visit(child) for child in x.values()]) if isinstance(x, dict) else x
 
     return visit(root)
-
-
-def differences(template: Node, wanted: dict[str, Spec], stored: Node | None, found: dict[str, Spec]) -> list[str]:
-    """One line for each way in which a file (`stored`, None if it records no structure; `found`) misses a template."""
-    missing = {name: spec for name, spec in wanted.items() if name not in found}
-    unexpected = {name: spec for name, spec in found.items() if name not in wanted}
-    lines = [f"missing from the file: {name} {spec}" for name, spec in missing.items()]
-    lines += [f"not in the template: {name} {spec}" for name, spec in unexpected.items()]
-    for name, spec in wanted.items():
-        if name in found and spec != found[name]:
-            what = "dtype" if spec.shape == found[name].shape else "shape"
-            lines.append(f"{what} differs: {name}: template {spec}, file {found[name]}")
-    if stored is not None:
-        lines += _container_differences(template, stored)
-    return lines + _renames(missing, unexpected)
-
-
-def _container_differences(template: Node, stored: Node) -> list[str]:
-    ours, theirs = ({path: n for path, n in walk(node) if not n.is_leaf} for node in (template, stored))
-    lines = []
-    for path in ours | theirs:
-        here, there = ours.get(path), theirs.get(path)
-        if here and there:
-            differ = _in_words(here) != _in_words(there)
-        else:  # one side alone has it: what is in it has been reported leaf by leaf, but it may be empty
-            differ = not (here or theirs[path]).children
-        if differ:
-            name = leaf_name(path) if path else "the root"
-            lines.append(f"container differs: {name}: template {_in_words(here)}, file {_in_words(there)}")
-    return lines
-
-
-def _in_words(container: Node | None) -> str:
-    if container is None:
-        return "nothing"
-    names = {"none": "None", "record": "record of named fields", "ordered_dict": "OrderedDict"}
-    name = names.get(container.kind, container.kind)
-    if container.kind in DICTS and not all(isinstance(key, str) for key in container.keys):
-        name += f" with keys of type {_types(container.keys)}"
-    return name
-
-
-def _renames(missing: dict[str, Spec], unexpected: dict[str, Spec]) -> list[str]:
-    lines, free = [], dict(unexpected)
-    for name, spec in list(missing.items())[:50]:  # bounded: each guess compares the name with all candidates
-        candidates = [other for other, found in free.items() if found == spec][:50]
-        if best := difflib.get_close_matches(name, candidates, n=1, cutoff=0.3):
-            lines.append(f"perhaps renamed: {best[0]} in the file is {name} in the template")
-            del free[best[0]]
-    return lines
 
 
 def _fields(x: Any) -> list[tuple[str, Any]] | None:
@@ -316,7 +279,7 @@ def _key_from_json(json: Any) -> Any:
     return json if isinstance(json, str) else _scalar(*json)
 
 
-def _types(keys: Sequence[Any]) -> str:
+def types(keys: Sequence[Any]) -> str:
     return " and ".join(sorted({type(key).__name__ for key in keys}))
 
 

@@ -1,8 +1,20 @@
-"""Real data as plain NumPy arrays: IDX files, MNIST, the 8x8 digits, and batches for a loop of one's own."""
+"""Real data as plain NumPy arrays: IDX files, MNIST, the 8x8 digits, and batches and windows for a loop of one's own."""
 
 from .batching import Dataset, Split, batches, check_labels
 from .digits import digits
 from .idx import read_idx, write_idx
 from .mnist import MIRRORS, mnist
+from .windows import Windows
 
-__all__ = ["MIRRORS", "Dataset", "Split", "batches", "check_labels", "digits", "mnist", "read_idx", "write_idx"]
+__all__ = [
+    "MIRRORS",
+    "Dataset",
+    "Split",
+    "Windows",
+    "batches",
+    "check_labels",
+    "digits",
+    "mnist",
+    "read_idx",
+    "write_idx",
+]

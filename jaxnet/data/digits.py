@@ -1,5 +1,8 @@
 """1,797 real handwritten digits of 8x8 pixels that come with scikit-learn: real data without a download."""
 
+import importlib.util
+import pathlib
+
 import numpy as np
 
 from .batching import Dataset, Split, permutation
@@ -15,6 +18,21 @@ def digits(*, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
     Source: E. Alpaydin & C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
         (the 1,797 images of its test part): https://archive.ics.uci.edu/dataset/80
     """
+    pixels, labels = _published()
+    images = (pixels / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    labels = labels.astype(np.int32)
+    test = _test_rows(labels, test_fraction, seed)
+    return Dataset(train=Split(images[~test], labels[~test]), test=Split(images[test], labels[test]))
+
+
+def _published() -> tuple[np.ndarray, np.ndarray]:
+    """`load_digits(return_X_y=True)` of scikit-learn, from the file in its folder: importing the package takes a second."""
+    package = importlib.util.find_spec("sklearn")
+    for folder in (package and package.submodule_search_locations) or ():
+        file = pathlib.Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            table = np.loadtxt(file, delimiter=",")
+            return table[:, :-1], table[:, -1].astype(int)
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -23,10 +41,7 @@ def digits(*, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
             "install scikit-learn, e.g. `pip install -e '.[examples]'` in the checkout"
         ) from error
     pixels, labels = load_digits(return_X_y=True)
-    images = (pixels / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-    labels = labels.astype(np.int32)
-    test = _test_rows(labels, test_fraction, seed)
-    return Dataset(train=Split(images[~test], labels[~test]), test=Split(images[test], labels[test]))
+    return pixels, labels
 
 
 def _test_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

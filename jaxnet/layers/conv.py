@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxnet import ops
 from jaxnet.core import Layer, check_input, describe, fold, layer
+from jaxnet.layers import initializers
 from jaxnet.ops.geometry import window_geometry
 
 __all__ = ["conv"]
@@ -25,8 +25,8 @@ def conv(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     bias: bool = True,
-    kernel_init: Callable = jax.nn.initializers.lecun_normal(),
-    bias_init: Callable = jax.nn.initializers.zeros,
+    kernel_init: Callable = initializers.lecun_normal,
+    bias_init: Callable = initializers.zeros,
     precision: Any = None,
 ) -> Layer:
     """Convolve, y[o, f] = b[f] + sum over w, c of x[o s + w d - lo, c] k[w, c, f].   [..., *spatial, C] -> [..., *outputs, F]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxnet.core import Layer, check_input, layer
+from jaxnet.layers import initializers
 
 __all__ = ["embed"]
 
@@ -17,7 +17,7 @@ def embed(
     vocabulary: int,
     features: int,
     *,
-    embedding_init: Callable = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0),
+    embedding_init: Callable = initializers.fan_in_normal,
     dtype: Any = None,
 ) -> Layer:
     """Look up a learned vector for each integer, y = E[ids].   ids [...] -> y [..., features].

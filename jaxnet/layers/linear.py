@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxnet.core import Layer, check_input, fold, layer
+from jaxnet.layers import initializers
 
 __all__ = ["dense"]
 
@@ -17,8 +17,8 @@ def dense(
     units: int,
     *,
     bias: bool = True,
-    kernel_init: Callable = jax.nn.initializers.lecun_normal(),
-    bias_init: Callable = jax.nn.initializers.zeros,
+    kernel_init: Callable = initializers.lecun_normal,
+    bias_init: Callable = initializers.zeros,
     precision: Any = None,
 ) -> Layer:
     """Affine map of the last axis, y = x W + b.   x [..., D] -> y [..., units]; kernel [D, units], bias [units].

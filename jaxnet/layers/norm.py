@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnet.core import Layer, check_input, layer
+from jaxnet.layers import initializers
 
 __all__ = ["batch_norm", "layer_norm"]
 
@@ -28,7 +29,8 @@ def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, 
     def init_state(x):
         check_input("batch_norm", x)
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return {"mean": jnp.zeros(x.shape[-1], dtype), "var": jnp.ones(x.shape[-1], dtype)}
+        width = x.shape[-1:]
+        return {"mean": initializers.zeros(None, width, dtype), "var": initializers.ones(None, width, dtype)}
 
     def fn(params, x, state, train):
         factor, shift = _affine(params, scale, bias)
@@ -76,8 +78,8 @@ def layer_norm(*, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> L
 def _init(label: str, scale: bool, bias: bool):
     def init(key, x):
         check_input(label, x)
-        params = {"scale": jnp.ones(x.shape[-1], x.dtype)} if scale else {}
-        return params | ({"bias": jnp.zeros(x.shape[-1], x.dtype)} if bias else {})
+        params = {"scale": initializers.ones(key, x.shape[-1:], x.dtype)} if scale else {}
+        return params | ({"bias": initializers.zeros(key, x.shape[-1:], x.dtype)} if bias else {})
 
     return init
 

@@ -47,15 +47,15 @@ def explain(step: Callable, train_state: TrainState, batches: Iterable[Callable]
         number = int(train_state.step)
         paths = tuple(tree.paths(_only_lost(new.params)))
         what = f"the loss is {float(loss)}" if not np.isfinite(loss) else "the loss is finite, the update is not"
-        if hasattr(step, "gradients"):
-            paths = tuple(tree.paths(_only_lost(jax.jit(step.gradients)(train_state, batch))))
+        if gradients := getattr(step, "parts", {}).get("gradients"):
+            paths = tuple(tree.paths(_only_lost(jax.jit(gradients)(train_state, batch))))
             what += f"; gradients that are not finite: {_brief(paths)}" if paths else "; all gradients are finite"
         elif paths:
             what += f"; parameters that are no longer finite: {_brief(paths)}"
         if cause := _cause(step, train_state, batch):
-            what += f". It begins with: {cause}"
+            what += f"; it begins with: {cause}"
         return NonFiniteError(
-            f"fit: {what} at step {number}. A smaller learning rate or clipped gradients may help; labels outside 0 .. "
+            f"fit: at step {number} {what}. A smaller learning rate or clipped gradients may help; labels outside 0 .. "
             "classes - 1 also give nan (jaxnet.data.check_labels finds them)",
             number,
             paths,
@@ -76,9 +76,10 @@ def _cause(step: Callable, train_state: TrainState, batch: Any) -> str | None:
     """The first operation that makes a NaN or reads out of bounds, by JAX's `checkify`; None where it finds none or fails."""
     from jax.experimental import checkify
 
-    for errors in (checkify.index_checks, checkify.float_checks):
+    forward = getattr(step, "parts", {}).get("value", step)  # not every gradient can be checked for indices
+    for errors, run in ((checkify.index_checks, forward), (checkify.float_checks, step)):
         try:
-            error, _ = jax.jit(checkify.checkify(step, errors=errors))(train_state, batch)
+            error, _ = jax.jit(checkify.checkify(run, errors=errors))(train_state, batch)
             if text := error.get():
                 return text.strip().splitlines()[0].rstrip(".")
         except Exception:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,9 @@ from jaxnet.train.optimizers import Guarded, find
 from jaxnet.train.order import Order, shuffle
 from jaxnet.train.progress import Progress
 from jaxnet.train.step import TrainState, examples
+
+if TYPE_CHECKING:
+    from jaxnet.checkpoint import Checkpoints
 
 __all__ = ["Best", "Result", "fit"]
 
@@ -79,7 +81,7 @@ def fit(
     best: str | None = None,
     stop: Callable[[Sequence[Record]], Any] | None = None,
     callbacks: Sequence[Callable[[Record], Any]] = (),
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike | Checkpoints | None = None,
     save_every: float = 60.0,
     check_finite: bool = True,
     progress: bool | None = None,
@@ -95,7 +97,7 @@ def fit(
       data: with `batch_size`, a pytree of arrays with a leading axis of examples; those in memory go to the device as a whole,
         memory maps and others that are read by `array[rows]` are read where they are needed. Without `batch_size`, an
         iterable of batches, or a function (number of the pass) -> iterable; they are drawn ahead by a thread.
-      epochs, steps: how long: passes over the data, or steps in all. One of them.
+      epochs, steps: until when: passes over the data, or steps, counted from step 0 of the train state. One of them.
       order, drop_last: as in `train_steps`; for arrays.
       evaluate: (train_state) -> dict of numbers, joined to the record: after each epoch, or every `evaluate_every` steps.
       record_every: steps a record; the default is about 100, an equal part of an epoch where there is one, and at most
@@ -103,8 +105,9 @@ def fit(
       best: 'min test_loss', 'max test_accuracy', ...: keep the parameters of the best evaluation.
       stop: a condition (history) -> bool or a reason, asked after each record: `early_stopping`, `time_budget`.
       callbacks: functions of a record, called with each as it comes: `write_jsonl(path)`, `wandb.log`, `print`.
-      checkpoint: a file. If it exists the run goes on from there, else it is written: every `save_every` seconds, at the
-        end, on a signal, and before an error is raised.
+      checkpoint: a file, or a `jaxnet.checkpoint.Checkpoints`, a folder with one file a step. If there is one the run goes on
+        from there. It is written every `save_every` seconds, at the end, on a signal, and before an error is raised; a
+        store with a metric after each evaluation, too.
       check_finite: stop where a loss, parameter or state ceases to be finite, and keep what was before, at the price of a
         second copy of the train state on the device.
       progress: a line on stderr, rewritten in place on a terminal, one plain line an epoch elsewhere; False is silent.
@@ -140,18 +143,26 @@ def fit(
     else:
         feed = _Arrays(data, batch_size, epochs, steps, order, drop_last)
     run = _Run(step, train_state, feed, evaluate, evaluate_every, record_every, best, stop, callbacks, check_finite)
-    path = None if checkpoint is None else pathlib.Path(checkpoint)
-    if path is not None and path.exists():
-        run.restore(path)
+    keeper = _Keeper(checkpoint)
+    if found := keeper.newest():
+        run.restore(found)
+    elif feed.total is not None and run.history.step >= feed.total:
+        raise ValueError(
+            f"fit: the train state has done {run.history.step} steps, and {feed.total} are asked for in all; ask for more, "
+            "or begin anew with train_state(params, ...)"
+        )
     show = Progress(feed.total, feed.epoch_steps, step=run.history.step, show=progress)
+    if run.history.step > int(train_state.step):
+        show.note(f"goes on from step {run.history.step:,}, saved in {found}")
     with interruptible() as flag:
         try:
-            run.go(flag, show, path, save_every)
+            run.go(flag, show, keeper, save_every)
         except Exception as error:
-            if path is not None and run.started:
+            if keeper and run.started:
                 with contextlib.suppress(Exception):
-                    run.save(path)
-                    error.add_note(f"the state at step {run.history.step} is saved in {path}")
+                    run.settle(error)
+                    run.save(keeper)
+                    error.add_note(f"the state at step {run.history.step} is saved in {keeper}")
             raise
         finally:
             run.close()
@@ -222,6 +233,46 @@ def _of_stack(n, train_state, stack):
     return stack, lambda batch: batch
 
 
+class _Keeper:
+    """Where the state of a run is kept: in a file, in a folder with a file a step, or nowhere (then it is false)."""
+
+    def __init__(self, checkpoint: str | os.PathLike | Checkpoints | None):
+        place: Any = None if checkpoint is None else getattr(checkpoint, "folder", checkpoint)
+        self.place = None if place is None else os.fspath(place)
+        self.store: Any = checkpoint if hasattr(checkpoint, "folder") else None
+        self.saved = -1
+
+    def __bool__(self):
+        return self.place is not None
+
+    def __str__(self):
+        return str(self.place)
+
+    @property
+    def wants_evaluations(self) -> bool:
+        return self.store is not None and self.store.metric is not None
+
+    def newest(self) -> str | None:
+        if self.store is not None:
+            found = self.store.latest()
+            return None if found is None else found.path
+        return self.place if self.place is not None and os.path.exists(self.place) else None
+
+    def save(self, step: int, tree: Any, record: Record | None, metadata: dict[str, Any]) -> None:
+        from jaxnet import checkpoint
+
+        if self.store is None:
+            checkpoint.save(str(self.place), tree, metadata=metadata)
+        elif step != self.saved:
+            known = self.store.metric is None or self.store.metric[4:] in (record or {})
+            self.store.save(step, tree, record if known else None, metadata)
+        self.saved = step
+
+    def wait(self) -> None:
+        if self.store is not None:
+            self.store.wait()
+
+
 class _Pending(NamedTuple):
     """A call that has been sent to the device."""
 
@@ -257,6 +308,7 @@ class _Run:
         self.pace = 1  # steps a call
         self.done_at = 0.0
         self.started = False
+        self.pending: _Pending | None = None
         self.feeding: Any = None
 
     # Where something is due
@@ -276,10 +328,10 @@ class _Run:
 
     # The loop
 
-    def go(self, flag: Interrupted, show: Progress, path: pathlib.Path | None, save_every: float) -> None:
+    def go(self, flag: Interrupted, show: Progress, keeper: _Keeper, save_every: float) -> None:
         total = self.feed.total
         self.feeding = self.feed.stacks(self.current, self.history.step, self.position, self.next_look)
-        pending, saved_at, ahead = None, time.perf_counter(), self.history.step
+        saved_at, ahead = time.perf_counter(), self.history.step
         while not self.stopped and not flag.name and (total is None or ahead < total):
             stack = next(self.feeding, None)
             if stack is None:
@@ -291,26 +343,31 @@ class _Run:
                     n = min(n, total - ahead)
                 call = self._send(stack, first, n, show)
                 first, ahead = first + n, ahead + n
-                if pending is not None:
-                    self._receive(pending, show)  # while the device works on the next one
-                pending = call
+                waiting, self.pending = self.pending, call
+                if waiting is not None:
+                    self._receive(waiting, show)  # while the device works on the next one
                 looking = (stack.end and first == stack.n) or ahead == self.next_look(ahead - 1)
-                due = path is not None and time.perf_counter() - saved_at > save_every
+                due = keeper and time.perf_counter() - saved_at > save_every
+                due = due or (keeper.wants_evaluations and looking)
                 if looking or due or self.stop is not None or (total is not None and ahead >= total):
-                    self._receive(pending, show)
-                    pending = None
-                if due and path is not None:
-                    self.save(path)
+                    self._receive_pending(show)
+                if due:
+                    self.save(keeper)
                     saved_at = time.perf_counter()
                 if total is not None and ahead >= total:
                     break
             if self.feed.epoch_steps is None and self.feed.epochs is not None and self.passes >= self.feed.epochs:
                 break
-        if pending is not None:
-            self._receive(pending, show)
+        self._receive_pending(show)
         self.stopped = self.stopped or flag.name
-        if path is not None and self.started:
-            self.save(path)
+        if keeper and self.started:
+            self.save(keeper)
+            keeper.wait()
+
+    def settle(self, error: Exception) -> None:
+        """Bring what is known of the run up to its state, after an error."""
+        if self.pending is not None and not isinstance(error, NonFiniteError):
+            self._receive_pending(None)
 
     def close(self) -> None:
         if hasattr(self.feeding, "close"):
@@ -350,8 +407,13 @@ class _Run:
         self.spec = spec
         return self.programs[kind]
 
-    def _receive(self, call: _Pending, show: Progress) -> None:
-        """Wait for a call, and take in what it says."""
+    def _receive_pending(self, show: Progress | None) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self._receive(pending, show)
+
+    def _receive(self, call: _Pending, show: Progress | None) -> None:
+        """Wait for a call, and take in what it says; without `show`, tell nobody."""
         good, metrics = call.outputs
         metrics = {name: np.asarray(values)[: call.n] for name, values in metrics.items()}
         now = time.perf_counter()
@@ -359,7 +421,8 @@ class _Run:
         if not good:
             raise self._broken(call)
         end = call.stack.end and call.first + call.n == call.stack.n
-        new = self.history.add(metrics, seconds, call.stack.samples * call.n // call.stack.n, cut=end)
+        samples = call.stack.samples * call.n // call.stack.n
+        new = self.history.add(call.n, metrics, seconds, samples, cut=end)
         self.position = call.stack.before and {
             **call.stack.before,
             "skip": call.stack.before["skip"] + call.first + call.n,
@@ -370,14 +433,18 @@ class _Run:
         step = self.history.step
         if self.evaluate is not None and (end if not self.evaluate_every else step % self.evaluate_every == 0):
             self._evaluate(new[-1])
+        self.pace = int(np.clip(CALL * call.n / max(seconds, 1e-9), 1, 8 * call.n))
+        if show is None:
+            return
         for record in new:
+            show(record)
             for callback in self.callbacks:
                 callback(record)
+        if not new:
+            show(self.history.preview(), partial=True)
         if self.stop is not None and new and (reason := self.stop(self.history.records)):
             self.stopped = reason if isinstance(reason, str) else "the condition held"
         self._check_skipped(metrics)
-        self.pace = int(np.clip(CALL * call.n / max(seconds, 1e-9), 1, 8 * call.n))
-        show(self.history.preview(), epoch_end=end)
 
     def _evaluate(self, record: Record) -> None:
         start = time.perf_counter()
@@ -425,9 +492,7 @@ class _Run:
 
     # Keeping
 
-    def save(self, path: pathlib.Path) -> None:
-        from jaxnet import checkpoint
-
+    def save(self, keeper: _Keeper) -> None:
         text = {
             "history": self.history.state(),
             "position": self.position,
@@ -436,15 +501,16 @@ class _Run:
         }
         text |= {"in_a_row": self.in_a_row}
         best = None if self.best is None else self.best._asdict()
-        run = {"train_state": self.current, "best": best}
-        checkpoint.save(path, run, metadata={"fit": json.dumps(text)})
+        step, records = self.history.step, self.history.records
+        record = records[-1] if records and records[-1]["step"] == step else None
+        keeper.save(step, {"train_state": self.current, "best": best}, record, {"fit": json.dumps(text)})
 
-    def restore(self, path: pathlib.Path) -> None:
+    def restore(self, path: str) -> None:
         from jaxnet import checkpoint
 
         info = checkpoint.inspect(path)
         if "fit" not in info.metadata:
-            raise checkpoint.CheckpointError(str(path), None, "not written by `fit`: name another file")
+            raise checkpoint.CheckpointError(path, None, "not written by `fit`: name another file")
         text = json.loads(info.metadata["fit"])
         if text["facts"] != self.feed.facts:
             raise ValueError(
@@ -452,7 +518,7 @@ class _Run:
                 "batch: use the same data and batch size, or another file"
             )
         best = None
-        if any(leaf.path.startswith("best/") for leaf in info.leaves) or "best/value" in info.scalars:
+        if "best/value" in info.scalars:
             best = Best(0.0, 0, self.current.params, self.current.state)._asdict()
         run = checkpoint.load(path, like={"train_state": self.current, "best": best})
         self.current = jax.tree.map(_copy, run["train_state"])
@@ -462,7 +528,8 @@ class _Run:
 
 
 def _copy(leaf: Any) -> jax.Array:
-    return jnp.array(leaf, dtype=getattr(leaf, "dtype", None), copy=True)
+    leaf = jnp.asarray(leaf, getattr(leaf, "dtype", None))
+    return jax.device_put(leaf, may_alias=False)  # unlike jnp.array(copy=True), it compiles nothing
 
 
 def _shardings(train_state: TrainState) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Record", "early_stopping", "time_budget", "write_csv", "write_jsonl"]
+__all__ = ["early_stopping", "time_budget", "write_csv", "write_jsonl"]
 
 Record = dict[str, float]
 """What is known at one step: 'step', 'epoch', the mean of each metric since the record before, 'seconds' and more."""
@@ -31,13 +32,12 @@ class History:
         self.step, self.seconds, self.samples = 0, 0.0, 0.0
 
     def add(
-        self, metrics: Mapping[str, np.ndarray], seconds: float, samples: int, *, cut: bool = False
+        self, n: int, metrics: Mapping[str, np.ndarray], seconds: float, samples: int, *, cut: bool = False
     ) -> list[Record]:
         """Take in the metrics [n] of the next n steps; returns the records that are now complete.
 
         Args: seconds, samples: of all n steps together; cut: end a record after the last of them in any case.
         """
-        n = len(next(iter(metrics.values())))
         first, new, start = self.step, [], 0
         while start < n:
             due = self.next_cut(self.step)
@@ -60,8 +60,6 @@ class History:
 
     def preview(self) -> Record:
         """What a record would say that ended now."""
-        if not self.pending:
-            return self.records[-1]
         values = self.pending.copy()
         skipped, weights = values.get("skipped"), values.pop("weight", None)
         if skipped is not None:
@@ -155,22 +153,26 @@ def write_csv(path: str | os.PathLike) -> Callable[[Record], None]:
 
     def write(record):
         nonlocal rows
+        begin = rows is None
         if rows is None:
             rows = [row for row in csv.DictReader(_lines(path)) if float(row["step"]) < record["step"]]
             columns.extend(rows[0] if rows else [])
-            begin = True
-        else:
-            begin = False
         rows.append({name: str(value) for name, value in record.items()})
-        if begin or not set(record) <= set(columns):
-            columns.extend(name for name in record if name not in columns)
-            table = [columns, *([row.get(name) or "" for name in columns] for row in rows)]
-            _replace(path, "".join(",".join(cells) + "\n" for cells in table))
+        new = [name for name in record if name not in columns]
+        if begin or new:
+            columns.extend(new)
+            _replace(path, _table([{name: name for name in columns}, *rows], columns))
         else:
             with open(path, "a") as file:
-                file.write(",".join(rows[-1].get(name, "") for name in columns) + "\n")
+                file.write(_table(rows[-1:], columns))
 
     return write
+
+
+def _table(rows: Sequence[Mapping[str, str]], columns: list[str]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _lines(path: str) -> list[str]:

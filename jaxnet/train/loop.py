@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,15 +102,12 @@ def planned_ahead(train_state: TrainState, n: int, size: int, count: jax.Array, 
     def draw(i):
         return planned(train_state._replace(step=train_state.step + i * block), n, block, **batching)
 
-    room = jax.tree.map(
-        lambda x: jnp.zeros((blocks * block, *x.shape[1:]), x.dtype), jax.eval_shape(draw, jnp.int32(0))
-    )
-
     def add(i, plan):
-        return jax.tree.map(
-            lambda all, part: jax.lax.dynamic_update_slice_in_dim(all, part, i * block, 0), plan, draw(i)
-        )
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * block, axis=0)
+        return jax.tree.map(put, plan, draw(i))
 
+    one = jax.eval_shape(draw, jnp.int32(0))
+    room = jax.tree.map(lambda x: jnp.zeros((blocks * block, *x.shape[1:]), x.dtype), one)
     return jax.lax.fori_loop(0, -(-count // block), add, room)
 
 
@@ -158,7 +156,10 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
         def body(i, carry):
             train_state, values = carry
             train_state, metrics = step(train_state, batch_at(i))
-            return train_state, jax.tree.map(lambda all, one: _set(all, i, one), values, metrics)
+            set_one = functools.partial(
+                jax.lax.dynamic_update_index_in_dim, index=i, axis=0
+            )  # `.at` minds the sign of i
+            return train_state, jax.tree.map(set_one, values, metrics)
 
         values = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), metrics)
         new, values = jax.lax.fori_loop(0, n, body, (train_state, values))
@@ -171,10 +172,6 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
         return jax.lax.cond(good, lambda: new, lambda: train_state), good, values  # compiles faster than a `where`
 
     return run
-
-
-def _set(all: jax.Array, i: jax.Array, one: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(all, one, i, 0)  # `.at[i].set` looks at the sign of i, each step
 
 
 def _breaks(old: TrainState, new: TrainState) -> jax.Array:

@@ -179,4 +179,11 @@ def all_finite(tree: Any) -> jax.Array:
 
 def keep(good: jax.Array, new: Any, old: Any) -> Any:
     """The new tree where `good`, else the old one."""
-    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+    def choose(a, b):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            return jnp.where(good, a, b)
+        data = jnp.where(good, jax.random.key_data(a), jax.random.key_data(b))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
+
+    return jax.tree.map(choose, new, old)

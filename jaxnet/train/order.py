@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Order", "balanced", "shuffle", "shuffled"]
+__all__ = ["balanced", "shuffle", "shuffled"]
 
 Order = Callable[[jax.Array, int, jax.Array, jax.Array], jax.Array]
 """(key of the run, number of examples n, epoch, positions in it [B]) -> rows of the data, int32 [B] in 0 .. n-1."""
@@ -71,9 +71,7 @@ def shuffled(key: jax.Array, n: int, positions: jax.Array) -> jax.Array:
     rounds = 24 + 2 * max(n - 1, 1).bit_length()  # the tests count: fewer leave traces in small n
     seed = jax.random.key_data(key)
     words = _hash(jnp.arange(2 * rounds, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + seed[0])
-    words = _hash(words ^ seed[-1]).reshape(
-        2, rounds
-    )  # jax.random.bits would take longer than all the rounds, and to compile
+    words = _hash(words ^ seed[-1]).reshape(2, rounds)  # faster than jax.random.bits, to run and to compile
     partners = (words[0] % jnp.uint32(n)).astype(jnp.int32)
 
     def turn(r, x):

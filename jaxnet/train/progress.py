@@ -26,17 +26,13 @@ class Progress:
             self.every *= max(1, -(-total // (100 * self.every)))
         self.shown = step // self.every  # the multiple of `every` that has a line of its own
 
-    def __call__(self, record: Mapping[str, float], *, epoch_end: bool = False) -> None:
-        """Show a record. It gets a line of its own where a multiple of `every` or the end of an epoch is reached."""
-        if not self.show:
-            return
+    def __call__(self, record: Mapping[str, float], *, partial: bool = False) -> None:
+        """Show a record, or what will become one; it stays on a line of its own where a multiple of `every` is reached."""
         count = int(record["step"]) // self.every
-        stays = (count > self.shown and (epoch_end or self.every > 1 or self.total is not None)) or record[
-            "step"
-        ] == self.total
+        stays = not partial and (count > self.shown or record["step"] == self.total)
         if stays:
             self.shown = count
-        if stays or self.terminal:
+        if self.show and (stays or self.terminal):
             self._write(self.line(record), newline=stays)
 
     def note(self, text: str) -> None:

@@ -116,7 +116,12 @@ def stacks_of_iterable(
         while True:
             if len(held) == room and (state := _state_of(data, batches)) is not None:
                 anchor, since = state, 0  # from here on, positions are counted from this state
-            batch = next(batches, _END)
+            try:
+                batch = next(batches, _END)
+            except Exception:
+                if held:  # what came before is not lost
+                    yield _stacked(held, size, before, False)
+                raise
             if held and (batch is _END or len(held) == room or _kind(batch) != kind):
                 yield _stacked(held, size, before, batch is _END)
                 step, held = step + len(held), []

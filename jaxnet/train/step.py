@@ -160,9 +160,17 @@ def train_step(
             metrics["skipped"] = jnp.where(taken, 0.0, 1.0)
         return TrainState(params, new_state, opt, key, count + 1), metrics
 
-    step.gradients = lambda train_state, batch: gradients(  # pyright: ignore[reportFunctionMemberAccess]
-        train_state.params, batch, train_state.state, jax.random.fold_in(train_state.key, train_state.step), None
-    )[0]
+    def key_of(train_state):
+        return jax.random.fold_in(train_state.key, train_state.step)
+
+    def value_of(train_state, batch):
+        batch, weights = (batch.batch, batch.weights) if isinstance(batch, Weighted) else (batch, None)
+        return objective(train_state.params, batch, train_state.state, key_of(train_state), weights, None)[0]
+
+    def gradients_of(train_state, batch):
+        return gradients(train_state.params, batch, train_state.state, key_of(train_state), None)[0]
+
+    _parts_of_step(step, value=value_of, gradients=gradients_of)
     return step
 
 
@@ -172,16 +180,25 @@ def augmented(step: Callable, change: Callable[[jax.Array, Any], Any]) -> Callab
     The key follows from the run's key and the step, so that each step draws its own and a resumed run draws the same.
     """
 
-    def step_on_changed(train_state, batch):
+    def changed(train_state, batch):
         key = jax.random.fold_in(jax.random.fold_in(train_state.key, _CHANGE), train_state.step)
         if isinstance(batch, Weighted):
-            return step(train_state, Weighted(change(key, batch.batch), batch.weights))
-        return step(train_state, change(key, batch))
+            return Weighted(change(key, batch.batch), batch.weights)
+        return change(key, batch)
 
-    return step_on_changed
+    def on_changed(f):
+        return lambda train_state, batch: f(train_state, changed(train_state, batch))
+
+    return _parts_of_step(on_changed(step), **{name: on_changed(f) for name, f in getattr(step, "parts", {}).items()})
 
 
 _CHANGE = 0x63686E67  # separates the keys of the changes from those of the steps, which are small numbers
+
+
+def _parts_of_step(step: Any, **parts: Callable) -> Callable:
+    """Attach what a step consists of, functions (train_state, batch) -> value, for whoever wants to look into it."""
+    step.parts = parts
+    return step
 
 
 def examples(data: Any) -> int:
@@ -226,14 +243,14 @@ def _parts(outputs: Any, state: Any, *, stateful: bool) -> tuple[Any, Any, Mappi
 
 def _mean(name: str, value: Any, batch: Any, shares: jax.Array | None) -> jax.Array:
     """The (weighted) mean of one value an example; a scalar is one already."""
-    shape: tuple[int, ...] = tuple(jnp.shape(value))
-    if shape == ():
-        return jnp.asarray(value)
+    value = jnp.asarray(value)
     sizes = _sizes(batch)
-    if len(shape) > 1 or shape[0] not in sizes:
+    if not value.ndim:
+        return value
+    if value.ndim > 1 or len(value) not in sizes:
         what = "the loss" if name == "loss" else f"metric '{name}'"
         raise ValueError(
-            f"train_step: {what} must be a scalar or one value an example {[*sizes]}, got shape {shape}; take its mean"
+            f"train_step: {what} must be a scalar or one value an example {[*sizes]}, got shape {value.shape}; take its mean"
         )
     value = jnp.asarray(value, jnp.result_type(value, jnp.float32))
     return value.mean() if shares is None else (value * shares.astype(value.dtype)).sum()

@@ -1,0 +1,159 @@
+"""What a file holds against what was asked for: choose leaves, rename them, and say how a template differs."""
+
+import difflib
+import glob
+import itertools
+from collections.abc import Callable, Iterable
+
+from jaxnet.checkpoint import structure
+from jaxnet.checkpoint.format import Misfit
+from jaxnet.checkpoint.structure import DICTS, Node, Path, Spec, leaf_name
+
+
+def select(file: str, names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """The names that match one of the patterns, which are those of `jaxnet.tree`; each must match something."""
+    from jaxnet import tree
+
+    try:
+        return set(tree.select(dict.fromkeys(names, True), *patterns))
+    except KeyError as e:
+        raise Misfit(file, None, e.args[0]) from None
+
+
+def prune(node: Node, names: set[str], path: Path = ()) -> Node | None:
+    """The tree of these leaves alone, as `jaxnet.tree.split` makes it: where positions count, None is left in a gap."""
+    if not node.children:
+        return node if node.is_leaf and leaf_name(path) in names else None
+    kept = [prune(child, names, (*path, str(key))) for key, child in zip(node.keys, node.children, strict=True)]
+    if not any(kept):
+        return None
+    if node.kind == "dict":
+        pairs = [(key, child) for key, child in zip(node.keys, kept, strict=True) if child]
+        return Node("dict", None, [key for key, _ in pairs], [child for _, child in pairs])
+    return node._replace(children=[child or Node("none") for child in kept])
+
+
+def renamed(file: str, names: Iterable[str], rename: dict[str, str] | Callable[[str], str]) -> dict[str, Path]:
+    """The new path of each leaf: by a function of its name, or by the longest of the prefixes in a dict."""
+    names = list(names)
+    if callable(rename):
+        new = {name: rename(name) for name in names}
+    else:
+        select(file, names, [glob.escape(old) for old in rename])
+        new = {name: _with_prefix(name, rename) for name in names}
+    if odd := [(name, x) for name, x in new.items() if not isinstance(x, str)]:
+        raise TypeError(f"rename must give a str for each path, got {odd[0][1]!r} for '{odd[0][0]}'")
+    paths = {name: structure.leaf_path(x) for name, x in new.items()}
+    taken: dict[Path, str] = {}
+    for name, path in paths.items():
+        if path in taken:
+            raise Misfit(file, leaf_name(path), f"rename gives this path to '{taken[path]}' and '{name}'")
+        taken[path] = name
+    for path in taken:
+        if above := next((path[:i] for i in range(len(path)) if path[:i] in taken), None):
+            text = f"rename makes '{taken[above]}' of the file a leaf here, and puts '{taken[path]}' below it"
+            raise Misfit(file, leaf_name(above), text)
+    return paths
+
+
+def differences(
+    template: Node,
+    wanted: dict[str, Spec],
+    stored: Node | None,
+    found: dict[str, Spec],
+    *,
+    strict: bool = True,
+    cast: bool = False,
+) -> list[str]:
+    """One line for each way in which a file (`stored`, None if it records no structure; `found`) misses a template.
+
+    Unless `strict`, what only one of them has is no difference; with `cast` neither is the dtype of an array.
+    """
+    missing = {name: spec for name, spec in wanted.items() if name not in found}
+    unexpected = {name: spec for name, spec in found.items() if name not in wanted}
+    lines = []
+    if strict:
+        lines += [f"missing from the file: {name} {spec}" for name, spec in missing.items()]
+        lines += [f"not in the template: {name} {spec}" for name, spec in unexpected.items()]
+    for name, spec in wanted.items():
+        if name in found and spec != found[name]:
+            what = "dtype" if spec.shape == found[name].shape else "shape"
+            if what == "shape" or not cast or spec.shape is None or "key<" in spec.dtype + found[name].dtype:
+                lines.append(f"{what} differs: {name}: template {spec}, file {found[name]}")
+    if stored is not None:
+        lines += _container_differences(template, stored, strict)
+    if strict or missing.keys() == wanted.keys():
+        lines += _renames(missing, unexpected, found)
+    return lines
+
+
+def _with_prefix(name: str, prefixes: dict[str, str]) -> str:
+    fitting = [old for old in prefixes if old in ("", name) or name.startswith(f"{old}/")]
+    if not fitting:
+        return name
+    old = max(fitting, key=len)
+    rest = name[len(old) :].removeprefix("/") if old else name
+    return "/".join(part for part in (prefixes[old], rest) if part)
+
+
+def _container_differences(template: Node, stored: Node, strict: bool) -> list[str]:
+    ours, theirs = ({path: n for path, n in structure.walk(node) if not n.is_leaf} for node in (template, stored))
+    lines = []
+    for path in ours | theirs:
+        here, there = ours.get(path), theirs.get(path)
+        if here and there:
+            differ = _in_words(here) != _in_words(there)
+        else:  # one side alone has it: what is in it has been reported leaf by leaf, but it may be empty
+            differ = strict and not (here or theirs[path]).children
+        if differ:
+            name = leaf_name(path) if path else "the root"
+            lines.append(f"container differs: {name}: template {_in_words(here)}, file {_in_words(there)}")
+    return lines
+
+
+def _in_words(container: Node | None) -> str:
+    if container is None:
+        return "nothing"
+    names = {"none": "None", "record": "record of named fields", "ordered_dict": "OrderedDict"}
+    name = names.get(container.kind, container.kind)
+    if container.kind in DICTS and not all(isinstance(key, str) for key in container.keys):
+        name += f" with keys of type {structure.types(container.keys)}"
+    return name
+
+
+def _renames(missing: dict[str, Spec], unexpected: dict[str, Spec], found: dict[str, Spec]) -> list[str]:
+    """Guesses which leaves of the file have another name in the template, and the `rename` that would say so."""
+    lines, rename, left, free = [], {}, dict(missing), dict(unexpected)
+    for name, spec in list(missing.items())[:50]:  # bounded: each guess compares the name with all candidates
+        candidates = [other for other, s in free.items() if s == spec][:50] if name in left else []
+        likeness, best = max(((_likeness(other, name), other) for other in candidates), default=((0, 0.0), ""))
+        if likeness >= (0, 0.3):
+            old, new, below = _widest(best, name, left, free, found)
+            for leaf in below:
+                del free[leaf], left[_with_prefix(leaf, {old: new})]
+            what = f" ({len(below)} leaves)" if len(below) > 1 else ""
+            lines.append(
+                f"perhaps renamed: {old or 'the root'} in the file is {new or 'the root'} in the template{what}"
+            )
+            rename[old] = new
+    return [*lines, f"if so: load(..., rename={rename})"] if rename else []
+
+
+def _likeness(a: str, b: str) -> tuple[int, float]:
+    """How many of the last steps of two paths are the same, and how much of the text is."""
+    pairs = zip(reversed(a.split("/")), reversed(b.split("/")), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))), difflib.SequenceMatcher(
+        None, a, b
+    ).ratio()
+
+
+def _widest(old: str, new: str, missing: dict[str, Spec], unexpected: dict[str, Spec], found: dict[str, Spec]):
+    """The highest nodes whose renaming explains that of a leaf and everything else below them; and these leaves."""
+    best = old, new, [old]
+    while old.rpartition("/")[2] == new.rpartition("/")[2] and (old or new):
+        old, new = old.rpartition("/")[0], new.rpartition("/")[0]
+        below = [name for name in found if not old or name.startswith(f"{old}/")]
+        if not all(name in unexpected and missing.get(_with_prefix(name, {old: new})) == found[name] for name in below):
+            break
+        best = old, new, below
+    return best

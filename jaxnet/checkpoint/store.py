@@ -1,0 +1,280 @@
+"""A folder of checkpoints, one file a step: saved in the foreground or beside the training, and found again."""
+
+import contextlib
+import errno
+import math
+import operator
+import os
+import re
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, SupportsIndex
+
+from jaxnet.checkpoint.file import Info, inspect, load_with_info, prepare
+from jaxnet.checkpoint.format import CheckpointError, Misfit
+
+
+class Checkpoint(NamedTuple):
+    """What a step's file holds; `skipped` says of newer or better files why they could not be read, by step."""
+
+    step: int
+    tree: Any
+    metrics: dict[str, float]
+    metadata: dict[str, Any]
+    path: str
+    skipped: dict[int, str]
+
+
+class Checkpoints:
+    """A folder with one file a step, `step_00000100.safetensors`, of which the newest and the best are kept.
+
+        with Checkpoints("run", metric="min loss", asynchronous=True) as checkpoints:
+            if found := checkpoints.latest(like=state):
+                state, start = found.tree, found.step
+            ...
+            checkpoints.save(step, state, {"loss": loss})
+
+    Args:
+      folder: made by the first `save`. Files of other names in it are left alone.
+      keep: how many of the newest steps are kept; None keeps all.
+      metric: 'min' or 'max' and the name of a metric, as in 'min loss' or 'max accuracy': what makes a step good.
+      keep_best: how many of the best steps by `metric` are kept besides.
+      asynchronous: True to write in a thread, one file at a time. `save` returns when it has copied the tree, whose
+        arrays may then be donated or changed. What goes wrong is raised by the next call of any method; a program that
+        ends before then waits for the thread and says it on stderr. `with` makes that certain: its end waits too.
+
+    Older files are deleted when the new one is safely on the disk, and damaged ones do not count among those kept: a
+    good checkpoint, once there, stays until there is a newer one. One process at a time should save to a folder.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep: int | None = 3,
+        metric: str | None = None,
+        keep_best: int = 1,
+        asynchronous: bool = False,
+    ):
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}: the newest checkpoint is never deleted")
+        if metric is not None and not re.fullmatch(r"(min|max) \S.*", metric):
+            raise ValueError(f"metric must be 'min' or 'max' and a name, as in 'min loss', got {metric!r}")
+        self.folder, self.keep, self.metric, self.keep_best = os.path.abspath(folder), keep, metric, keep_best
+        self.asynchronous = asynchronous
+        self._bad: set[int] = set()  # steps whose files are known to be damaged, or were not written to the end
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._failures: list[BaseException] = []
+        weakref.finalize(self, _report, self._failures)  # what nobody has asked for when the program ends
+
+    def save(
+        self,
+        step: SupportsIndex,
+        tree: Any,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Save the tree of a step, and then delete what need not be kept.
+
+        Args:
+          step: a number greater than that of every good file in the folder.
+          tree: as in `jaxnet.checkpoint.save`.
+          metrics: numbers by name (floats, scalars of NumPy or JAX; NaN and infinities too), among them that of
+            `metric`. Without metrics a step is never the best.
+          metadata: as in `jaxnet.checkpoint.save`; 'step' and 'metrics' are taken.
+
+        Raises:
+          ValueError: the step is not newer, or a metric is missing or not a number.
+          CheckpointError, OSError: as `jaxnet.checkpoint.save`, or what went wrong with an asynchronous save before
+            this one (then this one has not been tried). All earlier files are as they were.
+        """
+        self.wait()
+        step, numbers = operator.index(step), self._numbers(metrics)
+        if self._closed:
+            raise ValueError(f"{self.folder}: this store has been closed; save inside its `with` block")
+        newest = max(set(self._steps()) - self._bad, default=-1)
+        if step <= newest:
+            text = f"step {step} is not newer than step {newest} in {self.folder}"
+            raise ValueError(
+                f"{text}: continue from latest(), which finds out if that file is good, or use a new folder"
+            )
+        if taken := {"step", "metrics"} & (metadata or {}).keys():
+            raise ValueError(f"metadata must not have entries called {sorted(taken)}: the store writes them itself")
+        about = {"step": step, "metrics": numbers, **(metadata or {})}
+        # After the main thread's end nobody would wait for another one.
+        beside = self.asynchronous and threading.main_thread().is_alive()
+        write = prepare(self._path(step), tree, about, snapshot=beside)
+        if not beside:
+            return self._write(step, write)
+        self._thread = threading.Thread(
+            target=self._write_beside, args=(step, write), name=f"save {step}", daemon=False
+        )
+        self._thread.start()
+
+    def latest(self, like: Any = None, **options: Any) -> Checkpoint | None:
+        """The newest step that is good, or None if the folder has no checkpoint.
+
+        A file that cannot be read, or fails its checksums, is skipped with a warning, and stands in `skipped`.
+
+        Args: like, options: as in `jaxnet.checkpoint.load`.
+
+        Raises: CheckpointError if no file is good, or the newest good one does not fit `like`.
+        """
+        return self._first(self.steps()[::-1], {}, like, options)
+
+    def best(self, like: Any = None, **options: Any) -> Checkpoint | None:
+        """The best step by `metric` that is good, of equals the earlier, or None if no step has that metric.
+
+        Otherwise as `latest`. Raises ValueError if the store has no `metric`.
+        """
+        if self.metric is None:
+            raise ValueError("best() needs to know what is good: Checkpoints(folder, metric='min loss')")
+        return self._first(*self._ranked(self.steps()), like, options)
+
+    def load(self, step: int, like: Any = None, **options: Any) -> Checkpoint:
+        """A certain step. Raises FileNotFoundError if there is none, otherwise as `jaxnet.checkpoint.load`."""
+        if step not in (steps := self.steps()):
+            raise FileNotFoundError(errno.ENOENT, f"no checkpoint of step {step}, only of {steps}", self._path(step))
+        return self._load(step, like, options)
+
+    def steps(self) -> list[int]:
+        """The steps that have a file, good or not, in order."""
+        self.wait()
+        return self._steps()
+
+    def wait(self) -> None:
+        """Wait until the last save is on the disk, and raise what went wrong with it."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._failures:
+            raise self._failures.pop()
+
+    def close(self) -> None:
+        """Wait as `wait` does, and save no more."""
+        self._closed = True
+        self.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except Exception as e:
+            if error is None:
+                raise
+            error.add_note(f"and the last checkpoint was not saved: {e!r}")
+
+    def _path(self, step: int) -> str:
+        return os.path.join(self.folder, f"step_{step:08d}.safetensors")
+
+    def _steps(self) -> list[int]:
+        try:
+            names = [entry.name for entry in os.scandir(self.folder) if entry.is_file()]
+        except FileNotFoundError:
+            return []
+        numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d{8,18})\.safetensors", name))]
+        return sorted(step for step in numbers if os.path.basename(self._path(step)) in names)
+
+    def _write(self, step: int, write: Any) -> None:
+        self._bad.add(step)  # until it is on the disk
+        write()
+        self._bad.remove(step)
+        if self.keep is None:
+            return
+        steps = self._steps()
+        good = [step for step in steps if step not in self._bad]
+        old = [other for other in steps if other < min(good[-self.keep :], default=step)]
+        best = self._ranked(good)[0][: self.keep_best] if old and self.metric else []
+        for other in set(old) - set(best):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path(other))
+
+    def _write_beside(self, step: int, write: Any) -> None:
+        try:
+            self._write(step, write)
+        except BaseException as e:
+            self._failures.append(e)
+
+    def _first(
+        self, steps: list[int], skipped: dict[int, str], like: Any, options: dict[str, Any]
+    ) -> Checkpoint | None:
+        """The first of these steps whose file is good."""
+        for step in steps:
+            try:
+                found = self._load(step, like, options)._replace(skipped=skipped)
+            except Misfit:  # the request is wrong: an older file could only hide that
+                raise
+            except FileNotFoundError:  # another process has deleted it meanwhile
+                continue
+            except (CheckpointError, OSError) as e:
+                self._bad.add(step)
+                skipped[step] = str(e)
+            else:
+                self._bad.discard(step)
+                if skipped:
+                    text = "\n  ".join([f"step {step} is loaded, since others cannot be read:", *skipped.values()])
+                    warnings.warn(text, stacklevel=3)
+                return found
+        if skipped:
+            raise CheckpointError(
+                self.folder, None, "\n  ".join(["no checkpoint in it can be read:", *skipped.values()])
+            )
+        return None
+
+    def _load(self, step: int, like: Any, options: dict[str, Any]) -> Checkpoint:
+        path = self._path(step)
+        tree, info = load_with_info(path, like, **options)
+        metadata = {key: x for key, x in info.metadata.items() if key not in ("step", "metrics")}
+        written = info.metadata.get("step", step)
+        if info.version is not None and written != step:
+            raise CheckpointError(path, None, f"it was saved as step {written}: rename it back")
+        return Checkpoint(step, tree, _metrics(info), metadata, path, {})
+
+    def _numbers(self, metrics: Mapping[str, Any] | None) -> dict[str, float | str]:
+        """Metrics as JSON can hold them."""
+        name = self.metric and self.metric[4:]
+        if metrics and name and name not in metrics:
+            raise ValueError(f"metrics must have '{name}', by which the best step is chosen; they have {list(metrics)}")
+        numbers = {}
+        for key, x in (metrics or {}).items():
+            try:
+                numbers[key] = float(x) if math.isfinite(float(x)) else str(float(x))
+            except (TypeError, ValueError) as e:
+                raise ValueError(f"metric '{key}' must be a number, got {x!r}") from e
+        return numbers
+
+    def _ranked(self, steps: Iterable[int]) -> tuple[list[int], dict[int, str]]:
+        """Those of the steps that have the metric, best first; and which headers could not be read, and why."""
+        assert self.metric
+        sign, name = {"min": 1, "max": -1}[self.metric[:3]], self.metric[4:]
+        values, skipped = [], {}
+        for step in steps:
+            try:
+                value = _metrics(inspect(self._path(step))).get(name, math.nan)
+            except FileNotFoundError:
+                continue
+            except (CheckpointError, OSError) as e:
+                skipped[step] = str(e)
+            else:
+                if not math.isnan(value):
+                    values.append((sign * value, step))
+        return [step for _, step in sorted(values)], skipped
+
+
+def _metrics(info: Info) -> dict[str, float]:
+    stored = info.metadata.get("metrics")
+    stored = stored if isinstance(stored, dict) else {}
+    numbers = {name: x for name, x in stored.items() if isinstance(x, int | float) or x in ("nan", "inf", "-inf")}
+    return {name: float(x) for name, x in numbers.items()}
+
+
+def _report(failures: list[BaseException]) -> None:
+    for error in failures:
+        notes = "; ".join(getattr(error, "__notes__", []))
+        print(f"jaxnet: a checkpoint was not saved: {error!r}; {notes}", file=sys.stderr)

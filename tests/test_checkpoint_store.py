@@ -1,0 +1,564 @@
+"""The store: what it keeps, what it finds again, and what is left after failures, kills and the program's end.
+
+Every step's tree is made from its number, so that a tree that comes back shows which step was saved, bit for bit.
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import pathlib
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_checkpoint import Fail, assert_same, damages
+
+from jaxnet.checkpoint import CheckpointError, Checkpoints, inspect, load, verify
+from jaxnet.checkpoint import format as fmt
+
+MODES = pytest.mark.parametrize("beside", [False, True], ids=["foreground", "asynchronous"])
+
+
+def tree_of(step):
+    return {"x": np.arange(500.0) * step, "step": step}
+
+
+def fill(folder, *steps, losses=None, **options):
+    """A store with these steps."""
+    store = Checkpoints(folder, **options)
+    for i, step in enumerate(steps):
+        store.save(step, tree_of(step), None if losses is None else {"loss": losses[i]})
+    store.wait()
+    return store
+
+
+def damage(folder, step):
+    """Flip the last bit of a step's file."""
+    path = folder / f"step_{step:08d}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+# ----------------------------------------------------------------------------------------------- save, find and keep
+
+
+@MODES
+def test_what_was_saved_is_found(beside, tmp_path):
+    state = {"params": {"w": jnp.ones((2, 3), jnp.bfloat16)}, "key": jax.random.key(3), "n": np.arange(3)}
+    store = Checkpoints(tmp_path / "new" / "run", metric="max accuracy", asynchronous=beside)
+    assert store.latest() is None and store.best() is None and store.steps() == []
+    assert not (tmp_path / "new").exists()  # looking makes no folders
+    store.save(7, state, {"accuracy": jnp.float32(0.5), "loss": np.float64(1.25)}, {"run": "a"})
+    store.save(np.int64(12), jax.tree.map(lambda x: x, state), {"accuracy": 0.25})
+    store.wait()
+    assert sorted(os.listdir(store.folder)) == ["step_00000007.safetensors", "step_00000012.safetensors"]
+    found = store.best(like=state)
+    assert found and found[2:] == (
+        {"accuracy": 0.5, "loss": 1.25},
+        {"run": "a"},
+        str(tmp_path / "new" / "run" / "step_00000007.safetensors"),
+        {},
+    )
+    assert found.step == 7
+    assert_same(found.tree, dict(sorted(state.items())))
+    latest, certain = store.latest(), store.load(12)
+    assert latest and latest.step == certain.step == 12 and latest.metadata == {}
+    assert inspect(found.path).metadata == {"step": 7, "metrics": {"accuracy": 0.5, "loss": 1.25}, "run": "a"}
+    assert_same(load(found.path, only="n"), {"n": np.arange(3)})  # files are ordinary checkpoints
+    part = store.latest(only="params/**")
+    assert part
+    assert_same(part.tree, {"params": state["params"]})  # and the options are those of `load`
+
+
+@pytest.mark.parametrize(
+    "options, losses, kept",
+    [
+        ({}, None, [3, 4, 5]),  # keep=3
+        ({"keep": 1}, None, [5]),
+        ({"keep": None}, None, [1, 2, 3, 4, 5]),
+        ({"keep": 2, "metric": "min loss"}, [0.5, 0.1, 0.3, 0.2, 0.4], [2, 4, 5]),
+        ({"keep": 2, "metric": "max loss"}, [0.5, 0.1, 0.3, 0.2, 0.4], [1, 4, 5]),
+        ({"keep": 1, "metric": "min loss", "keep_best": 2}, [0.5, 0.1, 0.3, 0.2, 0.4], [2, 4, 5]),
+        ({"keep": 1, "metric": "min loss", "keep_best": 0}, [0.5, 0.1, 0.3, 0.2, 0.4], [5]),
+        ({"keep": 1, "metric": "min loss"}, [0.1, 0.1, 0.1, 0.1, 0.1], [1, 5]),  # of equals the earlier
+        ({"keep": 1, "metric": "min loss"}, [np.nan, np.inf, 3, -np.inf, np.nan], [4, 5]),
+        ({"keep": 1, "metric": "max loss"}, [np.nan, -np.inf, np.nan, np.nan, np.nan], [2, 5]),
+        ({"keep": 1, "metric": "min loss"}, None, [5]),  # without metrics no step is the best
+    ],
+)
+def test_the_newest_and_the_best_are_kept(options, losses, kept, tmp_path):
+    store = fill(tmp_path, 1, 2, 3, 4, 5, losses=losses, **options)
+    assert store.steps() == kept
+    for step in kept:
+        assert_same(store.load(step).tree, tree_of(step))
+    if "metric" in options and losses and options.get("keep_best") != 0:
+        sign = -1 if options["metric"].startswith("max") else 1
+        best = min(set(kept[:-1]), key=lambda step: (sign * losses[step - 1], step))
+        found = Checkpoints(tmp_path, metric=options["metric"]).best()
+        assert found and found.step == best
+
+
+def test_metrics_that_are_not_finite_come_back(tmp_path):
+    store = Checkpoints(tmp_path)
+    store.save(1, {}, {"a": float("nan"), "b": jnp.float32(-np.inf), "c": 1e-320})
+    metrics = store.load(1).metrics
+    assert repr(metrics) == "{'a': nan, 'b': -inf, 'c': 1e-320}"
+
+
+def test_other_files_are_left_alone(tmp_path):
+    others = [
+        "step_1.safetensors",
+        "step_000000001.safetensors",
+        "step_00000001.safetensors.bak",
+        "step_0000000x.safetensors",
+    ]
+    others += ["final.safetensors", ".jaxnet-1-note", "step_-0000001.safetensors"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "step_00000009.safetensors").mkdir()
+    store = fill(tmp_path, 1, 2, 3, keep=1)
+    assert store.steps() == [3]
+    assert (
+        all((tmp_path / name).read_text() == "mine" for name in others) and len(os.listdir(tmp_path)) == len(others) + 2
+    )
+
+
+def test_a_step_must_be_newer(tmp_path):
+    store = fill(tmp_path, 5)
+    for step in (5, 4, 0):
+        with pytest.raises(
+            ValueError, match=f"step {step} is not newer than step 5 in {tmp_path}: continue from latest"
+        ):
+            store.save(step, {})
+    with pytest.raises(ValueError, match="step -1 is not newer than step -1"):
+        Checkpoints(tmp_path / "empty").save(-1, {})
+    with pytest.raises(TypeError):
+        store.save(5.5, {})  # pyright: ignore[reportArgumentType]
+    assert_same(store.load(5).tree, tree_of(5))
+
+
+def test_steps_of_more_than_eight_digits_keep_their_order(tmp_path):
+    store = fill(tmp_path, 99_999_998, 99_999_999, 100_000_000, keep=2)
+    assert store.steps() == [99_999_999, 100_000_000]
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0: the newest checkpoint is never deleted"):
+        Checkpoints(tmp_path, keep=0)
+    for metric in ("loss", "min", "min ", "minimum loss"):
+        with pytest.raises(
+            ValueError, match="metric must be 'min' or 'max' and a name, as in 'min loss', got 'm|, got 'l"
+        ):
+            Checkpoints(tmp_path, metric=metric)
+    store = Checkpoints(tmp_path, metric="min val/loss")
+    with pytest.raises(ValueError, match=r"metrics must have 'val/loss', by which .*; they have \['loss'\]"):
+        store.save(1, {}, {"loss": 1})
+    with pytest.raises(ValueError, match="metric 'val/loss' must be a number, got .*Array.*2"):
+        store.save(1, {}, {"val/loss": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"metadata must not have entries called \['metrics', 'step'\]"):
+        store.save(1, {}, metadata={"step": 1, "metrics": {}, "a": 1})
+    with pytest.raises(CheckpointError, match="leaf 'a': a builtins.object is neither"):
+        store.save(1, {"a": object()})
+    with pytest.raises(ValueError, match="best.. needs to know what is good"):
+        Checkpoints(tmp_path).best()
+    assert os.listdir(tmp_path) == []
+    fill(tmp_path, 3, 4)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5, only of \[3, 4\]"):
+        store.load(5)
+
+
+# -------------------------------------------------------------------------------------------------- what is damaged
+
+
+def test_the_newest_good_one_is_found_and_the_skipped_are_named(tmp_path):
+    fill(tmp_path, 1, 2, 3, 4)
+    damage(tmp_path, 4)
+    (tmp_path / "step_00000003.safetensors").write_bytes(b"")
+    store = Checkpoints(tmp_path)
+    with pytest.warns(
+        UserWarning, match="(?s)step 2 is loaded, since others cannot be read:.*leaf 'x': its bytes.*0 bytes"
+    ):
+        found = store.latest()
+    assert found and found.step == 2 and list(found.skipped) == [4, 3]
+    assert "step_00000004.safetensors: leaf 'x': its bytes" in found.skipped[4] and "too few" in found.skipped[3]
+    assert_same(found.tree, tree_of(2))
+    # Training goes on from 2: damaged files are in nobody's way, and do not count among those kept.
+    store.save(3, tree_of(3))
+    assert store.steps() == [2, 3, 4]
+    store.save(4, tree_of(4))
+    with warnings.catch_warnings(action="error"):
+        found = store.latest()
+    assert found and found.step == 4 and found.skipped == {}
+    assert_same(found.tree, tree_of(4))
+
+
+def test_a_damaged_file_never_displaces_the_last_good_one(tmp_path):
+    fill(tmp_path, 1, 2, 3)
+    damage(tmp_path, 2)
+    damage(tmp_path, 3)
+    store = Checkpoints(tmp_path, keep=1)
+    with pytest.warns(UserWarning, match="step 1 is loaded"):
+        store.latest()
+    with pytest.raises(OSError, match="full"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", Fail("fsync", 1, OSError(errno.ENOSPC, "full")))
+        store.save(2, tree_of(2))
+    with pytest.warns(UserWarning, match="step 1 is loaded"):
+        found = store.latest()
+    assert found and found.step == 1
+    store.save(2, tree_of(2))  # now there is a newer good one: 1 may go, and 3 is newer than what is kept
+    assert store.steps() == [2, 3]
+
+
+def test_if_nothing_is_good_it_is_an_error_and_not_a_fresh_start(tmp_path):
+    store = fill(tmp_path, 1, 2)
+    damage(tmp_path, 1)
+    damage(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="(?s)no checkpoint in it can be read:.*00002.*00001"):
+        store.latest()
+
+
+def test_the_best_good_one_is_found(tmp_path):
+    fill(tmp_path, 1, 2, 3, losses=[0.2, 0.1, 0.3])
+    damage(tmp_path, 2)
+    (tmp_path / "step_00000003.safetensors").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="step 1 is loaded"):
+        found = Checkpoints(tmp_path, metric="min loss").best()
+    assert found and found.step == 1 and sorted(found.skipped) == [2, 3]
+
+
+def test_a_template_that_does_not_fit_is_no_damage(tmp_path):
+    """An older file might fit, but to take it would hide the mistake."""
+    store = Checkpoints(tmp_path)
+    store.save(1, {"a": np.zeros(2)})
+    store.save(2, {"a": np.zeros(3)})
+    with pytest.raises(
+        CheckpointError, match=r"00002.safetensors: it does not fit the template .*(.|\n)*shape differs: a"
+    ):
+        store.latest(like={"a": np.zeros(2)})
+    with pytest.raises(CheckpointError, match="no path matches 'b'"):
+        store.latest(only="b")
+    with pytest.raises(TypeError, match="onyl"):
+        store.latest(onyl="a")
+
+
+def test_a_file_of_a_newer_version_is_no_damage(tmp_path):
+    store = fill(tmp_path, 1)
+    (tmp_path / "step_00000002.safetensors").write_bytes(fmt.write_header("", [], {"version": 2}))
+    with pytest.raises(CheckpointError, match="it has format version 2, .* install a newer jaxnet"):
+        store.latest()
+
+
+def test_a_file_under_another_steps_name_is_not_that_step(tmp_path):
+    store = fill(tmp_path, 1, 2)
+    os.rename(tmp_path / "step_00000002.safetensors", tmp_path / "step_00000009.safetensors")
+    with pytest.warns(UserWarning, match="00009.safetensors: it was saved as step 2: rename it back"):
+        found = store.latest()
+    assert found and found.step == 1
+
+
+def test_a_file_that_another_process_deletes_meanwhile_is_not_damaged(tmp_path, monkeypatch):
+    store = fill(tmp_path, 1, 2)
+    monkeypatch.setattr(store, "_steps", lambda: [1, 2, 3])
+    found = store.latest()
+    assert found and found.step == 2 and found.skipped == {}
+
+
+def test_old_files_go_when_the_new_name_is_on_the_disk(tmp_path, monkeypatch):
+    """A name is durable after an fsync of its folder (ALICE, Pillai et al., OSDI 2014): only then may anything be deleted."""
+    store, calls = fill(tmp_path, 1, keep=1), []
+
+    def recording(name, real):
+        def call(*args):
+            calls.append("fsync folder" if name == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode) else name)
+            return real(*args)
+
+        return call
+
+    for name in ("fsync", "replace", "unlink"):
+        monkeypatch.setattr(os, name, recording(name, getattr(os, name)))
+    store.save(2, tree_of(2))
+    assert calls == ["fsync", "replace", "fsync folder", "unlink"]
+
+
+def test_any_damage_of_the_newest_leads_to_the_one_before(tmp_path):
+    fill(tmp_path, 1, 2)
+    newest = tmp_path / "step_00000002.safetensors"
+    for kind, bad in damages(newest.read_bytes(), 160, seed=0):
+        newest.write_bytes(bad)
+        with pytest.warns(UserWarning, match="step 1 is loaded"):
+            found = Checkpoints(tmp_path).latest()
+        assert found and (found.step, list(found.skipped)) == (1, [2]), kind
+        assert_same(found.tree, tree_of(1))
+
+
+def test_temporary_files_of_dead_writers_are_swept(tmp_path):
+    for name in (".jaxnet-1-dead.tmp", ".jaxnet-2-alive.tmp"):
+        (tmp_path / name).write_bytes(b"")
+    with open(tmp_path / ".jaxnet-2-alive.tmp") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        fill(tmp_path, 1)
+    assert sorted(os.listdir(tmp_path)) == [".jaxnet-2-alive.tmp", "step_00000001.safetensors"]
+
+
+# ----------------------------------------------------------------------------------------------------- asynchronous
+
+
+@contextlib.contextmanager
+def held():
+    """Hold all writing until the event that this gives is set."""
+    gate, real = threading.Event(), os.write
+
+    def write(fd, data):
+        assert gate.wait(30)
+        return real(fd, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", write)
+        try:
+            yield gate
+        finally:
+            gate.set()
+
+
+def test_the_tree_may_be_donated_and_changed_while_it_is_written(tmp_path):
+    x, n = jnp.arange(1024.0), np.arange(5)  # 4 KiB, aligned: memory that NumPy and JAX would share
+    keys, swapped = jax.random.split(jax.random.key(0), 3), np.arange(6, dtype=">i4").reshape(2, 3).T
+    expected = {"x": np.arange(1024.0, dtype=np.float32), "n": np.arange(5), "swapped": swapped.copy()}
+    data = np.asarray(jax.random.key_data(keys)).copy()
+    step = jax.jit(lambda x: x - 1e6, donate_argnums=0)
+    with held() as gate, Checkpoints(tmp_path, asynchronous=True) as store:
+        store.save(1, {"x": x, "n": n, "keys": keys, "swapped": swapped})
+        for _ in range(3):
+            x = step(x)
+        n[:] = -1
+        swapped[:] = -1
+        del keys
+        assert os.listdir(tmp_path) == [p for p in os.listdir(tmp_path) if "tmp" in p]
+        gate.set()
+    got = load(tmp_path / "step_00000001.safetensors")
+    assert_same(np.asarray(got["x"]), expected["x"])
+    assert_same(got["n"], expected["n"])
+    np.testing.assert_array_equal(got["swapped"], expected["swapped"])
+    np.testing.assert_array_equal(jax.random.key_data(got["keys"]), data)
+
+
+def test_one_at_a_time_and_in_order(tmp_path):
+    with held() as gate, Checkpoints(tmp_path, asynchronous=True) as store:
+        store.save(1, tree_of(1))
+        assert not (tmp_path / "step_00000001.safetensors").exists()  # `save` has not waited for the disk
+        threading.Timer(0.2, gate.set).start()
+        store.save(2, tree_of(2))
+        assert gate.is_set() and (tmp_path / "step_00000001.safetensors").exists()
+        assert sum(thread.name.startswith("save ") for thread in threading.enumerate()) <= 1
+        assert store.steps() == [1, 2]  # looking waits too
+        with pytest.raises(ValueError, match="step 2 is not newer"):  # at once, not later
+            store.save(2, {})
+        with pytest.raises(CheckpointError, match="leaf 'a': a builtins.object"):
+            store.save(3, {"a": object()})
+    with pytest.raises(ValueError, match="this store has been closed"):
+        store.save(3, {})
+    assert not any(thread.name.startswith("save ") for thread in threading.enumerate())
+
+
+ERRORS = [OSError(code, os.strerror(code)) for code in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO)]
+
+
+@MODES
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: errno.errorcode[error.errno])
+@pytest.mark.parametrize("call, times", [("open", 2), ("write", 2), ("fsync", 2), ("replace", 1)])
+def test_a_failure_is_raised_and_leaves_what_was_there(call, times, error, beside, tmp_path, monkeypatch):
+    """In the foreground by `save` itself, asynchronously by whatever is called next; at every n-th call of the system."""
+    store, failures = fill(tmp_path, 1, keep=1), 0
+    for n in range(1, 10):
+        store = Checkpoints(tmp_path, keep=1, asynchronous=beside)
+        step = store.steps()[-1] + 1
+        after = [store.wait, store.close, store.latest, functools.partial(store.save, step + 1, {})][n % 4]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, Fail(call, n, error))
+            if fail_expected := n <= times:
+                with pytest.raises(OSError) as caught:
+                    store.save(step, tree_of(step))
+                    store._thread.join() if store._thread else None
+                    assert beside  # in the foreground it has been raised
+                    after()
+                assert caught.value is error
+                failures += 1
+            else:
+                store.save(step, tree_of(step))
+                store.wait()
+        names = os.listdir(tmp_path)
+        assert set(names) <= {f"step_{s:08d}.safetensors" for s in (step - 1, step)}  # no litter
+        for name in names:
+            verify(tmp_path / name)
+        last = call in ("open", "fsync") and n == times  # after the rename: the folder
+        assert (f"step_{step - 1:08d}.safetensors" in names) == fail_expected
+        assert (f"step_{step:08d}.safetensors" in names) == (last or not fail_expected)
+        if not fail_expected:
+            break
+        assert store.wait() is None  # raised once
+        if store._closed:
+            store = Checkpoints(tmp_path, keep=1)
+            step += last
+        store.save(step, tree_of(step))  # and the same step can be saved again
+        store.wait()
+    assert failures == times
+
+
+@MODES
+def test_failing_to_delete_old_files_is_an_error_but_the_new_one_is_saved(beside, tmp_path, monkeypatch):
+    store = fill(tmp_path, 1, keep=1, asynchronous=beside)
+    monkeypatch.setattr(os, "unlink", Fail("unlink", 1, OSError(errno.EACCES, "not yours")))
+    with pytest.raises(OSError, match="not yours"):
+        store.save(2, tree_of(2))
+        store.wait()
+    found = store.latest()
+    assert found and found.step == 2
+    store.save(3, tree_of(3))
+    assert store.steps() == [3]  # the next save deletes what is left
+
+
+def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", Fail("fsync", 1, OSError(errno.EIO, "bad disk")))
+    with pytest.raises(KeyError, match="mine") as caught, Checkpoints(tmp_path, asynchronous=True) as store:
+        store.save(1, {})
+        raise KeyError("mine")
+    assert caught.value.__notes__ == ["and the last checkpoint was not saved: OSError(5, 'bad disk')"]
+
+
+def run(code, folder, *arguments):
+    """Run a program, with a time limit that only a hang exceeds."""
+    head = "import atexit, os, random, shutil, signal, sys, time\nimport numpy as np\n"
+    head += "from jaxnet.checkpoint import Checkpoints\n"
+    command = [sys.executable, "-c", head + code, str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+SLOW = """
+real = os.write
+os.write = lambda fd, data: time.sleep(0.05) or real(fd, data)
+"""
+
+
+def test_a_program_that_ends_waits_for_its_last_save(tmp_path):
+    """40 MiB: so much that the writer's own thread pool is asked for when the interpreter has closed all pools."""
+    code = "store = Checkpoints(sys.argv[1], asynchronous=True)\nstore.save(1, {'x': np.arange(5 << 20)})\nprint('end')"
+    done = run(SLOW + code, tmp_path)
+    assert (done.stdout, done.stderr) == ("end\n", "")
+    np.testing.assert_array_equal(load(tmp_path / "step_00000001.safetensors")["x"], np.arange(5 << 20))
+
+
+def test_a_program_that_ends_says_what_it_did_not_save(tmp_path):
+    code = "def fail(fd):\n    raise OSError(28, 'No space left on device')\nos.fsync = fail\n"
+    done = run(code + "Checkpoints(sys.argv[1], asynchronous=True).save(1, {})", tmp_path)
+    assert "jaxnet: a checkpoint was not saved: OSError(28, 'No space left on device')" in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_save_at_the_very_end_is_waited_for_too(tmp_path):
+    code = "store = Checkpoints(sys.argv[1], asynchronous=True)\n"
+    code += "atexit.register(lambda: store.save(1, {'x': np.arange(5 << 20)}))"
+    done = run(SLOW + code, tmp_path)
+    assert done.stderr == ""
+    verify(tmp_path / "step_00000001.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------------ kills
+
+KILLER = """
+def tree_of(step):
+    return {"x": np.arange(500.0) * step, "step": step}
+
+def scenario(folder, beside):
+    with Checkpoints(folder, keep=2, metric="min loss", asynchronous=beside) as store:
+        store.save(4, tree_of(4), {"loss": 4})  # and then 2 is deleted
+        store.save(5, tree_of(5), {"loss": 5})
+
+def dying(name, n):
+    real = getattr(os, name)
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            if name == "write":
+                real(args[0], args[1][: len(args[1]) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return call
+
+for beside in (False, True):
+    for n in range(1, 99):  # one child for each call of the system that changes anything
+        folder = f"{sys.argv[1]}/{beside}-{n}"
+        shutil.copytree(f"{sys.argv[1]}/before", folder)
+        if (child := os.fork()) == 0:
+            left = n
+            for name in ("open", "write", "lseek", "fchmod", "fsync", "replace", "unlink", "close"):
+                setattr(os, name, dying(name, n))
+            scenario(folder, beside)
+            os._exit(0)
+        if os.waitpid(child, 0)[1] == 0:
+            break
+
+for i in range(int(sys.argv[2])):  # and at random moments of a program that saves all the time
+    folder = f"{sys.argv[1]}/random-{i}"
+    if (child := os.fork()) == 0:
+        store = Checkpoints(folder, keep=2, metric="min loss", asynchronous=i % 2 == 0)
+        for step in range(10**6):
+            store.save(step, {"x": np.full(200_000, step), "step": step}, {"loss": (step - 5) ** 2})
+    time.sleep(0.02 + random.Random(i).random() / 3)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_old_checkpoints_or_the_new_one(tmp_path):
+    fill(tmp_path / "before", 1, 2, 3, losses=[1, 2, 3])
+    run(KILLER, tmp_path, "8")
+    shutil.rmtree(tmp_path / "before")
+    outcomes = set()
+    for folder in sorted(tmp_path.iterdir()):
+        mode, n = folder.name.split("-")
+        store = Checkpoints(folder, keep=2, metric="min loss")
+        with warnings.catch_warnings(action="error"):  # no file is damaged, so that none is skipped
+            latest, best = store.latest(), store.best()
+        assert [name for name in os.listdir(folder) if not name.endswith((".safetensors", ".tmp"))] == []
+        if mode == "random":
+            if latest:
+                np.testing.assert_array_equal(latest.tree["x"], np.full(200_000, latest.step))
+                assert best and best.step == min(latest.step, 5)
+            outcomes.add("random")
+        else:
+            assert latest and best and latest.step in (3, 4, 5) and best.step == 1
+            assert_same(latest.tree, tree_of(latest.step))
+            outcomes.add((mode, latest.step))
+        step = latest.step + 1 if latest else 0
+        store.save(step, tree_of(step), {"loss": 99.0})
+        assert [name for name in os.listdir(folder) if name.endswith(".tmp")] == []  # swept
+        assert len(store.steps()) <= 3
+    assert outcomes == {"random", *((mode, step) for mode in ("False", "True") for step in (3, 4, 5))}
+    assert len(list(tmp_path.iterdir())) > 8 + 2 * 20
+
+
+# ------------------------------------------------------------------------------------------------------------- docs
+
+
+def test_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(compile(code, "checkpoints.md", "exec"), names)
+    assert sorted(os.listdir("run")) == [f"step_{step:08d}.safetensors" for step in (2, 4, 5)]
+    assert names["tuned"]["body"]["bias"].shape == (3,)
