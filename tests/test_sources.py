@@ -1,5 +1,6 @@
 """Where batches come from: files larger than memory, and iterables of every kind, give what arrays in memory give."""
 
+import json
 import re
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 from jaxnet import dense
 from jaxnet.data import Windows, batches
 from jaxnet.train import NonFiniteError, TrainState, Weighted, balanced, fit, guarded, train_state, train_step
-from jaxnet.train.source import Prefetch
+from jaxnet.train.source import Prefetch, _from_json, _to_json
 
 
 def key0():
@@ -288,11 +289,43 @@ def test_an_iterable_goes_on_where_it_stood(source, stack, stop, tmp_path, monke
         assert again.loaded == 1
 
 
+def test_the_states_of_iterators_survive_json():
+    state = {"a": (1, 2.5, None, "x"), 3: [True, b"\x00\xff"], "rng": np.arange(6, dtype=np.uint8).reshape(2, 3)}
+    again = _from_json(json.loads(json.dumps(_to_json(state))))
+    np.testing.assert_array_equal(again.pop("rng"), state.pop("rng"))
+    assert again == state
+    with pytest.raises(TypeError, match="the iterator's state holds a object, which a checkpoint cannot keep"):
+        _to_json([object()])
+
+
 def test_torch_tensors_are_batches_as_well():
     torch = pytest.importorskip("torch")
     loader = torch.utils.data.DataLoader(torch.arange(10.0), batch_size=4)
     sums, _ = watched(loader, epochs=1)
     assert sums == [6.0, 22.0, 17.0]
+
+
+@pytest.mark.parametrize("library", ["grain", "torchdata"])
+def test_loaders_that_shuffle_go_on_where_they_stood(library, tmp_path):
+    pytest.importorskip(library)
+    if library == "grain":
+        import grain  # pyright: ignore[reportMissingImports]
+
+        def source():
+            return grain.MapDataset.source(np.arange(40)).shuffle(seed=1).repeat().batch(4).to_iter_dataset()
+    else:
+        import torch  # pyright: ignore[reportMissingImports]
+        from torchdata.stateful_dataloader import StatefulDataLoader  # pyright: ignore[reportMissingImports]
+
+        def source():
+            torch.manual_seed(0)
+            return StatefulDataLoader(torch.arange(40), batch_size=4, shuffle=True)
+
+    file = tmp_path / "run.safetensors"
+    whole, _ = watched(source(), steps=14)
+    watched(source(), steps=6, checkpoint=file)
+    rest, _ = watched(source(), steps=14, checkpoint=file)
+    assert rest == whole and len(set(whole)) > 8
 
 
 def test_more_skipped_steps_than_allowed_are_an_error(tmp_path):

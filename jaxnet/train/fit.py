@@ -529,7 +529,8 @@ class _Run:
 
 def _copy(leaf: Any) -> jax.Array:
     leaf = jnp.asarray(leaf, getattr(leaf, "dtype", None))
-    return jax.device_put(leaf, may_alias=False)  # unlike jnp.array(copy=True), it compiles nothing
+    where = leaf.sharding if leaf.committed else None
+    return jax.device_put(leaf, where, may_alias=False)  # unlike jnp.array(copy=True), it compiles nothing
 
 
 def _shardings(train_state: TrainState) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -235,7 +236,7 @@ def _fitting(path: str, leaf: Any) -> Any:
 def _begun(data: Any, passes: int, state: Any, skip: int) -> Iterator:
     """The iterator of a pass, taken to a position in it."""
     if state is not None:
-        state = base64.b64decode(state["base64"]) if "base64" in state else state["json"]
+        state = _from_json(state)
         if hasattr(data, "load_state_dict"):
             data.load_state_dict(state)
     iterable: Any = data(passes) if callable(data) else data
@@ -255,4 +256,43 @@ def _state_of(data: Any, batches: Any) -> Any:
         state = batches.get_state()
     else:
         return None
-    return {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else {"json": state}
+    return _to_json(state)
+
+
+def _to_json(x: Any) -> Any:
+    """What iterators keep in their states, as JSON can hold it; what JSON cannot is an object with one entry, its kind."""
+    if x is None or isinstance(x, bool | int | float | str):
+        return x
+    if isinstance(x, list):
+        return [_to_json(y) for y in x]
+    if isinstance(x, tuple):
+        return {"tuple": [_to_json(y) for y in x]}
+    if isinstance(x, dict):
+        return {"dict": [[_to_json(key), _to_json(y)] for key, y in x.items()]}
+    if isinstance(x, bytes):
+        return {"bytes": base64.b64encode(x).decode()}
+    if isinstance(x, np.ndarray | np.generic) or type(x).__module__ == "torch":
+        array = np.asarray(x)
+        if array.dtype.kind in "biufc":
+            kind = "array" if isinstance(x, np.ndarray | np.generic) else "tensor"
+            return {kind: [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode()]}
+    raise TypeError(f"data: the iterator's state holds a {type(x).__name__}, which a checkpoint cannot keep")
+
+
+def _from_json(x: Any) -> Any:
+    if isinstance(x, list):
+        return [_from_json(y) for y in x]
+    if not isinstance(x, dict):
+        return x
+    ((kind, content),) = x.items()
+    if kind == "bytes":
+        return base64.b64decode(content)
+    if kind == "tuple":
+        return tuple(_from_json(y) for y in content)
+    if kind == "dict":
+        return {_from_json(key): _from_json(y) for key, y in content}
+    dtype, shape, data = content
+    array = np.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
+    if kind == "array":
+        return array
+    return importlib.import_module("torch").from_numpy(array)
