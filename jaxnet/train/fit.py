@@ -437,7 +437,7 @@ class _Run:
         if show is None:
             return
         for record in new:
-            show(record)
+            show(record, last=record is new[-1])
             for callback in self.callbacks:
                 callback(record)
         if not new:

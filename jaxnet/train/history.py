@@ -38,6 +38,9 @@ class History:
 
         Args: seconds, samples: of all n steps together; cut: end a record after the last of them in any case.
         """
+        metrics = {
+            name: np.asarray(values, np.float64) for name, values in metrics.items()
+        }  # at once: records are many
         first, new, start = self.step, [], 0
         while start < n:
             due = self.next_cut(self.step)
@@ -80,15 +83,14 @@ class History:
     def restore(self, state: Mapping[str, Any]) -> None:
         for name in ("records", "step", "seconds", "samples"):
             setattr(self, name, state[name])
-        self.pending = {name: np.asarray(values, np.float32) for name, values in state["pending"].items()}
+        self.pending = {name: np.asarray(values, np.float64) for name, values in state["pending"].items()}
 
 
 def _mean(x: np.ndarray, weights: np.ndarray | None) -> float:
-    """The mean in float64; what has no weight does not count even if it is NaN. NaN where nothing counts."""
+    """The mean; what has no weight does not count even if it is NaN. NaN where nothing counts."""
     if weights is None:
-        return float(x.sum(dtype=np.float64)) / len(x)
-    total = weights.sum(dtype=np.float64)
-    return float((np.where(weights > 0, x, 0.0) * weights).sum(dtype=np.float64) / total) if total else math.nan
+        return float(np.add.reduce(x)) / len(x)
+    return float((np.where(weights > 0, x, 0.0) * weights).sum() / weights.sum()) if weights.any() else math.nan
 
 
 def best_of(rule: str) -> tuple[str, Callable[[float, float], bool]]:
