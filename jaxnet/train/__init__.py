@@ -1,6 +1,7 @@
 """Training: a pure step, many steps as one compiled call, and a host loop over those. Each level is usable alone."""
 
 from jaxnet.train.fit import Result, evaluate, fit
+from jaxnet.train.many import many
 from jaxnet.train.plot import plot_history
 from jaxnet.train.shuffle import shuffled
 from jaxnet.train.step import TrainState, sgd, train_epoch, train_state, train_step, train_steps
@@ -10,6 +11,7 @@ __all__ = [
     "TrainState",
     "evaluate",
     "fit",
+    "many",
     "plot_history",
     "sgd",
     "shuffled",
