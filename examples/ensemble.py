@@ -1,10 +1,22 @@
 """An ensemble: 256 networks read handwritten digits, each with its own seed and learning rate, trained as one compiled call.
 
-    python examples/ensemble.py          HEADER
+    python examples/ensemble.py         64-64-10, Adam: 7 to 16 s, and as long again to compile, on two busy cores
 
-Learning rates are drawn log-uniformly from 1e-5 to 1, so that some members learn nothing: what does an ensemble gain over one
-network, and does it mind the bad ones? A fifth of the training images is kept out of training to choose members
-by; the test images choose nothing. Width and epochs were chosen on those validation images, too.
+                                    accuracy        NLL, nats            ECE
+    median member                 93.0 ± 1.6 %   0.449 ± 0.168    5.6 ± 0.9 %
+    median of the best quarter    96.9 ± 0.8 %   0.121 ± 0.056    2.1 ± 0.3 %
+    best member                   97.6 ± 0.3 %   0.111 ± 0.051    1.9 ± 0.2 %
+    mean of all                   97.7 ± 0.6 %   0.478 ± 0.074   33.4 ± 3.8 %
+    mean of the best quarter      97.4 ± 0.9 %   0.100 ± 0.042    1.8 ± 0.8 %
+
+(on 359 test images; mean and deviation over 5 seeds, each with a split of its own:
+`python -m pytest -m slow tests/test_examples.py -k gains -s` prints them)
+
+What does an ensemble gain over one network, and does it mind bad members? The learning rates are drawn log-uniformly from
+1e-5 to 1, so that some members learn nothing; the best are those with the least loss on a fifth of the training images, kept
+out of training. The mean of all forgives the bad ones in accuracy, but not in confidence: it is far too modest. Without
+them the mean is likelier than its median member on each of the 5 splits (NLL); in accuracy 359 images cannot tell it from
+the best member. Width and epochs were chosen on the images kept out, too; the test images choose nothing.
 
 Sources: Lakshminarayanan, Pritzel & Blundell, "Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles",
 NIPS 2017 (the mean of the members' probabilities); Guo, Pleiss, Sun & Weinberger, "On Calibration of Modern Neural

@@ -159,7 +159,7 @@ def test_what_the_loop_carries_counts_wherever_it_is_nested():
 
 
 def test_other_platforms_get_vmap():
-    lowered = jax.export.export(many(lambda x: jnp.tanh(x) * 2), platforms=["cuda"])(jnp.ones((64, 3)))
+    lowered = jax.export.export(jax.jit(many(lambda x: jnp.tanh(x) * 2)), platforms=["cuda"])(jnp.ones((64, 3)))
     assert "tensor<64x3xf32>" in lowered.mlir_module() and "while" not in lowered.mlir_module()
 
 
