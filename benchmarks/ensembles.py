@@ -1,6 +1,6 @@
 """Many trainings at once: M members, each with its own weights, order of the data and learning rate, as one call or as many.
 
-    python benchmarks/ensembles.py                          CPU time on one core
+    python benchmarks/ensembles.py                          CPU time on one core, a quarter of an hour of it
     python benchmarks/ensembles.py --cores 0 --wall         wall-clock time on all cores
     python benchmarks/ensembles.py --network 64-32-10 --batch 32 --optimizer adam --members 64
 

@@ -39,9 +39,9 @@ def many(run: Callable, *, how: str | int | None = None) -> Callable:
 
     Raises: ValueError for another `how`; by the function that is returned, for leaves without a common leading axis.
 
-    Source: `python benchmarks/ensembles.py` on a CPU core, for networks from 2-2-1 to 784-256-128-10: the blocks cost at most
-    TODO % more than the best way for each; "vmap" up to 3 times, "map" up to 3.5 times as much. On accelerators the choice is
-    the usual one, and not measured.
+    Source: `python benchmarks/ensembles.py`, on one CPU core, from 2-2-1 to 784-256-128-10 (benchmarks/README.md has its table):
+    the blocks are about as fast as the fastest form of each case; "vmap" loses where 16 members leave the cache, "map" where
+    a member is small. On accelerators `vmap` is the usual choice; nothing was measured there.
     """
     if how not in ("vmap", "map", None) and not (type(how) is int and how >= 1):
         raise ValueError(f"many: how must be 'vmap', 'map', None or a positive int, got {how!r}")
@@ -65,7 +65,7 @@ def many(run: Callable, *, how: str | int | None = None) -> Callable:
 
 
 _BLOCK = 16  # members in step on a CPU: enough to hide what a loop and its small operations cost
-_CACHE = 2 * 2**20  # bytes of the largest result for all of a block; TODO
+_CACHE = 2 * 2**20  # bytes of the largest result, for all of a block; a few such results are at work at once
 
 
 def _in_blocks(one: Callable, members: Any, size: int) -> Any:
