@@ -39,9 +39,9 @@ def many(run: Callable, *, how: str | int | None = None) -> Callable:
 
     Raises: ValueError for another `how`; by the function that is returned, for leaves without a common leading axis.
 
-    Source: `python benchmarks/ensembles.py`, on one CPU core, from 2-2-1 to 784-256-128-10 with Adam (benchmarks/README.md has
-    the table): in units of the fastest form's time of each case, this choice takes at most 1.05, "vmap" 2.79, "map" 2.84
-    and 16 2.29. On accelerators `vmap` is the usual choice; nothing was measured there.
+    Source: `python benchmarks/ensembles.py`, on one CPU core, 256 members from 2-2-1 to 784-256-128-10 (benchmarks/README.md has
+    the table): in units of the fastest form's time of each case, this choice takes at most 1.10, "vmap" 4.55, "map" 3.06,
+    4 1.36 and 16 1.91. On accelerators `vmap` is the usual choice; nothing was measured there.
     """
     if how not in ("vmap", "map", None) and not (type(how) is int and how >= 1):
         raise ValueError(f"many: how must be 'vmap', 'map', None or a positive int, got {how!r}")
