@@ -205,3 +205,26 @@ def test_each_benchmark_runs(script, flags, measured, peer, module, tmp_path):
     installed = importlib.util.find_spec(module) is not None
     assert rows[peer]["problem"] == ("" if installed else f"skipped: {module} is not installed")
     assert f"{peer} " in done.stdout
+
+
+def test_ensembles_train_alike_in_every_form(tmp_path):
+    file, networks = tmp_path / "numbers.json", ["--network", "2-2-1", "--batch", "4", "--optimizer", "adam"]
+    command = [
+        sys.executable,
+        BENCHMARKS / "ensembles.py",
+        *networks,
+        "--members",
+        "3",
+        "--rounds",
+        "1",
+        "--seconds",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, "--only", "vmap", "--only", "Python", "--json", file], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (table,) = json.loads(file.read_text())["tables"]
+    assert len(table["rows"]) == 3 and not any(row["problem"] for row in table["rows"])
+    multiples = [float(cell) for cell in done.stdout.splitlines()[-1].split()[-3:]]
+    assert min(multiples) == 1.0
