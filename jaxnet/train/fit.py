@@ -99,7 +99,8 @@ def fit(
         iterable of batches, or a function (number of the pass) -> iterable; they are drawn ahead by a thread.
       epochs, steps: until when: passes over the data, or steps, counted from step 0 of the train state. One of them.
       order, drop_last: as in `train_steps`; for arrays.
-      evaluate: (train_state) -> dict of numbers, joined to the record: after each epoch, or every `evaluate_every` steps.
+      evaluate: (train_state) -> dict of numbers, joined to the record: after each epoch, or every `evaluate_every` steps. What
+        it wants to keep it copies: the memory is given to the next steps.
       record_every: steps a record; the default is about 100, an equal part of an epoch where there is one, and at most
         1,000 records in all.
       best: 'min test_loss', 'max test_accuracy', ...: keep the parameters of the best evaluation.
@@ -448,7 +449,13 @@ class _Run:
 
     def _evaluate(self, record: Record) -> None:
         start = time.perf_counter()
-        values = {name: float(value) for name, value in self.evaluate(self.current).items()}
+        values = {}
+        for name, value in self.evaluate(self.current).items():
+            if np.ndim(value):
+                raise ValueError(
+                    f"fit: what evaluate returns as '{name}' must be a number, got shape {np.shape(value)}"
+                )
+            values[name] = float(value)
         record |= values
         if self.best_rule is not None:
             name, better = best_of(self.best_rule)
@@ -546,9 +553,9 @@ def _after(step: int, every: int) -> int:
 
 
 def _record_every(epoch_steps: int | None, total: int | None) -> int:
-    """About 100 steps, a divisor of the epoch if there is one; more where that would be more than 1,000 records."""
+    """About 100 steps, a divisor of the epoch if there is one up to 1,000; more where that would be more than 1,000 records."""
     every = 100
     if epoch_steps is not None:
-        divisors = [d for d in range(1, epoch_steps + 1) if epoch_steps % d == 0]
-        every = min((d for d in divisors if d >= min(50, epoch_steps)), key=lambda d: abs(d - 100))
+        divisors = [d for d in range(min(50, epoch_steps), min(1000, epoch_steps) + 1) if epoch_steps % d == 0]
+        every = min(divisors, key=lambda d: abs(d - 100), default=every)
     return every * max(1, -(-(total or 0) // (1000 * every)))
