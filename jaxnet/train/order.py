@@ -65,8 +65,8 @@ def shuffled(key: jax.Array, n: int, positions: jax.Array) -> jax.Array:
     two change places, which is a permutation whatever the hash. A position costs 24 + 2 log2(n) rounds of integer arithmetic
     and no memory, so that a training loop draws its next batch where it stands, without sorting all n indices first.
 
-    Source: Hoang, Morris & Rogaway, "An Enciphering Scheme Based on a Card Shuffle", CRYPTO 2012; the hash is the finalizer
-    of MurmurHash3 (Appleby).
+    Source: Hoang, Morris & Rogaway, "An Enciphering Scheme Based on a Card Shuffle", CRYPTO 2012; the hash, which
+    also makes the key into a word for each round, is the finalizer of MurmurHash3 (Appleby).
     """
     rounds = 24 + 2 * max(n - 1, 1).bit_length()  # the tests count: fewer leave traces in small n
     seed = jax.random.key_data(key)
