@@ -92,9 +92,7 @@ def from_torch(
         file, tensors = "the state dict", _joined(source)
     else:
         file, tensors = os.fsdecode(source), read_tensors(source)
-    leaves = {name.replace(".", "/"): x for name, x in tensors.items()}
-    if isinstance(rename, dict):
-        rename = {old.replace(".", "/"): new for old, new in rename.items()}
+    leaves, rename = _slashed(tensors, rename)
     return _convert(file, leaves, TORCH, like, rename, strict, cast)
 
 
@@ -214,23 +212,9 @@ def from_equinox(
 
     Returns and raises: as `from_torch`. A dense layer behind a flattened convolution needs its inputs reordered, too.
     """
-    import jax
-    import jax.numpy as jnp
-
-    def is_norm(x):
-        return hasattr(x, "batch_state_index") and hasattr(x, "ema_state_index")
-
     leaves = _flat(model)
-    for path, norm in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_norm) if state is not None else ():
-        if is_norm(norm):
-            if norm.ema_state_index is not None:
-                mean, var = state.get(norm.ema_state_index)
-            else:
-                count = state.get(norm.batch_counter)
-                share = jnp.where(count == 0, 1, 1 - norm.momentum**count)  # of the batches, against the zeros before
-                mean, var = (x / jnp.broadcast_to(share, x.shape) for x in state.get(norm.batch_state_index))
-            where = jax.tree_util.keystr((*path, jax.tree_util.GetAttrKey("mean")), simple=True, separator="/")
-            leaves |= {where: mean, where.removesuffix("mean") + "var": var}
+    if state is not None:
+        leaves |= _averages(model, state)
     return _convert("the model of Equinox", leaves, EQUINOX, like, rename, strict, cast)
 
 
@@ -261,6 +245,20 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = f"it holds a {type(content).__name__}, expected a dict of tensors: save model.state_dict()"
         raise CheckpointError(file, None, text)
     return _joined(content)
+
+
+def renamed_tensors(path: str | os.PathLike[str], rename: Rename) -> dict[str, Any]:
+    """All arrays of a state dict in a file, as they are, by their new names with '.' between steps."""
+    tensors, rename = _slashed(read_tensors(path), rename)
+    names = match.renamed(os.fsdecode(path), tensors, rename or {})
+    return {".".join(path).replace("/", "."): tensors[name] for name, path in names.items()}
+
+
+def _slashed(tensors: dict[str, Any], rename: Rename) -> tuple[dict[str, Any], Rename]:
+    """The tensors of a state dict by path, and the renames in paths, of which they may give the old ones with '.'."""
+    if isinstance(rename, dict):
+        rename = {old.replace(".", "/"): new for old, new in rename.items()}
+    return {name.replace(".", "/"): x for name, x in tensors.items()}, rename
 
 
 def _joined(tensors: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -296,6 +294,31 @@ def _flat(tree: Any) -> dict[str, Any]:
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs}
     return {name: x for name, x in named.items() if hasattr(x, "dtype") and hasattr(x, "shape")}
+
+
+def _averages(model: Any, state: Any) -> dict[str, Any]:
+    """The mean and var of each batch norm in a model of Equinox, by path."""
+    import jax
+    import jax.numpy as jnp
+
+    def is_norm(x):
+        return hasattr(x, "batch_state_index") and hasattr(x, "ema_state_index")
+
+    result = {}
+    for path, norm in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_norm):
+        if is_norm(norm):
+            if norm.ema_state_index is not None:
+                averages = state.get(norm.ema_state_index)
+            else:
+                count = state.get(norm.batch_counter)
+                share = jnp.where(
+                    count == 0, 1, 1 - norm.momentum**count
+                )  # of batches; the rest is the zero at the start
+                averages = [x / jnp.broadcast_to(share, x.shape) for x in state.get(norm.batch_state_index)]
+            for name, x in zip(STATE, averages, strict=True):
+                steps = (*path, jax.tree_util.GetAttrKey(name))
+                result[jax.tree_util.keystr(steps, simple=True, separator="/")] = x
+    return result
 
 
 def _merged(file: str, what: str, variables: Any) -> tuple[dict[str, Node], dict[str, Any], dict[str, str]]:
