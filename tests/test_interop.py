@@ -191,6 +191,14 @@ def test_dtypes_are_kept_unless_cast_and_what_would_be_narrowed_stays_numpy():
     assert got["a"]["bias"].dtype == jnp.float32 and type(got["b"]["bias"]) is np.ndarray
 
 
+def test_integers_are_taken_where_the_template_has_them():
+    like = {"params": {}, "state": {"bn": {"num_batches_tracked": np.array(0)}}}
+    got = from_torch({n: x for n, x in STATE_DICT.items() if n.endswith("tracked")}, like)
+    assert_equal(got["state"], {"bn": {"num_batches_tracked": STATE_DICT["bn.num_batches_tracked"]}})
+    counts = {"params": {"a": jnp.ones(2)}, "state": {"norm": {"count": jnp.array(3)}}}
+    assert_equal(from_torch(to_torch(counts), counts), counts)
+
+
 def test_nothing_is_shared_with_the_source():
     source = {"a.bias": np.zeros(64, np.float32), "a.weight": np.zeros((64, 64), np.float32)}
     got = from_torch(source)
@@ -242,6 +250,13 @@ def test_what_is_no_variables_or_has_no_template():
     both = {"params": {"a": jnp.zeros(1)}, "state": {"a": jnp.zeros(1)}}
     with pytest.raises(ValueError, match="'a' is in params and in state"):
         to_torch(both)
+    for leaf, match in [(1.5, "'state/b' is of kind float"), (jax.random.key(0), "'state/b' is of kind key")]:
+        with pytest.raises(ValueError, match=match):
+            to_torch({"params": {}, "state": {"b": leaf}})
+    with pytest.raises(CheckpointError, match="leaf 'params/a': a ShapeDtypeStruct has no values"):
+        to_torch({"params": {"a": jax.ShapeDtypeStruct((1,), jnp.float32)}})
+    with pytest.raises(ValueError, match="'a/mean' in params and in batch_stats"):
+        from_flax({"params": {"a": {"mean": arange(1)}}, "batch_stats": {"a": {"mean": arange(1)}}})
     with pytest.raises(ValueError, match="need variables `like`"):
         from_torch({}, cast=True)
     with pytest.raises(CheckpointError, match="leaf 'a/kernel': rename gives this path to 'a/kernel' and 'a/weight'"):

@@ -59,7 +59,7 @@ def from_torch(
     | `weight` of a normalisation (any vector) | `scale` |
     | `running_mean`, `running_var` | `mean`, `var`, in `state` |
     | `bias`, other names | the same, as they are |
-    | integers (`num_batches_tracked`) | left out |
+    | integers (`num_batches_tracked`) | left out, unless `like` has them |
 
     The name of the target decides, not the shape, which cannot tell a square matrix from its transpose. A `weight` that
     is a matrix goes to an `embedding` if `like` has one there, or if `rename` names it in full: {"wte.weight":
@@ -82,7 +82,7 @@ def from_torch(
       CheckpointError: the file is damaged, holds more than tensors, or is not what was asked for (all differences in
         one error, with guesses at what has been renamed).
       ImportError: the file needs torch, from 2.6 on, which is the extra `jaxnet[torch]`.
-      ValueError: `like` is something else than variables.
+      ValueError: `like` is something else than variables, or has one path in both parts.
       OSError: the file cannot be opened.
 
     A convolution there is [N, C, H, W]: a dense layer that follows a flattened one expects its inputs in the order
@@ -115,17 +115,21 @@ def to_torch(
     Returns: NumPy arrays by name. There is no `num_batches_tracked`; `load_state_dict` does without it.
     Raises:
       ValueError: `variables` are something else, or what is `stacked` is not.
-      CheckpointError: two arrays would have one name.
+      CheckpointError: two arrays would have one name, or one has no values.
     """
+    from jaxnet.checkpoint import arrays
+
     file = "the variables"
-    _, leaves, _ = _merged(file, "variables", variables)
-    arrays = {name: _numpy(x) for name, x in leaves.items()}
+    nodes, leaves, whole = _merged(file, "variables", variables, arrays.describe)
+    if odd := [name for name, node in nodes.items() if node.kind not in ("jax", "numpy", "numpy_scalar")]:
+        raise ValueError(f"variables must be arrays of numbers: '{whole[odd[0]]}' is of kind {nodes[odd[0]].kind}")
+    leaves = {name: _numpy(x) for name, x in leaves.items()}
     for path in [stacked] if isinstance(stacked, str) else stacked:
-        arrays = _unstacked(arrays, path)
-    names = match.renamed(file, arrays, rename or {})
+        leaves = _unstacked(leaves, path)
+    names = match.renamed(file, leaves, rename or {})
     result = {}
     for name, path in names.items():
-        last, x = name.rpartition("/")[2], arrays[name]
+        last, x = name.rpartition("/")[2], leaves[name]
         if last == "kernel" and x.ndim > 1:
             x = x.transpose(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2))
         if last == path[-1]:
@@ -142,8 +146,8 @@ def from_flax(
 ) -> Any:
     """Take the variables of a Flax network, whose names and layouts are ours: `kernel`, `bias`, `scale`, `embedding`.
 
-    Of Linen's collections `params` become params and `batch_stats` state; others are left out, as are integers and
-    random keys. NNX's `mean` and `var` become state. (`flax.linen.LayerNorm` has eps=1e-6: `layer_norm(eps=1e-6)`.)
+    Of Linen's collections `params` and `batch_stats` are taken. What is called `mean` or `var` becomes state, unless
+    `like` says otherwise; random keys are left out, as are integers that `like` does not have.
 
     Args:
       variables: what Linen's `init` returns, or an NNX module or `nnx.state(module)`.
@@ -153,8 +157,10 @@ def from_flax(
     Returns and raises: as `from_torch`.
     """
     if isinstance(variables, Mapping) and "params" in variables:
-        parts = [_flat(variables[name]) for name in ("params", "batch_stats") if name in variables]
-        leaves = {name: x for part in parts for name, x in part.items()}
+        leaves, statistics = (_flat(variables.get(name)) for name in ("params", "batch_stats"))
+        if both := sorted(leaves.keys() & statistics.keys()):
+            raise ValueError(f"the variables of Flax have '{both[0]}' in params and in batch_stats: rename one of them")
+        leaves |= statistics
     else:
         leaves = {name.removesuffix("/value"): x for name, x in _flat(variables).items()}
     return _convert("the variables of Flax", leaves, FLAX, like, rename, strict, cast)
@@ -288,12 +294,14 @@ def _numpy(x: Any) -> Any:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    """The arrays of any pytree, by path."""
+    """The arrays of any pytree, by path, without random keys."""
     import jax
+    import jax.numpy as jnp
 
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs}
-    return {name: x for name, x in named.items() if hasattr(x, "dtype") and hasattr(x, "shape")}
+    arrays = {name: x for name, x in named.items() if hasattr(x, "dtype") and hasattr(x, "shape")}
+    return {name: x for name, x in arrays.items() if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)}
 
 
 def _averages(model: Any, state: Any) -> dict[str, Any]:
@@ -321,14 +329,14 @@ def _averages(model: Any, state: Any) -> dict[str, Any]:
     return result
 
 
-def _merged(file: str, what: str, variables: Any) -> tuple[dict[str, Node], dict[str, Any], dict[str, str]]:
+def _merged(
+    file: str, what: str, variables: Any, describe: Callable[[str, str, Any], Node]
+) -> tuple[dict[str, Node], dict[str, Any], dict[str, str]]:
     """The leaves of params and state together: node, array and whole path by the path below params or state."""
-    from jaxnet.checkpoint import arrays
-
     if not isinstance(variables, Mapping) or not {"params"} <= set(variables) <= {"params", "state"}:
         got = list(variables) if isinstance(variables, Mapping) else f"a {type(variables).__name__}"
         raise ValueError(f"{what} must be {{'params': params, 'state': state}} or {{'params': params}}, got {got}")
-    template, leaves = structure.encode(file, dict(variables), functools.partial(arrays.describe_template, file))
+    template, leaves = structure.encode(file, dict(variables), functools.partial(describe, file))
     nodes = structure.leaves(template)
     short = {name: name.partition("/")[2] for name in nodes}
     if twice := [name for name in short if name.startswith("state/") and f"params/{short[name]}" in nodes]:
@@ -355,12 +363,14 @@ def _convert(
         raise ValueError(
             "cast=True and strict=False need variables `like`: they say how these and the source may differ"
         )
-    nodes, templates, whole = _merged(file, "like", like) if like is not None else ({}, {}, {})
-    source = {name: x for name, x in source.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    nodes, templates, whole = {}, {}, {}
+    if like is not None:
+        nodes, templates, whole = _merged(file, "like", like, arrays.describe_template)
     source = {name: _numpy(x) for name, x in source.items()}
     moved = {leaf_name(path): name for name, path in match.renamed(file, source, rename or {}).items()}
     new = {path: _place(path, source[name].ndim, convention, nodes) for path, name in moved.items()}
-    new = {path: name for path, name in new.items() if name is not None}
+    floats = {path for path, name in moved.items() if jnp.issubdtype(source[name].dtype, jnp.inexact)}
+    new = {path: n for path, n in new.items() if n is not None and (path in floats or _in_stack(n, nodes)[0] in nodes)}
     match.renamed(file, new, new.__getitem__)  # an error if two of them meet
     found = _stack({name: _layout(source[moved[path]], name, convention) for path, name in new.items()}, nodes)
     kinds = {name: Node("jax", x.dtype.name) for name, x in found.items()}
