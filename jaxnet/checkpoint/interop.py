@@ -132,7 +132,7 @@ def to_torch(
         last, x = name.rpartition("/")[2], leaves[name]
         if last == "kernel" and x.ndim > 1:
             x = x.transpose(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2))
-        if last == path[-1]:
+        if path[-1:] == (last,):  # else the rename names the tensor in full
             path = (*path[:-1], TO_TORCH.get(last, last))
         new = ".".join(path).replace("/", ".")
         if new in result:
@@ -406,7 +406,7 @@ def _layout(x: Any, name: str, convention: Convention) -> Any:
     last = name.rpartition("/")[2]
     if last == "kernel" and convention.features_first and x.ndim > 1:
         x = x.transpose(*range(2, x.ndim), 1, 0)
-    if last in ("bias", "scale", *STATE) and convention.broadcast and x.size == max(x.shape, default=1):
+    if last in ("bias", "scale", *STATE) and convention.broadcast and x.ndim > 1 and x.size == max(x.shape):
         x = x.reshape(-1)
     return x.copy(order="C")
 
