@@ -263,6 +263,10 @@ def test_what_is_no_variables_or_has_no_template():
         from_torch({"a.kernel": arange(2, 2), "a.weight": arange(2, 2)})
     with pytest.raises(CheckpointError, match="another leaf is called 'a.weight' too"):
         to_torch({"params": {"a": {"kernel": arange(2, 2), "scale": arange(2)}}})
+    with pytest.raises(CheckpointError, match="leaf 'a/b': two arrays have this path, 'a/b' and another"):
+        from_torch({"a.b": arange(1), "a/b": arange(1)})
+    with pytest.raises(CheckpointError, match="leaf 'mlp/linear/w': two arrays have this path"):
+        from_haiku({"mlp/~/linear": {"w": arange(1, 1)}, "mlp/linear": {"w": arange(1, 1)}})
     with pytest.raises(CheckpointError, match="no path matches 'b'"):
         from_torch({"a.kernel": arange(2, 2)}, rename={"b": "c"})
 

@@ -92,7 +92,7 @@ def from_torch(
         file, tensors = "the state dict", _joined(source)
     else:
         file, tensors = os.fsdecode(source), read_tensors(source)
-    leaves, rename = _slashed(tensors, rename)
+    leaves, rename = _slashed(file, tensors, rename)
     return _convert(file, leaves, TORCH, like, rename, strict, cast)
 
 
@@ -192,9 +192,9 @@ def from_haiku(
 
     Returns and raises: as `from_torch`.
     """
-    leaves = _flat(params) | _flat(state)
-    leaves = {"/".join(step for step in name.split("/") if step != "~"): x for name, x in leaves.items()}
-    return _convert("the parameters of Haiku", leaves, HAIKU, like, rename, strict, cast)
+    file = "the parameters of Haiku"
+    leaves = _by_path(file, _flat(params) | _flat(state), lambda name: "/".join(s for s in name.split("/") if s != "~"))
+    return _convert(file, leaves, HAIKU, like, rename, strict, cast)
 
 
 def from_equinox(
@@ -255,16 +255,29 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def renamed_tensors(path: str | os.PathLike[str], rename: Rename) -> dict[str, Any]:
     """All arrays of a state dict in a file, as they are, by their new names with '.' between steps."""
-    tensors, rename = _slashed(read_tensors(path), rename)
-    names = match.renamed(os.fsdecode(path), tensors, rename or {})
+    file = os.fsdecode(path)
+    tensors, rename = _slashed(file, read_tensors(path), rename)
+    names = match.renamed(file, tensors, rename or {})
     return {".".join(path).replace("/", "."): tensors[name] for name, path in names.items()}
 
 
-def _slashed(tensors: dict[str, Any], rename: Rename) -> tuple[dict[str, Any], Rename]:
+def _slashed(file: str, tensors: dict[str, Any], rename: Rename) -> tuple[dict[str, Any], Rename]:
     """The tensors of a state dict by path, and the renames in paths, of which they may give the old ones with '.'."""
     if isinstance(rename, dict):
         rename = {old.replace(".", "/"): new for old, new in rename.items()}
-    return {name.replace(".", "/"): x for name, x in tensors.items()}, rename
+    return _by_path(file, tensors, lambda name: name.replace(".", "/")), rename
+
+
+def _by_path(file: str, leaves: dict[str, Any], path: Callable[[str], str]) -> dict[str, Any]:
+    """The leaves by the paths of their names."""
+    result = {}
+    for name, x in leaves.items():
+        if path(name) in result:
+            raise CheckpointError(
+                file, path(name), f"two arrays have this path, '{name}' and another: rename one there"
+            )
+        result[path(name)] = x
+    return result
 
 
 def _joined(tensors: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
