@@ -177,7 +177,9 @@ def _add_convert(commands: Any):
     parser.add_argument("source", metavar="IN", help="a state dict of PyTorch, or a checkpoint")
     parser.add_argument("target", metavar="OUT", help="the safetensors file to write")
     kinds = {"choices": ["torch", "jaxnet"], "metavar": "KIND"}
-    text = "torch or jaxnet; by default jaxnet for its own checkpoints, and torch for all other files"
+    text = (
+        "torch or jaxnet; by default jaxnet for what jaxnet wrote (also with --to torch), and torch for all other files"
+    )
     parser.add_argument("--from", dest="kind", **kinds, help=text)
     parser.add_argument("--to", default="jaxnet", **kinds, help="torch or, by default, jaxnet")
     parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", type=_pair, help=RENAME)
