@@ -153,7 +153,9 @@ def test_digits_trains_saves_and_restores_in_a_new_process(digits, tmp_path, cap
         assert jaxnet.tree.count(params) == 64 * 256 + 256 + 256 * 128 + 128 + 128 * 10 + 10
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_digits_goes_on_after_an_interruption(tmp_path, number, code):
     command = [
         sys.executable,
