@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import peers
 from measure import carried
+from peers import Feed
 
 # pyright: reportMissingImports=false
 
@@ -27,6 +28,8 @@ LAYERS = {"conv1": (3, 3, 1, 32), "conv2": (3, 3, 32, 64), "hidden": (7 * 7 * 64
 RANDOM = np.random.default_rng(0)
 X = RANDOM.random((BATCH, 28, 28, 1), np.float32)
 Y = RANDOM.integers(0, 10, BATCH).astype(np.int32)
+FEED = Feed(X, Y, BATCH, STEPS)
+TILED = Feed(np.tile(X, (STEPS, 1, 1, 1)), np.tile(Y, STEPS), BATCH)  # the same steps as one epoch
 START = {
     name: {
         "kernel": (RANDOM.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1]))).astype(np.float32),
@@ -113,15 +116,17 @@ def max_of_four(x):
     return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
 
 
-def hand_step(conv, pool, params):
-    def loss(params):
-        x = X
-        for name in ["conv1", "conv2"]:
-            x = pool(jax.nn.relu(conv(x, params[name]["kernel"]) + params[name]["bias"]))
-        x = jax.nn.relu(x.reshape(BATCH, -1) @ params["hidden"]["kernel"] + params["hidden"]["bias"])
-        return cross_entropy(x @ params["output"]["kernel"] + params["output"]["bias"], Y)
+def hand_loss(conv, pool, params, batch):
+    x, y = batch
+    for name in ["conv1", "conv2"]:
+        x = pool(jax.nn.relu(conv(x, params[name]["kernel"]) + params[name]["bias"]))
+    x = jax.nn.relu(x.reshape(len(x), -1) @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    return cross_entropy(x @ params["output"]["kernel"] + params["output"]["bias"], y)
 
-    return jax.tree.map(lambda w, g: w - RATE * g, params, jax.grad(loss)(params))
+
+def hand_step(conv, pool, params):
+    grads = jax.grad(functools.partial(hand_loss, conv, pool))(params, (X, Y))
+    return jax.tree.map(lambda w, g: w - RATE * g, params, grads)
 
 
 def hand_loop(conv, pool):
@@ -138,9 +143,9 @@ def hand_single(conv, pool):
 # jaxnet
 
 
-def jaxnet_work(loop):
+def jaxnet_loss():
+    """(params, batch) -> mean cross-entropy."""
     from jaxnet import chain, conv, dense, flatten, max_pool
-    from jaxnet.train import train_state, train_step, train_steps
 
     net = chain(
         conv1=conv(32, 3),
@@ -159,7 +164,13 @@ def jaxnet_work(loop):
         x, y = batch
         return cross_entropy(net.apply(params, x), y)
 
-    step = train_step(loss, RATE)
+    return loss
+
+
+def jaxnet_work(loop):
+    from jaxnet.train import train_state, train_step, train_steps
+
+    step = train_step(jaxnet_loss(), RATE)
     state = jax.tree.map(jnp.array, train_state(START, RATE, jax.random.key(0)))  # ours to donate
     data = jnp.asarray(X), jnp.asarray(Y)
     run = jax.jit(train_steps(step, BATCH, STEPS) if loop else step, donate_argnums=0)
@@ -178,7 +189,7 @@ def chw_kernels():
     return [*convs, hidden, kernels["output"].T]
 
 
-def equinox():
+def equinox(feed=FEED):
     import equinox as eqx
 
     class Net(eqx.Module):
@@ -207,12 +218,12 @@ def equinox():
     net = Net(jax.random.key(0))
     for part, values in {"weight": chw_kernels(), "bias": [layer.bias * 0 for layer in layers(net)]}.items():
         net = eqx.tree_at(lambda net, p=part: [getattr(x, p) for x in layers(net)], net, [jnp.array(v) for v in values])
-    batch = jnp.asarray(X.transpose(0, 3, 1, 2)), jnp.asarray(Y)
+    feed = feed._replace(x=feed.x.transpose(0, 3, 1, 2))
     result = lambda net: [layer.bias.ravel() for layer in layers(net)]  # noqa: E731
-    return peers.equinox(net, cross_entropy, optax.sgd(RATE), batch, STEPS, result)
+    return peers.equinox(net, cross_entropy, optax.sgd(RATE), feed, result)
 
 
-def linen():
+def linen(feed=FEED):
     from flax import linen as nn
 
     class Net(nn.Module):
@@ -223,11 +234,10 @@ def linen():
             x = x.reshape((x.shape[0], -1))
             return nn.Dense(10, name="output")(nn.relu(nn.Dense(128, name="hidden")(x)))
 
-    batch = jnp.asarray(X), jnp.asarray(Y)
-    return peers.linen(Net(), START, cross_entropy, optax.sgd(RATE), batch, STEPS, biases)
+    return peers.linen(Net(), START, cross_entropy, optax.sgd(RATE), feed, biases)
 
 
-def nnx(form):
+def nnx(form, feed=FEED):
     from flax import nnx
 
     class Net(nnx.Module):
@@ -246,12 +256,11 @@ def nnx(form):
     net = Net(nnx.Rngs(0))
     for name, layer in START.items():
         getattr(net, name).kernel[...] = jnp.asarray(layer["kernel"])
-    batch = jnp.asarray(X), jnp.asarray(Y)
     result = lambda net: [getattr(net, name).bias[...] for name in LAYERS]  # noqa: E731
-    return peers.nnx(net, cross_entropy, optax.sgd(RATE), batch, STEPS, result, form=form)
+    return peers.nnx(net, cross_entropy, optax.sgd(RATE), feed, result, form=form)
 
 
-def haiku():
+def haiku(feed=FEED):
     import haiku as hk
 
     def forward(x):
@@ -260,12 +269,11 @@ def haiku():
         return hk.Linear(10, name="output")(jax.nn.relu(hk.Linear(128, name="hidden")(hk.Flatten()(x))))
 
     params = {name: {"w": layer["kernel"], "b": layer["bias"]} for name, layer in START.items()}
-    batch = jnp.asarray(X), jnp.asarray(Y)
     result = lambda params: [params[name]["b"] for name in LAYERS]  # noqa: E731
-    return peers.haiku(forward, params, cross_entropy, optax.sgd(RATE), batch, STEPS, result)
+    return peers.haiku(forward, params, cross_entropy, optax.sgd(RATE), feed, result)
 
 
-def keras():
+def keras(feed=TILED, *, shuffle=False):
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
     from keras import layers
@@ -284,11 +292,10 @@ def keras():
     )
     net.set_weights([w for layer in START.values() for w in (layer["kernel"], layer["bias"])])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    data = (np.tile(X, (STEPS, 1, 1, 1)), np.tile(Y, STEPS)), BATCH
-    return peers.keras(net, loss, keras.optimizers.SGD(RATE), data, 1, STEPS, lambda weights: weights[1::2])
+    return peers.keras(net, loss, keras.optimizers.SGD(RATE), feed, lambda weights: weights[1::2], shuffle=shuffle)
 
 
-def torch(channels_last=False):
+def torch(feed=FEED, *, channels_last=False, loader=False):
     import torch
     from torch import nn
 
@@ -304,9 +311,10 @@ def torch(channels_last=False):
         nn.ReLU(),
         nn.Linear(128, 10),
     )
-    x, y = torch.tensor(X.transpose(0, 3, 1, 2)), torch.tensor(Y, dtype=torch.long)
+    x, y = torch.tensor(feed.x.transpose(0, 3, 1, 2)), torch.tensor(feed.y, dtype=torch.long)
     if channels_last:
         net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    feed = feed._replace(x=x, y=y)
     parameters = list(net.parameters())
     with torch.no_grad():
         for kernel, bias, value in zip(parameters[::2], parameters[1::2], chw_kernels(), strict=True):
@@ -314,7 +322,7 @@ def torch(channels_last=False):
             bias.zero_()
     optimizer = torch.optim.SGD(parameters, lr=RATE)
     result = lambda net: [bias.detach().numpy() for bias in parameters[1::2]]  # noqa: E731
-    return peers.torch(net, nn.functional.cross_entropy, optimizer, (x, y), STEPS, result)
+    return peers.torch(net, nn.functional.cross_entropy, optimizer, feed, result, loader=loader)
 
 
 COMPETITORS = {

@@ -196,8 +196,8 @@ def equinox(images, labels):
     linears = [eqx.nn.Linear(*sizes, key=key) for *sizes, key in zip(SIZES[:-1], SIZES[1:], keys, strict=True)]
     relu = eqx.nn.Lambda(jax.nn.relu)
     model = eqx.nn.Sequential([linears[0], relu, linears[1], relu, linears[2]])
-    batch = images[:BATCH], labels[:BATCH]
-    return peers.equinox(model, cross_entropy, optimizer(), batch, 1, None).run()[-1]
+    feed = peers.Feed(images[:BATCH], labels[:BATCH], BATCH)
+    return peers.equinox(model, cross_entropy, optimizer(), feed, None).run()[-1]
 
 
 def linen(images, labels):
@@ -208,8 +208,8 @@ def linen(images, labels):
     *hidden, out = SIZES[1:]
     model = nn.Sequential([*[layer for size in hidden for layer in (nn.Dense(size), nn.relu)], nn.Dense(out)])
     params = model.init(jax.random.key(0), images[:1])["params"]
-    batch = images[:BATCH], labels[:BATCH]
-    return peers.linen(model, params, cross_entropy, optimizer(), batch, 1, None).run()[-1]
+    feed = peers.Feed(images[:BATCH], labels[:BATCH], BATCH)
+    return peers.linen(model, params, cross_entropy, optimizer(), feed, None).run()[-1]
 
 
 def nnx(images, labels):
@@ -219,8 +219,8 @@ def nnx(images, labels):
     rngs = nnx.Rngs(0)
     linears = [nnx.Linear(*sizes, rngs=rngs) for sizes in zip(SIZES[:-1], SIZES[1:], strict=True)]
     model = nnx.Sequential(linears[0], nnx.relu, linears[1], nnx.relu, linears[2])
-    batch = images[:BATCH], labels[:BATCH]
-    return peers.nnx(model, cross_entropy, optimizer(), batch, 1, None).run()[0]
+    feed = peers.Feed(images[:BATCH], labels[:BATCH], BATCH)
+    return peers.nnx(model, cross_entropy, optimizer(), feed, None).run()[0]
 
 
 def haiku(images, labels):
@@ -232,8 +232,8 @@ def haiku(images, labels):
         return hk.nets.MLP(SIZES[1:])(x)
 
     params = hk.without_apply_rng(hk.transform(forward)).init(jax.random.key(0), images[:1])
-    batch = images[:BATCH], labels[:BATCH]
-    return peers.haiku(forward, params, cross_entropy, optimizer(), batch, 1, None).run()[-1]
+    feed = peers.Feed(images[:BATCH], labels[:BATCH], BATCH)
+    return peers.haiku(forward, params, cross_entropy, optimizer(), feed, None).run()[-1]
 
 
 def torch(images, labels):

@@ -39,11 +39,13 @@ class Work(NamedTuple):
       run: () -> output; does `steps` steps, going on where the last call stopped. Arrays of JAX in it are waited for.
       steps: how many; times are given a step.
       result: output -> tree of arrays, to be compared with those expected after the first call.
+      expected: steps -> that tree, for a competitor of which another is expected than of the others.
     """
 
     run: Callable[[], Any]
     steps: int = 1
     result: Callable[[Any], Any] = lambda output: output
+    expected: Callable[[int], Any] | None = None
 
 
 def carried(step: Callable, state: Any, result: Callable, *, calls: int = 1, steps: int = 1) -> Work:
@@ -110,8 +112,8 @@ def compare(
         with _problems_of(row):
             work = competitors[name]()
             output, first = _timed(clock, work.run)
-            if expected is not None:
-                check(work.result(output), expected(work.steps), rtol)
+            if wish := work.expected or expected:
+                check(work.result(output), wish(work.steps), rtol)
             again = _timed(clock, work.run)[1]
             row.compile_seconds = max(first - again, 0.0)
             samples[name] = _sample(clock, work, calls=max(1, math.ceil(SAMPLE_SECONDS / max(again, 1e-6))))

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import peers
 from measure import Work, carried
+from peers import Feed
 
 from jaxnet import chain, dense
 from jaxnet.train import sgd, train_state, train_step, train_steps
@@ -31,6 +32,7 @@ RATE = 0.1
 START = [np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32) for shape in [(2, 2), (2, 1)]]
 EPOCHS = 10_000  # in one compiled call
 FEW = 200  # where every epoch is a call
+FEED = Feed(X, Y, len(X), FEW)
 
 
 def main(argv=None):
@@ -82,12 +84,13 @@ def half_square(prediction, y):
     return jnp.sum(jnp.square(y - prediction)) / 2
 
 
-def hand_step(weights):
-    def loss(weights):
-        w1, w2 = weights
-        return half_square(jax.nn.sigmoid(jax.nn.sigmoid(X @ w1) @ w2), Y)
+def hand_loss(weights, batch):
+    (w1, w2), (x, y) = weights, batch
+    return half_square(jax.nn.sigmoid(jax.nn.sigmoid(x @ w1) @ w2), y)
 
-    return [w - RATE * g for w, g in zip(weights, jax.grad(loss)(weights), strict=True)]
+
+def hand_step(weights):
+    return [w - RATE * g for w, g in zip(weights, jax.grad(hand_loss)(weights, (X, Y)), strict=True)]
 
 
 def jitted_step():
@@ -174,7 +177,7 @@ def equinox():
     keys = jax.random.split(jax.random.key(0))
     model = Net(eqx.nn.Linear(2, 2, use_bias=False, key=keys[0]), eqx.nn.Linear(2, 1, use_bias=False, key=keys[1]))
     model = eqx.tree_at(weights, model, [jnp.asarray(w.T) for w in START])
-    return peers.equinox(model, half_square, optax.sgd(RATE), (X, Y), FEW, lambda m: [w.T for w in weights(m)])
+    return peers.equinox(model, half_square, optax.sgd(RATE), FEED, lambda m: [w.T for w in weights(m)])
 
 
 def linen():
@@ -187,7 +190,7 @@ def linen():
             return nn.sigmoid(nn.Dense(1, use_bias=False)(x))
 
     params = {f"Dense_{i}": {"kernel": w} for i, w in enumerate(START)}
-    return peers.linen(Net(), params, half_square, optax.sgd(RATE), (X, Y), FEW, jax.tree.leaves)
+    return peers.linen(Net(), params, half_square, optax.sgd(RATE), FEED, jax.tree.leaves)
 
 
 def nnx(form):
@@ -207,7 +210,7 @@ def nnx(form):
     def weights(model):
         return [model.hidden.kernel[...], model.output.kernel[...]]
 
-    return peers.nnx(model, half_square, optax.sgd(RATE), (X, Y), FEW, weights, form=form)
+    return peers.nnx(model, half_square, optax.sgd(RATE), FEED, weights, form=form)
 
 
 def haiku():
@@ -218,7 +221,7 @@ def haiku():
         return jax.nn.sigmoid(hk.Linear(1, with_bias=False)(x))
 
     params = {"linear": {"w": START[0]}, "linear_1": {"w": START[1]}}
-    return peers.haiku(forward, params, half_square, optax.sgd(RATE), (X, Y), FEW, jax.tree.leaves)
+    return peers.haiku(forward, params, half_square, optax.sgd(RATE), FEED, jax.tree.leaves)
 
 
 def keras():
@@ -231,7 +234,7 @@ def keras():
     model = keras.Sequential([keras.Input((2,)), hidden, output])
     model.set_weights(START)
     loss = keras.losses.MeanSquaredError(reduction="sum")  # twice ours, hence half the rate
-    return peers.keras(model, loss, keras.optimizers.SGD(RATE / 2), ((X, Y), 4), FEW, FEW, list)
+    return peers.keras(model, loss, keras.optimizers.SGD(RATE / 2), FEED, list, shuffle=False)
 
 
 def torch():
@@ -247,8 +250,8 @@ def torch():
         return (y - prediction).square().sum() / 2
 
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    batch = torch.tensor(X), torch.tensor(Y)
-    return peers.torch(model, loss, optimizer, batch, FEW, lambda m: [p.detach().numpy().T for p in m.parameters()])
+    feed = FEED._replace(x=torch.tensor(X), y=torch.tensor(Y))
+    return peers.torch(model, loss, optimizer, feed, lambda m: [p.detach().numpy().T for p in m.parameters()])
 
 
 COMPETITORS = {

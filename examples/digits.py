@@ -1,7 +1,7 @@
 """Handwritten digits: train, inspect, save, restore in a new process, and see that nothing changed.
 
-    python examples/digits.py                                   98.4 ± 0.2 % of the test images in 10 s
-    python examples/digits.py --model convnet                   99.3 ± 0.3 % in 16 s
+    python examples/digits.py                                   98.3 ± 0.2 % of the test images in 10 s
+    python examples/digits.py --model convnet                   99.1 ± 0.3 % in 16 s
     python examples/digits.py --data FOLDER                     98.6 ± 0.1 % of MNIST's in 25 s
     python examples/digits.py --data FOLDER --model convnet     99.3 % in 5 minutes (2 seeds: 99.28, 99.29)
 

@@ -6,7 +6,7 @@ A network is a value made of pure functions over a plain nested dict of arrays; 
 import importlib
 from typing import TYPE_CHECKING
 
-from jaxnet import train, tree
+from jaxnet import tree
 from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual
 from jaxnet.core import Layer, layer, param, wire
 from jaxnet.layers import (
@@ -22,12 +22,12 @@ from jaxnet.layers import (
     layer_norm,
     max_pool,
 )
-from jaxnet.train.step import sgd
 from jaxnet.transform import capture, replace, summary, walk
 
 if TYPE_CHECKING:
-    from jaxnet import checkpoint, data
+    from jaxnet import checkpoint, data, train
     from jaxnet.checkpoint import load, save
+    from jaxnet.train import sgd
 
 __version__ = "0.1.0"
 
@@ -69,8 +69,15 @@ __all__ = [
 
 def __getattr__(name: str):
     """What not every program needs is imported when it is asked for."""
-    if name in ("checkpoint", "data"):
+    if name in ("checkpoint", "data", "train"):
         return importlib.import_module(f"jaxnet.{name}")
-    if name in ("load", "save"):
-        return getattr(importlib.import_module("jaxnet.checkpoint"), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'jaxnet' has no attribute '{name}'")
+
+
+_LAZY = {"load": "jaxnet.checkpoint", "save": "jaxnet.checkpoint", "sgd": "jaxnet.train"}
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,4 +1,4 @@
-"""The command line: `jaxnet inspect FILE`, `jaxnet verify FILE...`, `jaxnet diff A B`.
+"""The command line: `jaxnet inspect FILE`, `jaxnet verify FILE...`, `jaxnet diff A B`, `jaxnet convert IN OUT`.
 
 A subcommand is two functions: one adds its parser, the other runs it and returns the exit code. What takes long to
 import is imported in the latter.
@@ -24,9 +24,10 @@ EPILOG = """examples:
   jaxnet inspect --stats --glob '**/kernel' model.safetensors
   jaxnet verify run/*.safetensors                          read all bytes and check them
   jaxnet diff old.safetensors new.safetensors              which leaves differ, and how far
+  jaxnet convert net.pt net.safetensors                    PyTorch's names and layouts to jaxnet's, or back
 
-exit codes: 0 all is well, or equal; 1 damaged or no checkpoint, or different; 2 the command is wrong, or a file
-cannot be opened
+exit codes: 0 all is well, or equal; 1 damaged or no checkpoint, or different, or not convertible; 2 the command is
+wrong, or a file cannot be opened
 """
 INSPECT = """Show what a checkpoint, or any other safetensors file, holds: path, shape, dtype, number of parameters
 (elements) and bytes of every array, the Python values beside them, and the metadata. Only the header is read, and
@@ -39,6 +40,16 @@ DIFF = """Compare two files leaf by leaf and show what only one of them has, whi
 apart the values are: how many elements have other bits, max |A - B|, and |A - B| / |A| in Euclidean norms. Containers
 and metadata do not count. All bytes of common leaves are checked; a damaged file gives code 2, for nothing is known of
 what it held."""
+
+CONVERT = """Write a checkpoint anew: a state dict of PyTorch as a checkpoint of jaxnet with `params` and `state`, or the
+other way round. Kernels are transposed, names changed, the numbers stay. Files called *.pt, *.pth, *.th, *.bin and *.ckpt
+are opened by torch as tensors alone, nothing in them is executed; all others are safetensors. What is written is
+safetensors. From one kind to the same, the file is copied, with other names if --rename says so."""
+RENAME = """the node or leaf OLD of IN is NEW in OUT, for instance 'state_dict.module=' or 'layer1.0=body/first'; paths of
+jaxnet are without 'params/' and 'state/', unless both files are of jaxnet; may be repeated, the longest OLD that fits counts"""
+LIKE = """a checkpoint of jaxnet with `params` and `state` that OUT must fit: it says which matrices are embeddings, and which
+numbered modules `repeat` has stacked"""
+STACKED = "to torch: a node that `repeat` has stacked and that becomes numbered modules; may be repeated"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,8 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (`head`) has seen enough; Python's own flush at the end shall not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (CheckpointError, OSError) as e:
+    except (CheckpointError, OSError, ImportError) as e:
         _complain(args.command, e)
+        if args.command == "convert":
+            return 1 if isinstance(e, CheckpointError) else 2
         return 1 if _is_damage(e) and args.command != "diff" else 2
 
 
@@ -66,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_verify(commands)
     _add_diff(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -156,6 +170,90 @@ def _diff(args: argparse.Namespace) -> int:
     else:
         print("the leaves are equal, bit for bit")
     return 1 if found else 0
+
+
+def _add_convert(commands: Any):
+    parser = commands.add_parser("convert", help="from and to PyTorch, or other names", description=CONVERT)
+    parser.add_argument("source", metavar="IN", help="a state dict of PyTorch, or a checkpoint")
+    parser.add_argument("target", metavar="OUT", help="the safetensors file to write")
+    kinds = {"choices": ["torch", "jaxnet"], "metavar": "KIND"}
+    text = (
+        "torch or jaxnet; by default jaxnet for what jaxnet wrote (also with --to torch), and torch for all other files"
+    )
+    parser.add_argument("--from", dest="kind", **kinds, help=text)
+    parser.add_argument("--to", default="jaxnet", **kinds, help="torch or, by default, jaxnet")
+    parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", type=_pair, help=RENAME)
+    parser.add_argument("--like", metavar="FILE", help=LIKE)
+    parser.add_argument("--stacked", action="append", default=[], metavar="PATH", help=STACKED)
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--json", action="store_true", help="print what `inspect --json OUT` would")
+    parser.set_defaults(run=_convert, parser=parser)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    old, equal, new = text.partition("=")
+    if not equal:
+        raise argparse.ArgumentTypeError(f"'{text}' must be OLD=NEW, for instance 'layer1=body'")
+    return old, new
+
+
+def _convert(args: argparse.Namespace) -> int:
+    import jax
+
+    from jaxnet.checkpoint import inspect, save
+    from jaxnet.checkpoint.interop import PICKLES
+
+    pickled = args.source.endswith(PICKLES)
+    info = None if pickled else inspect(args.source)
+    kind = args.kind or ("torch" if info is None or info.version is None else "jaxnet")
+    if kind == "jaxnet" and pickled:
+        args.parser.error(
+            "--from jaxnet: a checkpoint of jaxnet is a safetensors file, and this is called as one of torch"
+        )
+    if args.like and (kind, args.to) != ("torch", "jaxnet"):
+        args.parser.error("--like is for --from torch --to jaxnet")
+    if args.stacked and (kind, args.to) != ("jaxnet", "torch"):
+        args.parser.error("--stacked is for --from jaxnet --to torch")
+    if os.path.lexists(args.target) and not args.force:
+        args.parser.error(f"{args.target} exists: --force replaces it")
+    with jax.enable_x64(True):  # else arrays of 64 bits would come as NumPy's
+        save(args.target, _converted(args, kind), metadata=info.metadata if info else None)
+    info = inspect(args.target)
+    if args.json:
+        print(json.dumps(_as_json(info, None), indent=2))
+    else:
+        parameters = sum(math.prod(leaf.shape) for leaf in info.leaves)
+        print(_printable(f"{info.path}: {len(info.leaves)} arrays, {parameters:,} parameters, {info.nbytes:,} bytes"))
+    return 0
+
+
+def _converted(args: argparse.Namespace, kind: str) -> Any:
+    """The tree to write."""
+    from jaxnet.checkpoint import from_torch, interop, load, to_torch
+
+    rename = dict(args.rename)
+    if (kind, args.to) == ("jaxnet", "jaxnet"):
+        return load(args.source, rename=rename or None)
+    if (kind, args.to) == ("torch", "torch"):
+        return interop.renamed_tensors(args.source, rename)
+    if kind == "torch":
+        return from_torch(args.source, _variables(args.like) if args.like else None, rename=rename)
+    try:
+        return to_torch(_variables(args.source), rename=rename, stacked=args.stacked)
+    except ValueError as e:
+        args.parser.error(str(e))
+
+
+def _variables(file: str) -> dict[str, Any]:
+    """What a checkpoint holds of params and state."""
+    from jaxnet.checkpoint import CheckpointError, load
+
+    tree = load(file)
+    parts = {name: tree[name] for name in ("params", "state") if isinstance(tree, dict) and name in tree}
+    if "params" not in parts:
+        text = "it has no 'params' at its top; if all of it are, move it there: jaxnet convert IN OUT --rename =params"
+        raise CheckpointError(file, None, text)
+    return parts
 
 
 def _is_damage(error: Exception) -> bool:

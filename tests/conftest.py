@@ -6,6 +6,9 @@ import pathlib
 import jax
 import pytest
 
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+)  # where there is one
 jax.config.update("jax_num_cpu_devices", 4)  # before any device is used
 jax.config.update("jax_numpy_rank_promotion", "raise")  # (4,) against (4, 1) is a bug, not a broadcast
 jax.config.update("jax_debug_key_reuse", True)  # a key consumed twice is a bug

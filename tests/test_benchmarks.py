@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import json
 import pathlib
 import subprocess
@@ -131,6 +132,29 @@ def test_problems_are_named_and_the_others_go_on(measure, options):
     assert "missing       skipped: keras is not installed" in text
 
 
+def test_a_competitor_may_expect_a_result_of_its_own(measure, options):
+    clock = Clock()
+
+    def other(result):
+        return lambda: clock.work(measure, [1.0], output=result)()._replace(expected=lambda steps: 5.0)
+
+    competitors = {"base": clock.work(measure, [1.0]), "other": other(5.0), "wrong": other(1.0)}
+    rows, _ = compare(measure, options, clock, competitors, expected=lambda steps: 1.0)
+    assert [row.problem for row in rows.values()][:2] == ["", ""]
+    assert "off by 8.0e-01" in rows["wrong"].problem
+
+
+def test_batches_go_through_all_rows_in_a_new_order_each_epoch(measure):
+    feed = importlib.import_module("peers").Feed(np.arange(6), -np.arange(6), batch_size=2, epochs=2)
+    batches = list(itertools.islice(feed.stream(), feed.steps))
+    assert all((x == -y).all() for x, y in batches)
+    first, second = (np.concatenate([x for x, _ in part]) for part in (batches[:3], batches[3:]))
+    assert sorted(first) == sorted(second) == list(range(6))
+    assert (first != second).any()
+    whole = feed._replace(batch_size=6)
+    assert next(whole.stream())[0] is feed.x and whole.steps == 2
+
+
 def test_one_bad_number_is_enough(measure):
     good, bad = np.ones(2), np.array([1.0, np.nan])
     measure.check([good, good * 1.0005], [good, good], 1e-3)
@@ -169,6 +193,13 @@ def test_no_round_starts_after_the_budget(measure, options):
             "Equinox, durable",
             "equinox",
         ),
+        (
+            "loops.py",
+            ["--table", "adam", "--rows", "1280", "--only", "a file", "--only", "Keras"],
+            "jaxnet, fit, progress on a file",
+            "Keras fit",
+            "keras",
+        ),
     ],
 )
 def test_each_benchmark_runs(script, flags, measured, peer, module, tmp_path):
@@ -181,3 +212,26 @@ def test_each_benchmark_runs(script, flags, measured, peer, module, tmp_path):
     installed = importlib.util.find_spec(module) is not None
     assert rows[peer]["problem"] == ("" if installed else f"skipped: {module} is not installed")
     assert f"{peer} " in done.stdout
+
+
+def test_ensembles_train_alike_in_every_form(tmp_path):
+    file, networks = tmp_path / "numbers.json", ["--network", "2-2-1", "--batch", "4", "--optimizer", "adam"]
+    command = [
+        sys.executable,
+        BENCHMARKS / "ensembles.py",
+        *networks,
+        "--members",
+        "3",
+        "--rounds",
+        "1",
+        "--seconds",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, "--only", "vmap", "--only", "Python", "--json", file], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (table,) = json.loads(file.read_text())["tables"]
+    assert len(table["rows"]) == 3 and not any(row["problem"] for row in table["rows"])
+    multiples = [float(cell) for cell in done.stdout.splitlines()[-1].split()[-3:]]
+    assert min(multiples) == 1.0

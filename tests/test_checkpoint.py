@@ -516,7 +516,7 @@ def test_all_differences_are_listed_in_one_error(tmp_path):
         "  shape differs: enc/b: template float32[2,3], file int32[4]",
         "  container differs: dec: template tuple, file list",
         "  perhaps renamed: enc/old in the file is enc/older in the template",
-        "  if so: load(..., rename={'enc/old': 'enc/older'})",
+        "  if so: rename={'enc/old': 'enc/older'}",
     ]
 
 

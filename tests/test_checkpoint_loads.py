@@ -259,8 +259,8 @@ def test_guesses_at_renames_can_be_pasted(tmp_path):
     *_, first, second, last = caught.value.reason.split("\n  ")
     assert first == "perhaps renamed: encoder in the file is enc in the template (4 leaves)"
     assert second == "perhaps renamed: head/kernel in the file is head/weights in the template"
-    assert last == "if so: load(..., rename={'encoder': 'enc', 'head/kernel': 'head/weights'})"
-    rename = eval(last.split("rename=")[1][:-1])
+    assert last == "if so: rename={'encoder': 'enc', 'head/kernel': 'head/weights'}"
+    rename = eval(last.split("rename=")[1])
     head = {"weights": block(3)["kernel"], "bias": block(3)["bias"]}
     expected = {"enc": {"a": block(1), "b": block(2)}, "head": head, "step": 3}
     assert_equal(load(tmp_path / "t", like, rename=rename), expected)

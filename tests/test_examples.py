@@ -40,6 +40,11 @@ def digits():
     return example("digits")
 
 
+@pytest.fixture(scope="module")
+def ensemble():
+    return example("ensemble")
+
+
 @pytest.mark.parametrize("name", [path.stem for path in sorted(EXAMPLES.glob("*.py"))])
 def test_help_explains_every_option(name):
     help = subprocess.run(
@@ -47,6 +52,7 @@ def test_help_explains_every_option(name):
     ).stdout
     options = re.findall(r"^  (--[\w-]+)( [A-Z]+)?(.*(?:\n {10,}.*)?)", help, re.M)
     assert options and all(text.strip() for _, _, text in options)
+    assert "--cache-dir" in {name for name, _, _ in options}
 
 
 def test_headers_state_what_was_measured():
@@ -147,7 +153,9 @@ def test_digits_trains_saves_and_restores_in_a_new_process(digits, tmp_path, cap
         assert jaxnet.tree.count(params) == 64 * 256 + 256 + 256 * 128 + 128 + 128 * 10 + 10
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_digits_goes_on_after_an_interruption(tmp_path, number, code):
     command = [
         sys.executable,
@@ -207,6 +215,52 @@ def test_digits_takes_the_mnist_files(digits, real_data, tmp_path, capfd):
     assert "every prediction is identical" in capfd.readouterr().out
 
 
+# Ensemble
+
+
+def test_calibration_error_and_likelihood_of_a_case_worked_by_hand(ensemble):
+    """Ten images at confidence 0.9 with 7 right, five at 0.5 with 4 right: ECE = (10 * 0.2 + 5 * 0.3) / 15."""
+    rest = np.eye(10)[1]
+    probabilities = np.stack([0.9 * np.eye(10)[0] + 0.1 * rest] * 10 + [0.5 * np.eye(10)[0] + 0.5 * rest] * 5)
+    probabilities[10:, 0] += 1e-9  # no tie
+    labels = np.array([0] * 7 + [1] * 3 + [0] * 4 + [1])
+    np.testing.assert_allclose(ensemble.calibration_error(probabilities, labels), 3.5 / 15, rtol=1e-6)
+    likelihood = -(7 * np.log(0.9) + 3 * np.log(0.1) + 5 * np.log(0.5)) / 15
+    np.testing.assert_allclose(ensemble.negative_log_likelihood(probabilities, labels), likelihood, rtol=1e-6)
+    assert ensemble.accuracy(probabilities, labels) == 11 / 15
+    both = np.stack([probabilities, np.roll(probabilities, 1, -1)])  # a leading axis of members
+    assert (
+        ensemble.calibration_error(both, labels).shape == ensemble.negative_log_likelihood(both, labels).shape == (2,)
+    )
+
+
+def test_ensemble_compares_draws_and_saves(ensemble, tmp_path, capsys):
+    table = ensemble.main(members=8, epochs=4, width=16, out=str(tmp_path))
+    assert table["best member"]["accuracy"] > 0.8 > table["median member"]["accuracy"] > 0.1
+    assert (tmp_path / "ensemble.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    out = capsys.readouterr().out
+    assert sum(map(int, re.findall(r"^1e-\d to 1e-?\d +(\d+) ", out, re.M))) == 8
+    # the mean of the members' probabilities is at least as likely as they are on average (Jensen)
+    row = re.search(r"all, at random\n.*\n  NLL(.*)", out)
+    assert row
+    losses = [float(cell) for cell in row[1].split()]
+    assert len(losses) == 4 and losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(table["mean of all"]["NLL"], abs=5e-4)
+    saved = jaxnet.load(tmp_path / "ensemble.safetensors")
+    test = jaxnet.data.digits(seed=0).test
+    logits = jax.vmap(ensemble.network(16).apply, (0, None))(saved["params"], test.images)
+    mean = np.asarray(jax.nn.softmax(logits), np.float64).mean(0)
+    assert ensemble.accuracy(mean, test.labels) == table["mean of all"]["accuracy"]
+
+
+def test_ensemble_answers_wrong_options_in_one_line(tmp_path):
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / "ensemble.py", "--members", "3"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 1
+    assert "ensemble.py: members must be at least 4" in run.stderr and "Traceback" not in run.stderr
+
+
 # The accuracies in the headers: `pytest -m slow`
 
 
@@ -231,3 +285,13 @@ def test_accuracy_on_the_8x8_digits(digits, model, floor):
 def test_accuracy_on_mnist(digits, real_data, model, seeds, floor):
     data = digits.load_data(str(real_data / "mnist"))
     assert accuracies(digits, model, data, seeds, epochs=10, batch_size=128) >= floor
+
+
+@pytest.mark.slow
+def test_what_an_ensemble_gains(ensemble, tmp_path):
+    tables = [ensemble.main(seed=seed, out=str(tmp_path)) for seed in range(5)]
+    for row in tables[0]:
+        cells = {name: [table[row][name] for table in tables] for name in tables[0][row]}
+        print(f"{row:28}" + "".join(f"  {m} {np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for m, x in cells.items()))
+    gains = [table["median of the best quarter"]["NLL"] - table["mean of the best quarter"]["NLL"] for table in tables]
+    assert min(gains) > 0 and np.mean([table["mean of all"]["accuracy"] for table in tables]) > 0.95

@@ -169,6 +169,7 @@ def test_by_default_a_record_is_about_100_steps_and_divides_the_epoch():
     sizes = {n: FIT._record_every(n, 10 * n) for n in [*range(1, 400), 468, 600, 60_000]}
     assert all(n % size == 0 for n, size in sizes.items())
     assert sizes[468] == 117 and sizes[60_000] == 100 * 6 and sizes[22] == 22  # 600,000 steps: 1,000 records
+    assert FIT._record_every(999_983, 999_983) == 1000  # a prime: 100 steps would be 10,000 records
     assert FIT._record_every(1, 10_000_000) == 10_000 and FIT._record_every(None, None) == 100
 
 
@@ -590,6 +591,11 @@ def test_a_step_of_ones_own_is_replayed_too():
     with pytest.raises(NonFiniteError, match="at step 3 .*parameters that are no longer finite: ''") as caught:
         fit(step, start, [jnp.zeros(2)] * 10, steps=10, progress=False)
     assert caught.value.train_state.step == 3 and caught.value.train_state.params == 1
+
+
+def test_an_evaluation_that_is_no_number_is_named():
+    with pytest.raises(ValueError, match=r"what evaluate returns as 'confusion' must be a number, got shape \(3, 3\)"):
+        fitted(evaluate=lambda state: {"confusion": np.ones((3, 3))})
 
 
 def test_the_check_can_be_left_out():

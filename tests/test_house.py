@@ -106,7 +106,8 @@ def test_heavy_and_optional_packages_are_imported_where_they_are_used(path):
 @each_file
 def test_the_package_needs_nothing_that_it_does_not_declare(path):
     declared = {"jax", "jaxlib", "numpy", "optax", "jaxnet"}
-    optional = {"matplotlib", "sklearn", "ml_dtypes"}  # plots, real data; NumPy's bfloat16, which jax itself requires
+    optional = {"matplotlib", "sklearn", "torch"}  # for plots, real data, files of torch
+    optional |= {"ml_dtypes"}  # NumPy's bfloat16, which jax itself requires
     known = declared | optional | set(sys.stdlib_module_names)
     assert {name.split(".")[0] for name, _ in imports(path)} <= known
 

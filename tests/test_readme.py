@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_code_blocks_run(code, tmp_path, monkeypatch, capsys):
 
 def test_the_program_in_the_training_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    scope = {"__name__": "training"}
+    scope: dict[str, Any] = {"__name__": "training"}
     exec(compile(TRAINING, "training.md", "exec"), scope)
     assert scope["run"].best.value > 0.8 and (tmp_path / "curves.png").exists()
 

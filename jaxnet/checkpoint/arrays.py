@@ -70,7 +70,7 @@ def shape_in_file(node: Node, x: Any) -> tuple[int, ...]:
 
 def to_bytes(node: Node, x: Any) -> np.ndarray:
     """The bytes of a leaf as in the file, little-endian in row-major order: uint8 [bytes], a view where that can be."""
-    a = _fetch(jax.random.key_data(x) if node.kind == "key" else x)
+    a = fetch(jax.random.key_data(x) if node.kind == "key" else x)
     if "int" in node.value and node.value in WIDENED:
         a = a.astype(np.uint8 if node.value.startswith("uint") else np.int8)
     a = np.ascontiguousarray(a, a.dtype.newbyteorder("=") if a.dtype.byteorder == ">" else None)
@@ -85,7 +85,7 @@ def from_bytes(file: str, name: str, node: Node, shape: tuple[int, ...], raw: np
     try:
         if node.kind == "key":
             return raw.view(np.uint32).reshape(shape)
-        dtype = _dtype(node.value)
+        dtype = dtype_of(node.value)
         if "int" in node.value and node.value in WIDENED:
             return raw.view(np.uint8 if node.value.startswith("uint") else np.int8).astype(dtype).reshape(shape)
         return raw.view(dtype).reshape(shape[:-1] if dtype == np.complex128 else shape)
@@ -122,7 +122,7 @@ def is_spread(target: Target) -> bool:
 def _goes_to_jax(target: Target) -> bool:
     if target.kind == "key":
         return True
-    return target.kind == "jax" and jax.dtypes.canonicalize_dtype(_dtype(target.dtype)) == _dtype(target.dtype)
+    return target.kind == "jax" and jax.dtypes.canonicalize_dtype(dtype_of(target.dtype)) == dtype_of(target.dtype)
 
 
 def blocks(file: str, target: Target, shape: tuple[int, ...]) -> list[tuple[slice, ...]] | None:
@@ -151,7 +151,7 @@ def cast(file: str, data: dict[str, np.ndarray], targets: dict[str, Target]) -> 
     """Arrays in the dtypes of `targets`: floats rounded to floats, all else exact, or one Misfit for all that is not."""
     result, lines = {}, []
     for name, x in data.items():
-        wanted = x.dtype if targets[name].kind == "key" else _dtype(targets[name].dtype)
+        wanted = x.dtype if targets[name].kind == "key" else dtype_of(targets[name].dtype)
         result[name], lost, first = (x, 0, 0) if x.dtype == wanted else _cast(x, wanted)
         if lost:
             spec = Spec(x.dtype.name, x.shape)
@@ -185,7 +185,7 @@ def empty(nbytes: int) -> np.ndarray:
     return raw[start : start + nbytes]
 
 
-def _dtype(name: str) -> np.dtype:
+def dtype_of(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
@@ -245,7 +245,7 @@ def _inside(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return (x >= float(low)) & (x < float(high + 1))
 
 
-def _fetch(x: Any) -> np.ndarray:
+def fetch(x: Any) -> np.ndarray:
     """The values on the host, without leaving a second copy inside the JAX array (as np.asarray does)."""
     if not isinstance(x, jax.Array):
         return np.asarray(x)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint import match, structure
 from jaxnet.checkpoint.format import CheckpointError, Header, Misfit, Tensor
-from jaxnet.checkpoint.structure import Node
+from jaxnet.checkpoint.structure import Node, Spec
 
 if TYPE_CHECKING:
     from jaxnet.checkpoint.arrays import Target
@@ -435,14 +435,34 @@ def _select(file: str, content: Content, patterns: list[str]) -> Content:
 def _match(
     file: str, what: str, like: Any, content: Content, strict: bool, cast: bool
 ) -> tuple[dict[str, "Target"], dict[str, Any]]:
-    """How `like` wants each array that it takes from the file, if that fits it in all; and the leaves that it keeps."""
+    """`fit` for the leaves of a file and their containers."""
     from jaxnet.checkpoint import arrays
 
     template, leaves = structure.encode(file, like, functools.partial(arrays.describe_template, file))
-    nodes, found = structure.leaves(template), structure.specs_in_file(content.leaves, content.tensors)
+    containers = (template, content.node) if content.structured else None
+    found = structure.specs_in_file(content.leaves, content.tensors)
+    return fit(file, what, structure.leaves(template), leaves, found, containers, strict=strict, cast=cast)
+
+
+def fit(
+    file: str,
+    what: str,
+    nodes: dict[str, Node],
+    leaves: dict[str, Any],
+    found: dict[str, Spec],
+    containers: tuple[Node, Node] | None,
+    *,
+    strict: bool,
+    cast: bool,
+) -> tuple[dict[str, "Target"], dict[str, Any]]:
+    """How a template wants each array that it takes from what was found, if that fits it in all; and what it keeps.
+
+    `nodes` are its leaves, `leaves` its arrays; `containers` are its structure and the one found, if that is known.
+    """
+    from jaxnet.checkpoint import arrays
+
     wanted = {n: structure.spec(node, tuple(leaves[n].shape) if n in leaves else None) for n, node in nodes.items()}
-    stored = content.node if content.structured else None
-    lines = match.differences(template, wanted, stored, found, strict=strict, cast=cast)
+    lines = match.differences(wanted, found, containers, strict=strict, cast=cast)
     kept = {} if strict else {name: leaves.get(name, node.value) for name, node in nodes.items() if name not in found}
     empty = [name for name, x in kept.items() if arrays.is_abstract(x)]
     lines += [f"missing from the file: {name} {wanted[name]}, and `like` has no value" for name in empty]

@@ -57,16 +57,16 @@ def renamed(file: str, names: Iterable[str], rename: dict[str, str] | Callable[[
 
 
 def differences(
-    template: Node,
     wanted: dict[str, Spec],
-    stored: Node | None,
     found: dict[str, Spec],
+    containers: tuple[Node, Node] | None,
     *,
     strict: bool = True,
     cast: bool = False,
 ) -> list[str]:
-    """One line for each way in which a file (`stored`, None if it records no structure; `found`) misses a template.
+    """One line for each way in which a file (its leaves `found`) misses a template (that has the leaves `wanted`).
 
+    `containers` are the structures of the template and of the file, None if the file records none.
     Unless `strict`, what only one of them has is no difference; with `cast` neither is the dtype of an array.
     """
     missing = {name: spec for name, spec in wanted.items() if name not in found}
@@ -80,8 +80,8 @@ def differences(
             what = "dtype" if spec.shape == found[name].shape else "shape"
             if what == "shape" or not cast or spec.shape is None or "key<" in spec.dtype + found[name].dtype:
                 lines.append(f"{what} differs: {name}: template {spec}, file {found[name]}")
-    if stored is not None:
-        lines += _container_differences(template, stored, strict)
+    if containers is not None:
+        lines += _container_differences(*containers, strict)
     if strict or missing.keys() == wanted.keys():
         lines += _renames(missing, unexpected, found)
     return lines
@@ -136,7 +136,7 @@ def _renames(missing: dict[str, Spec], unexpected: dict[str, Spec], found: dict[
                 f"perhaps renamed: {old or 'the root'} in the file is {new or 'the root'} in the template{what}"
             )
             rename[old] = new
-    return [*lines, f"if so: load(..., rename={rename})"] if rename else []
+    return [*lines, f"if so: rename={rename}"] if rename else []
 
 
 def _likeness(a: str, b: str) -> tuple[int, float]:

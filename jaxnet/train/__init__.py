@@ -6,6 +6,7 @@ from jaxnet.train.evaluate import evaluate
 from jaxnet.train.fit import Best, Result, fit
 from jaxnet.train.history import early_stopping, time_budget, write_csv, write_jsonl
 from jaxnet.train.loop import train_epoch, train_steps
+from jaxnet.train.many import many
 from jaxnet.train.optimizers import average, averaged, by_path, freeze, guarded
 from jaxnet.train.order import balanced, shuffle, shuffled
 from jaxnet.train.plot import plot_history
@@ -28,6 +29,7 @@ __all__ = [
     "fit",
     "freeze",
     "guarded",
+    "many",
     "plot_history",
     "sgd",
     "shuffle",

@@ -19,7 +19,7 @@ from jaxnet.train import source
 from jaxnet.train.diagnose import NonFiniteError, explain
 from jaxnet.train.history import History, Record, best_of
 from jaxnet.train.interrupt import Interrupted, interruptible
-from jaxnet.train.loop import chunk_of, planned, steps_per_epoch, take
+from jaxnet.train.loop import chunk_of, planned_ahead, steps_per_epoch, take
 from jaxnet.train.optimizers import Guarded, find
 from jaxnet.train.order import Order, shuffle
 from jaxnet.train.progress import Progress
@@ -99,7 +99,8 @@ def fit(
         iterable of batches, or a function (number of the pass) -> iterable; they are drawn ahead by a thread.
       epochs, steps: until when: passes over the data, or steps, counted from step 0 of the train state. One of them.
       order, drop_last: as in `train_steps`; for arrays.
-      evaluate: (train_state) -> dict of numbers, joined to the record: after each epoch, or every `evaluate_every` steps.
+      evaluate: (train_state) -> dict of numbers, joined to the record: after each epoch, or every `evaluate_every` steps. What
+        it wants to keep it copies: the memory is given to the next steps.
       record_every: steps a record; the default is about 100, an equal part of an epoch where there is one, and at most
         1,000 records in all.
       best: 'min test_loss', 'max test_accuracy', ...: keep the parameters of the best evaluation.
@@ -202,8 +203,8 @@ class _Arrays:
         if self.lazy:
             return _of_stack
 
-        def of_rows(train_state, data):
-            return planned(train_state, self.n, size, **self.batching), lambda rows: take(data, rows)
+        def of_rows(n, train_state, data):
+            return planned_ahead(train_state, self.n, size, n, **self.batching), lambda rows: take(data, rows)
 
         return of_rows
 
@@ -229,7 +230,7 @@ class _Iterable:
         return _of_stack
 
 
-def _of_stack(train_state, stack):
+def _of_stack(n, train_state, stack):
     return stack, lambda batch: batch
 
 
@@ -375,10 +376,12 @@ class _Run:
 
     def _send(self, stack: source.Stack, first: int, n: int, show: Progress) -> _Pending:
         size = stack.size if self.feed.lazy else source.plan_size(self.feed.batching["batch_size"])
-        start, offset = (first, jnp.int32(first)) if self.feed.lazy else (0, jnp.int32(0))
+        start = first if self.feed.lazy else 0
         program = self._program(size, stack.inputs, show)
         sent = time.perf_counter()
-        self.current, self.good, *outputs = program(self.current, self.good, offset, jnp.int32(n), *stack.inputs)
+        self.current, self.good, *outputs = program(
+            self.current, self.good, np.int32(start), np.int32(n), *stack.inputs
+        )
         self.started = True
         return _Pending(stack, start, n, (self.good, *outputs), sent)
 
@@ -435,7 +438,7 @@ class _Run:
         if show is None:
             return
         for record in new:
-            show(record)
+            show(record, last=record is new[-1])
             for callback in self.callbacks:
                 callback(record)
         if not new:
@@ -446,7 +449,13 @@ class _Run:
 
     def _evaluate(self, record: Record) -> None:
         start = time.perf_counter()
-        values = {name: float(value) for name, value in self.evaluate(self.current).items()}
+        values = {}
+        for name, value in self.evaluate(self.current).items():
+            if np.ndim(value):
+                raise ValueError(
+                    f"fit: what evaluate returns as '{name}' must be a number, got shape {np.shape(value)}"
+                )
+            values[name] = float(value)
         record |= values
         if self.best_rule is not None:
             name, better = best_of(self.best_rule)
@@ -479,7 +488,7 @@ class _Run:
 
         @jax.jit
         def batch_at(train_state, i, *inputs):
-            plan, batch_of = self.feed.batches(call.stack.size if self.feed.lazy else 1)(train_state, *inputs)
+            plan, batch_of = self.feed.batches(call.stack.size if self.feed.lazy else 1)(1, train_state, *inputs)
             return batch_of(jax.tree.map(lambda leaf: leaf[i if self.feed.lazy else 0], plan))
 
         batches = (
@@ -544,9 +553,9 @@ def _after(step: int, every: int) -> int:
 
 
 def _record_every(epoch_steps: int | None, total: int | None) -> int:
-    """About 100 steps, a divisor of the epoch if there is one; more where that would be more than 1,000 records."""
+    """About 100 steps, a divisor of the epoch if there is one up to 1,000; more where that would be more than 1,000 records."""
     every = 100
     if epoch_steps is not None:
-        divisors = [d for d in range(1, epoch_steps + 1) if epoch_steps % d == 0]
-        every = min((d for d in divisors if d >= min(50, epoch_steps)), key=lambda d: abs(d - 100))
+        divisors = [d for d in range(min(50, epoch_steps), min(1000, epoch_steps) + 1) if epoch_steps % d == 0]
+        every = min(divisors, key=lambda d: abs(d - 100), default=every)
     return every * max(1, -(-(total or 0) // (1000 * every)))

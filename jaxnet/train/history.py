@@ -38,6 +38,9 @@ class History:
 
         Args: seconds, samples: of all n steps together; cut: end a record after the last of them in any case.
         """
+        metrics = {
+            name: np.asarray(values, np.float64) for name, values in metrics.items()
+        }  # at once: records are many
         first, new, start = self.step, [], 0
         while start < n:
             due = self.next_cut(self.step)
@@ -60,15 +63,13 @@ class History:
 
     def preview(self) -> Record:
         """What a record would say that ended now."""
-        values = {name: np.asarray(x, np.float64) for name, x in self.pending.items()}
-        ones = np.ones(len(next(iter(values.values()), ())))
-        taken = 1 - values["skipped"] if "skipped" in values else ones
-        weights = values.pop("weight", ones) * taken
+        values = self.pending.copy()
+        skipped, weights = values.get("skipped"), values.pop("weight", None)
+        if skipped is not None:
+            weights = np.where(skipped > 0, 0.0, 1.0 if weights is None else weights)
         record: Record = {"step": self.step, "epoch": self.epoch(self.step)}
         for name, x in sorted(values.items(), key=lambda item: item[0] != "loss"):
-            counted = np.where(taken > 0, x, 0.0)
-            mean = (counted * weights).sum() / weights.sum() if weights.any() else math.nan
-            record[name] = float(x.sum() if name == "skipped" else mean)
+            record[name] = _mean(x, weights) if name != "skipped" else float(x.sum())
         before = self.records[-1]["seconds"] if self.records else 0.0
         record["samples_per_second"] = self.samples / max(self.seconds - before, 1e-9)
         return record | {"seconds": self.seconds}
@@ -82,7 +83,14 @@ class History:
     def restore(self, state: Mapping[str, Any]) -> None:
         for name in ("records", "step", "seconds", "samples"):
             setattr(self, name, state[name])
-        self.pending = {name: np.asarray(values, np.float32) for name, values in state["pending"].items()}
+        self.pending = {name: np.asarray(values, np.float64) for name, values in state["pending"].items()}
+
+
+def _mean(x: np.ndarray, weights: np.ndarray | None) -> float:
+    """The mean; what has no weight does not count even if it is NaN. NaN where nothing counts."""
+    if weights is None:
+        return float(np.add.reduce(x)) / len(x)
+    return float((np.where(weights > 0, x, 0.0) * weights).sum() / weights.sum()) if weights.any() else math.nan
 
 
 def best_of(rule: str) -> tuple[str, Callable[[float, float], bool]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxnet import tree
-from jaxnet.train.optimizers import keep
 from jaxnet.train.order import Order, shuffle
 from jaxnet.train.step import TrainState, Weighted, examples
 
@@ -94,6 +94,24 @@ def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order:
     return jax.vmap(rows_of)(train_state.step + jnp.arange(steps, dtype=jnp.int32))
 
 
+def planned_ahead(train_state: TrainState, n: int, size: int, count: jax.Array, **batching) -> Any:
+    """A plan with room for `size` steps of which the first `count` are drawn, some at a time; see `planned`."""
+    block = min(size, max(1, _DRAWN // batching["batch_size"]))
+    blocks = -(-size // block)
+
+    def draw(i):
+        return planned(train_state._replace(step=train_state.step + i * block), n, block, **batching)
+
+    def add(i, plan):
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * block, axis=0)
+        return jax.tree.map(put, plan, draw(i))
+
+    one = jax.eval_shape(draw, jnp.int32(0))
+    room = jax.tree.map(lambda x: jnp.zeros((blocks * block, *x.shape[1:]), x.dtype), one)
+    return jax.lax.fori_loop(0, -(-count // block), add, room)
+
+
+_DRAWN = 1 << 13  # rows that are drawn at once: enough for the arithmetic to be vectorised
 _ORDER = 0x6F726465  # separates the keys of the data's order from those of the steps, which are small numbers
 
 
@@ -121,12 +139,12 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
     that comes back is the one that went in, and `good` is False from then on: whoever looks only later still finds the
     last good state.
 
-    Args: batches: (train_state, *inputs) -> (plan with leaves [size, ...], function from one of its rows to a batch).
+    Args: batches: (n, train_state, *inputs) -> (plan with leaves [size, ...], function from one of its rows to a batch).
     """
     step = jax.jit(step, inline=True)  # traced once, for its shapes and in the loop
 
     def run(train_state: TrainState, good: jax.Array, first: jax.Array, n: jax.Array, *inputs: Any):
-        plan, batch_of = batches(train_state, *inputs)
+        plan, batch_of = batches(n, train_state, *inputs)
 
         def batch_at(i):
             return batch_of(jax.tree.map(lambda leaf: leaf[first + i], plan))
@@ -138,7 +156,10 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
         def body(i, carry):
             train_state, values = carry
             train_state, metrics = step(train_state, batch_at(i))
-            return train_state, jax.tree.map(lambda all, one: all.at[i].set(one), values, metrics)
+            set_one = functools.partial(
+                jax.lax.dynamic_update_index_in_dim, index=i, axis=0
+            )  # `.at` minds the sign of i
+            return train_state, jax.tree.map(set_one, values, metrics)
 
         values = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), metrics)
         new, values = jax.lax.fori_loop(0, n, body, (train_state, values))
@@ -147,17 +168,18 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
         lost = ~jnp.isfinite(values["loss"]) if "loss" in values else jnp.zeros(size, bool)
         if "skipped" in values:
             lost &= values["skipped"] == 0
-        good &= ~lost.any() & (_broken(new) <= _broken(train_state))
-        return keep(good, new, train_state), good, values
+        good &= ~lost.any() & ~_breaks(train_state, new)
+        return jax.lax.cond(good, lambda: new, lambda: train_state), good, values  # compiles faster than a `where`
 
     return run
 
 
-def _broken(train_state: TrainState) -> jax.Array:
-    """How many numbers are not finite. (Some optimizers keep an infinity on purpose: only a change tells.)"""
-    leaves = jax.tree.leaves((train_state.params, train_state.state, train_state.opt))
-    floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return sum((jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in floats), jnp.int32(0))
+def _breaks(old: TrainState, new: TrainState) -> jax.Array:
+    """Whether a number is no longer finite. (Some optimizers keep an infinity on purpose: only a change tells.)"""
+    pairs = zip(*(jax.tree.leaves((state.params, state.state, state.opt)) for state in (old, new)), strict=True)
+    floats = [(a, b) for a, b in pairs if jnp.issubdtype(a.dtype, jnp.inexact)]
+    zeros = [jnp.sum(jnp.where(jnp.isfinite(a), b * 0, 0)) for a, b in floats]  # faster to compile than to count
+    return sum((zero != 0 for zero in zeros), jnp.bool_(False))  # inf * 0 and nan * 0 are nan
 
 
 def check_same(old: Any, new: Any) -> None:

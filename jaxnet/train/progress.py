@@ -26,13 +26,16 @@ class Progress:
             self.every *= max(1, -(-total // (100 * self.every)))
         self.shown = step // self.every  # the multiple of `every` that has a line of its own
 
-    def __call__(self, record: Mapping[str, float], *, partial: bool = False) -> None:
-        """Show a record, or what will become one; it stays on a line of its own where a multiple of `every` is reached."""
+    def __call__(self, record: Mapping[str, float], *, partial: bool = False, last: bool = True) -> None:
+        """Show a record, or what will become one; it stays on a line of its own where a multiple of `every` is reached.
+
+        Where it is not the last of those that have come at once, the next would be written over it: it is left out.
+        """
         count = int(record["step"]) // self.every
         stays = not partial and (count > self.shown or record["step"] == self.total)
         if stays:
             self.shown = count
-        if self.show and (stays or self.terminal):
+        if self.show and (stays or (self.terminal and last)):
             self._write(self.line(record), newline=stays)
 
     def note(self, text: str) -> None:
