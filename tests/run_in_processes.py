@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxnet.checkpoint import CheckpointError, Checkpoints, file, inspect, lazy, load, save, verify
+from jaxnet.checkpoint import CheckpointError, Checkpoints, file, inspect, lazy, load, save, to_torch, verify
 
 
 def make_tree(mesh, scale=1):
@@ -83,6 +83,11 @@ def saved_and_loaded(folder, mesh, me):
     assert_same(load(path, like=tree), tree)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree["blocks"])
     assert_same(load(path, like={"blocks": like}, only="blocks"), {"blocks": tree["blocks"]})
+    fails(
+        lambda: to_torch({"params": {"kernel": tree["blocks"]}, "state": {}}),
+        ValueError,
+        "spread over several processes: gather it first",
+    )
     assert inspect(path).metadata == {"by": "two"} and verify(path) == inspect(path)
     with lazy(path) as leaves:
         np.testing.assert_array_equal(leaves["blocks"], values()["blocks"])  # also what the other process has

@@ -251,6 +251,10 @@ def fetch(x: Any) -> np.ndarray:
         return np.asarray(x)
     if x.is_fully_replicated:
         return np.asarray(x.addressable_data(0))
+    if not x.is_fully_addressable:
+        raise ValueError(
+            "an array is spread over several processes: gather it first (multihost_utils.process_allgather)"
+        )
     result = np.empty(x.shape, x.dtype)
     for shard in x.addressable_shards:
         result[shard.index] = np.asarray(shard.data.addressable_data(0))
