@@ -336,7 +336,7 @@ def run(name, root, *, strace=None, kill_after=None, limit=0) -> list[str]:
     copy(root / "before", root / "ck")
     command = [sys.executable, "-B", __file__, "--save", name, str(root), "--limit", str(limit)]
     if strace is not None and shutil.which("strace"):
-        options = ["-f", "--seccomp-bpf", "-qq", "-y", "-o", str(root / "trace"), "-e", f"trace={CALLS}"]
+        options = ["-f", "-qq", "-y", "-o", str(root / "trace"), "-e", f"trace={CALLS}"]
         command = ["strace", *options, *strace, *command]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     if kill_after is not None:

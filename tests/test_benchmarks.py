@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -174,3 +175,21 @@ def test_each_benchmark_runs(script, flags, measured, peer, module, tmp_path):
     installed = importlib.util.find_spec(module) is not None
     assert rows[peer]["problem"] == ("" if installed else f"skipped: {module} is not installed")
     assert f"{peer} " in done.stdout
+
+
+def test_the_faults_of_checkpoints_are_counted(tmp_path):
+    """A small run: jaxnet loses nothing, and NumPy's savez, which writes in place, does (its zip files have checksums)."""
+    flags = ["--damages", "2", "--pages", "1", "--kills", "6", "--writers", "2", "--only", "jaxnet save", "--only", "numpy"]
+    command = [sys.executable, BENCHMARKS / "checkpoint_faults.py", "--json", tmp_path / "numbers.json", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {row["system"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
+    ours, numpy = rows["jaxnet save"], rows["numpy savez"]
+    assert ours["problem"] == numpy["problem"] == "" and "numpy savez " in done.stdout
+    assert [ours[kind] for kind in ("tensor", "other", "page", "cut")] == ["0/2", "0/2", "0/1", "0/1"]
+    assert (ours["own"], ours["foreign"], ours["harmless"]) == ("6", "0", "0")
+    assert ours["2 writers"] == "0/0 of 2" and ours["template"] == "16/16" and ours["limit"] == "old"
+    assert ours["kill"].startswith("0/") and numpy["limit"] == "LOST"
+    if shutil.which("strace"):
+        assert ours["kill"] == "0/6" and ours["power"] == "new" and numpy["power"] == "LOST"
+        assert int(numpy["kill"].split("/")[0]) >= 4  # all but the first write, and perhaps the last
