@@ -179,7 +179,20 @@ def test_each_benchmark_runs(script, flags, measured, peer, module, tmp_path):
 
 def test_the_faults_of_checkpoints_are_counted(tmp_path):
     """A small run: jaxnet loses nothing, and NumPy's savez, which writes in place, does (its zip files have checksums)."""
-    flags = ["--damages", "2", "--pages", "1", "--kills", "6", "--writers", "2", "--only", "jaxnet save", "--only", "numpy"]
+    flags = [
+        "--damages",
+        "2",
+        "--pages",
+        "1",
+        "--kills",
+        "6",
+        "--writers",
+        "2",
+        "--only",
+        "jaxnet save",
+        "--only",
+        "numpy",
+    ]
     command = [sys.executable, BENCHMARKS / "checkpoint_faults.py", "--json", tmp_path / "numbers.json", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
