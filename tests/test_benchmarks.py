@@ -179,20 +179,7 @@ def test_each_benchmark_runs(script, flags, measured, peer, module, tmp_path):
 
 def test_the_faults_of_checkpoints_are_counted(tmp_path):
     """A small run: jaxnet loses nothing, and NumPy's savez, which writes in place, does (its zip files have checksums)."""
-    flags = [
-        "--damages",
-        "2",
-        "--pages",
-        "1",
-        "--kills",
-        "6",
-        "--writers",
-        "2",
-        "--only",
-        "jaxnet save",
-        "--only",
-        "numpy",
-    ]
+    flags = "--damages 2 --pages 1 --kills 3 --writers 1 --only numpy --only".split() + ["jaxnet save"]
     command = [sys.executable, BENCHMARKS / "checkpoint_faults.py", "--json", tmp_path / "numbers.json", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -201,8 +188,8 @@ def test_the_faults_of_checkpoints_are_counted(tmp_path):
     assert ours["problem"] == numpy["problem"] == "" and "numpy savez " in done.stdout
     assert [ours[kind] for kind in ("tensor", "other", "page", "cut")] == ["0/2", "0/2", "0/1", "0/1"]
     assert (ours["own"], ours["foreign"], ours["harmless"]) == ("6", "0", "0")
-    assert ours["2 writers"] == "0/0 of 2" and ours["template"] == "16/16" and ours["limit"] == "old"
+    assert ours["2 writers"] == "0/0 of 1" and ours["template"] == "16/16" and ours["limit"] == "old"
     assert ours["kill"].startswith("0/") and numpy["limit"] == "LOST"
     if shutil.which("strace"):
-        assert ours["kill"] == "0/6" and ours["power"] == "new" and numpy["power"] == "LOST"
-        assert int(numpy["kill"].split("/")[0]) >= 4  # all but the first write, and perhaps the last
+        assert ours["kill"] == "0/3" and ours["power"] == "new" and numpy["power"] == "LOST"
+        assert int(numpy["kill"].split("/")[0]) >= 2  # an archive that is not whole

@@ -275,7 +275,7 @@ def test_a_kill_at_any_moment_leaves_the_old_checkpoints_or_the_new_one(tmp_path
     assert outcomes == {mode: set(steps) for mode, (_, steps) in FOUND.items()}
     kills.subtract(SAVES.keys())  # the last child of each mode was not killed
     print(f"\nkills: {dict(kills)}, none lost")
-    assert kills["random"] == 8 and all(kills[mode] >= 10 for mode in SAVES)
+    assert kills["random"] > 0 and all(kills[mode] >= 10 for mode in SAVES)
 
 
 def saved_again(mode, root):
