@@ -196,7 +196,7 @@ def tree_of(step: int) -> dict[str, Any]:
     return kernels | {"count": rng.integers(0, 2**31, 400, np.int32)}
 
 
-def flat(tree: dict[str, Any], path: str = "") -> dict[str, np.ndarray]:
+def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     result = {}
     for key, x in tree.items():
         result |= flat(x, f"{path}{key}/") if isinstance(x, dict) else {path + key: np.asarray(x)}

@@ -10,14 +10,16 @@ a file. Each input goes through `load`, `inspect`, `verify` and `lazy`; what loa
 """
 
 import contextlib
+import importlib
 import json
 import os
 import pathlib
 import sys
 import tempfile
 import zlib
+from typing import Any
 
-import atheris  # pyright: ignore[reportMissingImports]
+atheris: Any = importlib.import_module("atheris")
 
 with atheris.instrument_imports(include=["jaxnet.checkpoint"]):
     import jaxnet.checkpoint.arrays  # noqa: F401  elsewhere it is imported later, and would not be instrumented

@@ -447,7 +447,7 @@ LARGE: dict[str, Callable[[], bytes]] = {  # files of about 2 MB, made to be slo
 
 
 def test_hostile_files_are_refused_within_a_second_and_100_megabytes(tmp_path):
-    """Seconds of the CPU, since the machine may be busy; what a reader needs grows with the file, at worst 50-fold."""
+    """Seconds of the CPU, since the machine may be busy; what a reader needs grows with the file."""
     files = {name: data for name, (data, _) in (HOSTILE | FORGED).items()} | LARGE
     costs = {}
     for name, data in files.items():
