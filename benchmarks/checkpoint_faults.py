@@ -429,7 +429,7 @@ def write(system: System, root: str, count: int, step: int):
     for i in range(count):
         print("ready", flush=True)
         input()
-        with contextlib.suppress(Exception):  # that one of two writers gives up is no fault
+        with contextlib.suppress(Exception), alarm(5):  # that one of two writers gives up, or waits, is no fault
             system.save(f"{root}/{i}/ck", tree, step)
     print("done", flush=True)
     input()
