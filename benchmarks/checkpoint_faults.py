@@ -155,7 +155,15 @@ def torch_save() -> System:
 def equinox_leaves() -> System:
     import equinox as eqx
 
-    return System(lambda path, tree, step: eqx.tree_serialise_leaves(path, tree), eqx.tree_deserialise_leaves)
+    def save(path, tree, step):
+        with open(path, "wb") as f:  # given a path without a suffix, it would add one
+            eqx.tree_serialise_leaves(f, tree)
+
+    def load(path, like):
+        with open(path, "rb") as f:
+            return eqx.tree_deserialise_leaves(f, like)
+
+    return System(save, load)
 
 
 def flax_msgpack() -> System:
@@ -227,12 +235,12 @@ LIKE = {key: {"kernel": np.zeros_like(x["kernel"])} if isinstance(x, dict) else 
 
 
 def found(system: System, path: pathlib.Path) -> str:
-    """Which tree is there: 'old' (of step 1), 'new' (of step 2), 'mixed' or 'LOST'."""
+    """Which tree is there: 'older', 'old' and 'new' (of steps 0, 1 and 2), 'mixed' or 'LOST'."""
     try:
         tree = system.load(str(path), LIKE)
     except Exception:
         return "LOST"
-    return "old" if same(tree, tree_of(1)) else "new" if same(tree, tree_of(2)) else "mixed"
+    return next((name for step, name in enumerate(("older", "old", "new")) if same(tree, tree_of(step))), "mixed")
 
 
 # ------------------------------------------------------------------------------------------------------------ damage
