@@ -184,16 +184,9 @@ def arguments(description: str | None, *, rounds=15, seconds=60.0, add: Callable
 
 def publish(options: argparse.Namespace, *tables: Table) -> None:
     """Print tables, and write the JSON file if one was asked for."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    models = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
-    versions = [f"{name} {installed[name]}" for name in PACKAGES if name in installed]
-    facts = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()}-core {(models or [platform.machine()])[0]}, {platform.system()}",
+    facts = environment() | {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "clock": "wall seconds" if options.wall else "CPU seconds of the process",
-        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
     }
     print("{machine}, cores used: {cores}; {clock}; {date}\n{versions}".format(**facts))
     for table in tables:
@@ -201,6 +194,19 @@ def publish(options: argparse.Namespace, *tables: Table) -> None:
     if options.json:
         facts["tables"] = [dataclasses.asdict(table) for table in tables]
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """What a table needs to be understood later: the date, the machine, the versions."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    models = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
+    versions = [f"{name} {installed[name]}" for name in PACKAGES if name in installed]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()}-core {(models or [platform.machine()])[0]}, {platform.system()}",
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+    }
 
 
 def format_table(table: Table) -> str:

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -235,3 +236,21 @@ def test_ensembles_train_alike_in_every_form(tmp_path):
     assert len(table["rows"]) == 3 and not any(row["problem"] for row in table["rows"])
     multiples = [float(cell) for cell in done.stdout.splitlines()[-1].split()[-3:]]
     assert min(multiples) == 1.0
+
+
+def test_the_faults_of_checkpoints_are_counted(tmp_path):
+    """A small run: jaxnet loses nothing, and NumPy's savez, which writes in place, does (its zip files have checksums)."""
+    flags = "--damages 2 --pages 1 --kills 3 --writers 1 --only numpy --only".split() + ["jaxnet save"]
+    command = [sys.executable, BENCHMARKS / "checkpoint_faults.py", "--json", tmp_path / "numbers.json", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {row["system"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
+    ours, numpy = rows["jaxnet save"], rows["numpy savez"]
+    assert ours["problem"] == numpy["problem"] == "" and "numpy savez " in done.stdout
+    assert [ours[kind] for kind in ("tensor", "other", "page", "cut")] == ["0/2", "0/2", "0/1", "0/1"]
+    assert (ours["own"], ours["foreign"], ours["harmless"]) == ("6", "0", "0")
+    assert ours["2 writers"] == "0/0 of 1" and ours["template"] == "16/16" and ours["limit"] == "old"
+    assert ours["kill"].startswith("0/") and numpy["limit"] == "LOST"
+    if shutil.which("strace"):
+        assert ours["kill"] == "0/3" and ours["power"] == "new" and numpy["power"] == "LOST"
+        assert int(numpy["kill"].split("/")[0]) >= 2  # an archive that is not whole

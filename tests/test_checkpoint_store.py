@@ -10,7 +10,6 @@ import functools
 import os
 import pathlib
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -473,82 +472,6 @@ def test_a_save_at_the_very_end_is_waited_for_too(tmp_path):
     done = run(SLOW + code, tmp_path)
     assert done.stderr == ""
     verify(tmp_path / "step_00000001.safetensors")
-
-
-# ------------------------------------------------------------------------------------------------------------ kills
-
-KILLER = """
-def tree_of(step):
-    return {"x": np.arange(500.0) * step, "step": step}
-
-def scenario(folder, beside):
-    with Checkpoints(folder, keep=2, metric="min loss", asynchronous=beside) as store:
-        store.save(4, tree_of(4), {"loss": 4})  # and then 2 is deleted
-        store.save(5, tree_of(5), {"loss": 5})
-
-def dying(name, n):
-    real = getattr(os, name)
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            if name == "write":
-                real(args[0], args[1][: len(args[1]) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    return call
-
-for beside in (False, True):
-    for n in range(1, 99):  # one child for each call of the system that changes anything
-        folder = f"{sys.argv[1]}/{beside}-{n}"
-        shutil.copytree(f"{sys.argv[1]}/before", folder)
-        if (child := os.fork()) == 0:
-            left = n
-            for name in ("open", "write", "lseek", "fchmod", "fsync", "replace", "unlink", "close"):
-                setattr(os, name, dying(name, n))
-            scenario(folder, beside)
-            os._exit(0)
-        if os.waitpid(child, 0)[1] == 0:
-            break
-
-for i in range(int(sys.argv[2])):  # and at random moments of a program that saves all the time
-    folder = f"{sys.argv[1]}/random-{i}"
-    if (child := os.fork()) == 0:
-        store = Checkpoints(folder, keep=2, metric="min loss", asynchronous=i % 2 == 0)
-        for step in range(10**6):
-            store.save(step, {"x": np.full(200_000, step), "step": step}, {"loss": (step - 5) ** 2})
-    time.sleep(0.02 + random.Random(i).random() / 3)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-"""
-
-
-def test_a_kill_at_any_moment_leaves_the_old_checkpoints_or_the_new_one(tmp_path):
-    fill(tmp_path / "before", 1, 2, 3, losses=[1, 2, 3])
-    run(KILLER, tmp_path, "8")
-    shutil.rmtree(tmp_path / "before")
-    outcomes = set()
-    for folder in sorted(tmp_path.iterdir()):
-        mode, n = folder.name.split("-")
-        store = Checkpoints(folder, keep=2, metric="min loss")
-        with warnings.catch_warnings(action="error"):  # no file is damaged, so that none is skipped
-            latest, best = store.latest(), store.best()
-        assert [name for name in os.listdir(folder) if not name.endswith((".safetensors", ".tmp"))] == []
-        if mode == "random":
-            if latest:
-                np.testing.assert_array_equal(latest.tree["x"], np.full(200_000, latest.step))
-                assert best and best.step == min(latest.step, 5)
-            outcomes.add("random")
-        else:
-            assert latest and best and latest.step in (3, 4, 5) and best.step == 1
-            assert_same(latest.tree, tree_of(latest.step))
-            outcomes.add((mode, latest.step))
-        step = latest.step + 1 if latest else 0
-        store.save(step, tree_of(step), {"loss": 99.0})
-        assert [name for name in os.listdir(folder) if name.endswith(".tmp")] == []  # swept
-        assert len(store.steps()) <= 3
-    assert outcomes == {"random", *((mode, step) for mode in ("False", "True") for step in (3, 4, 5))}
-    assert len(list(tmp_path.iterdir())) > 8 + 2 * 20
 
 
 # ------------------------------------------------------------------------------------------------------------- docs

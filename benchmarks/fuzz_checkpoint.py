@@ -1,0 +1,98 @@
+"""Feed the reader of checkpoints with what a coverage-guided fuzzer makes up: only CheckpointError may come out.
+
+    pip install atheris
+    python benchmarks/fuzz_checkpoint.py -max_total_time=600 [other flags of libFuzzer, a folder for the corpus]
+
+Three kinds of input, by the first byte: the bytes of a file; the header of another program's file with 64 bytes of data;
+and `[tree, tensors]` as JSON, put into a file whose digest and checksums are right, so that the fuzzer gets past them. It
+starts from the golden files of the tests. A crash, an input that takes 5 seconds or 1 GB end the run and are written to
+a file. Each input goes through `load`, `inspect`, `verify` and `lazy`; what loads is saved, and loads again the same.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import zlib
+from typing import Any
+
+atheris: Any = importlib.import_module("atheris")
+
+with atheris.instrument_imports(include=["jaxnet.checkpoint"]):
+    import jaxnet.checkpoint.arrays  # noqa: F401  elsewhere it is imported later, and would not be instrumented
+    from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save, verify
+    from jaxnet.checkpoint import format as fmt
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "tests" / "golden"
+FOLDER = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+FILE, AGAIN = os.path.join(FOLDER.name, "f"), os.path.join(FOLDER.name, "again")
+
+
+def file_of(data: bytes) -> bytes:
+    """The file for an input."""
+    kind, rest = data[:1], data[1:]
+    if kind == b"h":
+        return len(rest).to_bytes(8, "little") + rest + bytes(64)
+    if kind == b"t":
+        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError, CheckpointError):
+            return sealed(*json.loads(rest))
+    return rest
+
+
+def sealed(tree, tensors) -> bytes:
+    """A file with this tree and tensors [[name, code, shape], ...], a right digest and right checksums."""
+    layout = fmt.layout([(name, code, tuple(shape)) for name, code, shape in tensors])
+    size = layout[-1].stop if layout else 0
+    if size > 1 << 16 or any(t.stop < t.start or t.chunks > 1 for t in layout):
+        raise ValueError("too large")
+    data = bytes(range(256)) * 256
+    sums = [f"{zlib.crc32(data[t.start : t.stop], fmt.crc_start(t, 0)):08x}" for t in layout]
+    header = fmt.write_header("", layout, {"version": 1, "metadata": {}, "tree": tree, "crc32": sums})
+    return header + data[:size]
+
+
+def one_input(data: bytes) -> None:
+    with open(FILE, "wb") as f:
+        f.write(file_of(data))
+    for read in (inspect, verify, read_lazily):
+        with contextlib.suppress(CheckpointError):
+            read(FILE)
+    with contextlib.suppress(CheckpointError):
+        save(AGAIN, load(FILE))
+        first = pathlib.Path(AGAIN).read_bytes()
+        save(AGAIN, load(AGAIN))
+        assert pathlib.Path(AGAIN).read_bytes() == first
+
+
+def read_lazily(path: str) -> None:
+    with lazy(path) as leaves:
+        dict(leaves)
+
+
+def first_inputs(folder: pathlib.Path) -> None:
+    """The golden files, as they are, by their headers, and by their trees."""
+    for golden in GOLDEN.glob("*.safetensors"):
+        data = golden.read_bytes()
+        header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+        entries = json.loads(header)
+        tree = json.loads(entries.pop("__metadata__")["jaxnet"])["tree"]
+        tensors = [[name, entry["dtype"], entry["shape"]] for name, entry in entries.items()]
+        inputs = {"f": data, "h": json.dumps(entries).encode(), "t": json.dumps([tree, tensors]).encode()}
+        for kind, content in inputs.items():
+            (folder / f"{kind}-{golden.stem}").write_bytes(kind.encode() + content)
+
+
+def main() -> None:
+    seeds = pathlib.Path(FOLDER.name) / "seeds"
+    seeds.mkdir()
+    first_inputs(seeds)
+    flags = sys.argv[1:] if any(not a.startswith("-") for a in sys.argv[1:]) else [*sys.argv[1:], str(seeds)]
+    atheris.Setup([sys.argv[0], "-timeout=5", "-rss_limit_mb=1024", "-max_len=16384", *flags], one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
