@@ -261,14 +261,39 @@ def test_early_stopping_counts_values_without_improvement(values, rule, patience
 
 
 def test_early_stopping_knows_its_metric():
-    with pytest.raises(KeyError, match=r"no record has 'test'; there are \['epoch', 'loss'"):
+    with pytest.raises(KeyError, match=r"no record has 'test', on which it is to stop; there are \['epoch', 'loss'"):
         fitted(stop=early_stopping("min test", 2))
+    with pytest.raises(KeyError, match=r"no record has 'test', on which it is to stop"):
+        fitted(evaluate=lambda state: {"score": 1.0}, stop=early_stopping("min test", 2))
+    early = fitted(evaluate=lambda state: {"score": 1.0}, record_every=1, stop=early_stopping("min score", 9))
+    assert len(early.history) == 9  # the first records come before the first evaluation
     with pytest.raises(
         ValueError, match="'min' or 'max' and the name of a metric, as in 'max test_accuracy', got 'loss'"
     ):
         early_stopping("loss", 2)
     with pytest.raises(KeyError, match=r"best='min test', but `evaluate` returns \['score'\]"):
         fitted(evaluate=lambda state: {"score": 1.0}, best="min test")
+
+
+def test_a_condition_is_asked_at_the_same_steps_wherever_calls_end(monkeypatch):
+    def run():
+        return fitted(epochs=100, record_every=2, stop=lambda history: history[-1]["loss"] < 1e-3)
+
+    whole = run()
+    monkeypatch.setattr(FIT, "CALL", 0.0)
+    assert run().train_state.step == whole.train_state.step < 300
+
+
+def test_a_run_that_a_condition_ended_stays_ended(tmp_path):
+    for _ in range(2):
+        result = counting(9, stop=lambda history: history[-1]["step"] >= 4, checkpoint=tmp_path / "run.safetensors")
+        assert result.train_state.step == 4 and result.stopped == "the condition held"
+
+
+def test_the_best_is_never_a_nan():
+    score = {1: math.nan, 2: 0.5, 3: math.nan}
+    result = counting(3, evaluate=lambda state: {"score": score[int(state.step)]}, best="max score")
+    assert result.best is not None and (result.best.value, result.best.step) == (0.5, 2)
 
 
 def test_a_budget_of_time_ends_a_run():
@@ -439,6 +464,26 @@ def test_an_error_from_outside_saves_first(tmp_path):
     assert counting(9, checkpoint=tmp_path / "run.safetensors").train_state.params == 9
 
 
+def test_a_place_that_cannot_be_written_is_named_before_training(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    seen = []
+    for place in (tmp_path / "file" / "run.safetensors", Checkpoints(tmp_path / "file" / "runs")):
+        with pytest.raises(OSError, match="file"):
+            counting(3, checkpoint=place, callbacks=[seen.append])
+    assert not seen
+
+
+def test_every_error_carries_the_state(tmp_path, monkeypatch):
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jaxnet.checkpoint, "save", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        counting(3, checkpoint=tmp_path / "run.safetensors")
+    assert caught.value.train_state.params == 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert any("could not be saved" in note for note in caught.value.__notes__)
+
+
 # What is wrong is said
 
 
@@ -447,10 +492,11 @@ def test_an_error_from_outside_saves_first(tmp_path):
     [
         ({"batch_size": 13}, "batch_size 13 is larger than the data, 12 examples; use at most 12"),
         ({"batch_size": 0}, "batch_size must be a positive int, got 0"),
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be an int of at least 1, got 0"),
         ({"epochs": None}, "say how long, by one of epochs and steps; got epochs=None, steps=None"),
         ({"steps": 4}, "say how long, by one of epochs and steps; got epochs=3, steps=4"),
-        ({"record_every": 0}, "record_every must be at least 1, got 0"),
+        ({"record_every": 0}, "record_every must be an int of at least 1, got 0"),
+        ({"epochs": 1.5}, "epochs must be an int of at least 1, got 1.5"),
         ({"best": "min test_loss"}, "best='min test_loss' looks at what `evaluate` returns"),
     ],
 )
@@ -522,6 +568,11 @@ def test_all_pairs_may_be_written_out_and_other_warnings_pass():
             lambda s, b: (s, {"confusion": jnp.ones((3, 3))}),
             ValueError,
             r"metric 'confusion' must be a scalar, got float32\[3, 3\]",
+        ),
+        (
+            lambda s, b: (s, {"epoch": jnp.float32(0)}),
+            ValueError,
+            "metric 'epoch' has a name that every record has already",
         ),
         (lambda s, b: (s, jnp.float32(0)), TypeError, "with a dict of metrics, got ShapeDtypeStruct"),
     ],
@@ -596,6 +647,38 @@ def test_a_step_of_ones_own_is_replayed_too():
 def test_an_evaluation_that_is_no_number_is_named():
     with pytest.raises(ValueError, match=r"what evaluate returns as 'confusion' must be a number, got shape \(3, 3\)"):
         fitted(evaluate=lambda state: {"confusion": np.ones((3, 3))})
+
+
+def test_names_that_are_taken_are_refused():
+    with pytest.raises(ValueError, match=r"evaluate returns \['loss', 'step'\], names that the record has already"):
+        fitted(evaluate=lambda state: {"loss": 1.0, "step": 2.0, "new": 3.0})
+    with pytest.raises(ValueError, match="a metric is called 'weight', a name that the step itself gives"):
+        fitted(lambda params, batch: (mean_square(params, batch), {"weight": 1.0}))
+
+
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_a_progress_that_nobody_can_see_stops_nothing(stream, monkeypatch, tmp_path):
+    if stream == "closed":
+        stream = open(tmp_path / "stderr", "w")
+        stream.close()
+    monkeypatch.setattr("sys.stderr", stream)
+    assert fitted(progress=None).train_state.step == 9
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_the_order_is_a_permutation_under_every_generator(impl):
+    def step(state, batch):
+        return state._replace(step=state.step + 1), {"row": batch[0]}
+
+    start = TrainState(jnp.float32(0), {}, (), jax.random.key(0, impl=impl), jnp.int32(0))
+    history = fit(step, start, jnp.arange(12.0), batch_size=1, epochs=1, record_every=1, progress=False).history
+    assert sorted(record["row"] for record in history) == list(range(12))
+
+
+def test_an_optimizer_may_look_at_the_loss():
+    optimizer = optax.chain(optax.sgd(0.05), optax.contrib.reduce_on_plateau(patience=1))
+    result = fitted(optimizer=optimizer, epochs=5)
+    assert float(result.train_state.opt[1].best_value) < np.inf  # it has seen one
 
 
 def test_the_check_can_be_left_out():

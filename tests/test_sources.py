@@ -1,7 +1,9 @@
 """Where batches come from: files larger than memory, and iterables of every kind, give what arrays in memory give."""
 
 import json
+import os
 import re
+import signal
 import threading
 import time
 
@@ -15,7 +17,7 @@ import pytest
 from jaxnet import dense
 from jaxnet.data import Windows, batches
 from jaxnet.train import NonFiniteError, TrainState, Weighted, balanced, fit, guarded, train_state, train_step
-from jaxnet.train.source import Prefetch, _from_json, _to_json
+from jaxnet.train.source import Prefetch, _from_json, _to_json, stacks_of_iterable
 
 
 def key0():
@@ -162,7 +164,41 @@ def test_another_shape_is_compiled_again_and_named(capsys):
 
 def test_a_generator_ends_with_its_only_pass():
     sums, result = watched((np.full(2, i, np.float32) for i in range(4)), steps=100)
-    assert sums == [0.0, 2.0, 4.0, 6.0] and result.train_state.step == 4
+    assert sums == [0.0, 2.0, 4.0, 6.0] and result.train_state.step == 4 and result.stopped == "the data ended"
+
+
+def test_a_finished_run_over_an_iterable_stays_finished(tmp_path):
+    for _ in range(2):
+        _, result = watched([np.ones(2, np.float32)] * 4, epochs=2, checkpoint=tmp_path / "run.safetensors")
+        assert result.train_state.step == 8 and result.stopped is None
+    _, result = watched([np.ones(2, np.float32)] * 4, epochs=3, checkpoint=tmp_path / "run.safetensors")
+    assert result.train_state.step == 12
+
+
+def test_a_signal_does_not_wait_for_a_slow_iterable():
+    release = threading.Event()
+
+    def slow():
+        yield np.ones(2, np.float32)
+        os.kill(os.getpid(), signal.SIGINT)
+        release.wait(60)
+        yield np.ones(2, np.float32)
+
+    sums, result = watched(slow(), steps=2)
+    release.set()
+    assert result.stopped == "SIGINT" and sums == [2.0]
+
+
+def test_the_thread_sees_the_settings_of_its_caller():
+    with jax.enable_x64(True):
+        _, result = watched([np.full(2, 2.0**40, np.float64)], steps=1)
+        seen = [
+            batch.dtype
+            for (batch,) in [
+                stack.inputs for stack in Prefetch(stacks_of_iterable(iter([np.ones(2)]), {}, lambda s: 9, 0))
+            ]
+        ]
+    assert seen == [np.float64] and result.train_state.step == 1
 
 
 def test_a_function_gives_every_pass_its_own_batches():
@@ -276,7 +312,7 @@ class Plain:
 
 @pytest.mark.parametrize("source", [Draws, Loader, Plain])
 @pytest.mark.parametrize("stack", [8, 24, 1 << 25])
-@pytest.mark.parametrize("stop", [1, 4, 11])
+@pytest.mark.parametrize("stop", [1, 4, 9, 11])
 def test_an_iterable_goes_on_where_it_stood(source, stack, stop, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxnet.train.source.STACK", stack)  # one, three and 64 batches on the device at once
     file = tmp_path / "run.safetensors"

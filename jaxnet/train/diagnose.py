@@ -41,7 +41,7 @@ def explain(step: Callable, train_state: TrainState, batches: Iterable[Callable]
         new, metrics = one(train_state, batch)
         loss = metrics.get("loss", jnp.float32(0))
         lost = _lost((new.params, new.state, new.opt), (train_state.params, train_state.state, train_state.opt))
-        if np.isfinite(loss) and not lost:
+        if (np.isfinite(loss) or metrics.get("skipped", 0)) and not lost:
             train_state = new
             continue
         number = int(train_state.step)

@@ -38,7 +38,7 @@ def evaluate(
 
     def means(params, state, batch):
         values = metrics(params, batch, state) if stateful else metrics(params, batch)
-        return {name: jnp.mean(value) for name, value in values.items()}
+        return {name: jnp.mean(value, dtype=jnp.result_type(value, jnp.float32)) for name, value in values.items()}
 
     if batch_size is None:
         return _over_batches(means, lambda: data)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,7 +51,8 @@ class Result(NamedTuple):
       train_state: after the last step.
       history: a list of records, dicts of plain numbers.
       best: the best evaluation, None unless `best` was given.
-      stopped: why it ended before the last step: 'SIGINT', 'SIGTERM', or what the condition said; None if it did not.
+      stopped: why it ended before the last step: 'SIGINT', 'SIGTERM', what the condition said, or 'the data ended'; None if
+        it did not.
       compiled: what was compiled and why, one line each; more than one means that shapes or dtypes of batches changed.
     """
 
@@ -123,6 +126,7 @@ def fit(
         changes the type of the train state; a metric that is not a scalar; a checkpoint of a run with other data. All
         before the first step is taken.
       NonFiniteError (a FloatingPointError): names the step, the parameters and the operation where it began.
+      Every error that comes while it trains has the state until then as its `train_state`.
       CheckpointError, OSError: the checkpoint is damaged, of another network, or cannot be written.
     """
     if (epochs is None) == (steps is None):
@@ -133,8 +137,8 @@ def fit(
         "evaluate_every": evaluate_every,
         "record_every": record_every,
     }.items():
-        if value is not None and value < 1:
-            raise ValueError(f"fit: {name} must be at least 1, got {value}")
+        if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+            raise ValueError(f"fit: {name} must be an int of at least 1, got {value!r}")
     if best is not None:
         best_of(best)
         if evaluate is None:
@@ -145,6 +149,7 @@ def fit(
         feed = _Arrays(data, batch_size, epochs, steps, order, drop_last)
     run = _Run(step, train_state, feed, evaluate, evaluate_every, record_every, best, stop, callbacks, check_finite)
     keeper = _Keeper(checkpoint)
+    keeper.check()
     if found := keeper.newest():
         run.restore(found)
     elif feed.total is not None and run.history.step >= feed.total:
@@ -159,11 +164,18 @@ def fit(
         try:
             run.go(flag, show, keeper, save_every)
         except Exception as error:
-            if keeper and run.started:
+            if keeper and run.started and not (run.spoiled and keeper.newest()):
                 with contextlib.suppress(Exception):
                     run.settle(error)
+                try:
                     run.save(keeper)
+                    keeper.wait()
                     error.add_note(f"the state at step {run.history.step} is saved in {keeper}")
+                except Exception as failure:
+                    error.add_note(f"the state at step {run.history.step} could not be saved in {keeper}: {failure!r}")
+            if not hasattr(error, "train_state"):
+                with contextlib.suppress(Exception):
+                    error.train_state = run.current  # pyright: ignore[reportAttributeAccessIssue]
             raise
         finally:
             run.close()
@@ -183,11 +195,11 @@ class _Arrays:
         self.data = data if self.lazy else source.on_device(data)
         self.facts = {"examples": self.n, "batch_size": batch_size, "drop_last": drop_last}
 
-    def stacks(self, train_state, step, position, next_cut):
+    def stacks(self, train_state, step, position, next_cut, abandoned):
         if self.lazy:
             key = jnp.copy(train_state.key)
             stacks = source.stacks_of_rows(self.data, self.n, key, step, next_cut, self.total, **self.batching)
-            return source.Prefetch(stacks)
+            return source.Prefetch(stacks, abandoned)
         return self._stacks(step, next_cut)
 
     def _stacks(self, step, next_cut):
@@ -195,7 +207,7 @@ class _Arrays:
         size = source.plan_size(batch_size)
         while step < self.total:
             n = min(next_cut(step), self.total) - step
-            yield source.Stack((self.data,), size, n, n * batch_size, {}, False)
+            yield source.Stack((self.data,), size, n, n * batch_size, {}, {}, False)
             step += n
 
     def batches(self, size):
@@ -215,7 +227,9 @@ class _Iterable:
     lazy = True
 
     def __init__(self, data, epochs, steps):
-        if isinstance(data, dict | np.ndarray | jax.Array) or not (isinstance(data, Iterable) or callable(data)):
+        if isinstance(data, dict | tuple | np.ndarray | jax.Array) or not (
+            isinstance(data, Iterable) or callable(data)
+        ):
             raise TypeError(
                 f"fit: without batch_size the data is an iterable of batches, got {type(data).__name__}; "
                 "for arrays say batch_size"
@@ -223,8 +237,8 @@ class _Iterable:
         self.data, self.epochs, self.total, self.epoch_steps = data, epochs, steps, None
         self.facts = {}
 
-    def stacks(self, train_state, step, position, next_cut):
-        return source.Prefetch(source.stacks_of_iterable(self.data, position, next_cut, step))
+    def stacks(self, train_state, step, position, next_cut, abandoned):
+        return source.Prefetch(source.stacks_of_iterable(self.data, position, next_cut, step), abandoned)
 
     def batches(self, size):
         return _of_stack
@@ -252,6 +266,14 @@ class _Keeper:
     @property
     def wants_evaluations(self) -> bool:
         return self.store is not None and self.store.metric is not None
+
+    def check(self) -> None:
+        """Raise OSError if nothing can be written there."""
+        if self.place is not None:
+            folder = self.place if self.store is not None else os.path.dirname(os.path.abspath(self.place))
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".jaxnet-", suffix=".tmp"):
+                pass
 
     def newest(self) -> str | None:
         if self.store is not None:
@@ -308,7 +330,7 @@ class _Run:
         self.good = jnp.bool_(True)
         self.pace = 1  # steps a call
         self.done_at = 0.0
-        self.started = False
+        self.started = self.spoiled = self.ended = False
         self.pending: _Pending | None = None
         self.feeding: Any = None
 
@@ -322,6 +344,8 @@ class _Run:
         ends = [step + (1 << 30) if self.feed.total is None else max(self.feed.total, step + 1)]
         if self.evaluate is not None and self.evaluate_every:
             ends.append(_after(step, self.evaluate_every))
+        if self.stop is not None:  # asked at the same steps wherever calls would end
+            ends.append(_after(step, self.record_every))
         return min(ends)
 
     def epoch(self, step: int) -> int:
@@ -331,11 +355,17 @@ class _Run:
 
     def go(self, flag: Interrupted, show: Progress, keeper: _Keeper, save_every: float) -> None:
         total = self.feed.total
-        self.feeding = self.feed.stacks(self.current, self.history.step, self.position, self.next_look)
+        self._ask_to_stop()
+        if self.stopped or self.passed():
+            return
+        abandoned = functools.partial(getattr, flag, "name")
+        self.feeding = self.feed.stacks(self.current, self.history.step, self.position, self.next_look, abandoned)
         saved_at, ahead = time.perf_counter(), self.history.step
-        while not self.stopped and not flag.name and (total is None or ahead < total):
+        while not self.stopped and not flag.name and (total is None or ahead < total) and not self.passed():
             stack = next(self.feeding, None)
             if stack is None:
+                if not flag.name:
+                    self.ended = True
                 break
             first = 0
             while first < stack.n and not self.stopped and not flag.name:
@@ -357,13 +387,15 @@ class _Run:
                     saved_at = time.perf_counter()
                 if total is not None and ahead >= total:
                     break
-            if self.feed.epoch_steps is None and self.feed.epochs is not None and self.passes >= self.feed.epochs:
-                break
         self._receive_pending(show)
-        self.stopped = self.stopped or flag.name
+        self.stopped = self.stopped or flag.name or ("the data ended" if self.ended and not self.passed() else None)
         if keeper and self.started:
             self.save(keeper)
             keeper.wait()
+
+    def passed(self) -> bool:
+        """Whether an iterable has been passed over as often as was asked for."""
+        return self.feed.epoch_steps is None and self.feed.epochs is not None and self.passes >= self.feed.epochs
 
     def settle(self, error: Exception) -> None:
         """Bring what is known of the run up to its state, after an error."""
@@ -430,7 +462,7 @@ class _Run:
         }
         if end:
             self.passes += 1
-            self.position = {"passes": self.passes, "skip": 0, "state": None}
+            self.position = call.stack.after
         step = self.history.step
         if self.evaluate is not None and (end if not self.evaluate_every else step % self.evaluate_every == 0):
             self._evaluate(new[-1])
@@ -440,12 +472,22 @@ class _Run:
         for record in new:
             show(record, last=record is new[-1])
             for callback in self.callbacks:
-                callback(record)
+                callback(dict(record))
         if not new:
             show(self.history.preview(), partial=True)
-        if self.stop is not None and new and (reason := self.stop(self.history.records)):
-            self.stopped = reason if isinstance(reason, str) else "the condition held"
+        if new:
+            self._ask_to_stop()
         self._check_skipped(metrics)
+
+    def _ask_to_stop(self) -> None:
+        records = self.history.records
+        if self.stop is None or not records:
+            return
+        name = getattr(self.stop, "metric", None)
+        if name and self.evaluate is None and name not in records[-1]:
+            raise KeyError(f"fit: no record has '{name}', on which it is to stop; there are {sorted(records[-1])}")
+        if reason := self.stop(records):
+            self.stopped = reason if isinstance(reason, str) else "the condition held"
 
     def _evaluate(self, record: Record) -> None:
         start = time.perf_counter()
@@ -456,12 +498,16 @@ class _Run:
                     f"fit: what evaluate returns as '{name}' must be a number, got shape {np.shape(value)}"
                 )
             values[name] = float(value)
+        if clash := values.keys() & record.keys():
+            raise ValueError(f"fit: evaluate returns {sorted(clash)}, names that the record has already; use others")
         record |= values
+        if (name := getattr(self.stop, "metric", None)) and name not in record:
+            raise KeyError(f"fit: no record has '{name}', on which it is to stop; there are {sorted(record)}")
         if self.best_rule is not None:
             name, better = best_of(self.best_rule)
             if name not in values:
                 raise KeyError(f"fit: best={self.best_rule!r}, but `evaluate` returns {sorted(values)}")
-            if self.best is None or better(values[name], self.best.value):
+            if self.best is None or np.isnan(self.best.value) or better(values[name], self.best.value):
                 params, state = jax.tree.map(_copy, (self.current.params, self.current.state))
                 self.best = Best(values[name], int(record["step"]), params, state)
         self.done_at += time.perf_counter() - start
@@ -472,7 +518,7 @@ class _Run:
         for i, skipped in enumerate(metrics["skipped"]):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if self.in_a_row > self.limit:
-                self.started = False  # what is in the file is better than a state that skips all steps
+                self.spoiled = True  # what is in the file is better than a state that skips all steps
                 at = self.history.step - len(metrics["skipped"]) + i
                 raise NonFiniteError(
                     f"fit: {self.in_a_row} steps in a row were not finite, up to step {at}, and were skipped; "

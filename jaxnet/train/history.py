@@ -113,8 +113,6 @@ def early_stopping(rule: str, patience: int) -> Callable[[Sequence[Record]], str
 
     def stop(history):
         values = [record[name] for record in history if name in record]
-        if not values and history:
-            raise KeyError(f"early_stopping: no record has '{name}'; there are {sorted(history[-1])}")
         best = 0
         for i, value in enumerate(values):
             if better(value, values[best]) or math.isnan(values[best]):
@@ -122,6 +120,7 @@ def early_stopping(rule: str, patience: int) -> Callable[[Sequence[Record]], str
         since = len(values) - 1 - best
         return f"{rule} has not improved for {since} values" if since >= patience else None
 
+    stop.metric = name  # pyright: ignore[reportFunctionMemberAccess]: `fit` checks that there is one
     return stop
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnet import tree
 from jaxnet.train.order import Order, shuffle
@@ -67,7 +68,7 @@ def train_epoch(
 
 def steps_per_epoch(n: int, batch_size: int, *, drop_last: bool = True) -> int:
     """Batches in n examples. Raises ValueError if there is none."""
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
     if batch_size > n:
         raise ValueError(f"batch_size {batch_size} is larger than the data, {n} examples; use at most {n}")
@@ -82,7 +83,7 @@ def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order:
     epoch_steps = steps_per_epoch(n, batch_size, drop_last=drop_last)
     if batch_size == n and drop_last and (order is None or order is shuffle):
         return None
-    key = jax.random.fold_in(train_state.key, _ORDER)
+    key = jax.random.fold_in(_threefry(train_state.key), _ORDER)
 
     def rows_of(count):
         epoch, batch = jnp.divmod(count, epoch_steps)
@@ -92,6 +93,14 @@ def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order:
         return rows if drop_last else (rows, (positions < n).astype(jnp.float32))
 
     return jax.vmap(rows_of)(train_state.step + jnp.arange(steps, dtype=jnp.int32))
+
+
+def _threefry(key: jax.Array) -> jax.Array:
+    """The key itself, or one of JAX's default generator made of it: of others a vmapped draw may not be that of each alone."""
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        return key
+    words = jax.random.key_data(key)
+    return jax.random.wrap_key_data(jnp.stack([words[0], words[-1]]), impl="threefry2x32")
 
 
 def planned_ahead(train_state: TrainState, n: int, size: int, count: jax.Array, **batching) -> Any:
@@ -204,6 +213,8 @@ def check_metrics(metrics: Any) -> None:
     if not isinstance(metrics, dict):
         raise TypeError(f"a step returns (train_state, metrics) with a dict of metrics, got {type(metrics).__name__}")
     for name, metric in metrics.items():
+        if name in ("step", "epoch", "seconds", "samples_per_second"):
+            raise ValueError(f"metric '{name}' has a name that every record has already; use another")
         if getattr(metric, "shape", None) != ():
             raise ValueError(
                 f"metric '{name}' must be a scalar, got {_spec(metric) if hasattr(metric, 'shape') else metric}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 
@@ -18,8 +19,10 @@ class Progress:
 
     def __init__(self, total: int | None, epoch_steps: int | None, *, step: int = 0, show: bool | None = None):
         self.total, self.stream = total, sys.stderr
-        self.terminal = self.stream.isatty() if hasattr(self.stream, "isatty") else False
-        self.show = show is not False
+        self.show = show is not False and self.stream is not None
+        self.terminal = False
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # a closed stream
+            self.terminal = self.show and self.stream.isatty()  # pyright: ignore[reportOptionalMemberAccess]
         self.width = 0
         self.every = epoch_steps or 1
         if total is not None:
@@ -62,6 +65,12 @@ class Progress:
             self._write("", newline=True)
 
     def _write(self, text: str, *, newline: bool) -> None:
+        try:
+            self._put(text, newline)
+        except (AttributeError, OSError, ValueError):  # nobody can read it any more: training goes on
+            self.show = False
+
+    def _put(self, text: str, newline: bool) -> None:
         if self.terminal:
             self.stream.write("\r" + text.ljust(self.width) + ("\n" if newline else ""))
             self.width = 0 if newline else len(text)

@@ -30,7 +30,7 @@ class Stack(NamedTuple):
       inputs: of the compiled call, beside the train state.
       size: steps that the inputs have room for; n: steps that are in it.
       samples: examples in the n steps.
-      before: the position in front of its first step, to be kept in a checkpoint.
+      before: the position in front of its first step, to be kept in a checkpoint; after: behind its last, if `end`.
       end: whether a pass over the data ends with it.
     """
 
@@ -39,6 +39,7 @@ class Stack(NamedTuple):
     n: int
     samples: int
     before: dict[str, Any]
+    after: dict[str, Any]
     end: bool
 
 
@@ -92,7 +93,7 @@ def stacks_of_rows(
         if weights is not None:
             inner, own = batch if isinstance(batch, Weighted) else (batch, None)
             batch = Weighted(inner, weights if own is None else own * weights.astype(own.dtype))
-        yield Stack((jax.device_put(batch),), size, count, count * batching["batch_size"], {}, False)
+        yield Stack((jax.device_put(batch),), size, count, count * batching["batch_size"], {}, {}, False)
         step += count
 
 
@@ -111,9 +112,11 @@ def stacks_of_iterable(
     Raises: ValueError for a pass without batches; whatever the iterable raises.
     """
     passes, since, anchor = position.get("passes", 0), position.get("skip", 0), position.get("state")
+    reach = 1
     while True:
         batches = _begun(data, passes, anchor, since)
         held, before, kind, size, room = [], {}, None, 0, 0
+        after: dict[str, Any] = {}
         while True:
             if len(held) == room and (state := _state_of(data, batches)) is not None:
                 anchor, since = state, 0  # from here on, positions are counted from this state
@@ -121,17 +124,21 @@ def stacks_of_iterable(
                 batch = next(batches, _END)
             except Exception:
                 if held:  # what came before is not lost
-                    yield _stacked(held, size, before, False)
+                    yield _stacked(held, size, before, {})
                 raise
+            if batch is _END:  # what draws at random may draw otherwise in the next pass
+                state = _state_of(data, None)
+                after = {"passes": passes + 1, "skip": 0, "state": state}
             if held and (batch is _END or len(held) == room or _kind(batch) != kind):
-                yield _stacked(held, size, before, batch is _END)
+                yield _stacked(held, size, before, after)
                 step, held = step + len(held), []
             if batch is _END:
                 break
             if not held:
                 before = {"passes": passes, "skip": since, "state": anchor}
                 kind, size = _kind(batch), _stack_size(_bytes(batch))
-                room = min(size, next_cut(step) - step)
+                room = min(size, reach, next_cut(step) - step)
+                reach *= 2  # the first steps do not wait for many batches
             held.append(batch)
             since += 1
         if not before and not position:
@@ -142,18 +149,24 @@ def stacks_of_iterable(
 
 
 class Prefetch:
-    """Run an iterator in a thread, at most `depth` items ahead. What it raises is raised here, in its place."""
+    """Run an iterator in a thread, at most `depth` items ahead. What it raises is raised here, in its place.
 
-    def __init__(self, items: Iterator, depth: int = 2):
+    Args: abandoned: while an item is waited for, whether to wait no longer; then the iteration ends.
+    """
+
+    def __init__(self, items: Iterator, abandoned: Callable[[], Any] = lambda: False, depth: int = 2):
         self.queue: queue.Queue = queue.Queue(depth)
-        self.closed = threading.Event()
-        threading.Thread(target=self._fill, args=(items,), daemon=True, name="jaxnet-prefetch").start()
+        self.abandoned, self.closed = abandoned, threading.Event()
+        x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]: of this thread
+        self.thread = threading.Thread(target=self._fill, args=(items, x64), daemon=True, name="jaxnet-prefetch")
+        self.thread.start()
 
-    def _fill(self, items):
+    def _fill(self, items, x64):
         try:
-            for item in items:
-                if not self._put((item, None)):
-                    return
+            with jax.enable_x64(x64):
+                for item in items:
+                    if not self._put((item, None)):
+                        return
             self._put((None, StopIteration()))
         except BaseException as error:
             self._put((None, error))
@@ -171,19 +184,26 @@ class Prefetch:
         return self
 
     def __next__(self):
-        item, error = self.queue.get()
+        while True:
+            try:
+                item, error = self.queue.get(timeout=0.1)
+                break
+            except queue.Empty:
+                if self.abandoned():
+                    raise StopIteration from None
         if error is not None:
             raise error
         return item
 
     def close(self) -> None:
         self.closed.set()
+        self.thread.join(2)  # it may be waiting for its source
 
 
 _END = object()
 
 
-def _stacked(batches: list, size: int, before: dict, end: bool) -> Stack:
+def _stacked(batches: list, size: int, before: dict, after: dict) -> Stack:
     def stack(*leaves):
         out = np.zeros((size, *leaves[0].shape), leaves[0].dtype)
         for i, leaf in enumerate(leaves):
@@ -194,7 +214,7 @@ def _stacked(batches: list, size: int, before: dict, end: bool) -> Stack:
     inputs = jax.device_put(jax.tree.map(stack, *fitting))
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(fitting[0])]
     samples = max((shape[0] for shape in shapes if shape), default=1)
-    return Stack((inputs,), size, len(batches), len(batches) * samples, before, end)
+    return Stack((inputs,), size, len(batches), len(batches) * samples, before, after, bool(after))
 
 
 def _kind(batch: Any) -> Any:
@@ -244,7 +264,8 @@ def _begun(data: Any, passes: int, state: Any, skip: int) -> Iterator:
     if state is not None and not hasattr(data, "load_state_dict"):
         batches.set_state(state)
     for _ in range(skip):
-        next(batches, None)
+        if next(batches, _END) is _END:
+            raise ValueError(f"data: the run had used {skip} batches of this pass, and now there are fewer")
     return batches
 
 

@@ -75,7 +75,8 @@ def train_step(
 
     Args:
       loss: `loss(params, batch)` -> the loss, or (loss, metrics), metrics being a dict. The loss and each metric are a
-        scalar, or one value an example [B], of which the step takes the mean. It names `key` among its parameters if it
+        scalar, or one value an example [B], of which the step takes the mean (a scalar
+        metric stays as it is). It names `key` among its parameters if it
         draws random numbers, and `state` if the network is stateful: then it returns (loss, new_state) or (loss,
         new_state, metrics).
       optimizer: as in `train_state`.
@@ -115,8 +116,10 @@ def train_step(
     def gradients(params, batch, state, key, scale):
         weights = batch.weights if isinstance(batch, Weighted) else None
         batch = batch.batch if isinstance(batch, Weighted) else batch
+        if weights is not None:
+            weights = jnp.asarray(weights, jnp.result_type(weights, jnp.float32))
         total = None if weights is None else jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
-        shares = None if weights is None else weights / total * accumulate
+        shares = None if weights is None or total is None else weights / total * accumulate
         if accumulate == 1:
             (_, (state, metrics)), grads = differentiate(params, batch, state, key, shares, scale)
         else:
@@ -150,7 +153,8 @@ def train_step(
         if hasattr(optimizer, "init"):
             import optax
 
-            updates, opt = optimizer.update(grads, opt, params)
+            update = optax.with_extra_args_support(optimizer).update
+            updates, opt = update(grads, opt, params, value=metrics["loss"])  # for those that look at the loss
             params = optax.apply_updates(params, updates)
         else:
             params = sgd(params, grads, optimizer(count) if callable(optimizer) else optimizer)
@@ -233,6 +237,10 @@ def _parts(outputs: Any, state: Any, *, stateful: bool) -> tuple[Any, Any, Mappi
     if stateful:
         state, *rest = rest
     metrics = rest[0] if rest else {}
+    if clash := {"loss", "weight", "skipped"} & set(metrics if isinstance(metrics, Mapping) else ()):
+        raise ValueError(
+            f"train_step: a metric is called {sorted(clash)[0]!r}, a name that the step itself gives; use another"
+        )
     if len(rest) > 1 or not isinstance(metrics, Mapping):
         form = "(value, new_state, metrics)" if stateful else "(value, metrics)"
         raise TypeError(
