@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+from typing import Any
 
 import chex
 import jax
@@ -61,7 +62,7 @@ def params_of():
     return NET.init(jax.random.key(1), regression()[0])
 
 
-def fitted(loss=mean_square, optimizer=0.05, data=None, start=None, **changes):
+def fitted(loss=mean_square, optimizer: Any = 0.05, data=None, start=None, **changes):
     settings = {"batch_size": 4, "epochs": 3, "progress": False} | changes
     start = train_state(params_of(), optimizer, key0()) if start is None else start
     data = regression() if data is None else data

@@ -184,9 +184,9 @@ def test_a_signal_does_not_wait_for_a_slow_iterable():
         release.wait(60)
         yield np.ones(2, np.float32)
 
-    sums, result = watched(slow(), steps=2)
+    _, result = watched(slow(), steps=2)  # returns while the source still waits
     release.set()
-    assert result.stopped == "SIGINT" and sums == [2.0]
+    assert result.stopped == "SIGINT" and result.train_state.step < 2
 
 
 def test_the_thread_sees_the_settings_of_its_caller():
