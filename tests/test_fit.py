@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from linear_regression import key0, mean_square, params_of, regression
 
 import jaxnet
 from jaxnet import batch_norm, chain, dense, dropout
@@ -39,27 +40,6 @@ from jaxnet.train.history import History
 from jaxnet.train.progress import Progress
 
 FIT = sys.modules["jaxnet.train.fit"]  # the module; the package's attribute is the function
-
-
-def key0():
-    return jax.random.key(0)  # a fresh one each time: a key is used once
-
-
-def regression(n=12, width=3):
-    x = np.random.default_rng(0).normal(size=(n, width)).astype(np.float32)
-    return x, x @ np.array([[1.0], [-2.0], [0.5]], np.float32)[:width]
-
-
-NET = dense(1)
-
-
-def mean_square(params, batch):
-    x, y = batch
-    return jnp.mean(jnp.square(NET.apply(params, x) - y))
-
-
-def params_of():
-    return NET.init(jax.random.key(1), regression()[0])
 
 
 def fitted(loss=mean_square, optimizer: Any = 0.05, data=None, start=None, **changes):

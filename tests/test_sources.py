@@ -13,23 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from linear_regression import NET, key0, regression
 
-from jaxnet import dense
 from jaxnet.data import Windows, batches
 from jaxnet.train import NonFiniteError, TrainState, Weighted, balanced, fit, guarded, train_state, train_step
 from jaxnet.train.source import Prefetch, _from_json, _to_json, stacks_of_iterable
-
-
-def key0():
-    return jax.random.key(0)
-
-
-def regression(n=22):
-    x = np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)
-    return x, x @ np.array([[1.0], [-2.0], [0.5]], np.float32)
-
-
-NET = dense(1)
 
 
 def squares(params, batch):
@@ -39,7 +27,7 @@ def squares(params, batch):
 
 def fitted(data, **settings):
     optimizer = optax.adam(0.01)
-    start = train_state(NET.init(jax.random.key(1), regression()[0]), optimizer, key0())
+    start = train_state(NET.init(jax.random.key(1), regression(22)[0]), optimizer, key0())
     return fit(train_step(squares, optimizer), start, data, progress=False, **settings)
 
 
@@ -59,7 +47,7 @@ def watched(data, *, record_every=1, progress: bool | None = False, **settings):
 
 @pytest.fixture
 def on_disk(tmp_path):
-    x, y = regression()
+    x, y = regression(22)
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "y.npy", y)
     return tuple(np.load(tmp_path / name, mmap_mode="r") for name in ("x.npy", "y.npy"))
@@ -70,7 +58,7 @@ def on_disk(tmp_path):
 )
 def test_a_memory_map_gives_what_memory_gives(on_disk, settings, monkeypatch):
     monkeypatch.setattr("jaxnet.train.source.STACK", 300)  # bytes: a few batches at a time
-    inside = fitted(regression(), batch_size=4, epochs=3, **settings)
+    inside = fitted(regression(22), batch_size=4, epochs=3, **settings)
     outside = fitted(on_disk, batch_size=4, epochs=3, **settings)
     chex.assert_trees_all_close(inside.train_state.params, outside.train_state.params, rtol=1e-5)
     numbers = np.arange(22, dtype=np.float32)
@@ -84,7 +72,7 @@ def test_a_memory_map_gives_what_memory_gives(on_disk, settings, monkeypatch):
 def test_weights_and_full_batches_may_lie_on_disk(on_disk):
     weights = np.arange(22, dtype=np.float32)
     for settings in ({"batch_size": 22}, {"batch_size": 4, "drop_last": False}):
-        inside = fitted(Weighted(regression(), weights), epochs=2, **settings)
+        inside = fitted(Weighted(regression(22), weights), epochs=2, **settings)
         outside = fitted(Weighted(on_disk, weights), epochs=2, **settings)
         chex.assert_trees_all_close(inside.train_state.params, outside.train_state.params, rtol=1e-6)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from linear_regression import NET, key0, mean_square, params_of, regression
 
 import jaxnet
 from jaxnet import batch_norm, cast, chain, dense, dropout, layer_norm
@@ -30,28 +31,6 @@ from jaxnet.train import (
     train_step,
     train_steps,
 )
-
-
-def key0():
-    return jax.random.key(0)  # a fresh one each time: a key is used once
-
-
-def regression(n=12, width=3):
-    x = np.random.default_rng(0).normal(size=(n, width)).astype(np.float32)
-    return x, x @ np.array([[1.0], [-2.0], [0.5]], np.float32)[:width]
-
-
-NET = dense(1)
-
-
-def mean_square(params, batch):
-    x, y = batch
-    return jnp.mean(jnp.square(NET.apply(params, x) - y))
-
-
-def params_of():
-    return NET.init(jax.random.key(1), regression()[0])
-
 
 # One step
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxnet import tree
 from jaxnet.train.order import Order, shuffle
-from jaxnet.train.step import TrainState, Weighted, examples
+from jaxnet.train.step import TrainState, examples, weighted
 
 __all__ = ["train_epoch", "train_steps"]
 
@@ -132,11 +132,7 @@ def take(data: Any, rows: Any) -> Any:
     if isinstance(rows, tuple):
         rows, weights = rows
     batch = jax.tree.map(lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), data)
-    if weights is None:
-        return batch
-    if isinstance(batch, Weighted):
-        return Weighted(batch.batch, batch.weights * weights.astype(batch.weights.dtype))
-    return Weighted(batch, weights)
+    return weighted(batch, weights)
 
 
 def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool = True) -> Callable:

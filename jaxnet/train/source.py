@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxnet import tree
 from jaxnet.train.loop import planned
-from jaxnet.train.step import Weighted
+from jaxnet.train.step import weighted
 
 __all__ = ["Stack", "is_lazy", "on_device", "stacks_of_iterable", "stacks_of_rows"]
 
@@ -89,10 +89,7 @@ def stacks_of_rows(
             out[:count] = values.reshape(*rows.shape, *values.shape[1:])
             return out
 
-        batch = tree.map_with_path(read, data)
-        if weights is not None:
-            inner, own = batch if isinstance(batch, Weighted) else (batch, None)
-            batch = Weighted(inner, weights if own is None else own * weights.astype(own.dtype))
+        batch = weighted(tree.map_with_path(read, data), weights)
         yield Stack((jax.device_put(batch),), size, count, count * batching["batch_size"], {}, {}, False)
         step += count
 

@@ -47,6 +47,19 @@ class Weighted(NamedTuple):
     weights: Any
 
 
+def unweighted(batch: Any) -> tuple[Any, Any]:
+    """A batch as (examples, their weights); None where it has no weights."""
+    return (batch.batch, batch.weights) if isinstance(batch, Weighted) else (batch, None)
+
+
+def weighted(batch: Any, weights: Any) -> Any:
+    """The batch with these weights, times its own if it has some; as it is if the weights are None."""
+    if weights is None:
+        return batch
+    batch, own = unweighted(batch)
+    return Weighted(batch, weights if own is None else own * weights.astype(own.dtype))
+
+
 def sgd(params: Any, grads: Any, lr: Any) -> Any:
     """Plain gradient descent, w <- w - lr * dL/dw, for trees of equal structure. The dtype of w is kept.
 
@@ -75,10 +88,9 @@ def train_step(
 
     Args:
       loss: `loss(params, batch)` -> the loss, or (loss, metrics), metrics being a dict. The loss and each metric are a
-        scalar, or one value an example [B], of which the step takes the mean (a scalar
-        metric stays as it is). It names `key` among its parameters if it
-        draws random numbers, and `state` if the network is stateful: then it returns (loss, new_state) or (loss,
-        new_state, metrics).
+        scalar, or one value an example [B], of which the step takes the mean (a scalar metric stays as it is). It names
+        `key` among its parameters if it draws random numbers, and `state` if the network is stateful: then it returns
+        (loss, new_state) or (loss, new_state, metrics).
       optimizer: as in `train_state`.
       accumulate: compute the gradient in so many equal parts of the batch, one after the other, in the memory of one:
         the same step to rounding (up to batch statistics and random numbers, which each part has of its own).
@@ -114,12 +126,12 @@ def train_step(
     differentiate = jax.value_and_grad(objective, has_aux=True)
 
     def gradients(params, batch, state, key, scale):
-        weights = batch.weights if isinstance(batch, Weighted) else None
-        batch = batch.batch if isinstance(batch, Weighted) else batch
+        batch, weights = unweighted(batch)
+        total = shares = None
         if weights is not None:
             weights = jnp.asarray(weights, jnp.result_type(weights, jnp.float32))
-        total = None if weights is None else jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
-        shares = None if weights is None or total is None else weights / total * accumulate
+            total = jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
+            shares = weights / total * accumulate
         if accumulate == 1:
             (_, (state, metrics)), grads = differentiate(params, batch, state, key, shares, scale)
         else:
@@ -144,9 +156,8 @@ def train_step(
     def step(train_state: TrainState, batch: Any) -> tuple[TrainState, dict]:
         params, state, opt, key, count = train_state
         guard = find(opt, Guarded)
-        step_key = jax.random.fold_in(key, count)
         scale = None if guard is None else guard.scale
-        grads, new_state, metrics = gradients(params, batch, state, step_key, scale)
+        grads, new_state, metrics = gradients(params, batch, state, key_of(train_state), scale)
         if guard is not None:
             blame = jnp.where(jnp.isfinite(metrics["loss"]), 1, jnp.nan) / guard.scale
             grads = jax.tree.map(lambda g: g * blame.astype(g.dtype), grads)
@@ -168,7 +179,7 @@ def train_step(
         return jax.random.fold_in(train_state.key, train_state.step)
 
     def value_of(train_state, batch):
-        batch, weights = (batch.batch, batch.weights) if isinstance(batch, Weighted) else (batch, None)
+        batch, weights = unweighted(batch)
         return objective(train_state.params, batch, train_state.state, key_of(train_state), weights, None)[0]
 
     def gradients_of(train_state, batch):
@@ -186,9 +197,8 @@ def augmented(step: Callable, change: Callable[[jax.Array, Any], Any]) -> Callab
 
     def changed(train_state, batch):
         key = jax.random.fold_in(jax.random.fold_in(train_state.key, _CHANGE), train_state.step)
-        if isinstance(batch, Weighted):
-            return Weighted(change(key, batch.batch), batch.weights)
-        return change(key, batch)
+        batch, weights = unweighted(batch)
+        return weighted(change(key, batch), weights)
 
     def on_changed(f):
         return lambda train_state, batch: f(train_state, changed(train_state, batch))
