@@ -77,6 +77,28 @@ def to_bytes(node: Node, x: Any) -> np.ndarray:
     return a.reshape(-1).view(np.uint8)
 
 
+def as_stored(node: Node, x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """What `to_bytes` gives, as an array of this dtype where `x` lies, on however many devices and processes."""
+    if node.kind == "key":
+        return jax.random.key_data(x)
+    if node.value == "complex128":
+        return jnp.stack([x.real, x.imag], axis=-1)
+    if "int" in node.value or x.dtype == dtype:
+        return x.astype(dtype)
+    if ml_dtypes.finfo(x.dtype).bits == 4:
+        x = jax.lax.bitcast_convert_type(x, jnp.uint4)
+        return x.astype(dtype)
+    return jax.lax.bitcast_convert_type(x, dtype)
+
+
+def copy(x: jax.Array) -> jax.Array:
+    """The same in other memory, where the host could share that of `x` and would see it change; else `x`."""
+    if next(iter(x.sharding.device_set)).platform != "cpu":
+        return x
+    shards = [jax.device_put(shard.data, shard.device, may_alias=False) for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
+
+
 def from_bytes(file: str, name: str, node: Node, shape: tuple[int, ...], raw: np.ndarray) -> np.ndarray:
     """The array whose bytes were `raw`, as a view where that can be; for random keys their data."""
     if node.kind != "key" and node.value not in CODES and node.value not in WIDENED:

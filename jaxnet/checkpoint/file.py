@@ -8,13 +8,14 @@ import json
 import os
 import secrets
 import stat
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint import match, structure
+from jaxnet.checkpoint import match, places, structure
 from jaxnet.checkpoint.format import CheckpointError, Header, Misfit, Tensor
 from jaxnet.checkpoint.structure import Node, Spec
 
@@ -43,20 +44,30 @@ class Info(NamedTuple):
     metadata: dict[str, Any]
     leaves: tuple[Leaf, ...]
     scalars: dict[str, Any]  # Python scalars and strings by path
-    nbytes: int  # of the whole file, and of its parts
+    nbytes: int  # of the whole file and of its parts; for those of Orbax, of the arrays
 
 
-def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | None = None) -> None:
+def save(
+    path: str | os.PathLike[str],
+    tree: Any,
+    *,
+    metadata: dict[str, Any] | None = None,
+    engine: Literal["orbax"] | None = None,
+) -> None:
     """Write a tree to a file, durably: after any failure the file holds either the old tree or the new one, whole.
 
     Args:
       path: the file, by custom called `*.safetensors`; missing folders are made, an existing file is replaced.
+        With `engine="orbax"` also a URL of an object store, as in "gs://bucket/run/state.safetensors".
       tree: any pytree. Leaves: JAX and NumPy arrays, typed random keys, bool, int, float, complex, str, bytes, None.
         Nothing in it is changed.
       metadata: a dict that JSON can hold exactly (str keys; no tuples, no NaN); `inspect` returns it.
+      engine: "orbax" to let Orbax (`pip install 'jaxnet[orbax]'`) write the arrays, into a folder beside the file: for pods, and
+        for object stores. The file then holds all the rest, and the checksums; `load` and the others find the folder.
 
     Raises:
       CheckpointError: the tree holds something that cannot be stored; nothing has been written.
+      ValueError: another engine, or a URL without `engine="orbax"`.
       OSError: from the operating system (no space, no permission). The old file is as it was and the temporary file
         is gone, except when only the very last step fails (fsync of the folder): then the new file is in place, but
         might not survive a power cut.
@@ -67,25 +78,33 @@ def save(path: str | os.PathLike[str], tree: Any, *, metadata: dict[str, Any] | 
     share; each writes a part, `path` names the parts, and all raise if one fails. What is not spread is saved as process
     0 has it.
     """
-    prepare(path, tree, metadata)()
+    prepare(path, tree, metadata, engine)()
 
 
 def prepare(
-    path: str | os.PathLike[str], tree: Any, metadata: dict[str, Any] | None, *, snapshot: bool = False
+    path: str | os.PathLike[str],
+    tree: Any,
+    metadata: dict[str, Any] | None,
+    engine: str | None = None,
+    *,
+    snapshot: bool = False,
 ) -> Callable[[], None]:
     """Check all that can be wrong with a tree and return what writes it, once; from a copy if `snapshot`.
 
     A copy is on the host and shares no memory with the tree, whose arrays may then be donated, deleted or changed. A
-    tree that is spread over several processes is never copied.
+    tree that is spread over several processes is never copied, except by Orbax.
     """
-    from jaxnet.checkpoint import arrays, parts
+    from jaxnet.checkpoint import arrays, orbax, parts
 
     file = os.fsdecode(path)
+    check_engine(file, engine)
     node, leaves = structure.encode(file, tree, functools.partial(arrays.describe, file))
     nodes = structure.leaves(node)
     shapes = {name: arrays.shape_in_file(nodes[name], x) for name, x in leaves.items()}
     tensors = fmt.layout([(name, *structure.stored_as(nodes[name], shape)) for name, shape in shapes.items()])
     manifest = {"version": fmt.VERSION, "metadata": _exact_json(file, metadata or {}), "tree": structure.to_json(node)}
+    if engine == "orbax":
+        return orbax.start(file, tensors, manifest, nodes, leaves, beside=snapshot)
     if parts.is_spread(leaves):
         return functools.partial(parts.write, file, tensors, manifest, leaves)
     empty = fmt.write_header(file, tensors, manifest | {"crc32": ["0" * 8 * t.chunks for t in tensors]})
@@ -203,8 +222,8 @@ def inspect(path: str | os.PathLike[str]) -> Info:
 def verify(path: str | os.PathLike[str]) -> Info:
     """Read a whole file, check its structure and all checksums, and return what `inspect` does.
 
-    Takes no more memory than a few MB, and needs neither JAX nor NumPy. The file of another program has no checksums:
-    there only the header and the file's length are checked.
+    Takes no more memory than a few MB (of Orbax's arrays a block), and needs neither JAX nor NumPy. The file of another
+    program has no checksums: there only the header and the file's length are checked.
 
     Raises: as `load`.
     """
@@ -214,8 +233,17 @@ def verify(path: str | os.PathLike[str]) -> Info:
         return _info(file, size, content)
 
 
+def check_engine(file: str, engine: str | None) -> None:
+    if engine not in (None, "orbax"):
+        raise ValueError(f"engine must be 'orbax' or None, got {engine!r}")
+    if engine is None and places.is_url(file):
+        raise ValueError(f"{file} is in an object store: say engine='orbax', or save to a file")
+
+
 def replace(file: str, content: bytes) -> None:
     """Write a file, durably, in place of the one that may be there."""
+    if places.is_url(file):
+        return places.put(file, content)
     with _replacing(file) as fd:
         _write(fd, memoryview(content))
 
@@ -229,7 +257,7 @@ def _replacing(file: str) -> Iterator[int]:
     """Give a descriptor to write to; what is written replaces the file if the block ends well, else it vanishes."""
     target = os.path.realpath(file)  # through a symbolic link: the link stays, what it points to is replaced
     folder = os.path.dirname(target)
-    _make_folder(folder)
+    make_folder(folder)
     old = os.stat(target) if os.path.exists(target) else None
     if old and stat.S_ISDIR(old.st_mode):
         raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, this is a folder: add a file name", file)
@@ -248,7 +276,7 @@ def _replacing(file: str) -> Iterator[int]:
         e.add_note(f"while saving {file}: nothing has been replaced")
         raise
     os.close(fd)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _open_temporary(folder: str) -> tuple[str, int]:
@@ -286,16 +314,16 @@ def _sweep(folder: str):
                 os.close(fd)
 
 
-def _make_folder(folder: str):
+def make_folder(folder: str):
     """Make a folder and its parents, each durably."""
     if not os.path.isdir(folder):
-        _make_folder(os.path.dirname(folder))
+        make_folder(os.path.dirname(folder))
         with contextlib.suppress(FileExistsError):  # another process was faster; a file in the way fails just below
             os.mkdir(folder)
-        _sync_folder(os.path.dirname(folder))
+        sync_folder(os.path.dirname(folder))
 
 
-def _sync_folder(folder: str):
+def sync_folder(folder: str):
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -361,6 +389,12 @@ def _exact_json(file: str, metadata: dict[str, Any]) -> dict[str, Any]:
 def opened(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
     """Give the file's name, descriptor and size."""
     file = os.fsdecode(path)
+    if places.is_url(file):  # with nothing but its header in it, as a rule
+        with tempfile.TemporaryFile() as copy:
+            copy.write(content := places.fetch(file))
+            copy.flush()
+            yield file, copy.fileno(), len(content)
+        return
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # do not wait for the other end of a pipe
     try:
         status = os.fstat(fd)
@@ -410,6 +444,7 @@ def _info(file: str, size: int, content: Content) -> Info:
     if header.manifest is None:
         return Info(file, None, header.metadata, leaves, scalars, size)
     size += sum(nbytes for _, nbytes in header.parts.files) if header.parts else 0
+    size += sum(t.stop - t.start for t in header.tensors) if header.orbax else 0
     return Info(file, header.manifest["version"], header.manifest["metadata"], leaves, scalars, size)
 
 
@@ -487,12 +522,12 @@ def read_tensors(
 ) -> dict[str, Any]:
     """Read and check the bytes of some tensors; into memory that `empty(bytes)` gives, if it is given.
 
-    Of tensors in parts, only pieces that overlap one of the blocks in `needed` are read, where it names some.
+    Of tensors outside, only pieces that overlap one of the blocks in `needed` are read, where it names some.
     """
-    if header.parts:
-        from jaxnet.checkpoint import parts
+    if header.outside:
+        from jaxnet.checkpoint import orbax, parts
 
-        return parts.read_tensors(file, header, tensors, empty, needed or {})
+        return (orbax if header.orbax else parts).read_tensors(file, header, tensors, empty, needed or {})
     out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
     crcs = dict(zip((t.name for t in header.tensors), header.manifest["crc32"], strict=True)) if header.manifest else {}
     jobs = [(t, i, crcs.get(t.name, "")[8 * i : 8 * i + 8]) for t in tensors for i in range(t.chunks)]

@@ -8,16 +8,20 @@ Only the standard library is needed here, so that `inspect` starts fast.  The wh
 written down in docs/checkpoint_format.md; the tests hold the two together.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import re
 import reprlib
 import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 VERSION = 1  # of a file that holds a tree
-PARTS = 2  # of one whose tensors are in other files; no greater version is known
+PARTS = 2  # of one whose tensors are in parts, files like this
+ORBAX = 3  # of one whose tensors are in a folder that Orbax has written; no greater version is known
 CHUNK = 64 << 20  # bytes under one CRC-32, which finds every burst up to 32 bits and misses one other damage in 2^32
 MAX_HEADER = 100_000_000  # the official reader's limit
 ALIGNMENT = 64  # of the first tensor's byte in the file
@@ -68,6 +72,29 @@ class Parts(NamedTuple):
     files: list[tuple[str, int]]
 
 
+class Grid(NamedTuple):
+    """How a tensor is cut into blocks: the first index of each along each axis, and their CRC-32s in row-major order."""
+
+    cuts: list[list[int]]
+    crcs: list[str]
+
+    def blocks(self, tensor: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor, str]]:
+        """Each block: where it begins, itself as a tensor of that name, and its CRC-32s."""
+        ends = [[*cut[1:], size] for cut, size in zip(self.cuts, tensor.shape, strict=True)]
+        spans = [list(zip(cut, end, strict=True)) for cut, end in zip(self.cuts, ends, strict=True)]
+        for block, crc in zip(itertools.product(*spans), self.crcs, strict=True):
+            shape = tuple(end - start for start, end in block)
+            nbytes = math.prod(shape) * BITS[tensor.code] // 8
+            yield tuple(start for start, _ in block), Tensor(tensor.name, tensor.code, shape, 0, nbytes), crc
+
+
+class Orbax(NamedTuple):
+    """What a file of version 3 says of the folder with its tensors: the number of the save, and their blocks."""
+
+    id: str
+    grids: dict[str, Grid]
+
+
 class Header(NamedTuple):
     """A checked header: the tensors in the order of their data; `manifest` is None for the file of another program."""
 
@@ -76,6 +103,12 @@ class Header(NamedTuple):
     manifest: dict[str, Any] | None
     data: int  # where the tensors' bytes begin
     parts: Parts | None = None
+    orbax: Orbax | None = None
+
+    @property
+    def outside(self) -> Parts | Orbax | None:
+        """What says where the tensors' bytes are, if they are not in the file itself."""
+        return self.parts or self.orbax
 
 
 def layout(tensors: list[tuple[str, str, tuple[int, ...]]]) -> list[Tensor]:
@@ -135,16 +168,24 @@ def read_header(file: str, raw: bytes, size: int) -> Header:
     _check_version(file, manifest.get("version"))
     tensors = _tensors(file, header, size - 8 - len(raw))
     _check_manifest(file, manifest, tensors)
-    if manifest["version"] < PARTS:
-        return Header(tensors, metadata, manifest, 8 + len(raw))
-    parts, tensors = _read_parts(file, manifest, tensors)
-    return Header(tensors, metadata, manifest, 8 + len(raw), parts)
+    found: dict[str, Any] = {}
+    if manifest["version"] == PARTS:
+        found["parts"], tensors = _read_parts(file, manifest, tensors)
+    elif manifest["version"] == ORBAX:
+        found["orbax"], tensors = _read_orbax(file, manifest, tensors)
+    return Header(tensors, metadata, manifest, 8 + len(raw), **found)
 
 
 def crc_start(tensor: Tensor, chunk: int) -> int:
     """The CRC-32 that a chunk's bytes continue: a tensor under another name, type, shape or order is damaged too."""
     shape = ",".join(map(str, tensor.shape))
     return zlib.crc32(f"{tensor.name}\0{tensor.code}\0{shape}\0{chunk}\0".encode())
+
+
+def crcs(tensor: Tensor, data: memoryview) -> str:
+    """The CRC-32s of a tensor's chunks, as a manifest has them."""
+    parts = [data[i * CHUNK : (i + 1) * CHUNK] for i in range(tensor.chunks)]
+    return "".join(f"{zlib.crc32(part, crc_start(tensor, i)):08x}" for i, part in enumerate(parts))
 
 
 def parse_json(file: str, raw: bytes, what: str) -> dict[str, Any]:
@@ -198,8 +239,8 @@ def _sizes(value: Any) -> bool:
 def _check_version(file: str, version: Any):
     if type(version) is not int or version < 1:
         raise CheckpointError(file, None, f"the manifest's version is {version!r}, expected a number; {RESTORE}")
-    if version > PARTS:
-        text = f"it has format version {version}, this jaxnet reads versions up to {PARTS}: install a newer jaxnet"
+    if version > ORBAX:
+        text = f"it has format version {version}, this jaxnet reads versions up to {ORBAX}: install a newer jaxnet"
         raise Misfit(file, None, text)
 
 
@@ -216,27 +257,56 @@ def _check_manifest(file: str, manifest: dict[str, Any], tensors: list[Tensor]):
 
 def _read_parts(file: str, manifest: dict[str, Any], tensors: list[Tensor]) -> tuple[Parts, list[Tensor]]:
     """The parts of a file of version 2 and its tensors, placed as in one file."""
-    try:
+    with _well_formed(file, "parts"):
         described = manifest["parts"]
+        placed = _placed(tensors, described["id"], [(name, code, shape) for name, code, shape in described["tensors"]])
         parts = Parts(described["id"], [(digest, size) for digest, size in described["files"]])
-        entries = [(name, code, shape) for name, code, shape in described["tensors"]]
-        if (
-            tensors
-            or not re.fullmatch("[0-9a-f]{16}", parts.id)
-            or len({name for name, _, _ in entries}) < len(entries)
-        ):
-            raise ValueError("it has tensors itself, no number, or two tensors of one name")
         if not all(isinstance(digest, str) and _sizes([size]) for digest, size in parts.files):
             raise ValueError("a part is not a digest and a size")
-        if not all(isinstance(name, str) and isinstance(code, str) and _sizes(shape) for name, code, shape in entries):
-            raise ValueError("a tensor is not a name, a dtype and a shape")
-        if any(BITS.get(code, 0) % 8 or code not in BITS or len(shape) > 64 for _, code, shape in entries):
-            raise ValueError("a tensor has an unknown dtype or more than 64 axes")
-    except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(file, None, f"the manifest's parts are not well-formed ({e}); {RESTORE}") from e
-    if sum(math.prod(shape) * BITS[code] // 8 for _, code, shape in entries) > sum(size for _, size in parts.files):
+    if sum(t.stop - t.start for t in placed) > sum(size for _, size in parts.files):
         raise CheckpointError(file, None, f"the tensors need more bytes than the parts have; {RESTORE}")
-    return parts, layout([(name, code, tuple(shape)) for name, code, shape in entries])
+    return parts, placed
+
+
+def _read_orbax(file: str, manifest: dict[str, Any], tensors: list[Tensor]) -> tuple[Orbax, list[Tensor]]:
+    """The blocks of the tensors of a file of version 3, and these, placed as in one file."""
+    with _well_formed(file, "orbax"):
+        described = manifest["orbax"]
+        entries = [(name, code, shape) for name, code, shape, _, _ in described["tensors"]]
+        placed = _placed(tensors, described["id"], entries)
+        grids = {name: Grid(cuts, crcs) for name, _, _, cuts, crcs in described["tensors"]}
+        for t in placed:
+            cuts, crcs = grids[t.name]
+            if len(cuts) != len(t.shape) or not all(
+                _sizes(cut) and cut[:1] == [0] and all(a < b for a, b in itertools.pairwise([*cut, max(size, 1)]))
+                for cut, size in zip(cuts, t.shape, strict=True)
+            ):
+                raise ValueError(f"the blocks of '{t.name}' do not fill it")
+            if math.prod(map(len, cuts)) != len(crcs):
+                raise ValueError(f"'{t.name}' has not one CRC-32 for each block")
+            for _, block, crc in grids[t.name].blocks(t):
+                if not isinstance(crc, str) or not re.fullmatch(f"[0-9a-f]{{{8 * block.chunks}}}", crc):
+                    raise ValueError(f"the CRC-32 of a block of '{t.name}' is {reprlib.repr(crc)}")
+    return Orbax(described["id"], grids), placed
+
+
+@contextlib.contextmanager
+def _well_formed(file: str, entry: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(file, None, f"the manifest's {entry} are not well-formed ({e}); {RESTORE}") from e
+
+
+def _placed(tensors: list[Tensor], number: Any, entries: list[tuple[Any, Any, Any]]) -> list[Tensor]:
+    """The tensors that a manifest describes, of a file that has none itself; ValueError for what cannot be."""
+    if tensors or not re.fullmatch("[0-9a-f]{16}", number) or len({name for name, _, _ in entries}) < len(entries):
+        raise ValueError("it has tensors itself, no number, or two tensors of one name")
+    if not all(isinstance(name, str) and isinstance(code, str) and _sizes(shape) for name, code, shape in entries):
+        raise ValueError("a tensor is not a name, a dtype and a shape")
+    if any(BITS.get(code, 0) % 8 or code not in BITS or len(shape) > 64 for _, code, shape in entries):
+        raise ValueError("a tensor has an unknown dtype or more than 64 axes")
+    return layout([(name, code, tuple(shape)) for name, code, shape in entries])
 
 
 def _digest(raw: bytes) -> str:

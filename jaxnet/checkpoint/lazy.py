@@ -25,7 +25,7 @@ def lazy(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
 
     A leaf is not checked twice, and a program that cuts the file short in place, instead of replacing it as `save` does,
     would crash its readers: `load(path, only=...)` makes copies and has neither weakness. Of a checkpoint that several
-    processes have written, each look-up reads a copy.
+    processes or Orbax have written, each look-up reads a copy.
 
     Raises:
       CheckpointError: the header is damaged or, when it is looked up, the leaf.
@@ -60,7 +60,7 @@ class _Leaves(Mapping[str, Any]):
         if path not in tensors:
             return nodes[path].value
         node, tensor = nodes[path], tensors[path]
-        if header.parts:  # its bytes are in several files
+        if header.outside:  # its bytes are in other files
             raw = read_tensors(self.file, self.fd, header, [tensor], arrays.empty)[tensor.name]
         else:
             if path not in self.checked:  # by reads, since a bad disk under a memory map kills the process

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from jaxnet.checkpoint import file as files
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint import structure
-from jaxnet.checkpoint.format import CheckpointError, Header, Parts, Tensor
+from jaxnet.checkpoint import places, structure
+from jaxnet.checkpoint.format import CheckpointError, Header, Orbax, Parts, Tensor
 
 
 class Piece(NamedTuple):
@@ -42,27 +42,8 @@ def is_spread(tree: Any) -> bool:
 def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: dict[str, Any]) -> None:
     """Write a tree together with all other processes, which must call this, too; all of them raise if one fails."""
     import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
 
-    target, me = os.path.realpath(file), jax.process_index()
-    number = multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(8), np.uint8))
-    identity = np.asarray(number).tobytes().hex()
-
-    def together(step: Callable[[], None]) -> None:
-        error = None
-        try:
-            step()
-        except Exception as e:  # the others wait: say so before raising it
-            error = e
-        well = multihost_utils.process_allgather(np.array(error is None))
-        if not well.all():
-            sweep(target)
-        if error:
-            raise error
-        if not well.all():
-            failed = np.flatnonzero(~well).tolist()
-            raise CheckpointError(file, None, f"processes {failed} failed to save; what they raise says why")
+    target, me, identity = places.real(file), jax.process_index(), new_number()
 
     def commit() -> None:
         paths = [path_of(target, identity, i) for i in range(jax.process_count())]
@@ -81,8 +62,44 @@ def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: di
         files.replace(target, fmt.write_header(file, [], manifest | {"version": 2, "crc32": [], "parts": described}))
         sweep(target)
 
-    together(lambda: files.save(path_of(target, identity, me), _owned(leaves, everything=me == 0)))
-    together(commit if me == 0 else lambda: None)
+    with together(file):
+        files.save(path_of(target, identity, me), _owned(leaves, everything=me == 0))
+    with together(file):
+        if me == 0:
+            commit()
+
+
+def new_number() -> str:
+    """The number of a save, the same in all processes: 16 random hexadecimal digits."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    number = multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(8), np.uint8))
+    return np.asarray(number).tobytes().hex()
+
+
+@contextlib.contextmanager
+def together(file: str) -> Iterator[None]:
+    """A block that all processes execute: if it fails in some of them, all raise, and what was begun is removed."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    error = None
+    try:
+        yield
+    except Exception as e:  # the others wait: say so before raising it
+        error = e
+    well = np.array([error is None])
+    if jax.process_count() > 1:
+        well = multihost_utils.process_allgather(well).ravel()
+    if not well.all():
+        sweep(places.real(file))
+    if error:
+        raise error
+    if not well.all():
+        failed = np.flatnonzero(~well).tolist()
+        raise CheckpointError(file, None, f"processes {failed} failed to save; what they raise says why")
 
 
 def _owned(leaves: dict[str, Any], *, everything: bool) -> dict[str, dict[str, Any]]:
@@ -114,7 +131,7 @@ def read_tensors(
             for number, tensor, start in found[t.name]:
                 path, fd, part = parts[number]
                 blocks = needed.get(t.name)
-                if blocks is not None and not any(_overlap(t, tensor, start, block) for block in blocks):
+                if blocks is not None and not any(overlap(t, tensor, start, block) for block in blocks):
                     continue
                 if not empty:
                     files.read_tensors(path, fd, part, [tensor], None)
@@ -129,7 +146,7 @@ def read_tensors(
     return out
 
 
-def _overlap(whole: Tensor, piece: Tensor, start: tuple[int, ...], block: tuple[slice, ...]) -> bool:
+def overlap(whole: Tensor, piece: Tensor, start: tuple[int, ...], block: tuple[slice, ...]) -> bool:
     """Whether a piece has elements in a block; for a block, axes at the end may be left out."""
     ranges = [axis.indices(size)[:2] for axis, size in zip(block, whole.shape, strict=False)]
     return all(a < high and low < a + n for (low, high), a, n in zip(ranges, start, piece.shape, strict=False))
@@ -139,7 +156,7 @@ def _overlap(whole: Tensor, piece: Tensor, start: tuple[int, ...], block: tuple[
 def opened(file: str, header: Header) -> Iterator[list[tuple[str, int, Header]]]:
     """Open all parts and check that they are those which the manifest means: give path, descriptor, header of each."""
     assert header.parts
-    target, result = os.path.realpath(file), []
+    target, result = places.real(file), []
     with contextlib.ExitStack() as stack:
         for i, (digest, _) in enumerate(header.parts.files):
             path = path_of(target, header.parts.id, i)
@@ -167,60 +184,73 @@ def pieces(file: str, tensors: Iterable[Tensor], parts: Iterable[Header]) -> dic
             first = tuple(int(position) for position in start.split(",") if position)
             found[name].append(Piece(number, tensor, first + (0,) * (len(tensor.shape) - len(first))))
     for t in tensors:
-        if not _fill(t, found[t.name]):
-            places = [f"{p.tensor.code}{list(p.tensor.shape)} at {list(p.start)}" for p in found[t.name]]
-            text = f"its pieces do not fill {t.code}{list(t.shape)}: they are {', '.join(places) or 'missing'}"
-            raise CheckpointError(file, t.name, f"{text} (did all processes save the same tree?)")
+        grid(file, t, found[t.name])
     return found
 
 
-def _fill(whole: Tensor, found: list[Piece]) -> bool:
-    """Whether these blocks are the cells of a grid over the whole, as those of every sharding are."""
+def grid(file: str, whole: Tensor, found: list[Piece]) -> list[list[int]]:
+    """Where the pieces of a tensor begin along each axis; CheckpointError unless they fill it."""
+    cuts = _cuts(whole, found)
+    if cuts is None:
+        where = [f"{p.tensor.code}{list(p.tensor.shape)} at {list(p.start)}" for p in found]
+        text = f"its pieces do not fill {whole.code}{list(whole.shape)}: they are {', '.join(where) or 'missing'}"
+        raise CheckpointError(file, whole.name, f"{text} (did all processes save the same tree?)")
+    return cuts
+
+
+def _cuts(whole: Tensor, found: list[Piece]) -> list[list[int]] | None:
+    """None if these blocks are not the cells of a grid over the whole, as those of every sharding are."""
     if any(p.tensor.code != whole.code or not len(p.start) == len(p.tensor.shape) == len(whole.shape) for p in found):
-        return False
+        return None
     cuts = [sorted({p.start[axis] for p in found}) for axis in range(len(whole.shape))]
     ends = [dict(itertools.pairwise([*cut, size])) for cut, size in zip(cuts, whole.shape, strict=True)]
     cells = {p.start for p in found}
     regular = (
         len(found) == len(cells) and cells == set(itertools.product(*cuts)) and all(cut[:1] == [0] for cut in cuts)
     )
-    return regular and all(
+    filled = regular and all(
         start + size == end[start]
         for p in found
         for start, size, end in zip(p.start, p.tensor.shape, ends, strict=True)
     )
+    return cuts if filled else None
 
 
 def path_of(target: str, identity: str, number: int) -> str:
     return f"{target}.part-{identity}-{number:05d}"
 
 
+def orbax_path(target: str, identity: str) -> str:
+    return f"{target}.orbax-{identity}"
+
+
+OUTSIDE = r"\.(?:part-([0-9a-f]{16})-\d{5,}|orbax-([0-9a-f]{16})(?:\.orbax-checkpoint-tmp.*)?)"  # what follows the name
+
+
 def sweep(target: str) -> None:
-    """Remove the parts of a path that its file does not mean: of older saves, and of those that failed."""
+    """Remove what a path has outside its file and does not mean: of older saves, and of those that failed."""
     folder, name = os.path.split(target)
     with contextlib.suppress(OSError, CheckpointError):  # a file that cannot be read keeps whatever is there
-        with os.scandir(folder) as entries:
-            found = [(e.path, re.fullmatch(re.escape(name) + r"\.part-([0-9a-f]{16})-\d{5,}", e.name)) for e in entries]
-        if not any(match for _, match in found):
+        found = {entry: re.fullmatch(re.escape(name) + OUTSIDE, entry) for entry in places.entries(folder)}
+        if not any(found.values()):
             return
-        parts = _parts(target)
-        for path, match in found:
-            if match and (parts is None or match[1] != parts.id):
+        outside = _outside(target)
+        for entry, match in found.items():
+            if match and (outside is None or outside.id not in match.groups()):
                 with contextlib.suppress(OSError):
-                    os.unlink(path)
+                    places.remove(os.path.join(folder, entry))
 
 
-def _parts(target: str) -> Parts | None:
+def _outside(target: str) -> Parts | Orbax | None:
     try:
         with files.opened(target) as (file, fd, size):
-            return files.read_content(file, fd, size).header.parts
+            return files.read_content(file, fd, size).header.outside
     except FileNotFoundError:
         return None
 
 
 def remove(path: str) -> None:
-    """Delete a checkpoint with its parts, the manifest first."""
-    target = os.path.realpath(path)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(target)
+    """Delete a checkpoint with all that is outside its file, the file first."""
+    target = places.real(path)
+    places.remove(target)
     sweep(target)

@@ -10,10 +10,10 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
-from jaxnet.checkpoint import parts
-from jaxnet.checkpoint.file import Info, inspect, load_with_info, prepare
+from jaxnet.checkpoint import orbax, parts, places
+from jaxnet.checkpoint.file import Info, check_engine, inspect, load_with_info, prepare
 from jaxnet.checkpoint.format import CheckpointError, Misfit
 
 
@@ -38,17 +38,19 @@ class Checkpoints:
             checkpoints.save(step, state, {"loss": loss})
 
     Args:
-      folder: made by the first `save`. Files of other names in it are left alone.
+      folder: made by the first `save`. Files of other names in it are left alone. With `engine="orbax"` also the URL of a
+        folder in an object store, as in "gs://bucket/run".
       keep: how many of the newest steps are kept; None keeps all.
       metric: 'min' or 'max' and the name of a metric, as in 'min loss' or 'max accuracy': what makes a step good.
       keep_best: how many of the best steps by `metric` are kept besides.
       asynchronous: True to write in a thread, one file at a time. `save` returns when it has copied the tree, whose
         arrays may then be donated or changed. What goes wrong is raised by the next call of any method; a program that
         ends before then waits for the thread and says it on stderr. `with` makes that certain: its end waits too.
+      engine: as in `jaxnet.checkpoint.save`.
 
     Older files are deleted when the new one is safely on the disk, and damaged ones do not count among those kept: a
     good checkpoint, once there, stays until there is a newer one. One process at a time should save to a folder, or all
-    that a tree is spread over; these write in the foreground, whatever `asynchronous` says.
+    that a tree is spread over; these write in the foreground, whatever `asynchronous` says, except with Orbax.
     """
 
     def __init__(
@@ -59,13 +61,20 @@ class Checkpoints:
         metric: str | None = None,
         keep_best: int = 1,
         asynchronous: bool = False,
+        engine: Literal["orbax"] | None = None,
     ):
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}: the newest checkpoint is never deleted")
         if metric is not None and not re.fullmatch(r"(min|max) \S.*", metric):
             raise ValueError(f"metric must be 'min' or 'max' and a name, as in 'min loss', got {metric!r}")
-        self.folder, self.keep, self.metric, self.keep_best = os.path.abspath(folder), keep, metric, keep_best
-        self.asynchronous = asynchronous
+        self.folder, self.keep, self.metric, self.keep_best = (
+            places.absolute(os.fsdecode(folder)),
+            keep,
+            metric,
+            keep_best,
+        )
+        self.asynchronous, self.engine = asynchronous, engine
+        check_engine(self.folder, engine)
         self._bad: set[int] = set()  # steps whose files are known to be damaged, or were not written to the end
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -107,15 +116,19 @@ class Checkpoints:
             raise ValueError(f"metadata must not have entries called {sorted(taken)}: the store writes them itself")
         about = {"step": step, "metrics": numbers, **(metadata or {})}
         # After the main thread's end nobody would wait for another one.
-        # A tree that is spread over several processes is written in the foreground, since these have to wait together.
-        beside = self.asynchronous and threading.main_thread().is_alive() and not parts.is_spread(tree)
-        write = prepare(self._path(step), tree, about, snapshot=beside)
+        # A tree that is spread over several processes is written in the foreground, since these have to wait together,
+        # which Orbax can do in threads.
+        beside = self.asynchronous and threading.main_thread().is_alive()
+        beside = beside and (self.engine is not None or not parts.is_spread(tree))
+        write = prepare(self._path(step), tree, about, self.engine, snapshot=beside)
         if not beside:
             return self._write(step, write)
         self._thread = threading.Thread(
             target=self._write_beside, args=(step, write), name=f"save {step}", daemon=False
         )
         self._thread.start()
+        if self.engine == "orbax":
+            orbax.outlive(self._thread)
 
     def latest(self, like: Any = None, **options: Any) -> Checkpoint | None:
         """The newest step that is good, or None if the folder has no checkpoint.
@@ -176,10 +189,7 @@ class Checkpoints:
         return os.path.join(self.folder, f"step_{step:08d}.safetensors")
 
     def _steps(self) -> list[int]:
-        try:
-            names = [entry.name for entry in os.scandir(self.folder) if entry.is_file()]
-        except FileNotFoundError:
-            return []
+        names = [name for name, is_file in places.entries(self.folder).items() if is_file]
         numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d{8,18})\.safetensors", name))]
         return sorted(step for step in numbers if os.path.basename(self._path(step)) in names)
 

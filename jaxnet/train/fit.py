@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -269,11 +268,13 @@ class _Keeper:
 
     def check(self) -> None:
         """Raise OSError if nothing can be written there."""
+        from jaxnet.checkpoint import file, places
+
         if self.place is not None:
-            folder = self.place if self.store is not None else os.path.dirname(os.path.abspath(self.place))
-            os.makedirs(folder, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".jaxnet-", suffix=".tmp"):
-                pass
+            file.check_engine(self.place, getattr(self.store, "engine", None))
+            places.check_writable(
+                self.place if self.store is not None else os.path.dirname(os.path.abspath(self.place))
+            )
 
     def newest(self) -> str | None:
         if self.store is not None:

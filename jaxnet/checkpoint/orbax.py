@@ -1,0 +1,293 @@
+"""A tree whose arrays Orbax writes: from all processes of a pod at once, and to object stores.
+
+    state.safetensors                           the manifest: structure, metadata, and the checksum of each block
+    state.safetensors.orbax-0123456789abcdef    Orbax's folder: nested dicts of arrays
+
+The manifest is put in place when Orbax has ended and its folder is synced, and only then are older folders removed: with
+that one rename the new checkpoint takes the place of the old one. What Orbax lacks is here: checksums, containers, names that
+cannot be mistaken for each other, arrays without elements and types that it cannot store.
+"""
+
+import collections
+import contextlib
+import functools
+import json
+import math
+import os
+import threading
+import urllib.parse
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from jaxnet.checkpoint import file as files
+from jaxnet.checkpoint import format as fmt
+from jaxnet.checkpoint import parts, places, structure
+from jaxnet.checkpoint.format import RESTORE, CheckpointError, Header, Tensor
+from jaxnet.checkpoint.parts import Piece, orbax_path
+from jaxnet.checkpoint.structure import Node
+
+TIMEOUT = 1200  # seconds that the processes wait for each other in Orbax
+BYTES = ("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # what TensorStore's zarr lacks: written as U8
+
+
+def start(
+    file: str,
+    tensors: list[Tensor],
+    manifest: dict[str, Any],
+    nodes: dict[str, Node],
+    leaves: dict[str, Any],
+    *,
+    beside: bool,
+) -> Callable[[], None]:
+    """Return what writes a tree, or if `beside`, give Orbax a copy of it and return what waits for that and ends it.
+
+    All processes must call this and what it returns, which if `beside` may be called in another thread.
+    """
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as e:
+        raise ImportError("engine='orbax' needs Orbax: pip install 'jaxnet[orbax]'") from e
+    import jax
+
+    target, first = places.real(file), jax.process_index() == 0
+
+    def begin() -> Callable[[], None]:
+        arrays, entries = _arrays_and_entries(file, tensors, nodes, leaves, beside)
+        number = parts.new_number()
+        orbax = {"id": number, "tensors": entries}
+        header = fmt.write_header(file, [], manifest | {"version": fmt.ORBAX, "crc32": [], "orbax": orbax})
+        folder, options = orbax_path(target, number), ocp.AsyncOptions(timeout_secs=TIMEOUT)
+        checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), async_options=options)
+        if arrays:  # Orbax refuses a tree without any
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(_nested(arrays)))
+        return lambda: end(
+            checkpointer, folder, header, {name: len(crcs) for name, *_, crcs in entries if name in arrays}
+        )
+
+    def end(checkpointer: Any, folder: str, header: bytes, blocks: dict[str, int]) -> None:
+        try:
+            with contextlib.closing(checkpointer):
+                checkpointer.wait_until_finished()
+            if first:
+                if blocks:
+                    _check_complete(file, folder, blocks)
+                if blocks and not places.is_url(folder):
+                    _sync(folder)
+                files.replace(file, header)
+        finally:
+            if first:
+                parts.sweep(target)  # the older folders, or the new one
+
+    def write() -> None:
+        with parts.together(file):
+            begin()()
+
+    return begin() if beside else write
+
+
+def _arrays_and_entries(
+    file: str, tensors: list[Tensor], nodes: dict[str, Node], leaves: dict[str, Any], beside: bool
+) -> tuple[dict[str, Any], list[list[Any]]]:
+    """What Orbax shall write, and the entries of all tensors in the manifest."""
+    import jax
+
+    first = jax.process_index() == 0
+    with parts.together(file):
+        if first and not places.is_url(file):
+            files.make_folder(os.path.dirname(places.real(file)))
+        arrays = {t.name: _as_stored(nodes[t.name], leaves[t.name], t, first, beside) for t in tensors}
+        sums = {t.name: _sums(t, arrays[t.name], first) for t in tensors}
+    everyones, entries = _gather(sums), []
+    for t in tensors:
+        blocks = sorted((start, shape, crcs) for sums in everyones for start, shape, crcs in sums[t.name])
+        found = [Piece(0, t._replace(shape=tuple(shape)), tuple(start)) for start, shape, _ in blocks]
+        entries.append([t.name, t.code, t.shape, parts.grid(file, t, found), [crcs for _, _, crcs in blocks]])
+    return {t.name: arrays[t.name] for t in tensors if t.stop > t.start}, entries
+
+
+def _as_stored(node: Node, x: Any, t: Tensor, first: bool, beside: bool) -> Any:
+    """A leaf as Orbax shall write it: cut into blocks as it is on the devices, or an array of NumPy from the first process."""
+    import jax
+    import numpy as np
+
+    from jaxnet.checkpoint import arrays
+
+    dtype = arrays.dtype_of("uint8" if t.code in BYTES else structure.DTYPES[t.code])
+    if isinstance(x, jax.Array) and not x.sharding.is_fully_replicated:
+        x = arrays.as_stored(node, x, dtype)
+        return arrays.copy(x) if beside else x
+    if not first:
+        return np.broadcast_to(np.zeros((), dtype), t.shape)  # Orbax does not look at it
+    raw = arrays.to_bytes(node, x)
+    return (raw.copy() if beside else raw).view(dtype).reshape(t.shape)
+
+
+def _sums(t: Tensor, x: Any, first: bool) -> list[tuple[list[int], list[int], str]]:
+    """Where each block begins that this process writes of an array, its shape and its CRC-32s."""
+    import jax
+    import numpy as np
+
+    from jaxnet.checkpoint import arrays
+
+    if not isinstance(x, jax.Array):
+        blocks = [((), x)] if first else []
+    else:
+        shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
+        blocks = [([axis.start or 0 for axis in shard.index], arrays.fetch(shard.data)) for shard in shards]
+    result = []
+    for start, block in blocks:
+        raw = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+        place = t._replace(shape=block.shape, start=0, stop=raw.size)
+        result.append((list(start) or [0] * block.ndim, list(block.shape), fmt.crcs(place, memoryview(raw))))
+    return result
+
+
+def _gather(value: Any) -> list[Any]:
+    """A value that JSON can hold, of each process."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [value]
+    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(raw.size))
+    rows = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - raw.size)))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(np.asarray(rows), sizes, strict=True)]
+
+
+def _keys(name: str) -> list[str]:
+    """The keys of a leaf in Orbax, which joins them with dots: each as in a URL, so that no two leaves get one name."""
+    return [urllib.parse.quote(step, safe="").replace(".", "%2E") or "%" for step in structure.leaf_path(name)] or ["%"]
+
+
+def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, x in arrays.items():
+        *path, last = _keys(name)
+        functools.reduce(lambda branch, key: branch.setdefault(key, {}), path, tree)[last] = x
+    return tree
+
+
+def _check_complete(file: str, folder: str, blocks: dict[str, int]) -> None:
+    """Raise CheckpointError unless a folder has all blocks of all processes, as it has not if they share no folder."""
+    with _readable(file, None, folder):
+        import tensorstore
+
+        keys = tensorstore.KvStore.open(_database(folder)).result().list().result()
+    names = collections.Counter(key.decode().rpartition("/")[0] for key in keys)
+    for name, count in blocks.items():
+        found = names[".".join(_keys(name))] - 1  # one describes the array
+        if found < count:
+            text = f"only {found} of its {count} blocks are in {folder}: all processes must save to one folder, which they share"
+            raise CheckpointError(file, name, text)
+
+
+def _sync(folder: str) -> None:
+    """Orbax leaves the files that describe its arrays, and the folder's own name, to the system's leisure."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            fd = os.open(os.path.join(place, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        files.sync_folder(place)
+    files.sync_folder(os.path.dirname(folder))
+
+
+def _database(folder: str) -> dict[str, Any]:
+    base = f"{folder}/" if places.is_url(folder) else {"driver": "file", "path": f"{folder}/"}
+    return {"driver": "ocdbt", "base": base}
+
+
+def read_tensors(
+    file: str,
+    header: Header,
+    tensors: Sequence[Tensor],
+    empty: Callable[[int], Any] | None,
+    needed: Mapping[str, Sequence[tuple[slice, ...]] | None],
+) -> dict[str, Any]:
+    """As `file.read_tensors`, from Orbax's folder: block by block, each with its checksum."""
+    import numpy as np
+
+    assert header.orbax
+    folder, grids = orbax_path(places.real(file), header.orbax.id), header.orbax.grids
+    arrays = _open(file, folder, [t for t in tensors if t.stop > t.start])
+    out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}  # the arrays are there, in these sizes
+    jobs = []
+    for t in tensors:
+        for start, block, expected in grids[t.name].blocks(t):
+            wanted = needed.get(t.name)
+            if wanted is None or any(parts.overlap(t, block, start, other) for other in wanted):
+                jobs.append((t, start, block, expected))
+
+    def read(job):
+        t, start, block, expected = job
+        place = tuple(slice(first, first + size) for first, size in zip(start, block.shape, strict=True))
+        raw = np.empty(0, np.uint8)
+        if t.name in arrays:
+            with _readable(file, t.name, folder):
+                raw = np.ascontiguousarray(arrays[t.name][place].read().result()).reshape(-1).view(np.uint8)
+        if (crcs := fmt.crcs(block, memoryview(raw))) != expected:
+            text = f"its block {list(block.shape)} at {list(start)} is not what was saved: CRC-32 {crcs}, expected {expected}"
+            raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
+        if out and raw.size:
+            itemsize = fmt.BITS[t.code] // 8
+            out[t.name].reshape(*t.shape, itemsize)[place] = raw.reshape(*block.shape, itemsize)
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        list(pool.map(read, jobs))
+    return out
+
+
+def _open(file: str, folder: str, tensors: list[Tensor]) -> dict[str, Any]:
+    """Open the arrays of some tensors, and check that they are what the manifest says."""
+    if not tensors:
+        return {}
+    try:
+        import tensorstore
+    except ImportError as e:
+        raise ImportError(f"{file}: Orbax has written it, and is needed to read it: pip install 'jaxnet[orbax]'") from e
+    if not places.is_url(folder) and not os.path.isdir(folder):
+        text = f"its arrays in {folder} are missing: copy and rename it with this folder (or it has just been replaced)"
+        raise CheckpointError(file, None, text)
+    context, found = tensorstore.Context(), {}
+    for t in tensors:
+        store = _database(folder) | {"path": ".".join(_keys(t.name)) + "/"}
+        found[t.name] = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True, context=context)
+    for t in tensors:
+        with _readable(file, t.name, folder):
+            array = found[t.name] = found[t.name].result()
+        code = "U8" if t.code in BYTES else t.code
+        dtype, chunk = array.dtype.name, array.chunk_layout.read_chunk.shape or ()
+        if dtype != structure.DTYPES[code] or array.shape != t.shape or math.prod(chunk) > math.prod(t.shape):
+            text = f"it is {dtype}{list(array.shape)} in {folder}, expected {structure.DTYPES[code]}{list(t.shape)}"
+            raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
+    return found
+
+
+@contextlib.contextmanager
+def _readable(file: str, leaf: str | None, folder: str):
+    try:
+        yield
+    except Exception as e:  # TensorStore raises ValueError for damage, and others for what its stores report
+        raise CheckpointError(file, leaf, f"{folder} cannot be read ({e}); {RESTORE}") from e
+
+
+_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
+
+
+def outlive(thread: threading.Thread) -> None:
+    """See that the program's end waits for a thread before it closes the thread pools that Orbax needs."""
+    if not _threads:
+        with contextlib.suppress(AttributeError, RuntimeError):  # not public, and too late while the program ends
+            threading._register_atexit(_join)  # type: ignore
+    _threads.add(thread)
+
+
+def _join() -> None:
+    for thread in list(_threads):
+        thread.join()
