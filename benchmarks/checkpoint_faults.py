@@ -40,7 +40,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from measure import environment, wanted
@@ -65,10 +65,10 @@ class System(NamedTuple):
     templates: bool = True
 
 
-def jaxnet_file() -> System:
+def jaxnet_file(engine: Literal["orbax"] | None = None) -> System:
     from jaxnet.checkpoint import CheckpointError, load, save
 
-    return System(lambda path, tree, step: save(path, tree), load, (CheckpointError,))
+    return System(lambda path, tree, step: save(path, tree, engine=engine), load, (CheckpointError,))
 
 
 def jaxnet_store(asynchronous: bool = False) -> System:
@@ -184,6 +184,7 @@ SYSTEMS: dict[str, Callable[[], System]] = {
     "jaxnet save": jaxnet_file,
     "jaxnet Checkpoints": jaxnet_store,
     "jaxnet Checkpoints, asynchronous": lambda: jaxnet_store(asynchronous=True),
+    "jaxnet save(engine='orbax')": lambda: jaxnet_file("orbax"),
     "orbax StandardCheckpointer(force)": orbax_checkpointer,
     "orbax CheckpointManager": orbax_manager,
     "safetensors save_file": safetensors_numpy,

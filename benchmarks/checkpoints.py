@@ -32,6 +32,7 @@ from startup import child
 
 DISK = "the disk alone"
 RETURNS, WRITTEN = "jaxnet, asynchronous: until save returns", "jaxnet, asynchronous: until it is on the disk"
+BY_ORBAX = "jaxnet, engine='orbax'"
 PEAK = "peak / tree"
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # glibc then gives back what is freed, so that peaks can be compared
 
@@ -54,7 +55,7 @@ def main(argv=None):
     for title, (leaves, size) in trees.items():
         with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=options.folder) as folder:
             tree = make_tree(leaves, size)
-            durable = [f"{name}, durable" for name in FORMATS if name not in (DISK, "jaxnet")]
+            durable = [f"{name}, durable" for name in FORMATS if name not in (DISK, "jaxnet", BY_ORBAX)]
             saves = {name: sample(save_work, name, tree, folder) for name in [*FORMATS, *durable]}
             saves |= {name: sample(asynchronous_work, name, tree, folder) for name in (RETURNS, WRITTEN)}
             loads = {name: sample(load_work, name, tree, folder) for name in FORMATS}
@@ -210,6 +211,12 @@ def jaxnet():
     return Format(save, load)
 
 
+def jaxnet_by_orbax():
+    from jaxnet.checkpoint import load, save
+
+    return Format(functools.partial(save, engine="orbax"), load)
+
+
 def disk():
     """The same bytes in one piece; what is put together in the first call is outside the clock."""
     pieces = []
@@ -295,6 +302,7 @@ def orbax():
 FORMATS = {
     DISK: disk,
     "jaxnet": jaxnet,
+    BY_ORBAX: jaxnet_by_orbax,
     "safetensors": safetensors,
     "npz": npz,
     "PyTorch": torch,

@@ -1,5 +1,6 @@
 """One of several processes with two devices each: python run_in_processes.py PROCESS PROCESSES PORT FOLDER WHAT."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -211,6 +212,99 @@ def a_store_of_steps(folder, mesh, me):
         assert_same(found.tree, make_tree(mesh, 3))
 
 
+def orbax_saves_and_all_load(folder, mesh, me):
+    path = folder / "x.safetensors"
+    for scale in (1, 2):
+        save(path, make_tree(mesh, scale), metadata={"by": "Orbax"}, engine="orbax")
+    assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 2))
+    assert inspect(path).version == 3 and verify(path).metadata == {"by": "Orbax"}
+    with lazy(path) as leaves:
+        np.testing.assert_array_equal(leaves["columns"], values(2)["columns"])  # also what the other process has
+    multihost_utils.sync_global_devices("loaded")
+    assert len(names(folder)) == 2  # the file and one folder
+
+
+def of_orbax_only_what_is_needed_is_read(folder, mesh, me):
+    """Each process sees damage to its own half of the rows, and not to that of the other."""
+    path, x = folder / "x.safetensors", np.random.default_rng(0).integers(0, 2**32, (128, 64), np.uint32)
+    rows = NamedSharding(mesh, PartitionSpec("a"))
+    tree = {"x": jax.make_array_from_callback(x.shape, rows, lambda index: x[index])}
+    save(path, tree, engine="orbax")
+    if me == 1:
+        files = [p for p in folder.glob("x.safetensors.orbax-*/**/*") if p.is_file()]
+        file, at = next((p, at) for p in files if (at := p.read_bytes().find(x[64].tobytes())) >= 0)
+        data = bytearray(file.read_bytes())
+        data[at] ^= 1
+        file.write_bytes(data)
+    multihost_utils.sync_global_devices("damaged")
+    if me == 0:
+        assert_same(load(path, like=tree), tree)
+    else:
+        fails(lambda: load(path, like=tree), CheckpointError, "its block [64, 64] at [64, 0] is not what was saved")
+    fails(lambda: verify(path), CheckpointError, "CRC-32")
+
+
+def orbax_fails_in_one_process(folder, mesh, me):
+    """At the beginning, where the other one waits for it, and at the end."""
+    import orbax.checkpoint as ocp
+
+    from jaxnet.checkpoint import orbax
+
+    path, timeout = folder / "x.safetensors", orbax.TIMEOUT
+    save(path, make_tree(mesh, 1), engine="orbax")
+
+    async def full_later(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def full_now(*_):
+        raise OSError(28, "No space left on device")
+
+    orbax.TIMEOUT = 3  # so long the other one waits in Orbax
+    for where, name, broken in [
+        (ocp.PyTreeCheckpointHandler, "async_save", full_later),
+        (orbax, "_sums", full_now),
+        (orbax, "_check_complete", full_now),
+    ]:
+        ill, real = int(name != "_check_complete"), getattr(where, name)  # that one is called by process 0 alone
+        if me == ill:
+            setattr(where, name, broken)
+        expected = "No space left" if me == ill else "" if name == "async_save" else f"processes [{ill}] failed to save"
+        fails(lambda: save(path, make_tree(mesh, 2), engine="orbax"), Exception, expected)
+        setattr(where, name, real)
+        assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 1))
+        multihost_utils.sync_global_devices("looked")
+        assert len(names(folder)) == 2
+    orbax.TIMEOUT = timeout
+    save(path, make_tree(mesh, 3), engine="orbax")  # and the next save works
+    assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 3))
+
+
+def orbax_in_processes_that_differ(folder, mesh, me):
+    expected = "which is not there: all processes must save to one folder" if me == 1 else "processes [1] failed"
+    own = folder / str(me)
+    fails(lambda: save(own / "x.safetensors", make_tree(mesh), engine="orbax"), CheckpointError, expected)
+    assert not own.exists() or names(own) == []
+    tree = make_tree(mesh)
+    if me == 1:
+        del tree["blocks"]
+    expected = "its pieces do not fill F32[4, 8]" if me == 0 else "processes [0] failed"
+    fails(lambda: save(folder / "x.safetensors", tree, engine="orbax"), CheckpointError, expected)
+    multihost_utils.sync_global_devices("swept")
+    assert names(folder) == ["0"]
+
+
+def a_store_of_orbax_beside_the_training(folder, mesh, me):
+    with Checkpoints(folder, keep=2, asynchronous=True, engine="orbax") as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, make_tree(mesh, step))
+        checkpoints.wait()
+        multihost_utils.sync_global_devices("all written")
+        assert checkpoints.steps() == [2, 3]
+        found = checkpoints.latest(like=make_tree(mesh))
+        assert found and found.step == 3
+        assert_same(found.tree, make_tree(mesh, 3))
+
+
 SCENARIOS = [
     saved_and_loaded,
     replaced,
@@ -223,6 +317,14 @@ SCENARIOS = [
     rounded_while_it_is_loaded,
     a_store_of_steps,
 ]
+if importlib.util.find_spec("orbax"):
+    SCENARIOS += [
+        orbax_saves_and_all_load,
+        of_orbax_only_what_is_needed_is_read,
+        orbax_fails_in_one_process,
+        orbax_in_processes_that_differ,
+        a_store_of_orbax_beside_the_training,
+    ]
 
 
 def run_all(folder, mesh, me):
@@ -236,6 +338,7 @@ def run_all(folder, mesh, me):
             results[scenario.__name__] = ""
         except Exception:
             results[scenario.__name__] = traceback.format_exc()
+            print(results[scenario.__name__], file=sys.stderr, flush=True)  # if the others are stuck, all that is seen
         multihost_utils.sync_global_devices(scenario.__name__)
     print(json.dumps(results))
 

@@ -605,11 +605,11 @@ def test_large_tensors_have_one_checksum_for_each_64_mib(tmp_path):
 
 
 def test_a_newer_version_is_refused_by_name(tmp_path):
-    header = fmt.write_header("", [], {"version": 3, "new": "things"})
+    header = fmt.write_header("", [], {"version": 4, "new": "things"})
     (tmp_path / "new").write_bytes(header)
     for check in (load, inspect, verify):
         with pytest.raises(
-            CheckpointError, match="it has format version 3, this jaxnet reads versions up to 2: install"
+            CheckpointError, match="it has format version 4, this jaxnet reads versions up to 3: install"
         ):
             check(tmp_path / "new")
 

@@ -253,8 +253,8 @@ def test_a_template_that_does_not_fit_is_no_damage(tmp_path):
 
 def test_a_file_of_a_newer_version_is_no_damage(tmp_path):
     store = fill(tmp_path, 1)
-    (tmp_path / "step_00000002.safetensors").write_bytes(fmt.write_header("", [], {"version": 3}))
-    with pytest.raises(CheckpointError, match="it has format version 3, .* install a newer jaxnet"):
+    (tmp_path / "step_00000002.safetensors").write_bytes(fmt.write_header("", [], {"version": 4}))
+    with pytest.raises(CheckpointError, match="it has format version 4, .* install a newer jaxnet"):
         store.latest()
 
 

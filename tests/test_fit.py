@@ -395,12 +395,14 @@ def test_a_finished_run_is_read_and_not_trained(tmp_path):
     assert more.best is not None and more.best.step == 6 and more.history[:4] == first.history
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_store_keeps_the_newest_and_the_best_and_passes_over_damage(tmp_path, asynchronous):
+@pytest.mark.parametrize("asynchronous, engine", [(False, None), (True, None), (True, "orbax")])
+def test_a_store_keeps_the_newest_and_the_best_and_passes_over_damage(tmp_path, asynchronous, engine):
+    if engine:
+        pytest.importorskip("orbax.checkpoint")
     score = {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0, 5: 4.0, 6: 4.5}
 
     def run(n):
-        with Checkpoints(tmp_path, keep=2, metric="min score", asynchronous=asynchronous) as store:
+        with Checkpoints(tmp_path, keep=2, metric="min score", asynchronous=asynchronous, engine=engine) as store:
             return counting(
                 n, evaluate=lambda state: {"score": score[int(state.step)]}, checkpoint=store
             ), store.steps()

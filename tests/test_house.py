@@ -107,6 +107,7 @@ def test_heavy_and_optional_packages_are_imported_where_they_are_used(path):
 def test_the_package_needs_nothing_that_it_does_not_declare(path):
     declared = {"jax", "jaxlib", "numpy", "optax", "jaxnet"}
     optional = {"matplotlib", "sklearn", "torch"}  # for plots, real data, files of torch
+    optional |= {"orbax", "tensorstore", "etils"}  # an engine for checkpoints, and what it stands on
     optional |= {"ml_dtypes"}  # NumPy's bfloat16, which jax itself requires
     known = declared | optional | set(sys.stdlib_module_names)
     assert {name.split(".")[0] for name, _ in imports(path)} <= known

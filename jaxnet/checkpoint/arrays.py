@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -83,19 +83,22 @@ def as_stored(node: Node, x: jax.Array, dtype: np.dtype) -> jax.Array:
         return jax.random.key_data(x)
     if node.value == "complex128":
         return jnp.stack([x.real, x.imag], axis=-1)
-    if "int" in node.value or x.dtype == dtype:
-        return x.astype(dtype)
-    if ml_dtypes.finfo(x.dtype).bits == 4:
-        x = jax.lax.bitcast_convert_type(x, jnp.uint4)
-        return x.astype(dtype)
-    return jax.lax.bitcast_convert_type(x, dtype)
+    if x.dtype == dtype:
+        return x
+    return _by_shard(
+        x, lambda shard: to_bytes(node, shard).view(dtype).reshape(shard.shape)
+    )  # not all that XLA can convert
 
 
 def copy(x: jax.Array) -> jax.Array:
     """The same in other memory, where the host could share that of `x` and would see it change; else `x`."""
-    if next(iter(x.sharding.device_set)).platform != "cpu":
-        return x
-    shards = [jax.device_put(shard.data, shard.device, may_alias=False) for shard in x.addressable_shards]
+    on_host = next(iter(x.sharding.device_set)).platform == "cpu"
+    return _by_shard(x, lambda shard: shard) if on_host else x
+
+
+def _by_shard(x: jax.Array, change: Callable[[jax.Array], Any]) -> jax.Array:
+    """A new array of the same shape and sharding, whose shards are changed one by one."""
+    shards = [jax.device_put(change(shard.data), shard.device, may_alias=False) for shard in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
 
 

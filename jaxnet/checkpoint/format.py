@@ -168,12 +168,12 @@ def read_header(file: str, raw: bytes, size: int) -> Header:
     _check_version(file, manifest.get("version"))
     tensors = _tensors(file, header, size - 8 - len(raw))
     _check_manifest(file, manifest, tensors)
-    found: dict[str, Any] = {}
+    parts, orbax = None, None
     if manifest["version"] == PARTS:
-        found["parts"], tensors = _read_parts(file, manifest, tensors)
+        parts, tensors = _read_parts(file, manifest, tensors)
     elif manifest["version"] == ORBAX:
-        found["orbax"], tensors = _read_orbax(file, manifest, tensors)
-    return Header(tensors, metadata, manifest, 8 + len(raw), **found)
+        orbax, tensors = _read_orbax(file, manifest, tensors)
+    return Header(tensors, metadata, manifest, 8 + len(raw), parts, orbax)
 
 
 def crc_start(tensor: Tensor, chunk: int) -> int:
@@ -182,8 +182,8 @@ def crc_start(tensor: Tensor, chunk: int) -> int:
     return zlib.crc32(f"{tensor.name}\0{tensor.code}\0{shape}\0{chunk}\0".encode())
 
 
-def crcs(tensor: Tensor, data: memoryview) -> str:
-    """The CRC-32s of a tensor's chunks, as a manifest has them."""
+def crcs(tensor: Tensor, data: Any) -> str:
+    """The CRC-32s of the chunks of a tensor whose bytes these are, as a manifest has them."""
     parts = [data[i * CHUNK : (i + 1) * CHUNK] for i in range(tensor.chunks)]
     return "".join(f"{zlib.crc32(part, crc_start(tensor, i)):08x}" for i, part in enumerate(parts))
 

@@ -14,8 +14,8 @@ import functools
 import json
 import math
 import os
+import re
 import threading
-import urllib.parse
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,17 +54,20 @@ def start(
     target, first = places.real(file), jax.process_index() == 0
 
     def begin() -> Callable[[], None]:
-        arrays, entries = _arrays_and_entries(file, tensors, nodes, leaves, beside)
         number = parts.new_number()
+        folder = orbax_path(target, number)
+        arrays, entries = _arrays_and_entries(file, folder, tensors, nodes, leaves, beside)
         orbax = {"id": number, "tensors": entries}
         header = fmt.write_header(file, [], manifest | {"version": fmt.ORBAX, "crc32": [], "orbax": orbax})
-        folder, options = orbax_path(target, number), ocp.AsyncOptions(timeout_secs=TIMEOUT)
-        checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), async_options=options)
-        if arrays:  # Orbax refuses a tree without any
-            checkpointer.save(folder, args=ocp.args.PyTreeSave(_nested(arrays)))
-        return lambda: end(
-            checkpointer, folder, header, {name: len(crcs) for name, *_, crcs in entries if name in arrays}
-        )
+        blocks = {name: len(crcs) for name, *_, crcs in entries if name in arrays}
+        checkpointer = _checkpointer(number)
+        try:
+            if arrays:  # Orbax refuses a tree without any
+                checkpointer.save(folder, args=ocp.args.PyTreeSave(_nested(arrays)))
+        except BaseException:
+            checkpointer.close()
+            raise
+        return lambda: end(checkpointer, folder, header, blocks)
 
     def end(checkpointer: Any, folder: str, header: bytes, blocks: dict[str, int]) -> None:
         try:
@@ -87,23 +90,43 @@ def start(
     return begin() if beside else write
 
 
+def _checkpointer(number: str) -> Any:
+    """Orbax's, with barriers that end after a time and have names of their own: a failed save disturbs no later one."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
+    options = ocp.options.MultiprocessingOptions(active_processes=processes, barrier_sync_key_prefix=number)
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
+    waits = ocp.AsyncOptions(timeout_secs=TIMEOUT)
+    return ocp.AsyncCheckpointer(handler, async_options=waits, multiprocessing_options=options)
+
+
 def _arrays_and_entries(
-    file: str, tensors: list[Tensor], nodes: dict[str, Node], leaves: dict[str, Any], beside: bool
+    file: str, folder: str, tensors: list[Tensor], nodes: dict[str, Node], leaves: dict[str, Any], beside: bool
 ) -> tuple[dict[str, Any], list[list[Any]]]:
     """What Orbax shall write, and the entries of all tensors in the manifest."""
     import jax
 
-    first = jax.process_index() == 0
+    first, sign = jax.process_index() == 0, f"{folder}.orbax-checkpoint-tmp-sign"
     with parts.together(file):
-        if first and not places.is_url(file):
-            files.make_folder(os.path.dirname(places.real(file)))
+        if first and not places.is_url(folder):
+            files.make_folder(os.path.dirname(folder))
+            if jax.process_count() > 1:
+                os.close(os.open(sign, os.O_CREAT))
         arrays = {t.name: _as_stored(nodes[t.name], leaves[t.name], t, first, beside) for t in tensors}
         sums = {t.name: _sums(t, arrays[t.name], first) for t in tensors}
     everyones, entries = _gather(sums), []
-    for t in tensors:
-        blocks = sorted((start, shape, crcs) for sums in everyones for start, shape, crcs in sums[t.name])
-        found = [Piece(0, t._replace(shape=tuple(shape)), tuple(start)) for start, shape, _ in blocks]
-        entries.append([t.name, t.code, t.shape, parts.grid(file, t, found), [crcs for _, _, crcs in blocks]])
+    with parts.together(file):
+        if not first and not places.is_url(folder) and not os.path.exists(sign):
+            text = f"process 0 has made {sign}, which is not there: all processes must save to one folder, which they share"
+            raise CheckpointError(file, None, text)
+        for t in tensors:
+            blocks = sorted((start, shape, crcs) for sums in everyones for start, shape, crcs in sums.get(t.name, []))
+            found = [Piece(0, t._replace(shape=tuple(shape)), tuple(start)) for start, shape, _ in blocks]
+            entries.append([t.name, t.code, t.shape, parts.grid(file, t, found), [crcs for _, _, crcs in blocks]])
+    if first:
+        places.remove(sign)
     return {t.name: arrays[t.name] for t in tensors if t.stop > t.start}, entries
 
 
@@ -140,7 +163,7 @@ def _sums(t: Tensor, x: Any, first: bool) -> list[tuple[list[int], list[int], st
     for start, block in blocks:
         raw = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
         place = t._replace(shape=block.shape, start=0, stop=raw.size)
-        result.append((list(start) or [0] * block.ndim, list(block.shape), fmt.crcs(place, memoryview(raw))))
+        result.append((list(start) or [0] * block.ndim, list(block.shape), fmt.crcs(place, raw)))
     return result
 
 
@@ -159,8 +182,14 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _keys(name: str) -> list[str]:
-    """The keys of a leaf in Orbax, which joins them with dots: each as in a URL, so that no two leaves get one name."""
-    return [urllib.parse.quote(step, safe="").replace(".", "%2E") or "%" for step in structure.leaf_path(name)] or ["%"]
+    """The keys of a leaf in Orbax, which joins them with dots: each quoted as in a URL, so that no two leaves get one name."""
+
+    def quoted(step):
+        return (
+            re.sub("[^A-Za-z0-9_-]", lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), step) or "%"
+        )
+
+    return [quoted(step) for step in structure.leaf_path(name)] or ["%"]
 
 
 def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +260,7 @@ def read_tensors(
         if t.name in arrays:
             with _readable(file, t.name, folder):
                 raw = np.ascontiguousarray(arrays[t.name][place].read().result()).reshape(-1).view(np.uint8)
-        if (crcs := fmt.crcs(block, memoryview(raw))) != expected:
+        if (crcs := fmt.crcs(block, raw)) != expected:
             text = f"its block {list(block.shape)} at {list(start)} is not what was saved: CRC-32 {crcs}, expected {expected}"
             raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
         if out and raw.size:

@@ -241,6 +241,11 @@ def sweep(target: str) -> None:
                     places.remove(os.path.join(folder, entry))
 
 
+def owners(folder: str) -> set[str]:
+    """The names of the files in a folder, there or not, that something outside of them belongs to."""
+    return {found[1] for entry in places.entries(folder) if (found := re.fullmatch(f"(.+?){OUTSIDE}", entry))}
+
+
 def _outside(target: str) -> Parts | Orbax | None:
     try:
         with files.opened(target) as (file, fd, size):

@@ -189,17 +189,24 @@ class Checkpoints:
         return os.path.join(self.folder, f"step_{step:08d}.safetensors")
 
     def _steps(self) -> list[int]:
-        names = [name for name, is_file in places.entries(self.folder).items() if is_file]
-        numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d{8,18})\.safetensors", name))]
-        return sorted(step for step in numbers if os.path.basename(self._path(step)) in names)
+        return self._steps_of(name for name, is_file in places.entries(self.folder).items() if is_file)
+
+    def _steps_of(self, names: Iterable[str]) -> list[int]:
+        """The steps whose files have, or would have, these names."""
+        found = [(name, re.fullmatch(r"step_(\d{8,18})\.safetensors", name)) for name in names]
+        numbers = {name: int(match[1]) for name, match in found if match}
+        return sorted(step for name, step in numbers.items() if name == os.path.basename(self._path(step)))
 
     def _write(self, step: int, write: Any) -> None:
         self._bad.add(step)  # until it is on the disk
         write()
         self._bad.remove(step)
+        steps = self._steps()
+        for other in self._steps_of(parts.owners(self.folder)):
+            if other < step and other not in steps:  # saves that were killed
+                parts.sweep(self._path(other))
         if self.keep is None:
             return
-        steps = self._steps()
         good = [step for step in steps if step not in self._bad]
         old = [other for other in steps if other < min(good[-self.keep :], default=step)]
         best = self._ranked(good)[0][: self.keep_best] if old and self.metric else []
