@@ -11,8 +11,10 @@ import os
 import pathlib
 import random
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import warnings
 
 import jax
@@ -557,3 +559,114 @@ def test_what_killed_saves_left_of_steps_is_swept(tmp_path):
     store.save(5, tree_of(5))
     left = [name for name in os.listdir(tmp_path) if "step_00000005" not in name]
     assert sorted(left) == [f"{name}.orbax-0123456789abcdef" for name in ("step_00000009.safetensors", "x")]
+
+
+# ------------------------------------------------------------------------------------------------------ object stores
+
+STORED = """
+import os, sys, warnings
+import jax, jax.numpy as jnp, numpy as np, optax
+from jaxnet import dense
+from jaxnet.checkpoint import CheckpointError, Checkpoints, inspect, lazy, load, save, verify
+from jaxnet.cli import main
+from jaxnet.train import fit, train_state, train_step
+
+path, tree = "gs://pods/some/run/x.safetensors", {"a": np.arange(500), "b": jnp.ones((3, 2)), "step": 1}
+try:
+    load(path)
+except FileNotFoundError as e:
+    print(">", "missing:", path in str(e))
+for step in (1, 2):
+    save(path, tree | {"step": step}, metadata={"n": step}, engine="orbax")
+got = load(path, like=tree)
+print(">", got["step"], np.array_equal(got["a"], tree["a"]), inspect(path).metadata, verify(path).version)
+with lazy(path) as leaves:
+    print(">", leaves["b"].sum())
+print(">", main(["verify", path]), main(["inspect", path]))
+
+from etils import epath
+print(">", sorted(p.name.split("-")[0] for p in epath.Path("gs://pods/some/run").iterdir()))
+
+with Checkpoints("gs://pods/steps", keep=2, asynchronous=True, engine="orbax") as store:
+    print(">", store.steps())
+    for step in (1, 2, 3):
+        store.save(step, tree | {"step": step})
+    print(">", store.steps(), store.latest().tree["step"])
+epath.Path(store.latest().path).write_bytes(b"damaged")
+with warnings.catch_warnings(action="ignore"):
+    print(">", Checkpoints("gs://pods/steps", engine="orbax").latest().step)
+
+net = dense(1)
+x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+step = train_step(lambda params, batch: jnp.mean((net.apply(params, batch) - 1) ** 2), optax.sgd(0.1))
+for epochs in (2, 4):
+    start = train_state(net.init(jax.random.key(0), x), optax.sgd(0.1), jax.random.key(1))
+    with Checkpoints("gs://pods/fit", engine="orbax") as store:
+        run = fit(step, start, x, batch_size=4, epochs=epochs, checkpoint=store, progress=False)
+        print(">", int(run.train_state.step), len(run.history))
+"""
+
+
+EMULATOR = """
+import sys
+from gcp_storage_emulator.handlers import objects
+real = objects.download
+def download(request, response, storage, *args, **kwargs):  # with what it lacks, and TensorStore needs
+    try:
+        found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["x-goog-generation"] = found["generation"]
+    except objects.NotFound:
+        pass
+    real(request, response, storage, *args, **kwargs)
+objects.download = download
+from gcp_storage_emulator.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def object_store():
+    """The environment in which gs://pods/ is a store on this machine."""
+    pytest.importorskip("gcsfs", reason="needs gcsfs")
+    pytest.importorskip("gcp_storage_emulator", reason="needs gcp-storage-emulator")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    flags = ["start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket", "pods"]
+    command = [sys.executable, "-c", EMULATOR, *flags]
+    emulator = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        url = f"http://127.0.0.1:{port}"
+        yield {
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "STORAGE_EMULATOR_HOST": url,
+            "NO_GCE_CHECK": "true",
+            "GCE_METADATA_HOST": "127.0.0.1:1",
+        }
+    finally:
+        emulator.kill()
+        emulator.wait()
+
+
+def test_an_object_store(object_store):
+    environment = os.environ | object_store
+    done = subprocess.run([sys.executable, "-c", STORED], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line[2:] for line in done.stdout.splitlines() if line.startswith("> ")]
+    assert lines == [
+        "missing: True",
+        "2 True {'n': 2} 3",
+        "6.0",
+        "0 0",
+        "['x.safetensors', 'x.safetensors.orbax']",
+        "[]",
+        "[2, 3] 3",  # of the store
+        "2",  # when the newest is damaged
+        "4 2",  # steps and records of a run, and of one that goes on from it
+        "8 4",
+    ]

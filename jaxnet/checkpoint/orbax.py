@@ -286,7 +286,8 @@ def _open(file: str, folder: str, tensors: list[Tensor]) -> dict[str, Any]:
     context, found = tensorstore.Context(), {}
     for t in tensors:
         store = _database(folder) | {"path": ".".join(_keys(t.name)) + "/"}
-        found[t.name] = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True, context=context)
+        spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": "open"}  # the folder does not change
+        found[t.name] = tensorstore.open(spec, open=True, read=True, context=context)
     for t in tensors:
         with _readable(file, t.name, folder):
             array = found[t.name] = found[t.name].result()

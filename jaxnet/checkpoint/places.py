@@ -85,6 +85,8 @@ def _as_os_errors(url: str) -> Iterator[Any]:
         raise ImportError(f"{url}: object stores need Orbax: pip install 'jaxnet[orbax]'") from e
     try:
         yield epath.Path(url)
+    except FileNotFoundError as e:  # some say another name
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from e
     except (OSError, ImportError):
         raise
     except Exception as e:  # each store has its own
