@@ -442,6 +442,15 @@ LARGE: dict[str, Callable[[], bytes]] = {  # files of about 2 MB, made to be slo
     "a long integer": lambda: forge(["list", [["int", "0x" + "f" * 2_000_000], ["int", 1]]]),
     "a long text": lambda: forge(["list", [["str", "a" * 2_000_000], ["str", 1]]]),
     "many nodes": lambda: forge(["list", [*[["none", None]] * 80_000, ["none", 1]]]),
+    "keys of one hash": lambda: forge(
+        ["dict", [[["int", hex(i * (2**61 - 1))], ["none", None]] for i in range(40_000)]]
+    ),
+    "keys of one hash, in many dicts": lambda: forge(
+        [
+            "list",
+            [["dict", [[["int", hex(i * (2**61 - 1))], ["none", None]] for i in range(100)]]] * 400 + [["none", 1]],
+        ]
+    ),
     "many keys": lambda: forge(["dict", [*[[["int", hex(i)], ["none", None]] for i in range(40_000)], [1, 1]]]),
 }
 
@@ -457,13 +466,16 @@ def test_hostile_files_are_refused_within_a_second_and_100_megabytes(tmp_path):
             with pytest.raises(CheckpointError):
                 load(tmp_path / "f")
 
-        start = time.process_time()
-        refused()
-        costs[name] = time.process_time() - start, peak(refused)
+        seconds = []
+        while len(seconds) < 3 and min(seconds, default=1) >= 1:  # the machine may do other things
+            start = time.process_time()
+            refused()
+            seconds.append(time.process_time() - start)
+        costs[name] = min(seconds), peak(refused)
     slowest, largest = (max(costs, key=lambda name, i=i: costs[name][i]) for i in range(2))
     seconds, size = costs[slowest][0], costs[largest][1]
     print(f"\n{len(files)} hostile files: at most {seconds:.2f} s ({slowest}) and {size / 1e6:.0f} MB ({largest})")
-    assert seconds < 5 and size < 100e6  # half a second on a machine that does nothing else
+    assert seconds < 1 and size < 100e6
 
 
 def test_names_like_paths_name_leaves_and_no_files(tmp_path):

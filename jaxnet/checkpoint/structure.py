@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from jaxnet.checkpoint.format import RESTORE, CheckpointError, Tensor
 
 MAX_DEPTH = 100
+MAX_ALIKE = 100  # keys of one dict that have the same hash: time grows with the square of their number
 DICTS = {"dict": dict, "ordered_dict": collections.OrderedDict}
 LISTS = {"list": list, "tuple": tuple}
 ARRAYS = ("jax", "numpy", "numpy_scalar", "key")
@@ -99,6 +100,8 @@ def encode(file: str, tree: Any, describe: Callable[[str, Any], Node]) -> tuple[
     def visit_all(kind, keys, children, path):
         for key in keys if kind in DICTS else ():
             _check_key(file, path, key)
+        if kind in DICTS and (text := _collisions(keys)):
+            raise CheckpointError(file, leaf_name(path), f"{text}: use strings")
         steps = [str(key) for key in keys]
         if len(set(steps)) < len(steps):
             name = leaf_name((*path, next(step for step in steps if steps.count(step) > 1)))
@@ -132,6 +135,8 @@ def from_json(file: str, json: Any, path: Path = ()) -> Node:
         pairs = enumerate(content) if kind in LISTS else ((_key_from_json(key), child) for key, child in content)
         keys, children = zip(*pairs, strict=True) if content else ((), ())
         steps = [str(key) for key in keys]
+        if kind in DICTS and (text := _collisions(keys)):
+            raise ValueError(text)
         if len(set(steps)) < len(steps) or len(set(keys)) < len(steps):
             raise ValueError("two keys are alike")
         if kind == "record" and not all(isinstance(key, str) for key in keys):
@@ -264,6 +269,15 @@ def _check_key(file: str, path: Path, key: Any):
         if isinstance(part, str) and re.search("[\ud800-\udfff]", part):
             text = f"its key {part!a} is not Unicode text (it has lone surrogates): rename it"
             raise CheckpointError(file, leaf_name(path), text)
+
+
+def _collisions(keys: Sequence[Any]) -> str | None:
+    """What is wrong with keys that a dict could only hold slowly: numbers whose hash is the same (those of text are random)."""
+    if all(type(key) is str for key in keys):
+        return None
+    hashes = collections.Counter(map(hash, keys))
+    value, count = hashes.most_common(1)[0]
+    return f"{count} of its keys have the hash {value}, at most {MAX_ALIKE} may" if count > MAX_ALIKE else None
 
 
 def _key_to_json(key: Any) -> Any:
