@@ -338,13 +338,14 @@ def interrupted(name: str, system: System, root: pathlib.Path, kills: int) -> di
 
 def run(name, root, *, strace=None, kill_after=None, limit=0) -> list[str]:
     """Save step 2 in a process of its own, over a copy of step 1; returns the trace of its calls, if there is one."""
-    for path in (root / "begin", root / "end", root / "ck"):
+    for path in (root / "begin", root / "end", *root.glob("ck*")):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    copy = shutil.copytree if (root / "before").is_dir() else shutil.copy
-    copy(root / "before", root / "ck")
+    for path in root.glob("before*"):  # some have more than one file or folder, with names that begin alike
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, root / path.name.replace("before", "ck"))
     command = [sys.executable, "-B", __file__, "--save", name, str(root), "--limit", str(limit)]
     if strace is not None and shutil.which("strace"):
         options = ["-f", "-qq", "-y", "-o", str(root / "trace"), "-e", f"trace={CALLS}"]
@@ -405,7 +406,7 @@ def after_power_cut(system: System, root: pathlib.Path, trace: list[str]) -> str
         elif re.search("write|copy|fallocate|ftruncate", call) and descriptor:
             dirty.add(descriptor[1])
     for path in map(pathlib.Path, dirty):
-        if path.is_relative_to(root / "ck") and path.is_file():
+        if str(path).startswith(f"{root}/ck") and path.is_file():
             path.write_bytes(b"")
     return found(system, root / "ck")
 

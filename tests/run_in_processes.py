@@ -280,7 +280,7 @@ def orbax_fails_in_one_process(folder, mesh, me):
 
 
 def orbax_in_processes_that_differ(folder, mesh, me):
-    expected = "which is not there: all processes must save to one folder" if me == 1 else "processes [1] failed"
+    expected = "of process 0 is not there: all processes must save to one folder" if me == 1 else "processes [1] failed"
     own = folder / str(me)
     fails(lambda: save(own / "x.safetensors", make_tree(mesh), engine="orbax"), CheckpointError, expected)
     assert not own.exists() or names(own) == []

@@ -349,6 +349,33 @@ def test_a_kill_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
     assert steps == {1, 2} and kills > 10
 
 
+WRITER = """
+import sys, numpy as np
+from jaxnet.checkpoint import save
+save(sys.argv[1] + "/warm", {"x": 1}, engine="orbax")
+print("ready", flush=True)
+input()
+for i in range(12):
+    save(sys.argv[1] + "/t", {"x": np.full(50_000, int(sys.argv[2])), "y": int(sys.argv[2])}, engine="orbax")
+"""
+
+
+def test_of_two_processes_one_wins_and_nothing_is_lost(tmp_path):
+    """Neither sweeps what the other is writing."""
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, tmp_path, str(i)], stdin=-1, stdout=-1, text=True)
+        for i in (1, 2)
+    ]
+    for writer in writers:
+        assert writer.stdout and writer.stdout.readline() == "ready\n"
+    results = [writer.communicate("go\n", timeout=60) and writer.returncode for writer in reversed(writers)]
+    assert results == [0, 0]
+    tree = load(tmp_path / "t")
+    np.testing.assert_array_equal(tree["x"], np.full(50_000, tree["y"]))
+    save(tmp_path / "t", {}, engine="orbax")
+    assert sorted(os.listdir(tmp_path)) == ["t", "warm"]
+
+
 # ------------------------------------------------------------------------------------------------------------- damage
 
 

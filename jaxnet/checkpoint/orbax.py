@@ -51,12 +51,25 @@ def start(
         raise ImportError("engine='orbax' needs Orbax: pip install 'jaxnet[orbax]'") from e
     import jax
 
-    target, first = places.real(file), jax.process_index() == 0
+    target, first, held = places.real(file), jax.process_index() == 0, contextlib.ExitStack()
 
     def begin() -> Callable[[], None]:
         number = parts.new_number()
         folder = orbax_path(target, number)
-        arrays, entries = _arrays_and_entries(file, folder, tensors, nodes, leaves, beside)
+        with parts.together(file, held):
+            if first and not places.is_url(target):
+                held.enter_context(parts.reserved(target, number))
+            arrays = {t.name: _as_stored(nodes[t.name], leaves[t.name], t, first, beside) for t in tensors}
+            sums = {t.name: _sums(t, arrays[t.name], first) for t in tensors}
+        everyones = _gather(sums)
+        with parts.together(file, held):
+            if not places.is_url(target) and not os.path.exists(sign := parts.lock_path(target, number)):
+                text = f"{sign} of process 0 is not there: all processes must save to one folder, which they share"
+                raise CheckpointError(file, None, text)
+            entries = [
+                _entry(file, t, [block for sums in everyones for block in sums.get(t.name, [])]) for t in tensors
+            ]
+        arrays = {t.name: arrays[t.name] for t in tensors if t.stop > t.start}
         orbax = {"id": number, "tensors": entries}
         header = fmt.write_header(file, [], manifest | {"version": fmt.ORBAX, "crc32": [], "orbax": orbax})
         blocks = {name: len(crcs) for name, *_, crcs in entries if name in arrays}
@@ -80,11 +93,12 @@ def start(
                     _sync(folder)
                 files.replace(file, header)
         finally:
+            held.close()
             if first:
                 parts.sweep(target)  # the older folders, or the new one
 
     def write() -> None:
-        with parts.together(file):
+        with parts.together(file, held):
             begin()()
 
     return begin() if beside else write
@@ -102,32 +116,11 @@ def _checkpointer(number: str) -> Any:
     return ocp.AsyncCheckpointer(handler, async_options=waits, multiprocessing_options=options)
 
 
-def _arrays_and_entries(
-    file: str, folder: str, tensors: list[Tensor], nodes: dict[str, Node], leaves: dict[str, Any], beside: bool
-) -> tuple[dict[str, Any], list[list[Any]]]:
-    """What Orbax shall write, and the entries of all tensors in the manifest."""
-    import jax
-
-    first, sign = jax.process_index() == 0, f"{folder}.orbax-checkpoint-tmp-sign"
-    with parts.together(file):
-        if first and not places.is_url(folder):
-            files.make_folder(os.path.dirname(folder))
-            if jax.process_count() > 1:
-                os.close(os.open(sign, os.O_CREAT))
-        arrays = {t.name: _as_stored(nodes[t.name], leaves[t.name], t, first, beside) for t in tensors}
-        sums = {t.name: _sums(t, arrays[t.name], first) for t in tensors}
-    everyones, entries = _gather(sums), []
-    with parts.together(file):
-        if not first and not places.is_url(folder) and not os.path.exists(sign):
-            text = f"process 0 has made {sign}, which is not there: all processes must save to one folder, which they share"
-            raise CheckpointError(file, None, text)
-        for t in tensors:
-            blocks = sorted((start, shape, crcs) for sums in everyones for start, shape, crcs in sums.get(t.name, []))
-            found = [Piece(0, t._replace(shape=tuple(shape)), tuple(start)) for start, shape, _ in blocks]
-            entries.append([t.name, t.code, t.shape, parts.grid(file, t, found), [crcs for _, _, crcs in blocks]])
-    if first:
-        places.remove(sign)
-    return {t.name: arrays[t.name] for t in tensors if t.stop > t.start}, entries
+def _entry(file: str, t: Tensor, blocks: list[Any]) -> list[Any]:
+    """What the manifest says of a tensor, from what all processes say of its blocks."""
+    blocks = sorted((start, shape, crcs) for start, shape, crcs in blocks)
+    found = [Piece(0, t._replace(shape=tuple(shape)), tuple(start)) for start, shape, _ in blocks]
+    return [t.name, t.code, t.shape, parts.grid(file, t, found), [crcs for _, _, crcs in blocks]]
 
 
 def _as_stored(node: Node, x: Any, t: Tensor, first: bool, beside: bool) -> Any:

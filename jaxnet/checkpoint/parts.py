@@ -9,6 +9,7 @@ one before; the manifest is written when all parts are on the disk, and only the
 """
 
 import contextlib
+import fcntl
 import itertools
 import os
 import re
@@ -43,7 +44,7 @@ def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: di
     """Write a tree together with all other processes, which must call this, too; all of them raise if one fails."""
     import jax
 
-    target, me, identity = places.real(file), jax.process_index(), new_number()
+    target, me, identity, held = places.real(file), jax.process_index(), new_number(), contextlib.ExitStack()
 
     def commit() -> None:
         paths = [path_of(target, identity, i) for i in range(jax.process_count())]
@@ -60,11 +61,14 @@ def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: di
             ]
         described = {"id": identity, "files": parts, "tensors": [[t.name, t.code, t.shape] for t in tensors]}
         files.replace(target, fmt.write_header(file, [], manifest | {"version": 2, "crc32": [], "parts": described}))
+        held.close()
         sweep(target)
 
-    with together(file):
+    with together(file, held):
+        if me == 0:
+            held.enter_context(reserved(target, identity))
         files.save(path_of(target, identity, me), _owned(leaves, everything=me == 0))
-    with together(file):
+    with together(file, held):
         if me == 0:
             commit()
 
@@ -79,8 +83,37 @@ def new_number() -> str:
 
 
 @contextlib.contextmanager
-def together(file: str) -> Iterator[None]:
-    """A block that all processes execute: if it fails in some of them, all raise, and what was begun is removed."""
+def reserved(target: str, identity: str) -> Iterator[None]:
+    """While this lasts, no other save to the same path sweeps what the save of this number has written."""
+    files.make_folder(os.path.dirname(target))
+    fd = os.open(path := lock_path(target, identity), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        places.remove(path)
+        os.close(fd)
+
+
+def _is_reserved(target: str, identity: str) -> bool:
+    with contextlib.suppress(OSError):
+        fd = os.open(lock_path(target, identity), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+    return False
+
+
+@contextlib.contextmanager
+def together(file: str, held: contextlib.ExitStack) -> Iterator[None]:
+    """A block that all processes execute: if it fails in some of them, all raise, and what was begun is removed.
+
+    What is `held` is given up before.
+    """
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -94,6 +127,7 @@ def together(file: str) -> Iterator[None]:
     if jax.process_count() > 1:
         well = multihost_utils.process_allgather(well).ravel()
     if not well.all():
+        held.close()
         sweep(places.real(file))
     if error:
         raise error
@@ -224,19 +258,24 @@ def orbax_path(target: str, identity: str) -> str:
     return f"{target}.orbax-{identity}"
 
 
-OUTSIDE = r"\.(?:part-([0-9a-f]{16})-\d{5,}|orbax-([0-9a-f]{16})(?:\.orbax-checkpoint-tmp.*)?)"  # what follows the name
+def lock_path(target: str, identity: str) -> str:
+    return f"{target}.lock-{identity}"
+
+
+# What follows a file's name in those of all the others. Orbax adds to its own while it writes.
+OUTSIDE = r"\.(?:part|orbax|lock)-([0-9a-f]{16})(?:-\d{5,}|\.orbax-checkpoint-tmp.*)?"
 
 
 def sweep(target: str) -> None:
     """Remove what a path has outside its file and does not mean: of older saves, and of those that failed."""
     folder, name = os.path.split(target)
     with contextlib.suppress(OSError, CheckpointError):  # a file that cannot be read keeps whatever is there
-        found = {entry: re.fullmatch(re.escape(name) + OUTSIDE, entry) for entry in places.entries(folder)}
-        if not any(found.values()):
-            return
-        outside = _outside(target)
-        for entry, match in found.items():
-            if match and (outside is None or outside.id not in match.groups()):
+        found = [(entry, re.fullmatch(re.escape(name) + OUTSIDE, entry)) for entry in places.entries(folder)]
+        saves = {match[1] for _, match in found if match}
+        dead = {identity for identity in saves if places.is_url(target) or not _is_reserved(target, identity)}
+        meant = _outside(target) if dead else None  # read now, since a save gives itself up after it is meant
+        for entry, match in found:
+            if match and match[1] in dead and (meant is None or match[1] != meant.id):
                 with contextlib.suppress(OSError):
                     places.remove(os.path.join(folder, entry))
 
