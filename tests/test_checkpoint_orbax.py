@@ -362,13 +362,15 @@ for i in range(12):
 
 def test_of_two_processes_one_wins_and_nothing_is_lost(tmp_path):
     """Neither sweeps what the other is writing."""
-    writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, tmp_path, str(i)], stdin=-1, stdout=-1, text=True)
-        for i in (1, 2)
-    ]
+    command = [sys.executable, "-c", WRITER, tmp_path]
+    writers = [subprocess.Popen([*command, str(i)], stdin=-1, stdout=-1, text=True) for i in (1, 2)]
     for writer in writers:
         assert writer.stdout and writer.stdout.readline() == "ready\n"
-    results = [writer.communicate("go\n", timeout=60) and writer.returncode for writer in reversed(writers)]
+    for writer in writers:
+        assert writer.stdin
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    results = [writer.communicate(timeout=60) and writer.returncode for writer in writers]
     assert results == [0, 0]
     tree = load(tmp_path / "t")
     np.testing.assert_array_equal(tree["x"], np.full(50_000, tree["y"]))
