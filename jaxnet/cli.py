@@ -200,9 +200,11 @@ def _pair(text: str) -> tuple[str, str]:
 def _convert(args: argparse.Namespace) -> int:
     import jax
 
-    from jaxnet.checkpoint import inspect, save
+    from jaxnet.checkpoint import inspect, places, save
     from jaxnet.checkpoint.interop import PICKLES
 
+    if places.is_url(args.target):
+        args.parser.error(f"{args.target} is in an object store: convert to a file, and copy that")
     pickled = args.source.endswith(PICKLES)
     info = None if pickled else inspect(args.source)
     kind = args.kind or ("torch" if info is None or info.version is None else "jaxnet")

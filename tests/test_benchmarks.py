@@ -240,7 +240,7 @@ def test_ensembles_train_alike_in_every_form(tmp_path):
 
 def test_the_faults_of_checkpoints_are_counted(tmp_path):
     """A small run: jaxnet loses nothing, and NumPy's savez, which writes in place, does (its zip files have checksums)."""
-    flags = "--damages 2 --pages 1 --kills 3 --writers 1 --only numpy --only".split() + ["jaxnet save"]
+    flags = "--damages 2 --pages 1 --kills 2 --writers 1 --only numpy --only".split() + ["jaxnet save"]
     command = [sys.executable, BENCHMARKS / "checkpoint_faults.py", "--json", tmp_path / "numbers.json", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -252,5 +252,5 @@ def test_the_faults_of_checkpoints_are_counted(tmp_path):
     assert ours["2 writers"] == "0/0 of 1" and ours["template"] == "16/16" and ours["limit"] == "old"
     assert ours["kill"].startswith("0/") and numpy["limit"] == "LOST"
     if shutil.which("strace"):
-        assert ours["kill"] == "0/3" and ours["power"] == "new" and numpy["power"] == "LOST"
-        assert int(numpy["kill"].split("/")[0]) >= 2  # an archive that is not whole
+        assert ours["kill"] == "0/2" and ours["power"] == "new" and numpy["power"] == "LOST"
+        assert int(numpy["kill"].split("/")[0]) >= 1  # an archive that is not whole

@@ -184,7 +184,7 @@ def test_golden_orbax(tmp_path):
 def test_wrong_calls(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="engine must be 'orbax' or None, got 'Orbax'"):
         save(tmp_path / "t", {}, engine="Orbax")  # type: ignore
-    with pytest.raises(ValueError, match="gs://b/t is in an object store: say engine='orbax', or save to a file"):
+    with pytest.raises(ValueError, match=r"gs://b/t is in an object store: say engine='orbax' \(in `fit`: "):
         save("gs://b/t", {})
     with pytest.raises(ValueError, match="gs://b is in an object store"):
         Checkpoints("gs://b")

@@ -161,7 +161,7 @@ def test_digits_goes_on_after_an_interruption(tmp_path, number, code):
         sys.executable,
         EXAMPLES / "digits.py",
         "--epochs",
-        "600",
+        "300",
         "--out",
         tmp_path,
         "--cache-dir",

@@ -237,7 +237,8 @@ def check_engine(file: str, engine: str | None) -> None:
     if engine not in (None, "orbax"):
         raise ValueError(f"engine must be 'orbax' or None, got {engine!r}")
     if engine is None and places.is_url(file):
-        raise ValueError(f"{file} is in an object store: say engine='orbax', or save to a file")
+        text = "say engine='orbax' (in `fit`: give it a `Checkpoints` with that), or save to a file"
+        raise ValueError(f"{file} is in an object store: {text}")
 
 
 def replace(file: str, content: bytes) -> None:
