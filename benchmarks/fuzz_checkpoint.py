@@ -3,9 +3,9 @@
     pip install atheris
     python benchmarks/fuzz_checkpoint.py -max_total_time=600 [other flags of libFuzzer, a folder for the corpus]
 
-Three kinds of input, by the first byte: the bytes of a file; the header of another program's file with 64 bytes of data;
-and `[tree, tensors]` as JSON, put into a file whose digest and checksums are right, so that the fuzzer gets past them. It
-starts from the golden files of the tests. A crash, an input that takes 5 seconds or 1 GB end the run and are written to
+Four kinds of input, by the first byte: the bytes of a file; the header of another program's file with 64 bytes of data;
+`[tree, tensors]` as JSON, put into a file whose digest and checksums are right, so that the fuzzer gets past them; and the
+manifest of a file whose tensors are elsewhere, in parts or with Orbax, again with the right digest. It starts from the golden files of the tests. A crash, an input that takes 5 seconds or 1 GB end the run and are written to
 a file. Each input goes through `load`, `inspect`, `verify` and `lazy`; what loads is saved, and loads again the same.
 """
 
@@ -36,9 +36,11 @@ def file_of(data: bytes) -> bytes:
     kind, rest = data[:1], data[1:]
     if kind == b"h":
         return len(rest).to_bytes(8, "little") + rest + bytes(64)
-    if kind == b"t":
-        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError, CheckpointError):
+    with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError, CheckpointError):
+        if kind == b"t":
             return sealed(*json.loads(rest))
+        if kind == b"m":
+            return fmt.write_header("", [], json.loads(rest))
     return rest
 
 
@@ -78,9 +80,11 @@ def first_inputs(folder: pathlib.Path) -> None:
         data = golden.read_bytes()
         header = data[8 : 8 + int.from_bytes(data[:8], "little")]
         entries = json.loads(header)
-        tree = json.loads(entries.pop("__metadata__")["jaxnet"])["tree"]
+        manifest = json.loads(entries.pop("__metadata__")["jaxnet"])
         tensors = [[name, entry["dtype"], entry["shape"]] for name, entry in entries.items()]
-        inputs = {"f": data, "h": json.dumps(entries).encode(), "t": json.dumps([tree, tensors]).encode()}
+        inputs = {"f": data, "h": json.dumps(entries).encode(), "t": json.dumps([manifest["tree"], tensors]).encode()}
+        if manifest["version"] > 1:
+            inputs["m"] = json.dumps(manifest).encode()
         for kind, content in inputs.items():
             (folder / f"{kind}-{golden.stem}").write_bytes(kind.encode() + content)
 
