@@ -5,8 +5,9 @@
 
 Four kinds of input, by the first byte: the bytes of a file; the header of another program's file with 64 bytes of data;
 `[tree, tensors]` as JSON, put into a file whose digest and checksums are right, so that the fuzzer gets past them; and the
-manifest of a file whose tensors are elsewhere, in parts or with Orbax, again with the right digest. It starts from the golden files of the tests. A crash, an input that takes 5 seconds or 1 GB end the run and are written to
-a file. Each input goes through `load`, `inspect`, `verify` and `lazy`; what loads is saved, and loads again the same.
+manifest of a file whose tensors are elsewhere, in parts or with Orbax, again with the right digest. It starts from the golden
+files of the tests. A crash, an input that takes 5 seconds or 1 GB end the run and are written to a file. Each input goes
+through `load`, `inspect`, `verify` and `lazy`; what loads is saved, and loads again the same.
 """
 
 import contextlib

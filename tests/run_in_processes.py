@@ -216,12 +216,16 @@ def orbax_saves_and_all_load(folder, mesh, me):
     path = folder / "x.safetensors"
     for scale in (1, 2):
         save(path, make_tree(mesh, scale), metadata={"by": "Orbax"}, engine="orbax")
+    own = jax.make_mesh((2,), ("own",), devices=jax.local_devices(), axis_types=(AxisType.Auto,))
+    here = jax.device_put(np.arange(4) + 10 * me, NamedSharding(own, PartitionSpec("own")))  # what process 0 has counts
+    save(folder / "own", {"here": here, "all": make_tree(mesh)["blocks"]}, engine="orbax")
+    np.testing.assert_array_equal(load(folder / "own", only="here")["here"], np.arange(4))
     assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 2))
     assert inspect(path).version == 3 and verify(path).metadata == {"by": "Orbax"}
     with lazy(path) as leaves:
         np.testing.assert_array_equal(leaves["columns"], values(2)["columns"])  # also what the other process has
     multihost_utils.sync_global_devices("loaded")
-    assert len(names(folder)) == 2  # the file and one folder
+    assert len(names(folder)) == 4  # each file and one folder
 
 
 def of_orbax_only_what_is_needed_is_read(folder, mesh, me):

@@ -100,6 +100,20 @@ def test_names_that_orbax_would_merge_stay_apart(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["in"] and len(list((tmp_path / "in").iterdir())) == 2
 
 
+@pytest.mark.parametrize("name", ["a b", "100 %", "%41", "what?", "#1", "a:b", "é 日", "new\nline"])
+def test_paths_that_look_like_something_else(name, tmp_path):
+    for _ in range(2):
+        save(tmp_path / name / name, {"x": X}, engine="orbax")
+        assert_same(load(tmp_path / name / name, like={"x": X}), {"x": X})
+    assert os.listdir(tmp_path) == [name] and len(os.listdir(tmp_path / name)) == 2
+
+
+def test_a_path_that_orbax_cannot_have_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"Orbax takes the '\[' in the path for a pattern: use another name"):
+        save(tmp_path / "[x]" / "t", {"x": X}, engine="orbax")
+    assert os.listdir(tmp_path) == []
+
+
 def test_orbax_reads_what_it_wrote(tmp_path):
     tree = {"params": {"dense": {"kernel": jnp.ones((3, 2), jnp.bfloat16), "bias.": np.arange(2)}}, "step": 3}
     save(tmp_path / "t", tree, engine="orbax")

@@ -273,7 +273,7 @@ def _replacing(file: str) -> Iterator[int]:
         os.fsync(fd)  # if this fails the kernel may have dropped the bytes: no second try can tell
         os.replace(temporary, target)
     except BaseException as e:
-        _discard(temporary, fd)
+        discard(temporary, fd)
         e.add_note(f"while saving {file}: nothing has been replaced")
         raise
     os.close(fd)
@@ -283,19 +283,26 @@ def _replacing(file: str) -> Iterator[int]:
 def _open_temporary(folder: str) -> tuple[str, int]:
     while True:
         path = os.path.join(folder, f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks: then _sweep cannot lock either
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            if os.fstat(fd).st_nlink:  # else another process swept it before it was locked
-                return path, fd
-        except BaseException:
-            _discard(path, fd)
-            raise
-        os.close(fd)
+        if (fd := open_locked(path)) is not None:
+            return path, fd
 
 
-def _discard(path: str, fd: int):
+def open_locked(path: str) -> int | None:
+    """Make a file and lock it; None if another process swept it before it was locked."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: then who sweeps cannot lock either
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return fd
+    except BaseException:
+        discard(path, fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def discard(path: str, fd: int):
     with contextlib.suppress(OSError):
         os.unlink(path)
     os.close(fd)

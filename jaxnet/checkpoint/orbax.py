@@ -52,6 +52,9 @@ def start(
     import jax
 
     target, first, held = places.real(file), jax.process_index() == 0, contextlib.ExitStack()
+    if "[" in target:
+        text = "Orbax takes the '[' in the path for a pattern: use another name, or save without engine='orbax'"
+        raise CheckpointError(file, None, text)
 
     def begin() -> Callable[[], None]:
         number = parts.new_number()
@@ -91,17 +94,26 @@ def start(
                     _check_complete(file, folder, blocks)
                 if blocks and not places.is_url(folder):
                     _sync(folder)
-                files.replace(file, header)
+                files.replace(target, header)
         finally:
-            held.close()
-            if first:
-                parts.sweep(target)  # the older folders, or the new one
+            give_up()
+
+    def give_up() -> None:
+        held.close()
+        if first:
+            parts.sweep(target)  # the older folders or, if something has failed, the new one
 
     def write() -> None:
-        with parts.together(file, held):
+        with held, parts.together(file, held):
             begin()()
 
-    return begin() if beside else write
+    if not beside:
+        return write
+    try:
+        return begin()
+    except BaseException:
+        give_up()
+        raise
 
 
 def _checkpointer(number: str) -> Any:
@@ -131,7 +143,8 @@ def _as_stored(node: Node, x: Any, t: Tensor, first: bool, beside: bool) -> Any:
     from jaxnet.checkpoint import arrays
 
     dtype = arrays.dtype_of("uint8" if t.code in BYTES else structure.DTYPES[t.code])
-    if isinstance(x, jax.Array) and not x.sharding.is_fully_replicated:
+    everyones = jax.process_count() == 1 or parts.is_spread(x)  # what only one process can see, the first one writes
+    if isinstance(x, jax.Array) and not x.sharding.is_fully_replicated and everyones:
         x = arrays.as_stored(node, x, dtype)
         return arrays.copy(x) if beside else x
     if not first:
@@ -203,7 +216,7 @@ def _check_complete(file: str, folder: str, blocks: dict[str, int]) -> None:
     for name, count in blocks.items():
         found = names[".".join(_keys(name))] - 1  # one describes the array
         if found < count:
-            text = f"only {found} of its {count} blocks are in {folder}: all processes must save to one folder, which they share"
+            text = f"only {max(found, 0)} of its {count} blocks are in {folder}: do all processes share it?"
             raise CheckpointError(file, name, text)
 
 
@@ -305,12 +318,15 @@ _threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
 def outlive(thread: threading.Thread) -> None:
     """See that the program's end waits for a thread before it closes the thread pools that Orbax needs."""
-    if not _threads:
-        with contextlib.suppress(AttributeError, RuntimeError):  # not public, and too late while the program ends
-            threading._register_atexit(_join)  # type: ignore
     _threads.add(thread)
+    _join_at_the_end()
 
 
-def _join() -> None:
-    for thread in list(_threads):
-        thread.join()
+@functools.cache
+def _join_at_the_end() -> None:
+    def join():
+        for thread in list(_threads):
+            thread.join()
+
+    with contextlib.suppress(AttributeError, RuntimeError):  # not public, and too late while the program ends
+        threading._register_atexit(join)  # type: ignore

@@ -64,13 +64,14 @@ def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: di
         held.close()
         sweep(target)
 
-    with together(file, held):
-        if me == 0:
-            held.enter_context(reserved(target, identity))
-        files.save(path_of(target, identity, me), _owned(leaves, everything=me == 0))
-    with together(file, held):
-        if me == 0:
-            commit()
+    with held:
+        with together(file, held):
+            if me == 0:
+                held.enter_context(reserved(target, identity))
+            files.save(path_of(target, identity, me), _owned(leaves, everything=me == 0))
+        with together(file, held):
+            if me == 0:
+                commit()
 
 
 def new_number() -> str:
@@ -86,14 +87,14 @@ def new_number() -> str:
 def reserved(target: str, identity: str) -> Iterator[None]:
     """While this lasts, no other save to the same path sweeps what the save of this number has written."""
     files.make_folder(os.path.dirname(target))
-    fd = os.open(path := lock_path(target, identity), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    path = lock_path(target, identity)
+    fd = files.open_locked(path)
+    while fd is None:
+        fd = files.open_locked(path)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
-        places.remove(path)
-        os.close(fd)
+        files.discard(path, fd)
 
 
 def _is_reserved(target: str, identity: str) -> bool:
