@@ -119,7 +119,7 @@ def prepare(
             os.lseek(fd, len(empty), os.SEEK_SET)
             crcs = _write_tensors(fd, tensors, fetch if copies is None else copies.pop)
             os.lseek(fd, 0, os.SEEK_SET)
-            _write(fd, memoryview(fmt.write_header(file, tensors, manifest | {"crc32": crcs})))
+            _write(fd, memoryview(fmt.with_manifest(empty, manifest | {"crc32": crcs})))
         parts.sweep(os.path.realpath(file))
 
     return write
@@ -166,7 +166,7 @@ def load(
         error, with guesses at what has been renamed).
       OSError: the file is missing or cannot be opened.
     """
-    return load_with_info(path, like, only=only, rename=rename, strict=strict, cast=cast)[0]
+    return _load(path, like, only, rename, strict, cast)[0]
 
 
 def load_with_info(
@@ -179,13 +179,20 @@ def load_with_info(
     cast: bool = False,
 ) -> tuple[Any, Info]:
     """What `load` and `inspect` return, from one and the same file, even while another replaces it."""
+    tree, info = _load(path, like, only, rename, strict, cast)
+    return tree, info()
+
+
+def _load(
+    path: str | os.PathLike[str], like: Any, only: Any, rename: Any, strict: bool, cast: bool
+) -> tuple[Any, Callable[[], Info]]:
     from jaxnet.checkpoint import arrays
 
     if like is None and (cast or not strict):
         raise ValueError("cast=True and strict=False need a tree `like`: they say how it and the file may differ")
     with opened(path) as (file, fd, size):
         content = read_content(file, fd, size)
-        info, kept = _info(file, size, content), {}
+        info, kept = functools.partial(_info, file, size, content), {}
         if rename is not None:
             content = _rename(file, content, rename)
         if only is not None:

@@ -124,14 +124,22 @@ def layout(tensors: list[tuple[str, str, tuple[int, ...]]]) -> list[Tensor]:
 def write_header(file: str, tensors: list[Tensor], manifest: dict[str, Any]) -> bytes:
     """The first 8 + N bytes of the file; their number depends on the lengths of the manifest's strings alone."""
     header: dict[str, Any] = {"__metadata__": {"jaxnet_sha256": "0" * 64, "jaxnet": _dumps(manifest)}}
-    for t in tensors:
-        header[t.name] = {"dtype": t.code, "shape": t.shape, "data_offsets": [t.start, t.stop]}
+    for name, code, shape, start, stop in tensors:
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, stop]}
     raw = _dumps(header).encode("ascii")
     raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
     if len(raw) > MAX_HEADER:
         text = f"the header needs {len(raw)} bytes, the format allows {MAX_HEADER}: save fewer leaves or less metadata"
         raise CheckpointError(file, None, text)
     return len(raw).to_bytes(8, "little") + _with_digest(raw, _digest(raw))
+
+
+def with_manifest(header: bytes, manifest: dict[str, Any]) -> bytes:
+    """What `write_header` gave, with another manifest of the same length."""
+    raw, text = header[8:], _dumps(_dumps(manifest)).encode("ascii")
+    start = len(PREFIX) + 64 + len(',"jaxnet":') + 1
+    raw = raw[:start] + text + raw[start + len(text) :]
+    return header[:8] + _with_digest(raw, _digest(raw))
 
 
 def header_length(file: str, first: bytes, size: int) -> int:
@@ -217,7 +225,7 @@ def _tensors(file: str, header: dict[str, Any], size: int) -> list[Tensor]:
 def _tensor(file: str, name: str, entry: Any) -> Tensor:
     entry = entry if isinstance(entry, dict) else {}
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if re.search("[\ud800-\udfff]", name):
+    if not name.isascii() and re.search("[\ud800-\udfff]", name):
         reason = "its name is not Unicode text"
     elif not isinstance(code, str) or code not in BITS:
         reason = f"unknown dtype {reprlib.repr(code)}, expected one of {', '.join(BITS)}"
@@ -233,7 +241,12 @@ def _tensor(file: str, name: str, entry: Any) -> Tensor:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+    if not isinstance(value, list):
+        return False
+    for v in value:  # quicker than all(...)
+        if type(v) is not int or not 0 <= v < 1 << 63:
+            return False
+    return True
 
 
 def _check_version(file: str, version: Any):

@@ -65,8 +65,12 @@ class Spec(NamedTuple):
 
 def leaf_name(path: Path) -> str:
     """Join the steps of a path with '/', each escaped as in RFC 6901: different paths have different names."""
-    name = "/".join(step.replace("~", "~0").replace("/", "~1") for step in path)
+    name = "/".join(map(_escaped, path))
     return "~__metadata__" if name == "__metadata__" else name  # in a safetensors header that name has another meaning
+
+
+def _escaped(step: str) -> str:
+    return step.replace("~", "~0").replace("/", "~1") if "~" in step or "/" in step else step
 
 
 def leaf_path(name: str) -> Path:
@@ -78,6 +82,8 @@ def leaf_path(name: str) -> Path:
 
 def encode(file: str, tree: Any, describe: Callable[[str, Any], Node]) -> tuple[Node, dict[str, Any]]:
     """The node of a tree, and its array leaves by name; `describe(name, leaf)` gives the node of such a leaf."""
+    from jax.tree_util import all_leaves
+
     arrays = {}
 
     def visit(x, path):
@@ -91,7 +97,8 @@ def encode(file: str, tree: Any, describe: Callable[[str, Any], Node]) -> tuple[
             return visit_all(kind, list(x.keys()), x.values(), path)
         if kind in LISTS:
             return visit_all(kind, range(len(x)), x, path)
-        if (fields := _fields(x)) is not None:
+        if not all_leaves([x]):
+            fields = _fields(x)
             return visit_all("record", [name for name, _ in fields], [child for _, child in fields], path)
         name = leaf_name(path)
         arrays[name] = x
@@ -147,15 +154,29 @@ def from_json(file: str, json: Any, path: Path = ()) -> Node:
     return Node(kind, None, keys, [from_json(file, x, (*path, step)) for step, x in zip(steps, children, strict=True)])
 
 
-def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:
+def walk(node: Node) -> Iterator[tuple[Path, Node]]:
     """This node and all below it, parents first."""
-    yield path, node
-    for key, child in zip(node.keys, node.children, strict=True):
-        yield from walk(child, (*path, str(key)))
+    waiting: list[tuple[Path, Node]] = [((), node)]
+    while waiting:
+        path, node = waiting.pop()
+        yield path, node
+        if node.children:
+            below = zip(node.keys, node.children, strict=True)
+            waiting += reversed([((*path, str(key)), child) for key, child in below])
 
 
 def leaves(node: Node) -> dict[str, Node]:
-    return {leaf_name(path): n for path, n in walk(node) if n.is_leaf}
+    """The leaves by `leaf_name`."""
+    found = {}
+
+    def visit(node, name):
+        if node.is_leaf:
+            found["~__metadata__" if name == "__metadata__" else name or ""] = node
+        for key, child in zip(node.keys, node.children, strict=True):
+            visit(child, _escaped(str(key)) if name is None else f"{name}/{_escaped(str(key))}")
+
+    visit(node, None)
+    return found
 
 
 def show(x: Any) -> str:
@@ -249,13 +270,11 @@ def nest(leaves: dict[Path, Node]) -> Node:
     return visit(root)
 
 
-def _fields(x: Any) -> list[tuple[str, Any]] | None:
-    """The children of a registered node by name; None for a leaf."""
+def _fields(x: Any) -> list[tuple[str, Any]]:
+    """The children of a registered node by name."""
     from jax.tree_util import keystr, tree_flatten_with_path
 
     pairs, _ = tree_flatten_with_path(x, is_leaf=lambda child: child is not x)
-    if len(pairs) == 1 and pairs[0][0] == ():
-        return None
     return [(keystr(path, simple=True), child) for path, child in pairs]
 
 
