@@ -301,8 +301,8 @@ def a_store_of_orbax_beside_the_training(folder, mesh, me):
     with Checkpoints(folder, keep=2, asynchronous=True, engine="orbax") as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, make_tree(mesh, step))
-        checkpoints.wait()
-        multihost_utils.sync_global_devices("all written")
+            assert checkpoints.steps()[-1] == step  # which waits until it is in place for all
+        multihost_utils.sync_global_devices("all deleted")
         assert checkpoints.steps() == [2, 3]
         found = checkpoints.latest(like=make_tree(mesh))
         assert found and found.step == 3

@@ -97,6 +97,8 @@ def start(
                 files.replace(target, header)
         finally:
             give_up()
+            if beside:  # so that it is in place for all when one of them has waited for it
+                _meet(folder)
 
     def give_up() -> None:
         held.close()
@@ -126,6 +128,15 @@ def _checkpointer(number: str) -> Any:
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
     waits = ocp.AsyncOptions(timeout_secs=TIMEOUT)
     return ocp.AsyncCheckpointer(handler, async_options=waits, multiprocessing_options=options)
+
+
+def _meet(name: str) -> None:
+    """Wait until all processes are here, in any thread."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() > 1:
+        ocp.multihost.sync_global_processes(name, processes=set(range(jax.process_count())), timeout=TIMEOUT)
 
 
 def _entry(file: str, t: Tensor, blocks: list[Any]) -> list[Any]:

@@ -97,16 +97,22 @@ def reserved(target: str, identity: str) -> Iterator[None]:
         files.discard(path, fd)
 
 
-def _is_reserved(target: str, identity: str) -> bool:
-    with contextlib.suppress(OSError):
-        fd = os.open(lock_path(target, identity), os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-    return False
+def _is_dead(target: str, identity: str) -> bool:
+    """Whether no living save has reserved this number; if so, none can any more."""
+    try:
+        fd = os.open(path := lock_path(target, identity), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)  # while it is locked: who has just made it sees that, and makes it again
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
@@ -273,7 +279,7 @@ def sweep(target: str) -> None:
     with contextlib.suppress(OSError, CheckpointError):  # a file that cannot be read keeps whatever is there
         found = [(entry, re.fullmatch(re.escape(name) + OUTSIDE, entry)) for entry in places.entries(folder)]
         saves = {match[1] for _, match in found if match}
-        dead = {identity for identity in saves if places.is_url(target) or not _is_reserved(target, identity)}
+        dead = {identity for identity in saves if places.is_url(target) or _is_dead(target, identity)}
         meant = _outside(target) if dead else None  # read now, since a save gives itself up after it is meant
         for entry, match in found:
             if match and match[1] in dead and (meant is None or match[1] != meant.id):
