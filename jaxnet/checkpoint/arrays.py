@@ -92,13 +92,13 @@ def as_stored(node: Node, x: jax.Array, dtype: np.dtype) -> jax.Array:
 
 def copy(x: jax.Array) -> jax.Array:
     """The same in other memory, where the host could share that of `x` and would see it change; else `x`."""
-    on_host = next(iter(x.sharding.device_set)).platform == "cpu"
+    on_host = next(iter(x.sharding.device_set)).platform == "cpu" or "host" in str(x.sharding.memory_kind)
     return _by_shard(x, lambda shard: shard) if on_host else x
 
 
 def _by_shard(x: jax.Array, change: Callable[[jax.Array], Any]) -> jax.Array:
     """A new array of the same shape and sharding, whose shards are changed one by one."""
-    shards = [jax.device_put(change(shard.data), shard.device, may_alias=False) for shard in x.addressable_shards]
+    shards = [jax.device_put(change(s.data), s.data.sharding, may_alias=False) for s in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
 
 

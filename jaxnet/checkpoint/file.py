@@ -76,7 +76,7 @@ def save(
 
     If an array lies on devices of several processes, all of them must call this with the same tree and a path that they
     share; each writes a part, `path` names the parts, and all raise if one fails. What is not spread is saved as process
-    0 has it.
+    0 has it. With Orbax all processes must always call it; it holds a second copy of the tree on the host.
     """
     prepare(path, tree, metadata, engine)()
 
@@ -216,7 +216,8 @@ def _load(
 
 
 def inspect(path: str | os.PathLike[str]) -> Info:
-    """What a file holds, from its header alone: as fast for 10 GB as for 10 kB, and for any safetensors file.
+    """What a file holds, from its header alone: as fast for 10 GB as for 10 kB, and for any safetensors file (of those at
+    a URL the whole object is fetched).
 
     Raises:
       CheckpointError: the header is damaged (the arrays' bytes are not read: `verify` does that).
@@ -229,8 +230,8 @@ def inspect(path: str | os.PathLike[str]) -> Info:
 def verify(path: str | os.PathLike[str]) -> Info:
     """Read a whole file, check its structure and all checksums, and return what `inspect` does.
 
-    Takes no more memory than a few MB (of Orbax's arrays a block), and needs neither JAX nor NumPy. The file of another
-    program has no checksums: there only the header and the file's length are checked.
+    Takes no more memory than a few MB and needs neither JAX nor NumPy (for Orbax's arrays a block, and TensorStore and
+    NumPy). The file of another program has no checksums: there only the header and the file's length are checked.
 
     Raises: as `load`.
     """
@@ -246,6 +247,8 @@ def check_engine(file: str, engine: str | None) -> None:
     if engine is None and places.is_url(file):
         text = "say engine='orbax' (in `fit`: give it a `Checkpoints` with that), or save to a file"
         raise ValueError(f"{file} is in an object store: {text}")
+    if places.is_url(file):
+        places.check_url(file)
 
 
 def replace(file: str, content: bytes) -> None:
@@ -266,11 +269,7 @@ def _replacing(file: str) -> Iterator[int]:
     target = os.path.realpath(file)  # through a symbolic link: the link stays, what it points to is replaced
     folder = os.path.dirname(target)
     make_folder(folder)
-    old = os.stat(target) if os.path.exists(target) else None
-    if old and stat.S_ISDIR(old.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, this is a folder: add a file name", file)
-    if old and not stat.S_ISREG(old.st_mode):
-        raise FileExistsError(errno.EEXIST, "this is neither a file nor a folder, and will not be replaced", file)
+    old = check_target(file, target)
     _sweep(folder)
     temporary, fd = _open_temporary(folder)
     try:
@@ -285,6 +284,16 @@ def _replacing(file: str) -> Iterator[int]:
         raise
     os.close(fd)
     sync_folder(folder)
+
+
+def check_target(file: str, target: str) -> os.stat_result | None:
+    """What is there, if anything is; OSError if it cannot be replaced."""
+    old = os.stat(target) if os.path.exists(target) else None
+    if old and stat.S_ISDIR(old.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, this is a folder: add a file name", file)
+    if old and not stat.S_ISREG(old.st_mode):
+        raise FileExistsError(errno.EEXIST, "this is neither a file nor a folder, and will not be replaced", file)
+    return old
 
 
 def _open_temporary(folder: str) -> tuple[str, int]:

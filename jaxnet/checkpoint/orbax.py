@@ -10,6 +10,7 @@ cannot be mistaken for each other, arrays without elements and types that it can
 
 import collections
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -17,7 +18,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -52,8 +53,8 @@ def start(
     import jax
 
     target, first, held = places.real(file), jax.process_index() == 0, contextlib.ExitStack()
-    if "[" in target:
-        text = "Orbax takes the '[' in the path for a pattern: use another name, or save without engine='orbax'"
+    if "[" in target or "**" in target:
+        text = "Orbax takes the '[' or '**' in the path for a pattern: use another name, or save without engine='orbax'"
         raise CheckpointError(file, None, text)
 
     def begin() -> Callable[[], None]:
@@ -61,8 +62,9 @@ def start(
         folder = orbax_path(target, number)
         with parts.together(file, held):
             if first and not places.is_url(target):
+                files.check_target(file, target)
                 held.enter_context(parts.reserved(target, number))
-            arrays = {t.name: _as_stored(nodes[t.name], leaves[t.name], t, first, beside) for t in tensors}
+            arrays = {t.name: _as_stored(file, nodes[t.name], leaves[t.name], t, beside) for t in tensors}
             sums = {t.name: _sums(t, arrays[t.name], first) for t in tensors}
         everyones = _gather(sums)
         with parts.together(file, held):
@@ -78,16 +80,20 @@ def start(
         blocks = {name: len(crcs) for name, *_, crcs in entries if name in arrays}
         checkpointer = _checkpointer(number)
         try:
-            if arrays:  # Orbax refuses a tree without any
-                checkpointer.save(folder, args=ocp.args.PyTreeSave(_nested(arrays)))
+            with _writing(folder), _one_at_a_time:
+                if arrays:  # Orbax refuses a tree without any
+                    checkpointer.save(folder, args=ocp.args.PyTreeSave(_nested(arrays)))
         except BaseException:
             checkpointer.close()
+            if first:
+                parts.undo(target, number)
             raise
-        return lambda: end(checkpointer, folder, header, blocks)
+        return lambda: end(checkpointer, number, header, blocks)
 
-    def end(checkpointer: Any, folder: str, header: bytes, blocks: dict[str, int]) -> None:
+    def end(checkpointer: Any, number: str, header: bytes, blocks: dict[str, int]) -> None:
+        folder = orbax_path(target, number)
         try:
-            with contextlib.closing(checkpointer):
+            with _writing(folder), contextlib.closing(checkpointer):
                 checkpointer.wait_until_finished()
             if first:
                 if blocks:
@@ -95,6 +101,10 @@ def start(
                 if blocks and not places.is_url(folder):
                     _sync(folder)
                 files.replace(target, header)
+        except BaseException:
+            if first:
+                parts.undo(target, number)
+            raise
         finally:
             give_up()
             if beside:  # so that it is in place for all when one of them has waited for it
@@ -121,11 +131,18 @@ def start(
 def _checkpointer(number: str) -> Any:
     """Orbax's, with barriers that end after a time and have names of their own: a failed save disturbs no later one."""
     import jax
+    import numpy as np
     import orbax.checkpoint as ocp
 
     processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
     options = ocp.options.MultiprocessingOptions(active_processes=processes, barrier_sync_key_prefix=number)
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),  # the blocks are those of one replica
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_compression=False, multiprocessing_options=options, type_handler_registry=registry
+    )
     waits = ocp.AsyncOptions(timeout_secs=TIMEOUT)
     return ocp.AsyncCheckpointer(handler, async_options=waits, multiprocessing_options=options)
 
@@ -146,7 +163,7 @@ def _entry(file: str, t: Tensor, blocks: list[Any]) -> list[Any]:
     return [t.name, t.code, t.shape, parts.grid(file, t, found), [crcs for _, _, crcs in blocks]]
 
 
-def _as_stored(node: Node, x: Any, t: Tensor, first: bool, beside: bool) -> Any:
+def _as_stored(file: str, node: Node, x: Any, t: Tensor, beside: bool) -> Any:
     """A leaf as Orbax shall write it: cut into blocks as it is on the devices, or an array of NumPy from the first process."""
     import jax
     import numpy as np
@@ -155,12 +172,18 @@ def _as_stored(node: Node, x: Any, t: Tensor, first: bool, beside: bool) -> Any:
 
     dtype = arrays.dtype_of("uint8" if t.code in BYTES else structure.DTYPES[t.code])
     everyones = jax.process_count() == 1 or parts.is_spread(x)  # what only one process can see, the first one writes
+    if parts.is_spread(x) and all(device.process_index for device in x.sharding.device_set):
+        raise CheckpointError(
+            file, t.name, "it has no part on process 0, which Orbax needs: save without engine='orbax'"
+        )
     if isinstance(x, jax.Array) and not x.sharding.is_fully_replicated and everyones:
         x = arrays.as_stored(node, x, dtype)
         return arrays.copy(x) if beside else x
-    if not first:
+    if jax.process_index():
         return np.broadcast_to(np.zeros((), dtype), t.shape)  # Orbax does not look at it
     raw = arrays.to_bytes(node, x)
+    if t.code == "BOOL":
+        raw = (raw != 0).view(np.uint8)  # TensorStore knows no other bytes for True than 1
     return (raw.copy() if beside else raw).view(dtype).reshape(t.shape)
 
 
@@ -245,8 +268,7 @@ def _sync(folder: str) -> None:
 
 
 def _database(folder: str) -> dict[str, Any]:
-    base = f"{folder}/" if places.is_url(folder) else {"driver": "file", "path": f"{folder}/"}
-    return {"driver": "ocdbt", "base": base}
+    return {"driver": "ocdbt", "base": places.base(folder)}
 
 
 def read_tensors(
@@ -304,7 +326,8 @@ def _open(file: str, folder: str, tensors: list[Tensor]) -> dict[str, Any]:
     for t in tensors:
         store = _database(folder) | {"path": ".".join(_keys(t.name)) + "/"}
         spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": "open"}  # the folder does not change
-        found[t.name] = tensorstore.open(spec, open=True, read=True, context=context)
+        with _readable(file, t.name, folder):
+            found[t.name] = tensorstore.open(spec, open=True, read=True, context=context)
     for t in tensors:
         with _readable(file, t.name, folder):
             array = found[t.name] = found[t.name].result()
@@ -317,13 +340,28 @@ def _open(file: str, folder: str, tensors: list[Tensor]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _readable(file: str, leaf: str | None, folder: str):
+def _readable(file: str, leaf: str | None, folder: str) -> Iterator[None]:
+    """TensorStore raises ValueError for damage, and for what passes."""
     try:
         yield
-    except Exception as e:  # TensorStore raises ValueError for damage, and others for what its stores report
+    except Exception as e:
+        if re.search("UNAVAILABLE|DEADLINE|ABORTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EX", str(e)):
+            raise OSError(errno.EIO, f"cannot be read now ({e})", folder) from e
         raise CheckpointError(file, leaf, f"{folder} cannot be read ({e}); {RESTORE}") from e
 
 
+@contextlib.contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Orbax and TensorStore raise errors of many types for a full disk."""
+    try:
+        yield
+    except (OSError, CheckpointError):
+        raise
+    except Exception as e:
+        raise OSError(errno.EIO, f"Orbax could not write: {type(e).__name__}: {e}", folder) from e
+
+
+_one_at_a_time = threading.Lock()  # two saves of Orbax that begin at once in two threads take each other's signals
 _threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
 

@@ -109,8 +109,8 @@ def _is_dead(target: str, identity: str) -> bool:
         return True
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
-        return True
+    except OSError:  # a file system without locks: perhaps it lives
+        return False
     finally:
         os.close(fd)
 
@@ -288,8 +288,18 @@ def sweep(target: str) -> None:
 
 
 def owners(folder: str) -> set[str]:
-    """The names of the files in a folder, there or not, that something outside of them belongs to."""
-    return {found[1] for entry in places.entries(folder) if (found := re.fullmatch(f"(.+?){OUTSIDE}", entry))}
+    """The names of the files in a folder, there or not, of which a save is under way or was killed."""
+    locks = (re.fullmatch(r"(.+)\.lock-[0-9a-f]{16}", entry) for entry in places.entries(folder))
+    return {found[1] for found in locks if found}
+
+
+def undo(target: str, identity: str) -> None:
+    """Remove all that a save has written, of which the file does not yet know."""
+    folder, name = os.path.split(target)
+    with contextlib.suppress(OSError):
+        for entry in places.entries(folder):
+            if (found := re.fullmatch(re.escape(name) + OUTSIDE, entry)) and found[1] == identity:
+                places.remove(os.path.join(folder, entry))
 
 
 def _outside(target: str) -> Parts | Orbax | None:
@@ -303,5 +313,8 @@ def _outside(target: str) -> Parts | Orbax | None:
 def remove(path: str) -> None:
     """Delete a checkpoint with all that is outside its file, the file first."""
     target = places.real(path)
+    with contextlib.suppress(OSError, CheckpointError):
+        if (outside := _outside(target)) and not places.is_url(target):  # so that what a kill leaves can be told
+            os.close(os.open(lock_path(target, outside.id), os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
     places.remove(target)
     sweep(target)

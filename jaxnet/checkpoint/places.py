@@ -1,6 +1,7 @@
 """Where checkpoints lie: in a file system, or at a URL of an object store (gs://, s3://), which needs the extra `orbax`.
 
-An object is there as a whole or not at all, and nothing has to be synced; otherwise a URL is used like a path.
+An object is there as a whole or not at all, and nothing has to be synced; otherwise a URL is used like a path. TensorStore
+asks the store each time, where other clients would remember what they have seen.
 """
 
 import contextlib
@@ -12,14 +13,24 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+DRIVERS = {"gs": "gcs", "s3": "s3"}
+
 
 def is_url(path: str) -> bool:
-    return re.match("[a-z0-9]+://", path) is not None
+    return re.match("[A-Za-z][A-Za-z0-9+.-]*:/", path) is not None  # also as pathlib writes it, with one slash
+
+
+def check_url(url: str) -> None:
+    """Raise ValueError for what is no name of an object or a folder."""
+    found = re.fullmatch("([a-z0-9]+)://([^/]+)((?:/[^/%?#*\\[]+)+)/?", url)
+    if not found or found[1] not in DRIVERS or {".", ".."} & {*found[3].split("/")}:
+        text = "must be gs://bucket/name or s3://bucket/name, without empty, '.' or '..' parts and %, ?, #, * and ["
+        raise ValueError(f"{url}: a URL {text}")
 
 
 def real(path: str) -> str:
     """The path behind symbolic links, absolute."""
-    return path if is_url(path) else os.path.realpath(path)
+    return path.rstrip("/") if is_url(path) else os.path.realpath(path)
 
 
 def absolute(path: str) -> str:
@@ -28,66 +39,81 @@ def absolute(path: str) -> str:
 
 def entries(folder: str) -> dict[str, bool]:
     """The names in a folder, and whether they are files; none if there is no folder."""
-    with contextlib.suppress(FileNotFoundError):
-        if is_url(folder):
-            with _as_os_errors(folder) as place:
-                return {entry.name: True for entry in place.iterdir()} if place.exists() else {}
-        with os.scandir(folder) as found:
-            return {entry.name: entry.is_file() for entry in found}
+    if is_url(folder):
+        with _as_os_errors(folder):
+            keys = [key.decode() for key in _store(folder).list().result()]
+        return {key.partition("/")[0]: "/" not in key for key in keys}
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
+        return {entry.name: entry.is_file() for entry in found}
     return {}
-
-
-def exists(path: str) -> bool:
-    if not is_url(path):
-        return os.path.exists(path)
-    with _as_os_errors(path) as place:
-        return place.exists()
 
 
 def remove(path: str) -> None:
     """Delete a file, or a folder with all that is in it; nothing if there is none."""
+    if is_url(path):
+        folder, _, name = path.rpartition("/")
+        with _as_os_errors(path):
+            from etils import epath
+
+            for key in map(bytes.decode, _store(folder).list().result()):
+                if key.partition("/")[0] == name:
+                    with contextlib.suppress(FileNotFoundError):
+                        epath.Path(f"{folder}/{key}").unlink()
+        return
     with contextlib.suppress(FileNotFoundError):
-        if is_url(path):
-            with _as_os_errors(path) as place:
-                place.rmtree() if place.is_dir() else place.unlink()
-        elif os.path.isdir(path) and not os.path.islink(path):
+        if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
         else:
             os.unlink(path)
 
 
 def fetch(url: str) -> bytes:
-    with _as_os_errors(url) as place:
-        return place.read_bytes()
+    folder, _, name = url.rpartition("/")
+    with _as_os_errors(url):
+        found = _store(folder).read(name).result()
+    if found.state != "value":
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+    return found.value
 
 
 def put(url: str, content: bytes) -> None:
-    with _as_os_errors(url) as place:
-        place.write_bytes(content)
+    folder, _, name = url.rpartition("/")
+    with _as_os_errors(url):
+        _store(folder).write(name, content).result()
 
 
 def check_writable(folder: str) -> None:
     """Make a folder and raise OSError if nothing can be written there."""
     if is_url(folder):
-        put(f"{folder}/.jaxnet-writable.tmp", b"")
+        put(f"{folder}/.jaxnet-writable.tmp", b"jaxnet")
         return remove(f"{folder}/.jaxnet-writable.tmp")
     os.makedirs(folder, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".jaxnet-", suffix=".tmp"):
         pass
 
 
+def base(folder: str) -> dict[str, Any]:
+    """A folder as TensorStore wants it."""
+    if not is_url(folder):
+        return {"driver": "file", "path": f"{folder}/"}
+    check_url(f"{folder}/x")
+    scheme, _, bucket, *path = folder.split("/")
+    return {"driver": DRIVERS[scheme[:-1]], "bucket": bucket, "path": "".join(f"{step}/" for step in path)}
+
+
+def _store(folder: str) -> Any:
+    import tensorstore
+
+    return tensorstore.KvStore.open(base(folder)).result()
+
+
 @contextlib.contextmanager
-def _as_os_errors(url: str) -> Iterator[Any]:
-    """Give what stands for a URL, and raise what its store reports as the OSError that a file system would raise."""
+def _as_os_errors(url: str) -> Iterator[None]:
+    """Raise what an object store reports as the OSError that a file system would raise."""
     try:
-        from etils import epath
+        yield
     except ImportError as e:
         raise ImportError(f"{url}: object stores need Orbax: pip install 'jaxnet[orbax]'") from e
-    try:
-        yield epath.Path(url)
-    except FileNotFoundError as e:  # some say another name
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from e
-    except (OSError, ImportError):
-        raise
-    except Exception as e:  # each store has its own
-        raise OSError(errno.EIO, f"the object store says {type(e).__name__}: {e}", url) from e
+    except Exception as e:
+        check_url(url)
+        raise OSError(errno.EIO, f"the object store says {e}", url) from e

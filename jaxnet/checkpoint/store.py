@@ -74,7 +74,6 @@ class Checkpoints:
             keep_best,
         )
         self.asynchronous, self.engine = asynchronous, engine
-        check_engine(self.folder, engine)
         self._bad: set[int] = set()  # steps whose files are known to be damaged, or were not written to the end
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -103,6 +102,7 @@ class Checkpoints:
             this one (then this one has not been tried). All earlier files are as they were.
         """
         self.wait()
+        check_engine(self.folder, self.engine)
         step, numbers = operator.index(step), self._numbers(metrics)
         if self._closed:
             raise ValueError(f"{self.folder}: this store has been closed; save inside its `with` block")
@@ -231,7 +231,8 @@ class Checkpoints:
             except FileNotFoundError:  # another process has deleted it meanwhile
                 continue
             except (CheckpointError, OSError) as e:
-                self._bad.add(step)
+                if isinstance(e, CheckpointError):  # else it may be readable at another time
+                    self._bad.add(step)
                 skipped[step] = str(e)
             else:
                 self._bad.discard(step)
