@@ -97,20 +97,26 @@ def reserved(target: str, identity: str) -> Iterator[None]:
         files.discard(path, fd)
 
 
-def _is_dead(target: str, identity: str) -> bool:
-    """Whether no living save has reserved this number; if so, none can any more."""
+@contextlib.contextmanager
+def _claimed(target: str, identity: str) -> Iterator[bool]:
+    """Give whether no living save has reserved this number; while this lasts, none can, and then its lock is gone."""
+    if places.is_url(target):
+        yield True
+        return
     try:
         fd = os.open(path := lock_path(target, identity), os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return True
+        yield True
+        return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)  # while it is locked: who has just made it sees that, and makes it again
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: perhaps it lives
-        return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # it lives, or the file system has no locks: perhaps it lives
+            yield False
+            return
+        yield True
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # while it is locked: who has just made it sees that, and makes it again
     finally:
         os.close(fd)
 
@@ -278,13 +284,19 @@ def sweep(target: str) -> None:
     folder, name = os.path.split(target)
     with contextlib.suppress(OSError, CheckpointError):  # a file that cannot be read keeps whatever is there
         found = [(entry, re.fullmatch(re.escape(name) + OUTSIDE, entry)) for entry in places.entries(folder)]
-        saves = {match[1] for _, match in found if match}
-        dead = {identity for identity in saves if places.is_url(target) or _is_dead(target, identity)}
-        meant = _outside(target) if dead else None  # read now, since a save gives itself up after it is meant
-        for entry, match in found:
-            if match and match[1] in dead and (meant is None or match[1] != meant.id):
-                with contextlib.suppress(OSError):
-                    places.remove(os.path.join(folder, entry))
+        for identity in {match[1] for _, match in found if match}:
+            with _claimed(target, identity) as dead:
+                meant = _outside(target)  # read now, since a save gives itself up after it is meant
+                if dead and (meant is None or meant.id != identity):
+                    _remove_all(folder, [entry for entry, match in found if match and match[1] == identity])
+
+
+def _remove_all(folder: str, names: Iterable[str]) -> None:
+    """Delete the files and folders of a save; the lock last and by others, so that what a kill leaves can be told."""
+    for name in names:
+        if not re.search(r"\.lock-[0-9a-f]{16}$", name):
+            with contextlib.suppress(OSError):
+                places.remove(os.path.join(folder, name))
 
 
 def owners(folder: str) -> set[str]:
@@ -297,9 +309,8 @@ def undo(target: str, identity: str) -> None:
     """Remove all that a save has written, of which the file does not yet know."""
     folder, name = os.path.split(target)
     with contextlib.suppress(OSError):
-        for entry in places.entries(folder):
-            if (found := re.fullmatch(re.escape(name) + OUTSIDE, entry)) and found[1] == identity:
-                places.remove(os.path.join(folder, entry))
+        found = [(entry, re.fullmatch(re.escape(name) + OUTSIDE, entry)) for entry in places.entries(folder)]
+        _remove_all(folder, [entry for entry, match in found if match and match[1] == identity])
 
 
 def _outside(target: str) -> Parts | Orbax | None:
