@@ -17,7 +17,8 @@ from linear_regression import NET, key0, regression
 
 from jaxnet.data import Windows, batches
 from jaxnet.train import NonFiniteError, TrainState, Weighted, balanced, fit, guarded, train_state, train_step
-from jaxnet.train.source import Prefetch, _from_json, _to_json, stacks_of_iterable
+from jaxnet.train.prefetch import Prefetch
+from jaxnet.train.source import _from_json, _to_json, stacks_of_iterable
 
 
 def squares(params, batch):
