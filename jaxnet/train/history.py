@@ -41,7 +41,7 @@ class History:
       records: all complete records.
       evaluations: the summaries that were evaluated, with what the evaluation gave.
       pending: the metrics of the steps since the last record, by name [steps].
-      sums: of the records since the last summary, by metric: [sum of value times weight, sum of weights].
+      sums, weight: of the records since the last summary: the sum of value times weight by metric, and the sum of weights.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class History:
         self.records: list[Record] = []
         self.evaluations: list[Record] = []
         self.pending: dict[str, np.ndarray] = {}
-        self.sums: dict[str, list[float]] = {}
+        self.sums: dict[str, float] = {}
+        self.weight = 0.0
         self.step, self.seconds, self.samples = 0, 0.0, 0.0
         # Where the last summary ended: its step, seconds, and the samples since then that are in records.
         self.since = {"step": 0, "seconds": 0.0, "samples": 0.0}
@@ -94,63 +95,64 @@ class History:
         return new
 
     def _complete(self, cut: bool) -> New:
-        record, summary = self.preview(), None
-        before = self.records[-1]["step"] if self.records else self.since["step"]
-        if cut or self.ends(int(before), self.step):
-            summary = self.summary()
-        self.records.append(record)
-        self._move_to_sums()
-        if summary is not None:
-            self.sums = {}
+        before = self.records[-1] if self.records else self.since
+        sums, weight = self._pending_sums()
+        record, summary = self._record(sums, weight, self.samples, self.seconds - before["seconds"]), None
+        self._join(sums, weight)
+        if cut or self.ends(int(before["step"]), self.step):
+            summary = self._record(self.sums, self.weight, self.since["samples"], self.seconds - self.since["seconds"])
+            self.sums, self.weight = {}, 0.0
             self.since = {"step": self.step, "seconds": self.seconds, "samples": 0.0}
+        self.records.append(record)
         return New(record, summary)
-
-    def preview(self) -> Record:
-        """What a record would say that ended now."""
-        means = {name: total / weight if weight else math.nan for name, (total, weight) in self._totals().items()}
-        before = self.records[-1]["seconds"] if self.records else 0.0
-        return self._record(means, self.samples, self.seconds - before)
 
     def summary(self) -> Record:
         """The means since the last summary, over whole records and what is pending."""
-        means = {}
-        for name, (total, weight) in self._joined().items():
-            means[name] = total / weight if weight else math.nan
-        return self._record(means, self.since["samples"] + self.samples, self.seconds - self.since["seconds"])
+        sums, weight = self._pending_sums()
+        sums = {name: self.sums.get(name, 0.0) + x for name, x in (sums or dict.fromkeys(self.sums, 0.0)).items()}
+        samples, seconds = self.since["samples"] + self.samples, self.seconds - self.since["seconds"]
+        return self._record(sums, self.weight + weight, samples, seconds)
 
-    def _record(self, means: Mapping[str, float], samples: float, seconds: float) -> Record:
-        record: Record = {"step": self.step, "epoch": self.epoch(self.step)}
-        record |= dict(sorted(means.items(), key=lambda item: item[0] != "loss"))
-        return record | {"samples_per_second": samples / max(seconds, 1e-9), "seconds": self.seconds}
+    def _pending_sums(self) -> tuple[dict[str, float], float]:
+        """Of what is pending: the sum of value times weight by metric, and the sum of the weights.
 
-    def _totals(self) -> dict[str, list[float]]:
-        """Of what is pending, by metric: the sum of value times weight, and the sum of the weights."""
-        values = self.pending.copy()
-        skipped, weights = values.get("skipped"), values.pop("weight", None)
-        if skipped is not None:
-            weights = np.where(skipped > 0, 0.0, 1.0 if weights is None else weights)
-        totals = {name: _total(x, weights) for name, x in values.items()}
-        if skipped is not None:
-            # Skipped steps are counted, and have no mean.
-            totals["skipped"] = [float(skipped.sum()), 1.0]
-        return totals
+        A value without weight does not count, even if it is NaN. Skipped steps have no weight; they are counted.
+        """
+        values, n = self.pending, float(next(map(len, self.pending.values()), 0))
+        if "weight" not in values and "skipped" not in values:
+            return {name: float(np.add.reduce(x)) for name, x in values.items()}, n
+        values = values.copy()
+        weights = values.pop("weight", np.ones(int(n)))
+        skipped = values.get("skipped", np.zeros(int(n)))
+        weights = np.where(skipped > 0, 0.0, weights)
+        sums = {name: float((np.where(weights > 0, x, 0.0) * weights).sum()) for name, x in values.items()}
+        if "skipped" in values:
+            sums["skipped"] = float(skipped.sum())
+        return sums, float(weights.sum())
 
-    def _joined(self) -> dict[str, list[float]]:
-        joined = {name: list(pair) for name, pair in self.sums.items()}
-        for name, (total, weight) in self._totals().items():
-            before = joined.setdefault(name, [0.0, 0.0])
-            before[0] += total if weight else 0.0
-            before[1] = 1.0 if name == "skipped" else before[1] + weight
-        return joined
-
-    def _move_to_sums(self) -> None:
-        self.sums = self._joined()
+    def _join(self, sums: Mapping[str, float], weight: float) -> None:
+        """Put what was pending among the sums."""
+        for name, x in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + x
+        self.weight += weight
         self.since["samples"] += self.samples
         self.pending, self.samples = {}, 0.0
 
+    def _record(self, sums: Mapping[str, float], weight: float, samples: float, seconds: float) -> Record:
+        record: Record = {"step": self.step, "epoch": self.epoch(self.step)}
+        if "loss" in sums:
+            record["loss"] = math.nan
+        for name, x in sums.items():
+            record[name] = x / weight if weight else math.nan
+        if "skipped" in sums:
+            record["skipped"] = sums["skipped"]
+        record["samples_per_second"] = samples / max(seconds, 1e-9)
+        record["seconds"] = self.seconds
+        return record
+
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """All of it, to be saved: (plain numbers, lists and dicts; a tree of arrays, for what grows)."""
-        numbers = {name: getattr(self, name) for name in ("step", "seconds", "samples", "sums", "since")}
+        numbers = {name: getattr(self, name) for name in ("step", "seconds", "samples", "sums", "weight", "since")}
         arrays = {
             "records": columns_of(self.records),
             "evaluations": columns_of(self.evaluations),
@@ -169,15 +171,8 @@ class History:
             self.records, self.evaluations = records_of(arrays["records"]), records_of(arrays["evaluations"])
             pending = arrays["pending"]
         self.pending = {name: np.asarray(values, np.float64) for name, values in pending.items()}
-        self.sums = {name: list(pair) for name, pair in numbers.get("sums", {}).items()}
+        self.sums, self.weight = dict(numbers.get("sums", {})), numbers.get("weight", 0.0)
         self.since = dict(numbers.get("since", {"step": self.step, "seconds": self.seconds, "samples": 0.0}))
-
-
-def _total(x: np.ndarray, weights: np.ndarray | None) -> list[float]:
-    """[sum of value times weight, sum of weights]. A value without weight does not count, even if it is NaN."""
-    if weights is None:
-        return [float(np.add.reduce(x)), float(len(x))]
-    return [float((np.where(weights > 0, x, 0.0) * weights).sum()), float(weights.sum())]
 
 
 def columns_of(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:

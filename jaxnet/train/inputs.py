@@ -117,7 +117,7 @@ def check_evaluation(values: Any, best: str | None) -> Mapping[str, Any]:
         if np.ndim(value) if not hasattr(value, "ndim") else value.ndim:
             raise ValueError(f"fit: what evaluate returns as '{name}' must be a number, got shape {np.shape(value)}")
         dtype = getattr(value, "dtype", None) or np.result_type(type(value))
-        if not (jax.numpy.issubdtype(dtype, np.number) or dtype == bool):
+        if not (jax.numpy.issubdtype(dtype, np.number) or jax.numpy.issubdtype(dtype, np.bool_)):
             raise TypeError(f"fit: what evaluate returns as '{name}' must be a number, got {_describe(value)}")
     if best is not None and (name := best_of(best)[0]) not in values:
         raise KeyError(f"fit: best={best!r}, but `evaluate` returns {sorted(values)}")
@@ -144,8 +144,8 @@ def _check_lists(path: str, data: Any) -> None:
     if isinstance(data, list) and data:
         if all(isinstance(x, tuple | dict) and len(x) == len(data[0]) for x in data) and len(data) > 1:
             raise TypeError(
-                f"fit: the data{where} is a list of {len(data)} examples, each {_describe(data[0])}; fit takes one array per part: "
-                "tuple(np.stack(part) for part in zip(*data))"
+                f"fit: the data{where} is a list of {len(data)} examples, each {_describe(data[0])}; fit takes one array "
+                "per part: tuple(np.stack(part) for part in zip(*data))"
             )
         if all(np.ndim(x) == 0 for x in data if not isinstance(x, list | tuple | dict)) and not isinstance(
             data[0], list | tuple | dict

@@ -45,20 +45,16 @@ class Programs:
         self.metrics: tuple[str, ...] | None = None
         self.digest: str | None = None
         self.expected: str | None = None
-        self._programs: dict[Any, Callable] = {}
+        self._programs: dict[Any, tuple[Callable, Mapping[str, str]]] = {}
         self._spec: Mapping[str, str] = {}
 
-    def __contains__(self, kind: Any) -> bool:
-        return kind in self._programs
-
-    def kind(self, size: int, inputs: tuple) -> Any:
-        """What a program is made for: batches of another kind need another one."""
-        return (size, jax.tree.structure(inputs), *self.feed.spec(inputs).values())
-
-    def get(self, size: int, inputs: tuple) -> Callable:
-        """The program for such inputs, which has been compiled before."""
-        self._spec = self.feed.spec(inputs)
-        return self._programs[self.kind(size, inputs)]
+    def get(self, size: int, inputs: tuple) -> Callable | None:
+        """The program for such inputs; None if it has not been compiled yet."""
+        found = self._programs.get(_kind(size, inputs))
+        if found is None:
+            return None
+        program, self._spec = found
+        return program
 
     def trace(self, size: int, inputs: tuple, train_state: TrainState, good: Any) -> Any:
         """Trace the loop over the step. Raises what is wrong with the step, before anything runs."""
@@ -72,16 +68,21 @@ class Programs:
 
     def compile(self, size: int, inputs: tuple, traced: Any, seconds: float) -> str:
         """Compile what has been traced in so many seconds; returns the line to show."""
-        start = time.perf_counter()
-        self._programs[self.kind(size, inputs)] = traced.lower().compile()
+        start, spec = time.perf_counter(), self.feed.spec(inputs)
+        self._programs[_kind(size, inputs)] = traced.lower().compile(), spec
         seconds, why = seconds + time.perf_counter() - start, ""
-        spec = self.feed.spec(inputs)
         if self.compiled:
             changed = [f"'{p}' from {self._spec.get(p)} to {x}" for p, x in spec.items() if self._spec.get(p) != x]
             why = f": the batch changed, {', '.join(changed[:3]) or 'in structure'}"
         self._spec = spec
         self.compiled.append(f"compiled in {seconds:.1f} s{why}")
         return self.compiled[-1]
+
+
+def _kind(size: int, inputs: tuple) -> Any:
+    """What a program is made for: batches of another kind need another one."""
+    leaves, structure = jax.tree.flatten(inputs)
+    return (size, structure, *[(leaf.shape, leaf.dtype) for leaf in leaves])
 
 
 def _shardings(train_state: TrainState) -> Any:

@@ -142,11 +142,11 @@ class Run:
 
     def _train(self, stack: source.Stack, done: int, n: int, show: Progress) -> None:
         """Send n steps to the device, and take in what the call before has returned."""
-        if self.programs.kind(stack.size, stack.inputs) not in self.programs:
+        program, first = self.programs.get(stack.size, stack.inputs), self.feed.first(done)
+        if program is None:
             self._receive_pending(show)
             with self.clock.excluded():
-                self._prepare(stack, show)
-        program, first = self.programs.get(stack.size, stack.inputs), self.feed.first(done)
+                program = self._prepare(stack, show)
         if not self.started:
             self.clock.lap()
         self.current, self.good, *outputs = program(
@@ -158,7 +158,7 @@ class Run:
         if waiting is not None:
             self._receive(waiting, show)
 
-    def _prepare(self, stack: source.Stack, show: Progress) -> None:
+    def _prepare(self, stack: source.Stack, show: Progress) -> Callable:
         """Compile the program for such a stack; before the first one, check what can be checked."""
         begin = time.perf_counter()
         with show.busy("compiling"):
@@ -170,6 +170,9 @@ class Run:
         show.note(line)
         if not self.started and self.programs.expected not in (None, self.programs.digest):
             show.note("the step is not that of the run before: another learning rate, loss or network")
+        program = self.programs.get(stack.size, stack.inputs)
+        assert program is not None
+        return program
 
     def _check(self) -> None:
         evaluate, best, stop, _ = self.looks
