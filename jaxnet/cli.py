@@ -284,6 +284,7 @@ def _as_json(info: "Info", statistics: "dict[str, Statistics | None] | None") ->
 
 
 def _as_text(info: "Info", statistics: "dict[str, Statistics | None] | None") -> str:
+    from jaxnet.checkpoint.runs import about_run
     from jaxnet.checkpoint.structure import show
 
     ours = f"jaxnet checkpoint, format {info.version}"
@@ -306,8 +307,11 @@ def _as_text(info: "Info", statistics: "dict[str, Statistics | None] | None") ->
     if info.scalars:
         values = [(path, type(x).__name__, _cut(show(x))) for path, x in info.scalars.items()]
         parts.append(_table(("path", "type", "value"), values))
-    if info.metadata:
-        parts.append(f"metadata: {json.dumps(info.metadata, indent=2, ensure_ascii=False)}")
+    if about := about_run(info):
+        parts.append(about)
+    metadata = {key: x for key, x in info.metadata.items() if key != "fit" or about is None}
+    if metadata:
+        parts.append(f"metadata: {json.dumps(metadata, indent=2, ensure_ascii=False)}")
     return "\n\n".join(parts)
 
 

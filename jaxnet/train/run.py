@@ -111,7 +111,6 @@ class Run:
             while first < stack.n and not self.stopped and not flag.name:
                 n = min(stack.n - first, stack.size, self.pace)
                 self._train(stack, first, n, show)
-                flag.idle = False
                 first, ahead = first + n, ahead + n
                 looking = (stack.end and first == stack.n) or ahead == self.schedule.next_look(ahead - 1)
                 due = saves.due(ahead, looking, looking and self.looks.evaluate is not None)
