@@ -151,6 +151,7 @@ def fit(
     looks = Looks(evaluate, best, stop, list(callbacks))
     keeper = Keeper(checkpoint)
     keeper.check()
+    check_finite = check_finite or _debugging()
     with ordinary():
         feed = _feed(train_state, data, batch_size, epochs, steps, order, drop_last, digest=bool(keeper))
         inputs.check_length(feed.total)
@@ -158,7 +159,7 @@ def fit(
         every = sizes["record_every"] or default_record_every(feed.epoch_steps, feed.total)
         cut_epochs = record_every is None and (feed.epoch_steps or 0) >= every
         schedule = Schedule(feed.total, feed.epoch_steps, every, evaluate_every, cut_epochs, stop is not None)
-        programs = Programs(step, feed, check_finite or _debugging(), digests=bool(keeper))
+        programs = Programs(step, feed, check_finite, digests=bool(keeper))
         run = Run(train_state, feed, programs, looks, schedule, keeper)
         found = keeper.newest(saved.template_of(run))
         notes = [] if found is None else saved.restore(run, found)

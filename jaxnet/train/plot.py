@@ -82,9 +82,14 @@ def _set_values(axes: Any, values: Sequence[float], *, logarithmic: bool) -> Non
         axes.set_yscale("log")
         decades = math.log10(max(values) / min(values))
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: _plain(x)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         return
     plain = ScalarFormatter(useOffset=False)
     plain.set_scientific(bool(values) and not 1e-4 <= max(map(abs, values), default=1) < 1e6)
     axes.yaxis.set_major_formatter(plain)
+
+
+def _plain(x: float) -> str:
+    """A number without a power of ten, unless it is very small or very large."""
+    return f"{x:.6f}".rstrip("0").rstrip(".") if 1e-6 <= abs(x) < 1e6 else f"{x:g}"

@@ -151,8 +151,9 @@ class Progress:
         text = _cut(_printable(text, stream), columns - 1)
         # A terminal that has been made narrower shows the last line on several rows.
         rows = (self.width - 1) // columns if self.width else 0
-        back = f"\x1b[{rows}A\r\x1b[J" if rows else "\r"
-        pad = " " * (0 if rows else max(0, self.width - _width(text)))
+        up, narrower = f"\x1b[{rows}A" if rows else "", self.width >= columns
+        back = f"{up}\r\x1b[J" if narrower else "\r"
+        pad = " " * (0 if narrower else max(0, self.width - _width(text)))
         stream.write(back + text + pad + ("\n" if newline else ""))
         stream.flush()
         # The padding wraps too, if the terminal is made narrower.

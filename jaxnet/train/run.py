@@ -224,14 +224,17 @@ class Run:
         return step % every == 0 if every else end or step == self.feed.total
 
     def _tell(self, new: Sequence[New], show: Progress) -> None:
+        evaluated = self.history.evaluations[-1] if self.history.evaluations else None
+        if evaluated is not None and evaluated["step"] != self.history.step:
+            evaluated = None
         for record, summary in new:
             if summary is not None:
-                evaluated = self.history.evaluations[-1:] == [summary]
-                show(summary, evaluated=evaluated, last=record is new[-1].record)
+                show(summary, evaluated=summary is evaluated, last=record is new[-1].record)
             for callback in self.looks.callbacks:
                 callback(dict(record))
         if not new or new[-1].summary is None:
-            show(self.history.summary(), partial=self.history.step != self.feed.total)
+            ended = self.history.step == self.feed.total
+            show(evaluated or self.history.summary(), partial=not ended, evaluated=evaluated is not None)
         if new:
             self._ask_to_stop()
 
@@ -248,7 +251,8 @@ class Run:
         values = {name: float(value) for name, value in evaluated.items()}
         inputs.check_names(new.record, values, None, None)
         new.record.update(values)
-        summary = new.record if new.summary is None else new.summary
+        # At the end of a run in the middle of an epoch: the means go on if the run is prolonged.
+        summary = self.history.summary() if new.summary is None else new.summary
         summary.update(values)
         self.history.evaluations.append(summary)
         if (name := getattr(self.looks.stop, "metric", None)) and name not in new.record:
