@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
+from jaxnet.train.batch import Uneven
 from jaxnet.train.step import TrainState
 
 __all__ = ["NonFiniteError", "explain"]
@@ -38,6 +39,7 @@ def explain(step: Callable, train_state: TrainState, batches: Iterable[Callable]
     one, first = jax.jit(step), int(train_state.step)
     for batch_of in batches:
         batch = batch_of(train_state)
+        batch = batch.true() if isinstance(batch, Uneven) else batch
         new, metrics = one(train_state, batch)
         loss = metrics.get("loss", jnp.float32(0))
         lost = _lost((new.params, new.state, new.opt), (train_state.params, train_state.state, train_state.opt))

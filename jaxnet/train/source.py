@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib
 import queue
 import threading
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
+from jaxnet.train.batch import Uneven, check_weights
 from jaxnet.train.loop import planned
-from jaxnet.train.step import weighted
 
 __all__ = ["Stack", "is_lazy", "on_device", "stacks_of_iterable", "stacks_of_rows"]
 
@@ -44,16 +45,30 @@ class Stack(NamedTuple):
 
 
 def is_lazy(leaf: Any) -> bool:
-    """Whether an array is to be read row by row instead of being put on the device: a memory map, or what only looks so."""
+    """Tell whether an array is read row by row instead of being put on the device.
+
+    These are memory maps, and whatever has `shape`, `dtype` and `array[rows]` but no way to hand over its numbers as a
+    whole: datasets of h5py and zarr, `jaxnet.data.Windows`. Series, frames and tensors of other libraries are in memory:
+    they are copied by position, since their `[]` may look rows up by a label.
+    """
     if isinstance(leaf, np.memmap):
         return True
-    plain = isinstance(leaf, np.ndarray | np.generic | jax.Array | int | float | bool | list)
-    return not plain and all(hasattr(leaf, name) for name in ("shape", "dtype", "__getitem__"))
+    if isinstance(leaf, np.ndarray | np.generic | jax.Array | int | float | bool | list):
+        return False
+    in_memory = any(hasattr(leaf, name) for name in ("to_numpy", "numpy", "__dlpack__", "toarray"))
+    return not in_memory and all(hasattr(leaf, name) for name in ("shape", "dtype", "__getitem__"))
 
 
 def on_device(data: Any) -> Any:
-    """The tree as arrays on the device. Raises ValueError for an integer that JAX's 32 bits cannot hold."""
-    return tree.map_with_path(lambda path, leaf: jnp.asarray(_fitting(path, leaf)), data)
+    """Put a tree on the device, whatever library its arrays are from, by position.
+
+    Raises:
+      ValueError: an integer that JAX's 32 bits cannot hold, or weights that have no meaning.
+      TypeError: something that is not an array of numbers.
+    """
+    data = tree.map_with_path(_fitting, data)
+    check_weights(data)
+    return jax.tree.map(jnp.asarray, data)
 
 
 def plan_size(batch_size: int) -> int:
@@ -77,21 +92,41 @@ def stacks_of_rows(
     plan_from = jax.jit(lambda key, step: planned(At(key, step), n, size, **batching))  # pyright: ignore[reportArgumentType]
     while step < total:
         count = min(size, next_cut(step) - step)
-        plan = plan_from(key, jnp.int32(step))
-        plan = (
-            np.broadcast_to(np.arange(n, dtype=np.int32), (size, n)) if plan is None else jax.tree.map(np.asarray, plan)
-        )
-        rows, weights = plan if isinstance(plan, tuple) else (plan, None)
+        plan = jax.tree.map(np.asarray, plan_from(key, jnp.int32(step)))
+        if plan is None:
+            plan = np.broadcast_to(np.arange(n, dtype=np.int32), (size, n))
+        rows = plan.batch if isinstance(plan, Uneven) else plan
+        if rows[:count].min() < 0 or rows[:count].max() >= n:
+            raise ValueError(
+                f"order: rows must be within 0 .. {n - 1}, got {rows[:count].min()} .. {rows[:count].max()}"
+            )
 
         def read(path, leaf, rows=rows[:count], count=count):
-            values = _fitting(path, leaf[rows.reshape(-1)])
+            values = _fitting(path, _rows_of(path, leaf, rows.reshape(-1)))
             out = np.zeros((size, *rows.shape[1:], *values.shape[1:]), values.dtype)
             out[:count] = values.reshape(*rows.shape, *values.shape[1:])
             return out
 
-        batch = weighted(tree.map_with_path(read, data), weights)
-        yield Stack((jax.device_put(batch),), size, count, count * batching["batch_size"], {}, {}, False)
+        batch, samples = tree.map_with_path(read, data), count * batching["batch_size"]
+        if isinstance(plan, Uneven):
+            batch = Uneven(batch, plan.last, plan.rest)
+            samples -= int(plan.last[:count].sum()) * (batching["batch_size"] - plan.rest)
+        yield Stack((jax.device_put(batch),), size, count, samples, {}, {}, False)
         step += count
+
+
+def _rows_of(path: str, leaf: Any, rows: np.ndarray) -> np.ndarray:
+    """Some rows of an array that is read lazily, in any order and with repetitions, read in increasing order."""
+    wanted, inverse = np.unique(rows, return_inverse=True)
+    values = leaf.oindex[wanted] if hasattr(leaf, "oindex") else leaf[wanted]
+    if isinstance(values, list | tuple) or not hasattr(values, "shape"):
+        values = np.asarray(values)
+    if tuple(values.shape) != (len(wanted), *leaf.shape[1:]):
+        raise TypeError(
+            f"data: '{path}', a {type(leaf).__name__}, gives {list(values.shape)} for {len(wanted)} rows, not "
+            f"{[len(wanted), *leaf.shape[1:]]}; pass an array whose `array[rows]` gives these rows, or np.asarray of it"
+        )
+    return np.asarray(values)[inverse]
 
 
 def stacks_of_iterable(
@@ -235,7 +270,7 @@ def _fitting(path: str, leaf: Any) -> Any:
     """The leaf as JAX will hold it, with 64-bit integers checked before they are cut to 32."""
     if isinstance(leaf, jax.Array):
         return leaf
-    array = np.asarray(leaf)
+    array = _as_numpy(path, leaf)
     if array.dtype.kind not in "biufcV":
         raise TypeError(f"data: '{path}' must hold numbers, got {array.dtype}; encode it first")
     wanted = jax.dtypes.canonicalize_dtype(array.dtype)
@@ -248,6 +283,24 @@ def _fitting(path: str, leaf: Any) -> Any:
                 "use smaller numbers, or set jax_enable_x64"
             )
     return array.astype(wanted, copy=False)
+
+
+def _as_numpy(path: str, leaf: Any) -> np.ndarray:
+    """The numbers of an array of any library, by position."""
+    if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
+        raise TypeError(f"data: '{path}' has masked entries, which JAX would read; fill them, or give them weight 0")
+    if hasattr(leaf, "toarray"):
+        raise TypeError(f"data: '{path}' is a sparse {type(leaf).__name__}; make it dense, with .toarray()")
+    try:
+        return np.asarray(leaf)
+    except Exception as error:
+        if hasattr(leaf, "__dlpack__"):  # a dtype that NumPy lacks, such as bfloat16
+            with contextlib.suppress(Exception):
+                return np.asarray(jax.dlpack.from_dlpack(leaf))
+        raise TypeError(
+            f"data: '{path}', a {type(leaf).__name__}, cannot be read as a NumPy array ({error}); convert it first, a "
+            "tensor of PyTorch with .detach().cpu().numpy()"
+        ) from error
 
 
 def _begun(data: Any, passes: int, state: Any, skip: int) -> Iterator:
