@@ -17,7 +17,8 @@ from linear_regression import NET, key0, regression
 
 from jaxnet.data import Windows, batches
 from jaxnet.train import NonFiniteError, TrainState, Weighted, balanced, fit, guarded, train_state, train_step
-from jaxnet.train.source import Prefetch, _from_json, _to_json, stacks_of_iterable
+from jaxnet.train.iterator_state import from_json, to_json
+from jaxnet.train.source import Prefetch, stacks_of_iterable
 
 
 def squares(params, batch):
@@ -315,11 +316,11 @@ def test_an_iterable_goes_on_where_it_stood(source, stack, stop, tmp_path, monke
 
 def test_the_states_of_iterators_survive_json():
     state = {"a": (1, 2.5, None, "x"), 3: [True, b"\x00\xff"], "rng": np.arange(6, dtype=np.uint8).reshape(2, 3)}
-    again = _from_json(json.loads(json.dumps(_to_json(state))))
+    again = from_json(json.loads(json.dumps(to_json(state))))
     np.testing.assert_array_equal(again.pop("rng"), state.pop("rng"))
     assert again == state
     with pytest.raises(TypeError, match="the iterator's state holds a object, which a checkpoint cannot keep"):
-        _to_json([object()])
+        to_json([object()])
 
 
 def test_torch_tensors_are_batches_as_well():

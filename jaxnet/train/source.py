@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import importlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
-from jaxnet.train.batch import Uneven, check_weights
+from jaxnet.train.arrays import fitting, is_lazy, on_device, rows_of
+from jaxnet.train.batch import Uneven
+from jaxnet.train.iterator_state import from_json, to_json
 from jaxnet.train.loop import planned
 
 __all__ = ["Stack", "is_lazy", "on_device", "stacks_of_iterable", "stacks_of_rows"]
@@ -42,33 +41,6 @@ class Stack(NamedTuple):
     before: dict[str, Any]
     after: dict[str, Any]
     end: bool
-
-
-def is_lazy(leaf: Any) -> bool:
-    """Tell whether an array is read row by row instead of being put on the device.
-
-    These are memory maps, and whatever has `shape`, `dtype` and `array[rows]` but no way to hand over its numbers as a
-    whole: datasets of h5py and zarr, `jaxnet.data.Windows`. Series, frames and tensors of other libraries are in memory:
-    they are copied by position, since their `[]` may look rows up by a label.
-    """
-    if isinstance(leaf, np.memmap):
-        return True
-    if isinstance(leaf, np.ndarray | np.generic | jax.Array | int | float | bool | list):
-        return False
-    in_memory = any(hasattr(leaf, name) for name in ("to_numpy", "numpy", "__dlpack__", "toarray"))
-    return not in_memory and all(hasattr(leaf, name) for name in ("shape", "dtype", "__getitem__"))
-
-
-def on_device(data: Any) -> Any:
-    """Put a tree on the device, whatever library its arrays are from, by position.
-
-    Raises:
-      ValueError: an integer that JAX's 32 bits cannot hold, or weights that have no meaning.
-      TypeError: something that is not an array of numbers.
-    """
-    data = tree.map_with_path(_fitting, data)
-    check_weights(data)
-    return jax.tree.map(jnp.asarray, data)
 
 
 def plan_size(batch_size: int) -> int:
@@ -102,7 +74,7 @@ def stacks_of_rows(
             )
 
         def read(path, leaf, rows=rows[:count], count=count):
-            values = _fitting(path, _rows_of(path, leaf, rows.reshape(-1)))
+            values = fitting(path, rows_of(path, leaf, rows.reshape(-1)))
             out = np.zeros((size, *rows.shape[1:], *values.shape[1:]), values.dtype)
             out[:count] = values.reshape(*rows.shape, *values.shape[1:])
             return out
@@ -113,20 +85,6 @@ def stacks_of_rows(
             samples -= int(plan.last[:count].sum()) * (batching["batch_size"] - plan.rest)
         yield Stack((jax.device_put(batch),), size, count, samples, {}, {}, False)
         step += count
-
-
-def _rows_of(path: str, leaf: Any, rows: np.ndarray) -> np.ndarray:
-    """Some rows of an array that is read lazily, in any order and with repetitions, read in increasing order."""
-    wanted, inverse = np.unique(rows, return_inverse=True)
-    values = leaf.oindex[wanted] if hasattr(leaf, "oindex") else leaf[wanted]
-    if isinstance(values, list | tuple) or not hasattr(values, "shape"):
-        values = np.asarray(values)
-    if tuple(values.shape) != (len(wanted), *leaf.shape[1:]):
-        raise TypeError(
-            f"data: '{path}', a {type(leaf).__name__}, gives {list(values.shape)} for {len(wanted)} rows, not "
-            f"{[len(wanted), *leaf.shape[1:]]}; pass an array whose `array[rows]` gives these rows, or np.asarray of it"
-        )
-    return np.asarray(values)[inverse]
 
 
 def stacks_of_iterable(
@@ -242,7 +200,7 @@ def _stacked(batches: list, size: int, before: dict, after: dict) -> Stack:
             out[i] = leaf
         return out
 
-    fitting = [tree.map_with_path(_fitting, batch) for batch in batches]
+    fitting = [tree.map_with_path(fitting, batch) for batch in batches]
     inputs = jax.device_put(jax.tree.map(stack, *fitting))
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(fitting[0])]
     samples = max((shape[0] for shape in shapes if shape), default=1)
@@ -266,47 +224,10 @@ def _stack_size(batch_bytes: int) -> int:
     return int(np.clip(STACK // max(batch_bytes, 1), 1, 64))
 
 
-def _fitting(path: str, leaf: Any) -> Any:
-    """The leaf as JAX will hold it, with 64-bit integers checked before they are cut to 32."""
-    if isinstance(leaf, jax.Array):
-        return leaf
-    array = _as_numpy(path, leaf)
-    if array.dtype.kind not in "biufcV":
-        raise TypeError(f"data: '{path}' must hold numbers, got {array.dtype}; encode it first")
-    wanted = jax.dtypes.canonicalize_dtype(array.dtype)
-    if array.dtype.kind in "iu" and wanted != array.dtype and array.size:
-        low, high, info = array.min(), array.max(), np.iinfo(wanted)
-        if low < info.min or high > info.max:
-            worst = low if low < info.min else high
-            raise ValueError(
-                f"data: '{path}' holds {worst}, which {array.dtype} can and {wanted} cannot; JAX would wrap it around: "
-                "use smaller numbers, or set jax_enable_x64"
-            )
-    return array.astype(wanted, copy=False)
-
-
-def _as_numpy(path: str, leaf: Any) -> np.ndarray:
-    """The numbers of an array of any library, by position."""
-    if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
-        raise TypeError(f"data: '{path}' has masked entries, which JAX would read; fill them, or give them weight 0")
-    if hasattr(leaf, "toarray"):
-        raise TypeError(f"data: '{path}' is a sparse {type(leaf).__name__}; make it dense, with .toarray()")
-    try:
-        return np.asarray(leaf)
-    except Exception as error:
-        if hasattr(leaf, "__dlpack__"):  # a dtype that NumPy lacks, such as bfloat16
-            with contextlib.suppress(Exception):
-                return np.asarray(jax.dlpack.from_dlpack(leaf))
-        raise TypeError(
-            f"data: '{path}', a {type(leaf).__name__}, cannot be read as a NumPy array ({error}); convert it first, a "
-            "tensor of PyTorch with .detach().cpu().numpy()"
-        ) from error
-
-
 def _begun(data: Any, passes: int, state: Any, skip: int) -> Iterator:
     """The iterator of a pass, taken to a position in it."""
     if state is not None:
-        state = _from_json(state)
+        state = from_json(state)
         if hasattr(data, "load_state_dict"):
             data.load_state_dict(state)
     iterable: Any = data(passes) if callable(data) else data
@@ -327,43 +248,4 @@ def _state_of(data: Any, batches: Any) -> Any:
         state = batches.get_state()
     else:
         return None
-    return _to_json(state)
-
-
-def _to_json(x: Any) -> Any:
-    """What iterators keep in their states, as JSON can hold it; what JSON cannot is an object with one entry, its kind."""
-    if x is None or isinstance(x, bool | int | float | str):
-        return x
-    if isinstance(x, list):
-        return [_to_json(y) for y in x]
-    if isinstance(x, tuple):
-        return {"tuple": [_to_json(y) for y in x]}
-    if isinstance(x, dict):
-        return {"dict": [[_to_json(key), _to_json(y)] for key, y in x.items()]}
-    if isinstance(x, bytes):
-        return {"bytes": base64.b64encode(x).decode()}
-    if isinstance(x, np.ndarray | np.generic) or type(x).__module__ == "torch":
-        array = np.asarray(x)
-        if array.dtype.kind in "biufc":
-            kind = "array" if isinstance(x, np.ndarray | np.generic) else "tensor"
-            return {kind: [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode()]}
-    raise TypeError(f"data: the iterator's state holds a {type(x).__name__}, which a checkpoint cannot keep")
-
-
-def _from_json(x: Any) -> Any:
-    if isinstance(x, list):
-        return [_from_json(y) for y in x]
-    if not isinstance(x, dict):
-        return x
-    ((kind, content),) = x.items()
-    if kind == "bytes":
-        return base64.b64decode(content)
-    if kind == "tuple":
-        return tuple(_from_json(y) for y in content)
-    if kind == "dict":
-        return {_from_json(key): _from_json(y) for key, y in content}
-    dtype, shape, data = content
-    array = np.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
-    if kind == "array":
-        return array
-    return importlib.import_module("torch").from_numpy(array)
+    return to_json(state)
