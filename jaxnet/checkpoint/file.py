@@ -177,14 +177,25 @@ def load_with_info(
     rename: dict[str, str] | Callable[[str], str] | None = None,
     strict: bool = True,
     cast: bool = False,
+    template: Callable[[Info], Any] | None = None,
 ) -> tuple[Any, Info]:
-    """What `load` and `inspect` return, from one and the same file, even while another replaces it."""
-    tree, info = _load(path, like, only, rename, strict, cast)
+    """What `load` and `inspect` return, from one and the same file, even while another replaces it.
+
+    Args:
+      template: a function from what `inspect` returns to `like`, if `like` depends on what the file holds.
+    """
+    tree, info = _load(path, like, only, rename, strict, cast, template)
     return tree, info()
 
 
 def _load(
-    path: str | os.PathLike[str], like: Any, only: Any, rename: Any, strict: bool, cast: bool
+    path: str | os.PathLike[str],
+    like: Any,
+    only: Any,
+    rename: Any,
+    strict: bool,
+    cast: bool,
+    template: Callable[[Info], Any] | None = None,
 ) -> tuple[Any, Callable[[], Info]]:
     from jaxnet.checkpoint import arrays
 
@@ -193,6 +204,8 @@ def _load(
     with opened(path) as (file, fd, size):
         content = read_content(file, fd, size)
         info, kept = functools.partial(_info, file, size, content), {}
+        if template is not None:
+            like = template(info())
         if rename is not None:
             content = _rename(file, content, rename)
         if only is not None:

@@ -91,10 +91,14 @@ def examples(data: Any) -> int:
     return n
 
 
-def check_weights(data: Any) -> None:
-    """Raise ValueError unless all weights in the data are at least 0 and have a finite sum above 0.
+def check_weights(data: Any, *, some: bool = True) -> None:
+    """Raise ValueError unless all weights in the data are at least 0 and have a finite sum.
 
     Weights that are traced, or not in memory, are left to be looked at later.
+
+    Args:
+      data: a pytree, which may hold `Weighted` nodes.
+      some: whether the sum must be above 0, too; a single batch may have no weight at all.
     """
     for path, (_, weights) in _weighted_nodes(data):
         if isinstance(weights, jax.core.Tracer) or not isinstance(weights, np.ndarray | jax.Array):
@@ -106,8 +110,9 @@ def check_weights(data: Any) -> None:
         bad = np.flatnonzero(~(values >= 0) | np.isinf(values))
         if bad.size:
             raise ValueError(f"data: '{path}' must be at least 0 and finite, got {values.flat[bad[0]]} in row {bad[0]}")
-        if not 0 < values.sum() <= float(np.finfo(np.float32).max):
-            raise ValueError(f"data: '{path}' must have a finite sum above 0, got {values.sum():g}; rescale them")
+        total = float(values.sum())
+        if total > float(np.finfo(np.float32).max) or (some and total == 0):
+            raise ValueError(f"data: '{path}' must have a finite sum above 0, got {total:g}; rescale them")
 
 
 def check_shape(what: str, weights: Any, n: int) -> None:

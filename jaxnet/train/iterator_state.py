@@ -32,6 +32,7 @@ def to_json(x: Any) -> Any:
 
 
 def from_json(x: Any) -> Any:
+    """The state that `to_json` was given."""
     if isinstance(x, list):
         return [from_json(y) for y in x]
     if not isinstance(x, dict):
