@@ -91,6 +91,7 @@ def evaluate(
         check_train_state("evaluate", train_state)
         return run(train_state.params, train_state.state, data)
 
+    evaluated.traceable = True  # pyright: ignore[reportFunctionMemberAccess]: `fit` may look at it by `eval_shape`
     return evaluated
 
 
@@ -100,15 +101,16 @@ def _over_batches(means: Callable, batches: Callable) -> Callable[[TrainState], 
     def run(train_state):
         check_train_state("evaluate", train_state)
         total, n = None, 0
-        for batch in batches():
-            size = examples(batch)
-            batch = on_device(batch)
-            part = jax.tree.map(
-                lambda value, size=size: value * size, means(train_state.params, train_state.state, batch)
-            )
-            total, n = part if total is None else jax.tree.map(jnp.add, total, part), n + size
-        if total is None:
-            raise ValueError("evaluate: the iterable has no batches (left): it must be one that can be iterated again")
-        return jax.tree.map(lambda value: value / n, total)
+        with jax.transfer_guard("allow"):  # batches come from the host
+            for batch in batches():
+                size = examples(batch)
+                part = means(train_state.params, train_state.state, on_device(batch))
+                part = jax.tree.map(lambda value, size=size: value * size, part)
+                total, n = part if total is None else jax.tree.map(jnp.add, total, part), n + size
+            if total is None:
+                raise ValueError(
+                    "evaluate: the iterable has no batches (left): it must be one that can be iterated again"
+                )
+            return jax.tree.map(lambda value: value / n, total)
 
     return run

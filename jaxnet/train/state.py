@@ -66,8 +66,9 @@ def train_state(params: Any, optimizer: Any, key: jax.Array, *, state: Any = Non
     check_params("train_state", params)
     if not _is_key(key):
         raise TypeError(f"train_state: key must be a PRNG key such as jax.random.key(0), got {_brief(key)}")
-    opt = optimizer.init(params) if hasattr(optimizer, "init") else ()
-    return TrainState(params, {} if state is None else state, opt, key, jnp.int32(0))
+    with jax.transfer_guard("allow"):  # the counters of the optimizer and of the steps go to the device
+        opt = optimizer.init(params) if hasattr(optimizer, "init") else ()
+        return TrainState(params, {} if state is None else state, opt, key, jnp.int32(0))
 
 
 def check_train_state(what: str, train_state: Any) -> None:
