@@ -105,7 +105,7 @@ def test_a_loss_gets_key_and_state_only_if_it_names_them():
         (
             lambda p, b: p * jnp.ones(3),
             ValueError,
-            r"must be a scalar or one value an example \[2\], got shape \(3,\); take its mean",
+            r"must be a scalar or one value per example \[2\], got shape \(3,\); take its mean",
         ),
         (lambda p, b: (p, {}, {}), TypeError, r"returns a scalar or \(value, metrics\)"),
         (lambda p, b: (p, 3.0), TypeError, "with a dict of metrics"),
@@ -254,15 +254,72 @@ def test_without_an_order_the_data_come_as_they_stand():
     np.testing.assert_array_equal(seen_rows([5], 3, 9, order=None), np.arange(15).reshape(5, 3) % 9)
 
 
-def test_a_padded_last_batch_counts_every_example_once():
+def test_the_last_batch_of_an_epoch_has_its_true_size():
     def step(state, batch):
-        return state._replace(step=state.step + 1), {"rows": batch.batch, "weights": batch.weights}
+        counts = jnp.zeros(10, jnp.int32).at[batch].add(1)
+        named = {f"row{i}": counts[i] for i in range(10)}
+        return state._replace(step=state.step + 1), named | {"size": jnp.int32(len(batch))}
 
     start = TrainState({}, {}, (), jax.random.key(7), jnp.int32(0))
     _, seen = jax.jit(train_steps(step, 4, 6, drop_last=False))(start, jnp.arange(10))  # two epochs of three batches
+    assert list(seen["size"]) == [4, 4, 2] * 2 and list(seen["weight"]) == [4, 4, 2] * 2
     for epoch in (slice(0, 3), slice(3, 6)):
-        rows, weights = np.asarray(seen["rows"][epoch]).ravel(), np.asarray(seen["weights"][epoch]).ravel()
-        assert weights.sum() == 10 and sorted(rows[weights == 1]) == list(range(10)) and set(rows) <= set(range(10))
+        assert [seen[f"row{i}"][epoch].sum() for i in range(10)] == [1] * 10
+
+
+def test_statistics_of_the_last_batch_are_of_its_own_examples():
+    """18 examples in batches of 8: after the third step of an epoch the running variance has seen two rows, not copies."""
+    net = chain(norm=batch_norm(momentum=0.0))  # keeps the last batch's statistics
+    x = np.asarray(jax.random.normal(jax.random.key(3), (18, 2)), np.float32) * 2
+
+    def loss(params, x, state):
+        out, state = net.apply(params, x, state=state, train=True)
+        return jnp.square(out).sum(-1), state
+
+    start = train_state(net.init(key0(), x), 0.0, key0(), state=net.init_state(x))
+    run = jax.jit(train_steps(train_step(loss, 0.0), 8, 3, order=None, drop_last=False))
+    end, metrics = run(start, x)
+    np.testing.assert_allclose(end.state["norm"]["mean"], x[16:].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(end.state["norm"]["var"], x[16:].var(0, ddof=1), rtol=1e-5)
+    assert list(metrics["weight"]) == [8, 8, 2]
+
+
+def test_one_example_that_is_left_over_is_refused_by_a_layer_that_needs_two():
+    net, x = chain(batch_norm()), np.ones((9, 2), np.float32)
+
+    def loss(params, x, state):
+        out, state = net.apply(params, x, state=state, train=True)
+        return out.sum(-1), state
+
+    start = train_state(net.init(key0(), x), 0.1, key0(), state=net.init_state(x))
+    with pytest.raises(ValueError) as caught:
+        train_steps(train_step(loss, 0.1), 4, 3, drop_last=False)(start, x)
+    assert any(
+        "with drop_last=False an epoch ends with a batch of 1 examples" in note for note in caught.value.__notes__
+    )
+
+
+def test_a_metric_whose_shape_follows_the_batch_cannot_end_an_epoch_early():
+    def step(state, batch):
+        return state, {"rows": batch}
+
+    start = TrainState({}, {}, (), key0(), jnp.int32(0))
+    with pytest.raises(ValueError, match=r"the metrics \['rows'\] have another shape in the last batch, of 2 examples"):
+        train_steps(step, 4, 3, drop_last=False)(start, jnp.arange(10))
+
+
+@pytest.mark.parametrize("loss_is", ["scalar", "per example"])
+def test_an_epoch_with_a_short_batch_equals_a_loop_in_python(loss_is):
+    data, optimizer = regression(10), optax.adam(1e-2)
+    step = train_step(mean_square if loss_is == "scalar" else squares, optimizer)
+    start = train_state(params_of(), optimizer, key0())
+    state, metrics = jax.jit(train_epoch(step, 4, order=None, drop_last=False))(start, data)
+    expected, losses = start, []
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
+        expected, one = step(expected, jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), data))
+        losses.append(one["loss"])
+    chex.assert_trees_all_close(state.params, expected.params, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
 
 
 # Weights
@@ -305,7 +362,7 @@ def test_weights_go_with_their_rows_through_an_epoch():
 
 def test_a_scalar_loss_cannot_be_weighted():
     (x, y), weights = regression(4), np.ones(4, np.float32)
-    with pytest.raises(ValueError, match=r"the loss must be one value an example \[B\], got a scalar"):
+    with pytest.raises(ValueError, match=r"the loss must be one value per example \[B\], got a scalar"):
         train_step(mean_square, 0.1)(train_state(params_of(), 0.1, key0()), Weighted((x, y), weights))
 
 
@@ -356,7 +413,7 @@ def test_parts_draw_noise_of_their_own_and_pass_state_on():
 def test_a_batch_that_does_not_divide_is_named():
     with pytest.raises(ValueError, match="a batch of 12 does not divide into accumulate=5 equal parts"):
         train_step(mean_square, 0.1, accumulate=5)(train_state(params_of(), 0.1, key0()), regression())
-    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="accumulate must be a positive int, got 0"):
         train_step(mean_square, 0.1, accumulate=0)
 
 
