@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxnet.checkpoint.format import RESTORE, CheckpointError, Misfit
 from jaxnet.checkpoint.structure import CODES, WIDENED, Node, Spec
+from jaxnet.checkpoint.words import shown
 
 
 class Target(NamedTuple):
@@ -181,7 +182,7 @@ def cast(file: str, data: dict[str, np.ndarray], targets: dict[str, Target]) -> 
         if lost:
             spec = Spec(x.dtype.name, x.shape)
             lines.append(
-                f"{name}: {lost} of {x.size} values of {spec} do not fit {wanted}, the first is {x.flat[first]!s}"
+                f"{shown(name)}: {lost} of {x.size} values of {spec} do not fit {wanted}, the first is {x.flat[first]!s}"
             )
     if lines:
         text = (

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxnet.checkpoint.file import opened, read_content, read_tensors
+from jaxnet.checkpoint.words import shown
 
 
 @contextlib.contextmanager
@@ -53,10 +54,10 @@ class _Leaves(Mapping[str, Any]):
 
         header, _, nodes, tensors, _ = self.content
         if self.map is None:
-            raise ValueError(f"{self.file} has been closed: look leaves up inside the `with` block")
+            raise ValueError(f"{shown(self.file)} has been closed: look leaves up inside the `with` block")
         if path not in nodes:
             close = difflib.get_close_matches(path, nodes, n=3, cutoff=0.4) or list(nodes)[:3]
-            raise KeyError(f"{self.file} has no leaf '{path}'; the nearest of {len(nodes)} are {close}")
+            raise KeyError(f"{shown(self.file)} has no leaf '{shown(path)}'; the nearest of {len(nodes)} are {close}")
         if path not in tensors:
             return nodes[path].value
         node, tensor = nodes[path], tensors[path]

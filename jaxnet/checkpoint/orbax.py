@@ -19,15 +19,15 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from jaxnet.checkpoint import atomic, parts, places, structure
 from jaxnet.checkpoint import file as files
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint import parts, places, structure
 from jaxnet.checkpoint.format import RESTORE, CheckpointError, Header, Tensor
 from jaxnet.checkpoint.parts import Piece, orbax_path
 from jaxnet.checkpoint.structure import Node
+from jaxnet.checkpoint.words import shown
 
 TIMEOUT = 1200  # seconds that the processes wait for each other in Orbax
 BYTES = ("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # what TensorStore's zarr lacks: written as U8
@@ -35,6 +35,7 @@ BYTES = ("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # what TensorStore's zarr lac
 
 def start(
     file: str,
+    target: str,
     tensors: list[Tensor],
     manifest: dict[str, Any],
     nodes: dict[str, Node],
@@ -52,7 +53,7 @@ def start(
         raise ImportError("engine='orbax' needs Orbax: pip install 'jaxnet[orbax]'") from e
     import jax
 
-    target, first, held = places.real(file), jax.process_index() == 0, contextlib.ExitStack()
+    first, held = jax.process_index() == 0, contextlib.ExitStack()
     if "[" in target or "**" in target:
         text = "Orbax takes the '[' or '**' in the path for a pattern: use another name, or save without engine='orbax'"
         raise CheckpointError(file, None, text)
@@ -60,16 +61,16 @@ def start(
     def begin() -> Callable[[], None]:
         number = parts.new_number()
         folder = orbax_path(target, number)
-        with parts.together(file, held):
+        with parts.together(file, target, held):
             if first and not places.is_url(target):
-                files.check_target(file, target)
+                atomic.check_target(file, target)
                 held.enter_context(parts.reserved(target, number))
             arrays = {t.name: _as_stored(file, nodes[t.name], leaves[t.name], t, beside) for t in tensors}
             sums = {t.name: _sums(t, arrays[t.name], first) for t in tensors}
         everyones = _gather(sums)
-        with parts.together(file, held):
+        with parts.together(file, target, held):
             if not places.is_url(target) and not os.path.exists(sign := parts.lock_path(target, number)):
-                text = f"{sign} of process 0 is not there: all processes must save to one folder, which they share"
+                text = f"{shown(sign, 5000)} of process 0 is not there: all processes must save to one folder, which they share"
                 raise CheckpointError(file, None, text)
             entries = [
                 _entry(file, t, [block for sums in everyones for block in sums.get(t.name, [])]) for t in tensors
@@ -116,7 +117,7 @@ def start(
             parts.sweep(target)  # the older folders or, if something has failed, the new one
 
     def write() -> None:
-        with held, parts.together(file, held):
+        with held, parts.together(file, target, held):
             begin()()
 
     if not beside:
@@ -250,7 +251,9 @@ def _check_complete(file: str, folder: str, blocks: dict[str, int]) -> None:
     for name, count in blocks.items():
         found = names[".".join(_keys(name))] - 1  # one describes the array
         if found < count:
-            text = f"only {max(found, 0)} of its {count} blocks are in {folder}: do all processes share it?"
+            text = (
+                f"only {max(found, 0)} of its {count} blocks are in {shown(folder, 5000)}: do all processes share it?"
+            )
             raise CheckpointError(file, name, text)
 
 
@@ -263,8 +266,8 @@ def _sync(folder: str) -> None:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-        files.sync_folder(place)
-    files.sync_folder(os.path.dirname(folder))
+        atomic.sync_folder(place)
+    atomic.sync_folder(os.path.dirname(folder))
 
 
 def _database(folder: str) -> dict[str, Any]:
@@ -306,8 +309,7 @@ def read_tensors(
             itemsize = fmt.BITS[t.code] // 8
             out[t.name].reshape(*t.shape, itemsize)[place] = raw.reshape(*block.shape, itemsize)
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        list(pool.map(read, jobs))
+    files.each(read, jobs)
     return out
 
 
@@ -318,9 +320,11 @@ def _open(file: str, folder: str, tensors: list[Tensor]) -> dict[str, Any]:
     try:
         import tensorstore
     except ImportError as e:
-        raise ImportError(f"{file}: Orbax has written it, and is needed to read it: pip install 'jaxnet[orbax]'") from e
+        raise ImportError(
+            f"{shown(file)}: Orbax has written it, and is needed to read it: pip install 'jaxnet[orbax]'"
+        ) from e
     if not places.is_url(folder) and not os.path.isdir(folder):
-        text = f"its arrays in {folder} are missing: copy and rename it with this folder (or it has just been replaced)"
+        text = f"its arrays in {shown(folder, 5000)} are missing: copy and rename it with this folder"
         raise CheckpointError(file, None, text)
     context, found = tensorstore.Context(), {}
     for t in tensors:
@@ -334,7 +338,7 @@ def _open(file: str, folder: str, tensors: list[Tensor]) -> dict[str, Any]:
         code = "U8" if t.code in BYTES else t.code
         dtype, chunk = array.dtype.name, array.chunk_layout.read_chunk.shape or ()
         if dtype != structure.DTYPES[code] or array.shape != t.shape or math.prod(chunk) > math.prod(t.shape):
-            text = f"it is {dtype}{list(array.shape)} in {folder}, expected {structure.DTYPES[code]}{list(t.shape)}"
+            text = f"it is {dtype}{list(array.shape)} in {shown(folder, 5000)}, expected {structure.DTYPES[code]}{list(t.shape)}"
             raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
     return found
 
@@ -347,7 +351,7 @@ def _readable(file: str, leaf: str | None, folder: str) -> Iterator[None]:
     except Exception as e:
         if re.search("UNAVAILABLE|DEADLINE|ABORTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EX", str(e)):
             raise OSError(errno.EIO, f"cannot be read now ({e})", folder) from e
-        raise CheckpointError(file, leaf, f"{folder} cannot be read ({e}); {RESTORE}") from e
+        raise CheckpointError(file, leaf, f"{shown(folder, 5000)} cannot be read ({e}); {RESTORE}") from e
 
 
 @contextlib.contextmanager

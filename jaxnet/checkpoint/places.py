@@ -9,9 +9,12 @@ import errno
 import os
 import re
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from typing import Any
+
+from jaxnet.checkpoint import atomic
+from jaxnet.checkpoint.words import shown
 
 DRIVERS = {"gs": "gcs", "s3": "s3"}
 
@@ -25,31 +28,42 @@ def check_url(url: str) -> None:
     found = re.fullmatch("([a-z0-9]+)://([^/]+)((?:/[^/%?#*\\[]+)+)/?", url)
     if not found or found[1] not in DRIVERS or {".", ".."} & {*found[3].split("/")}:
         text = "must be gs://bucket/name or s3://bucket/name, without empty, '.' or '..' parts and %, ?, #, * and ["
-        raise ValueError(f"{url}: a URL {text}")
+        raise ValueError(f"{shown(url)}: a URL {text}")
 
 
-def real(path: str) -> str:
-    """The path behind symbolic links, absolute."""
-    return path.rstrip("/") if is_url(path) else os.path.realpath(path)
+def real(path: str, *, follow: bool = True) -> str:
+    """The absolute path behind symbolic links; without `follow` the last step may be one."""
+    if is_url(path):
+        return path.rstrip("/")
+    if follow:
+        return os.path.realpath(path)
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def absolute(path: str) -> str:
     return path.rstrip("/") if is_url(path) else os.path.abspath(path)
 
 
-def entries(folder: str) -> dict[str, bool]:
-    """The names in a folder, and whether they are files; none if there is no folder."""
+def entries(folder: str, *, links: bool = True) -> dict[str, bool]:
+    """The names in a folder, and whether they are files; none if there is no folder.
+
+    Symbolic links to files count as files or, without `links`, are left out, as links always are that lead elsewhere.
+    """
     if is_url(folder):
         with _as_os_errors(folder):
             keys = [key.decode() for key in _store(folder).list().result()]
         return {key.partition("/")[0]: "/" not in key for key in keys}
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
-        return {entry.name: entry.is_file() for entry in found}
+        return {x.name: x.is_file() for x in found if not x.is_symlink() or links and x.is_file()}
     return {}
 
 
-def remove(path: str) -> None:
-    """Delete a file, or a folder with all that is in it; nothing if there is none."""
+def remove(path: str, *, folder_too: bool = False) -> None:
+    """Delete a file or, with `folder_too`, a folder with all that is in it; nothing if there is none.
+
+    A symbolic link is left alone, as is what it leads to.
+    """
     if is_url(path):
         folder, _, name = path.rpartition("/")
         with _as_os_errors(path):
@@ -61,9 +75,10 @@ def remove(path: str) -> None:
                         epath.Path(f"{folder}/{key}").unlink()
         return
     with contextlib.suppress(FileNotFoundError):
-        if os.path.isdir(path) and not os.path.islink(path):
+        mode = os.lstat(path).st_mode
+        if stat.S_ISDIR(mode) and folder_too:
             shutil.rmtree(path)
-        else:
+        elif not stat.S_ISLNK(mode):
             os.unlink(path)
 
 
@@ -87,8 +102,8 @@ def check_writable(folder: str) -> None:
     if is_url(folder):
         put(f"{folder}/.jaxnet-writable.tmp", b"jaxnet")
         return remove(f"{folder}/.jaxnet-writable.tmp")
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".jaxnet-", suffix=".tmp"):
+    atomic.make_folder(folder)
+    with atomic.temporary_file(folder):
         pass
 
 
@@ -113,7 +128,7 @@ def _as_os_errors(url: str) -> Iterator[None]:
     try:
         yield
     except ImportError as e:
-        raise ImportError(f"{url}: object stores need Orbax: pip install 'jaxnet[orbax]'") from e
+        raise ImportError(f"{shown(url)}: object stores need Orbax: pip install 'jaxnet[orbax]'") from e
     except Exception as e:
         check_url(url)
         raise OSError(errno.EIO, f"the object store says {e}", url) from e
