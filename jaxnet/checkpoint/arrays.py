@@ -242,7 +242,7 @@ def _cast_block(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]
         return new, bad | worse
     with np.errstate(all="ignore"):
         if is_a(np.floating) and is_a(np.floating, dtype):
-            new = x.astype(dtype)
+            new = _rounded(x, dtype)
             before, after = x.astype(np.float64), new.astype(np.float64)
             fits = np.isfinite(after) & (abs(before) <= float(ml_dtypes.finfo(dtype).max))
             same = (after == before) | np.isnan(after) & np.isnan(before)
@@ -259,6 +259,23 @@ def _cast_block(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]
             return new, ~inside | (np.where(inside, after, 0).astype(whole.dtype) != whole)
         low, high = _limits(dtype)
         return whole.astype(dtype), (whole < low) | (whole > high)
+
+
+def _rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Floats in another type of floats, each rounded once, to the nearest.
+
+    ml_dtypes goes from float64 to its own types by way of float32, which rounds twice. Rounding to odd on the way
+    (Boldo & Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008) keeps
+    what the second rounding must know: a number that is not a float32 goes to that neighbor whose last bit is 1.
+    """
+    if dtype == ml_dtypes.float8_e8m0fnu:  # below its second number 2^-126 ml_dtypes rounds up
+        x = np.where((x > 2.0**-127) & (x < 1.5 * 2.0**-127), x.dtype.type(2.0**-127), x)
+    if x.dtype != np.float64 or dtype in (np.float16, np.float32, np.float64):  # NumPy's own conversions round once
+        return x.astype(dtype)
+    near = x.astype(np.float32)
+    bits, wide = near.view(np.uint32), near.astype(np.float64)
+    odd = (bits - (abs(wide) > abs(x))) | 1
+    return np.where((wide == x) | np.isnan(x), bits, odd).astype(np.uint32).view(np.float32).astype(dtype)
 
 
 def _limits(dtype: np.dtype) -> tuple[int, int]:

@@ -367,7 +367,7 @@ def steadily(path: str | os.PathLike[str], read: Callable[[str, int, int], Any])
             except Misfit:
                 raise
             except CheckpointError as e:
-                if not _replaced(file, fd, size):
+                if not replaced(file, fd, size):
                     raise
                 tries += 1
                 if tries == 100:
@@ -376,7 +376,7 @@ def steadily(path: str | os.PathLike[str], read: Callable[[str, int, int], Any])
                     ) from e
 
 
-def _replaced(file: str, fd: int, size: int) -> bool:
+def replaced(file: str, fd: int, size: int) -> bool:
     """Whether a path leads to another file than the open one, which keeps its number from being used again."""
     if places.is_url(file):
         return places.fetch(file) != os.pread(fd, size, 0)

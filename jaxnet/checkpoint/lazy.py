@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxnet.checkpoint.file import opened, read_content, read_tensors
+from jaxnet.checkpoint.file import opened, read_content, read_tensors, replaced
+from jaxnet.checkpoint.format import CheckpointError
 from jaxnet.checkpoint.words import shown
 
 
@@ -43,7 +44,7 @@ def lazy(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
 
 class _Leaves(Mapping[str, Any]):
     def __init__(self, file: str, fd: int, size: int):
-        self.file, self.fd, self.content = file, fd, read_content(file, fd, size)
+        self.file, self.fd, self.size, self.content = file, fd, size, read_content(file, fd, size)
         self.map: mmap.mmap | None = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
         self.checked = set()
 
@@ -62,7 +63,13 @@ class _Leaves(Mapping[str, Any]):
             return nodes[path].value
         node, tensor = nodes[path], tensors[path]
         if header.outside:  # its bytes are in other files
-            raw = read_tensors(self.file, self.fd, header, [tensor], arrays.empty)[tensor.name]
+            try:
+                raw = read_tensors(self.file, self.fd, header, [tensor], arrays.empty)[tensor.name]
+            except CheckpointError as e:
+                if not replaced(self.file, self.fd, self.size):
+                    raise
+                text = "the file was replaced after it was opened, and its arrays are gone: open it again"
+                raise CheckpointError(self.file, path, text) from e
         else:
             if path not in self.checked:  # by reads, since a bad disk under a memory map kills the process
                 read_tensors(self.file, self.fd, header, [tensor], None)

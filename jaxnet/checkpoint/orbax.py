@@ -24,11 +24,13 @@ from typing import Any
 from jaxnet.checkpoint import atomic, parts, places, structure
 from jaxnet.checkpoint import file as files
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint.format import RESTORE, CheckpointError, Header, Tensor
+from jaxnet.checkpoint.format import RESTORE, CheckpointError, Grid, Header, Tensor
 from jaxnet.checkpoint.parts import Piece, orbax_path
 from jaxnet.checkpoint.structure import Node
 from jaxnet.checkpoint.words import shown
 
+INLINE = 1024  # bytes of a block up to which Orbax lets OCDBT put it into a node, which is compressed
+MARGIN = 1 << 20  # bytes of a tensor that may be read again and again
 TIMEOUT = 1200  # seconds that the processes wait for each other in Orbax
 BYTES = ("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # what TensorStore's zarr lacks: written as U8
 
@@ -286,7 +288,7 @@ def read_tensors(
 
     assert header.orbax
     folder, grids = orbax_path(places.real(file), header.orbax.id), header.orbax.grids
-    arrays = _open(file, folder, [t for t in tensors if t.stop > t.start])
+    arrays = _open(file, folder, [t for t in tensors if t.stop > t.start], grids)
     out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}  # the arrays are there, in these sizes
     jobs = []
     for t in tensors:
@@ -313,7 +315,7 @@ def read_tensors(
     return out
 
 
-def _open(file: str, folder: str, tensors: list[Tensor]) -> dict[str, Any]:
+def _open(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid]) -> dict[str, Any]:
     """Open the arrays of some tensors, and check that they are what the manifest says."""
     if not tensors:
         return {}
@@ -326,21 +328,39 @@ def _open(file: str, folder: str, tensors: list[Tensor]) -> dict[str, Any]:
     if not places.is_url(folder) and not os.path.isdir(folder):
         text = f"its arrays in {shown(folder, 5000)} are missing: copy and rename it with this folder"
         raise CheckpointError(file, None, text)
+    _check_size(file, folder, tensors, grids)
     context, found = tensorstore.Context(), {}
     for t in tensors:
         store = _database(folder) | {"path": ".".join(_keys(t.name)) + "/"}
-        spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": "open"}  # the folder does not change
+        # The folder does not change, and nothing in it is left out for being zero.
+        spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": "open", "fill_missing_data_reads": False}
         with _readable(file, t.name, folder):
             found[t.name] = tensorstore.open(spec, open=True, read=True, context=context)
     for t in tensors:
         with _readable(file, t.name, folder):
             array = found[t.name] = found[t.name].result()
         code = "U8" if t.code in BYTES else t.code
-        dtype, chunk = array.dtype.name, array.chunk_layout.read_chunk.shape or ()
-        if dtype != structure.DTYPES[code] or array.shape != t.shape or math.prod(chunk) > math.prod(t.shape):
+        dtype, chunk = array.dtype.name, math.prod(array.chunk_layout.read_chunk.shape or ())
+        if dtype != structure.DTYPES[code] or array.shape != t.shape or chunk > math.prod(t.shape):
             text = f"it is {dtype}{list(array.shape)} in {shown(folder, 5000)}, expected {structure.DTYPES[code]}{list(t.shape)}"
             raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
+        # Else a few bytes could unfold to many, or each of many blocks could ask for all bytes.
+        compressor, blocks = array.codec.to_json().get("compressor"), len(grids[t.name].crcs)
+        if compressor is not None or blocks * chunk * fmt.BITS[t.code] // 8 > 2 * (t.stop - t.start) + MARGIN:
+            text = f"it is stored in chunks of {chunk} elements with {compressor}, expected {blocks} and no compressor"
+            raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
     return found
+
+
+def _check_size(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid]) -> None:
+    """Raise CheckpointError if some tensors are larger than all that is in a folder, before memory is taken for them."""
+    blocks = (block for t in tensors for _, block, _ in grids[t.name].blocks(t))
+    needed = sum(block.stop for block in blocks if block.stop > INLINE)  # smaller ones may be in compressed nodes
+    with _readable(file, None, folder):
+        size = places.size(folder)
+    if needed > size:
+        text = f"its arrays need {needed:,} bytes, {shown(folder, 5000)} has {size:,}"
+        raise CheckpointError(file, None, f"{text}; {RESTORE}")
 
 
 @contextlib.contextmanager

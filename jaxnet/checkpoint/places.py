@@ -6,6 +6,7 @@ asks the store each time, where other clients would remember what they have seen
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from jaxnet.checkpoint import atomic
 from jaxnet.checkpoint.words import shown
 
 DRIVERS = {"gs": "gcs", "s3": "s3"}
+ANSWER = 30  # seconds for the first answer of an object store
+TRANSFER = 600  # seconds for one object, or for the names of all
 
 
 def is_url(path: str) -> bool:
@@ -52,7 +55,7 @@ def entries(folder: str, *, links: bool = True) -> dict[str, bool]:
     """
     if is_url(folder):
         with _as_os_errors(folder):
-            keys = [key.decode() for key in _store(folder).list().result()]
+            keys = [key.decode() for key in _store(folder).list().result(timeout=TRANSFER)]
         return {key.partition("/")[0]: "/" not in key for key in keys}
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
         return {x.name: x.is_file() for x in found if not x.is_symlink() or links and x.is_file()}
@@ -69,7 +72,7 @@ def remove(path: str, *, folder_too: bool = False) -> None:
         with _as_os_errors(path):
             from etils import epath
 
-            for key in map(bytes.decode, _store(folder).list().result()):
+            for key in map(bytes.decode, _store(folder).list().result(timeout=TRANSFER)):
                 if key.partition("/")[0] == name:
                     with contextlib.suppress(FileNotFoundError):
                         epath.Path(f"{folder}/{key}").unlink()
@@ -82,10 +85,20 @@ def remove(path: str, *, folder_too: bool = False) -> None:
             os.unlink(path)
 
 
+def size(folder: str) -> int:
+    """The bytes of all files in a folder and below it."""
+    if is_url(folder):
+        from etils import epath
+
+        return sum(file.stat().length for file in epath.Path(folder).rglob("*") if file.is_file())
+    places = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sum(os.lstat(path).st_size for path in places)
+
+
 def fetch(url: str) -> bytes:
     folder, _, name = url.rpartition("/")
     with _as_os_errors(url):
-        found = _store(folder).read(name).result()
+        found = _store(folder).read(name).result(timeout=TRANSFER)
     if found.state != "value":
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
     return found.value
@@ -94,7 +107,7 @@ def fetch(url: str) -> bytes:
 def put(url: str, content: bytes) -> None:
     folder, _, name = url.rpartition("/")
     with _as_os_errors(url):
-        _store(folder).write(name, content).result()
+        _store(folder).write(name, content).result(timeout=TRANSFER)
 
 
 def check_writable(folder: str) -> None:
@@ -117,9 +130,29 @@ def base(folder: str) -> dict[str, Any]:
 
 
 def _store(folder: str) -> Any:
+    where = base(folder)
+    _ask(where["driver"], where["bucket"])
+    return _opened(where)
+
+
+@functools.cache
+def _ask(driver: str, bucket: str) -> None:
+    """Raise TimeoutError if a bucket does not answer: TensorStore would try again for minutes."""
     import tensorstore
 
-    return tensorstore.KvStore.open(base(folder)).result()
+    nothing = tensorstore.KvStore.KeyRange("jaxnet", "jaxnet\0")
+    try:
+        _opened({"driver": driver, "bucket": bucket}).list(nothing).result(timeout=ANSWER)
+    except TimeoutError:
+        raise
+    except Exception:
+        return  # a refusal is an answer: objects may be readable where lists are not
+
+
+def _opened(where: dict[str, Any]) -> Any:
+    import tensorstore
+
+    return tensorstore.KvStore.open(where).result(timeout=ANSWER)
 
 
 @contextlib.contextmanager
@@ -129,6 +162,9 @@ def _as_os_errors(url: str) -> Iterator[None]:
         yield
     except ImportError as e:
         raise ImportError(f"{shown(url)}: object stores need Orbax: pip install 'jaxnet[orbax]'") from e
+    except TimeoutError as e:
+        text = "the object store does not answer in time: is there a network, and who may read there?"
+        raise TimeoutError(errno.ETIMEDOUT, text, url) from e
     except Exception as e:
         check_url(url)
         raise OSError(errno.EIO, f"the object store says {e}", url) from e
