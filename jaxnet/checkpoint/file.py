@@ -520,9 +520,9 @@ def read_tensors(
     Of tensors outside, only pieces that overlap one of the blocks in `needed` are read, where it names some.
     """
     if header.outside:
-        from jaxnet.checkpoint import orbax, parts
+        from jaxnet.checkpoint import parts, zarr
 
-        return (orbax if header.orbax else parts).read_tensors(file, header, tensors, empty, needed or {})
+        return (zarr if header.orbax else parts).read_tensors(file, header, tensors, empty, needed or {})
     out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
     crcs = dict(zip((t.name for t in header.tensors), header.manifest["crc32"], strict=True)) if header.manifest else {}
     jobs = [(t, i, crcs.get(t.name, "")[8 * i : 8 * i + 8]) for t in tensors for i in range(t.chunks)]

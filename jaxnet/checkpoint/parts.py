@@ -23,6 +23,7 @@ from jaxnet.checkpoint import atomic, places, structure
 from jaxnet.checkpoint import file as files
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.format import CheckpointError, Header, Orbax, Parts, Tensor
+from jaxnet.checkpoint.watch import Gone
 from jaxnet.checkpoint.words import shown
 
 
@@ -142,6 +143,10 @@ def together(file: str, target: str, held: contextlib.ExitStack) -> Iterator[Non
     error = None
     try:
         yield
+    except Gone:  # others will not come
+        held.close()
+        sweep(target)
+        raise
     except Exception as e:  # the others wait: say so before raising it
         error = e
     well = np.array([error is None])

@@ -43,7 +43,7 @@ def mnist(
     download: bool = False,
     mirrors: Sequence[str] = MIRRORS,
     timeout: float = 30.0,
-    time_limit: float = 600.0,
+    time_limit: float = 300.0,
 ) -> Dataset:
     """Load MNIST: 60,000 training and 10,000 test images [N, 28, 28, 1] (0 paper, 1 ink), classes 0..9.
 
