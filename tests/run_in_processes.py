@@ -367,14 +367,38 @@ def save_and_die(folder, mesh, me, process, suffix, when):
     save(path, make_tree(mesh, 2))
 
 
+def orbax_beside_one_that_dies(folder, mesh, me):
+    """Save, and save again: then process 1 dies while Orbax writes. Process 0 prints how long it waited."""
+    import orbax.checkpoint as ocp
+
+    path = folder / "x.safetensors"
+    save(path, make_tree(mesh, 1), engine="orbax")
+
+    async def dies(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if me == 1:
+        ocp.PyTreeCheckpointHandler.async_save = dies
+    began = time.monotonic()
+    fails(
+        lambda: save(path, make_tree(mesh, 2), engine="orbax"),
+        CheckpointError,
+        "processes [1] have said nothing for 40 s",
+    )
+    print(time.monotonic() - began, flush=True)
+
+
 def main():
     me, processes, port, folder, what, *rest = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", 2)
     address, me = f"127.0.0.1:{port}", int(me)
-    jax.distributed.initialize(address, int(processes), me, heartbeat_timeout_seconds=10)
+    patience = 100 if what == "orbax_dies" else 10  # after which JAX ends the processes beside a dead one
+    jax.distributed.initialize(address, int(processes), me, heartbeat_timeout_seconds=patience)
     auto = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((int(processes), 2), ("a", "b"), axis_types=auto)
-    {"all": run_all, "die": save_and_die}[what](pathlib.Path(folder), mesh, me, *rest)
+    {"all": run_all, "die": save_and_die, "orbax_dies": orbax_beside_one_that_dies}[what](
+        pathlib.Path(folder), mesh, me, *rest
+    )
 
 
 if __name__ == "__main__":

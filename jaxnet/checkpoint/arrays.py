@@ -116,7 +116,9 @@ def from_bytes(file: str, name: str, node: Node, shape: tuple[int, ...], raw: np
             return raw.view(np.uint8 if node.value.startswith("uint") else np.int8).astype(dtype).reshape(shape)
         return raw.view(dtype).reshape(shape[:-1] if dtype == np.complex128 else shape)
     except (TypeError, ValueError) as e:
-        raise CheckpointError(file, name, f"numpy and ml_dtypes here cannot make {Spec(node.value, shape)}: {e}") from e
+        raise CheckpointError(
+            file, name, f"numpy and ml_dtypes here cannot make {Spec(node.value, shape)}: {shown(e, 3000)}"
+        ) from e
 
 
 def place(file: str, nodes: dict[str, Node], data: dict[str, np.ndarray], targets: dict[str, Target]) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def _suitable(file: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as e:
-        raise Misfit(file, None, f"the shardings of `like` do not suit its shapes: {e}") from e
+        raise Misfit(file, None, f"the shardings of `like` do not suit its shapes: {shown(e, 3000)}") from e
 
 
 def cast(file: str, data: dict[str, np.ndarray], targets: dict[str, Target]) -> dict[str, np.ndarray]:
@@ -315,5 +317,7 @@ def _wrap_key(file: str, name: str, kind: str, data: np.ndarray) -> jax.Array:
     try:
         return jax.random.wrap_key_data(jnp.asarray(data), impl=kind)
     except (TypeError, ValueError) as e:
-        text = f"its data {Spec('uint32', data.shape)} are not random keys of kind {kind!r}: {e}; {RESTORE}"
+        text = (
+            f"its data {Spec('uint32', data.shape)} are not random keys of kind {kind!r}: {shown(e, 3000)}; {RESTORE}"
+        )
         raise CheckpointError(file, name, text) from e

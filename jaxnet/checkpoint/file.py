@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 READ = 1 << 20  # bytes read and summed at a time, so that the sum finds them in the processor's cache
 WRITE = 4 << 20  # bytes written and summed at a time; a part of format.CHUNK
+SMALL = 64 << 10  # bytes of a tensor that is written together with others
 
 
 class Leaf(NamedTuple):
@@ -280,10 +281,19 @@ def _write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any
     The disk works while the next bytes are fetched and summed: a second thread syncs what has been written so far.
     """
     crcs, sync, unsynced = [], None, 0
+    waiting = bytearray()  # small tensors, which are written together: a call of the system costs more than their copy
     with ThreadPoolExecutor(1) as pool:
         for t in tensors:
             data = memoryview(to_bytes(t.name))
             sums = [fmt.crc_start(t, i) for i in range(t.chunks)]
+            if len(data) <= SMALL:
+                waiting += data
+                sums = [zlib.crc32(data, sums[0])]
+                data = data[:0]
+            if waiting and (len(data) or len(waiting) >= 4 * SMALL):
+                atomic.write(fd, memoryview(bytes(waiting)))
+                unsynced += len(waiting)
+                waiting.clear()
             for start in range(0, len(data), WRITE):
                 block = data[start : start + WRITE]
                 atomic.write(fd, block)
@@ -297,6 +307,7 @@ def _write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any
                     unsynced = 0
                 sums[start // fmt.CHUNK] = zlib.crc32(block, sums[start // fmt.CHUNK])
             crcs.append("".join(f"{crc:08x}" for crc in sums))
+        atomic.write(fd, memoryview(waiting))
         if sync:
             sync.result()
     return crcs

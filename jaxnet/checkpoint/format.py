@@ -209,7 +209,9 @@ def parse_json(file: str, raw: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(file, None, f"{what} is not the JSON of a safetensors file ({e}); {RESTORE}") from e
+        raise CheckpointError(
+            file, None, f"{what} is not the JSON of a safetensors file ({shown(e, 3000)}); {RESTORE}"
+        ) from e
     if not isinstance(value, dict):
         raise CheckpointError(file, None, f"{what} must be a JSON object, got {type(value).__name__}; {RESTORE}")
     return value
@@ -324,7 +326,9 @@ def _well_formed(file: str, entry: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, OverflowError) as e:
-        raise CheckpointError(file, None, f"the manifest's {entry} are not well-formed ({e}); {RESTORE}") from e
+        raise CheckpointError(
+            file, None, f"the manifest's {entry} are not well-formed ({shown(e, 3000)}); {RESTORE}"
+        ) from e
 
 
 def _placed(tensors: list[Tensor], number: Any, entries: list[tuple[Any, Any, Any]]) -> list[Tensor]:

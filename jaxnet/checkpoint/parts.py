@@ -40,8 +40,8 @@ def is_spread(tree: Any) -> bool:
     import jax
     from jax.core import Tracer
 
-    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer))
-    return not all(x.is_fully_addressable for x in arrays)
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    return bool(arrays) and jax.process_count() > 1 and not all(x.is_fully_addressable for x in arrays)
 
 
 def write(file: str, target: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: dict[str, Any]) -> None:

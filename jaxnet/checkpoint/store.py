@@ -134,7 +134,11 @@ class Checkpoints:
         self._thread = threading.Thread(
             target=self._write_beside, args=(step, write), name=f"save {step}", daemon=False
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system gives no more threads
+            self._thread = None
+            return self._write(step, write)
         if self.engine == "orbax":
             orbax.outlive(self._thread)
 

@@ -153,7 +153,7 @@ def from_json(file: str, json: Any, path: Path = ()) -> Node:
         if kind == "record" and not all(isinstance(key, str) for key in keys):
             raise ValueError("the names of fields are strings")
     except (ValueError, TypeError, OverflowError, LookupError) as e:
-        text = f"the manifest's tree is not well-formed at '{shown(leaf_name(path))}' ({e}); {RESTORE}"
+        text = f"the manifest's tree is not well-formed at '{shown(leaf_name(path))}' ({shown(e, 3000)}); {RESTORE}"
         raise CheckpointError(file, None, text) from e
     return Node(kind, None, keys, [from_json(file, x, (*path, step)) for step, x in zip(steps, children, strict=True)])
 

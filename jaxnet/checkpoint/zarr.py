@@ -130,4 +130,4 @@ def readable(file: str, leaf: str | None, folder: str) -> Iterator[None]:
     except Exception as e:
         if re.search("UNAVAILABLE|DEADLINE|ABORTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EX", str(e)):
             raise OSError(errno.EIO, f"cannot be read now ({e})", folder) from e
-        raise CheckpointError(file, leaf, f"{shown(folder, 5000)} cannot be read ({e}); {RESTORE}") from e
+        raise CheckpointError(file, leaf, f"{shown(folder, 5000)} cannot be read ({shown(e, 3000)}); {RESTORE}") from e
