@@ -367,6 +367,12 @@ def save_and_die(folder, mesh, me, process, suffix, when):
     save(path, make_tree(mesh, 2))
 
 
+def save_for_ever(folder, mesh, me, engine=None):
+    """Save tree after tree, until somebody kills both processes."""
+    for scale in range(1, 10_000):
+        save(folder / "x.safetensors", make_tree(mesh, scale), engine=engine)
+
+
 def orbax_beside_one_that_dies(folder, mesh, me):
     """Save, and save again: then process 1 dies while Orbax writes. Process 0 prints how long it waited."""
     import orbax.checkpoint as ocp
@@ -396,7 +402,7 @@ def main():
     jax.distributed.initialize(address, int(processes), me, heartbeat_timeout_seconds=patience)
     auto = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((int(processes), 2), ("a", "b"), axis_types=auto)
-    {"all": run_all, "die": save_and_die, "orbax_dies": orbax_beside_one_that_dies}[what](
+    {"all": run_all, "die": save_and_die, "for_ever": save_for_ever, "orbax_dies": orbax_beside_one_that_dies}[what](
         pathlib.Path(folder), mesh, me, *rest
     )
 
