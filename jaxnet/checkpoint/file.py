@@ -185,47 +185,59 @@ def load_with_info(
     rename: dict[str, str] | Callable[[str], str] | None = None,
     strict: bool = True,
     cast: bool = False,
+    template: Callable[[Info], Any] | None = None,
 ) -> tuple[Any, Info]:
-    """What `load` and `inspect` return, from one and the same file, even while another replaces it."""
-    tree, info = _load(path, like, only, rename, strict, cast)
+    """What `load` and `inspect` return, from one and the same file, even while another replaces it.
+
+    Args:
+      template: a function from what `inspect` returns to `like`, if `like` depends on what the file holds.
+    """
+    tree, info = _load(path, like, only, rename, strict, cast, template)
     return tree, info()
 
 
 def _load(
-    path: str | os.PathLike[str], like: Any, only: Any, rename: Any, strict: bool, cast: bool
+    path: str | os.PathLike[str],
+    like: Any,
+    only: Any,
+    rename: Any,
+    strict: bool,
+    cast: bool,
+    template: Callable[[Info], Any] | None = None,
 ) -> tuple[Any, Callable[[], Info]]:
     from jaxnet.checkpoint import arrays
 
-    if like is None and (cast or not strict):
+    if like is None and template is None and (cast or not strict):
         raise ValueError("cast=True and strict=False need a tree `like`: they say how it and the file may differ")
     patterns = None if only is None else [only] if isinstance(only, str) else list(only)
 
     def read(file, fd, size):
         content = read_content(file, fd, size)
         info, kept = functools.partial(_info, file, size, content), {}
+        wanted = like if template is None else template(info())
         if rename is not None:
             content = _rename(file, content, rename)
         if patterns is not None:
             content = _select(file, content, patterns)
         header, node, nodes, tensors = content[:4]
         targets = {name: arrays.Target(nodes[name].kind, nodes[name].value) for name in tensors}
-        if like is not None:
+        if wanted is not None:
             what = "it" if only is None else "what `only` selects"
-            targets, kept = _match(file, what, like, content, strict, cast)
+            targets, kept = _match(file, what, wanted, content, strict, cast)
         # Of a tree in parts, what other processes will hold is not read. A cast looks at all values.
         needed = {tensors[n].name: arrays.blocks(file, t, tensors[n].shape) for n, t in targets.items() if not cast}
         raw = read_tensors(file, fd, header, [tensors[name] for name in targets], arrays.empty, needed)
-        return file, info, kept, node, nodes, tensors, targets, raw
+        return file, info, wanted, kept, node, nodes, tensors, targets, raw
 
-    file, info, kept, node, nodes, tensors, targets, raw = steadily(path, read)
+    file, info, wanted, kept, node, nodes, tensors, targets, raw = steadily(path, read)
     stored = {n: arrays.from_bytes(file, n, nodes[n], tensors[n].shape, raw.pop(tensors[n].name)) for n in targets}
     if cast:
         stored = arrays.cast(file, stored, targets)
     values = arrays.place(file, nodes, stored, targets)
-    if like is None:
+    if wanted is None:
         return structure.build(node, values), info
     scalars = {name: n.value for name, n in nodes.items() if name not in tensors}
-    return structure.refill(like, scalars | values | kept), info
+    return structure.refill(wanted, scalars | values | kept), info
 
 
 def inspect(path: str | os.PathLike[str]) -> Info:
