@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,15 @@ from jaxnet.train import TrainState, balanced, fit, train_state, train_step
 from jaxnet.train.history import columns_of, records_of
 
 
-def fitted(file, rate=0.05, data=None, loss=mean_square, start=None, key=0, **settings):
+def fitted(
+    file: Any,
+    rate: Any = 0.05,
+    data: Any = None,
+    loss: Any = mean_square,
+    start: Any = None,
+    key: Any = 0,
+    **settings: Any,
+):
     settings = {"batch_size": 4, "epochs": 3, "progress": None} | settings
     start = train_state(params_of(), rate, jax.random.key(key)) if start is None else start
     return fit(train_step(loss, rate), start, regression() if data is None else data, checkpoint=file, **settings)
@@ -152,10 +161,11 @@ def test_another_network_is_named_in_the_words_of_fit(file, rate, width, text):
 
 def test_the_best_by_another_rule_is_looked_for_anew(file, capsys):
     scores = {"up": 2.0, "down": 1.0}
-    settings = {"evaluate": lambda state: scores}
-    assert fitted(file, best="max up", **settings).best.value == 2.0
-    again = fitted(file, epochs=4, best="min down", **settings)
-    assert (again.best.value, again.best.step) == (1.0, 12)
+    settings: Any = {"evaluate": lambda state: scores}
+    first = fitted(file, best="max up", **settings).best
+    again = fitted(file, epochs=4, best="min down", **settings).best
+    assert first is not None and again is not None and first.value == 2.0
+    assert (again.value, again.step) == (1.0, 12)
     assert "the best so far was by 'max up' and is now by 'min down'" in capsys.readouterr().err
 
 

@@ -25,12 +25,14 @@ class Feed:
     """Where the batches of a run come from. Each kind owns its plan: which part of a stack a step takes.
 
     Attributes:
+      data: as `fit` was given it, or on the device.
       total: the step at which the run ends; None if only the data can tell.
       epochs: the passes after which the run ends; None if `total` tells.
       epoch_steps: steps per epoch; None if only the data can tell.
       facts: what must be the same when the run goes on from a checkpoint.
     """
 
+    data: Any = None
     total: int | None = None
     epochs: int | None = None
     epoch_steps: int | None = None
@@ -68,7 +70,7 @@ class RowFeed(Feed):
     def __init__(self, data, batch_size, epochs, steps, order, drop_last):
         self.n = examples(data)
         self.epoch_steps = steps_per_epoch(self.n, batch_size, drop_last=drop_last)
-        self.total = steps if epochs is None else epochs * self.epoch_steps
+        self.total = self.last = steps if epochs is None else epochs * self.epoch_steps
         if self.epoch_steps * batch_size > LIMIT:
             raise ValueError(f"fit: rows are counted in int32: at most {LIMIT:,} examples, got {self.n:,}")
         self.batching = {"batch_size": batch_size, "order": order, "drop_last": drop_last}
@@ -89,7 +91,7 @@ class RowFeed(Feed):
 
     def stacks(self, train_state, step, position, next_cut, abandoned):
         key = jnp.copy(train_state.key)
-        stacks = source.stacks_of_rows(self.data, self.n, key, step, next_cut, self.total, **self.batching)
+        stacks = source.stacks_of_rows(self.data, self.n, key, step, next_cut, self.last, **self.batching)
         return Prefetch(stacks, abandoned)
 
 
@@ -103,8 +105,8 @@ class ArrayFeed(RowFeed):
     def stacks(self, train_state, step, position, next_cut, abandoned):
         batch_size = self.batching["batch_size"]
         size = source.plan_size(batch_size)
-        while step < self.total:
-            n = min(next_cut(step), self.total) - step
+        while step < self.last:
+            n = min(next_cut(step), self.last) - step
             yield source.Stack((self.data,), size, n, n * batch_size, {}, {}, False)
             step += n
 

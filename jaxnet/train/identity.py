@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
@@ -33,7 +34,7 @@ def key_text(key: Any) -> str | None:
     """A random key as text; None if it is no single key."""
     if not isinstance(key, jax.Array | np.ndarray) or not getattr(key, "is_fully_addressable", True):
         return None
-    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         words, name = np.asarray(jax.random.key_data(key)), str(jax.random.key_impl(key))
     else:
         words, name = np.asarray(key), "raw"

@@ -209,10 +209,10 @@ def _describe(x: Any) -> str:
     """A value in a few words."""
     if isinstance(x, Mapping):
         return f"a dict with {', '.join(map(repr, list(x)[:4]))}" + (" ..." if len(x) > 4 else "")
-    if isinstance(x, tuple) and type(x) is tuple:
-        return f"({', '.join(_describe(part) for part in x[:4])})"
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{x.dtype}{list(x.shape)}"
+    if type(x) is tuple:
+        return f"({', '.join(_describe(part) for part in x[:4])})"
     if callable(x) and hasattr(x, "__qualname__"):
         return f"the function {x.__qualname__}"
     if isinstance(x, Sequence) and not isinstance(x, str):
