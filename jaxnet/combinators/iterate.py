@@ -18,6 +18,7 @@ from jaxnet.core import (
     check_key,
     describe,
     fold_copies,
+    interned,
     is_array,
     is_threefry,
     output_specs,
@@ -27,6 +28,7 @@ from jaxnet.core import (
 __all__ = ["check_same", "repeat", "scan", "vmap"]
 
 
+@interned
 def repeat(
     block: Any,
     n: int,
@@ -143,6 +145,7 @@ def repeat(
     )
 
 
+@interned
 def scan(
     cell: Any,
     *,
@@ -237,6 +240,7 @@ def scan(
     )
 
 
+@interned
 def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) -> Layer:
     """n copies of a layer side by side, each with its own parameters, key and state: y_i = f(params_i, x_i).
 

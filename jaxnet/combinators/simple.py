@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxnet.combinators.iterate import check_same
-from jaxnet.core import Layer, abstractly, around, as_layer, compose, describe, output_specs, specs_of
+from jaxnet.core import Layer, abstractly, around, as_layer, compose, describe, interned, output_specs, specs_of
 
 __all__ = ["cast", "chain", "parallel", "remat", "residual"]
 
 
+@interned
 def chain(*layers: Any, **named: Any) -> Layer:
     """Apply layers one after the other: y = f_n(... f_2(f_1(x))).
 
@@ -35,9 +36,10 @@ def chain(*layers: Any, **named: Any) -> Layer:
         return inputs[0]
 
     children = _named("chain", layers, named)
-    return compose("chain", children, body, lambda new: chain(**new), random=False)
+    return compose("chain", children, body, lambda new: chain(**new), random=False, computes=False)
 
 
+@interned
 def parallel(*layers: Any, merge: Callable | None = None, **named: Any) -> Layer:
     """Apply layers to the same inputs: (f_1(x), ..., f_n(x)), or merge(f_1(x), ..., f_n(x)).
 
@@ -49,9 +51,12 @@ def parallel(*layers: Any, merge: Callable | None = None, **named: Any) -> Layer
         return merge(*outputs) if merge else outputs
 
     children = _named("parallel", layers, named)
-    return compose("parallel", children, body, lambda new: parallel(merge=merge, **new), random=False)
+    return compose(
+        "parallel", children, body, lambda new: parallel(merge=merge, **new), random=False, computes=merge is not None
+    )
 
 
+@interned
 def residual(inner: Any) -> Layer:
     """Add a layer to its first input: y = x + f(x). Parameters, state and path are those of `inner`.
 
@@ -95,6 +100,7 @@ def _check_inexact(label: str, x: Any) -> None:
             )
 
 
+@interned
 def remat(inner: Any, *, policy: Callable[..., Any] | None = None) -> Layer:
     """Recompute a layer in the backward pass instead of storing its intermediate values (`jax.checkpoint`).
 
@@ -117,6 +123,7 @@ def remat(inner: Any, *, policy: Callable[..., Any] | None = None) -> Layer:
     return around(inner, call, label="remat", rebuild=lambda new: remat(new, policy=policy), outputs=outputs)
 
 
+@interned
 def cast(inner: Any, dtype: Any) -> Layer:
     """Compute in another dtype, such as bfloat16, and return the dtype that came in.
 

@@ -3,6 +3,7 @@
 from jaxnet.core.around import around
 from jaxnet.core.checks import check_input, check_key, check_mode, check_names, check_state, scope
 from jaxnet.core.contract import Layer, as_layer, call, layer, no_params, param, run
+from jaxnet.core.intern import interned
 from jaxnet.core.keys import SharedKey, fold, fold_all, fold_copies, is_threefry
 from jaxnet.core.specs import abstractly, describe, is_array, memoised, specs_of
 from jaxnet.core.wire import compose, output_specs, tap, wire
@@ -24,6 +25,7 @@ __all__ = [
     "fold",
     "fold_all",
     "fold_copies",
+    "interned",
     "is_array",
     "is_threefry",
     "layer",

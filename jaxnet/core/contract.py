@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxnet.checks import size_of
 from jaxnet.core.checks import check_key, check_mode, check_state
 from jaxnet.core.definition import Definition, explain_call
+from jaxnet.core.intern import interned
 from jaxnet.core.keys import fold
 from jaxnet.core.specs import as_jax, describe, is_array, specs_of
 
@@ -187,6 +188,7 @@ def layer(
     return self
 
 
+@interned
 def param(shape: tuple[int, ...], init: Callable[..., Any], *, dtype: Any = None) -> Layer:
     """A raw array as a child: `f.table()` in the body of `wire` returns it.
 
@@ -226,8 +228,13 @@ def as_layer(thing: Any, where: str = "a layer") -> Layer:
     if _returns_layer(thing):
         raise TypeError(f"{where}: {name} is a function that makes a layer; {remedy}")
 
+    return _plain(thing, name, remedy)
+
+
+@interned
+def _plain(function: Callable[..., Any], name: str, remedy: str) -> Layer:
     def fn(params, *inputs, **named):
-        outputs = thing(*inputs, **named)
+        outputs = function(*inputs, **named)
         if isinstance(outputs, Layer):
             raise TypeError(f"{name} returned a layer when it was called with data; {remedy}")
         return outputs

@@ -60,6 +60,7 @@ def wire(**children: Any) -> Wiring:
       RuntimeError: a stateful child, or a random one without a key, is called inside a raw JAX transform.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from jaxnet import dense
       >>> @wire(up=dense(16), down=dense(4))
       ... def block(f, x):
@@ -94,6 +95,7 @@ def compose(
     *,
     random: bool = True,
     every: bool = True,
+    computes: bool = True,
 ) -> Layer:
     """A layer with named children: `wire`, `chain` and `parallel` are made by it.
 
@@ -104,6 +106,7 @@ def compose(
       rebuild: children -> the same layer with other children.
       random: False if the body itself never uses `f.key`.
       every: whether a child that the body never calls is an error in `init`.
+      computes: False if the body only hands values from child to child, so that it runs on specs and needs no trace.
     """
     children = {name: as_layer(child, f"{label}: child '{name}'") for name, child in children.items()}
     for name in children:
@@ -127,14 +130,14 @@ def compose(
                 if trace_state() != context:
                     _check_stateless(children[name])
                 outputs = output_specs(children[name], train, *inputs, **named)
-            return jax.tree.map(stand_in, outputs)
+            return jax.tree.map(stand_in, outputs) if computes else outputs
 
         def run_body(*inputs, **named):
             nonlocal context
             context = trace_state()
             return call_body(Calls(label, children, call_child, train, jax.random.key(0)), inputs, named)
 
-        return calls, abstractly(run_body)(*inputs, **named)
+        return calls, abstractly(run_body)(*inputs, **named) if computes else run_body(*inputs, **named)
 
     def recorded(train, inputs, named):
         inputs, named = specs_of((inputs, named))
