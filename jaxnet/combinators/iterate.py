@@ -378,7 +378,7 @@ def _recomputed(label: str, fn: Callable[..., Any], remat: Any, **options: Any) 
     """`fn` under `jax.checkpoint` if `remat` is True or a policy."""
     if not isinstance(remat, bool) and not callable(remat):
         raise TypeError(f"{label}: remat must be True, False or a policy of jax.checkpoint_policies, got {remat!r}")
-    policy = None if isinstance(remat, bool) else remat
+    policy: Any = None if isinstance(remat, bool) else remat
     return jax.checkpoint(fn, policy=policy, **options) if remat else fn
 
 
@@ -428,10 +428,7 @@ def _stacked(make: Callable[[Any], Any], key: Any, n: int) -> Any:
     copies = [make(jax.random.fold_in(key, i)) for i in range(n)]
 
     def stack(*leaves):
-        if any(
-            isinstance(leaf, jax.core.Tracer) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-            for leaf in leaves
-        ):
+        if any(isinstance(leaf, jax.core.Tracer) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended) for leaf in leaves):
             return jnp.stack(leaves)
         where = leaves[0].sharding if getattr(leaves[0], "committed", False) else None
         return jax.device_put(np.stack([np.asarray(leaf) for leaf in leaves]), where)

@@ -27,6 +27,7 @@ def scope(name: str) -> Iterator[None]:
         known = next((i for i, note in enumerate(notes) if note.startswith(start)), None)
         if known is None:
             error.add_note(f"{start}{name}'")
+            error.__notes__.insert(0, error.__notes__.pop())  # before JAX's own notes
         else:
             notes[known] = f"{start}{name}/{notes[known].removeprefix(start)}"
         raise

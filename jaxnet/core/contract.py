@@ -65,6 +65,15 @@ class Layer:
         lines = [f"{name}: {child!r}" for name, child in self.children.items()]
         return f"{self.label}(\n" + "".join(f"  {line}\n" for line in "\n".join(lines).split("\n")) + ")"
 
+    def made_by(self, constructor: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """Note the call that makes this layer: `pickle` and `copy.deepcopy` make it again."""
+        self.__dict__["_made"] = constructor, args, dict(named)
+
+    def __reduce__(self) -> Any:
+        if "_made" in self.__dict__:
+            return _make, self._made  # pyright: ignore[reportAttributeAccessIssue]
+        return super().__reduce_ex__(2)
+
     def __call__(self, *inputs: Any, **named: Any) -> NoReturn:
         """Raise TypeError: parameters are no part of a layer."""
         name = self.label.partition("(")[0]
@@ -72,6 +81,10 @@ class Layer:
             f"{name}: a layer holds no parameters, so it cannot be called; make them with params = net.init(key, x) and "
             f"call net.apply(params, x), or call it by its name in the body of wire, f.name(x)"
         )
+
+
+def _make(constructor: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> Layer:
+    return constructor(*args, **named)
 
 
 class Carried(NamedTuple):

@@ -104,9 +104,8 @@ def explain_call(what: str, error: Exception, fn: Any, inputs: tuple[Any, ...], 
     try:
         signature.bind(*inputs, **named)
     except TypeError as mismatch:
-        # The key and mode are added by the library and are no inputs of the user's.
-        takes = [str(p) for p in signature.parameters.values()]
-        raise TypeError(f"{what} takes ({', '.join(takes)}): {mismatch}") from error
+        bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        raise TypeError(f"{what} takes {inspect.Signature(bare)}: {mismatch}") from error
 
 
 def _differences(expected: Any, given: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

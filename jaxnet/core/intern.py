@@ -30,6 +30,7 @@ def interned(constructor: Constructor) -> Constructor:
             return constructor(*args, **named)
         if known is None:
             known = living[question] = constructor(*args, **named)
+            known.made_by(make, args, named)
         return known
 
     return make  # pyright: ignore[reportReturnType]

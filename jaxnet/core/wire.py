@@ -146,13 +146,15 @@ def compose(
     def call_body(f, inputs, named):
         try:
             return body(f, *inputs, **named)
-        except TypeError as error:
-            explain_call(f"{label}: the body", error, body, (f, *inputs), named)
-            raise
         except jax.errors.ConcretizationTypeError as error:
             error.add_note(
-                f"{label}: `init` and `jax.jit` trace the body, so that `if`, `int` and the like see no values"
+                f"{label}: `init` and `jax.jit` trace the body, in which `if`, `int` and the like see no values"
             )
+            raise
+        except TypeError as error:
+            if f"{Child.__module__}.{Child.__name__}'" in str(error):
+                raise TypeError(f"{label}: a child is a layer and no array: call it, f.name(...)") from error
+            explain_call(f"{label}: the body", error, body, (f, *inputs), named)
             raise
 
     def child_inputs(inputs, named):
@@ -341,7 +343,7 @@ class Child:
         raise TypeError(f"f.{self._name} is a layer and no array: call it, f.{self._name}(...)")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
-    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = __getitem__ = __iter__ = __jax_array__ = _refuse
+    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = __getitem__ = __iter__ = _refuse
 
 
 def _check_parameters_fit(child: Layer, first: tuple[Any, Any], now: tuple[Any, Any]) -> None:
