@@ -22,6 +22,7 @@ from jaxnet.train import (
     averaged,
     balanced,
     by_path,
+    evaluate,
     freeze,
     guarded,
     sgd,
@@ -828,3 +829,33 @@ def test_a_frozen_body_keeps_its_statistics_too():
     assert (end.state["head"]["norm"]["mean"] != state["head"]["norm"]["mean"]).all()
     assert (end.params["head"]["out"]["kernel"] != params["head"]["out"]["kernel"]).all()
     assert np.isfinite(metrics["loss"]).all()
+
+
+SWITCHES = {
+    "jax_debug_nans": lambda: jax.debug_nans(True),
+    "jax_disable_jit": jax.disable_jit,
+    "jax_transfer_guard": lambda: jax.transfer_guard("disallow"),
+    "jax_check_tracer_leaks": jax.checking_leaks,
+    "jax_debug_key_reuse": lambda: jax.debug_key_reuse(True),
+    "jax_enable_checks": lambda: jax.enable_checks(True),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_jaxs_own_switches_for_debugging_change_no_number(switch):
+    data, optimizer = jax.tree.map(jnp.asarray, regression(10)), optax.adam(0.01)
+
+    def loss(params, batch, key):
+        return squares(params, batch) + 0 * jax.random.uniform(key)
+
+    def run():
+        start = train_state(params_of(), optimizer, key0())
+        step = augmented(train_step(loss, optimizer), lambda key, batch: batch)
+        end, metrics = jax.jit(train_steps(step, 4, 4, drop_last=False))(start, data)
+        mean = evaluate(lambda params, batch: {"mse": squares(params, batch)}, regression(10), batch_size=4)(end)
+        return end.params, metrics, mean
+
+    expected = run()
+    with SWITCHES[switch]():
+        found = run()
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
