@@ -6,10 +6,12 @@ all run in one pair, since most of the time is spent on starting it.
 
 import json
 import pathlib
+import random
 import shutil
 import socket
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import jax
@@ -308,3 +310,59 @@ def test_a_killed_process_leaves_the_old_checkpoint_or_the_new_one(name, tmp_pat
     assert len(list(tmp_path.glob("*.part-*"))) > 2  # what the dead have left
     save(tmp_path / "x.safetensors", {"w": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def killed_at_once(folder, engine, rng):
+    """Kill two processes in one moment of their saves; returns the number of the tree that must be there, and is."""
+    folder.mkdir()
+    path, processes = folder / "x.safetensors", start(2, folder, "for_ever", *engine)
+    try:
+        patience = time.monotonic() + 120
+        while not path.exists():
+            assert time.monotonic() < patience and all(process.poll() is None for process in processes)
+            time.sleep(0.01)
+        first = load(path)["step"]
+        time.sleep(rng.uniform(0, 1))
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()
+    tree = load(path)
+    assert_values(tree, tree["step"])
+    verify(path)
+    assert tree["step"] >= first
+    save(path, {"w": 1})
+    assert [entry.name for entry in folder.iterdir()] == ["x.safetensors"]  # what the dead left has been swept
+    return tree["step"]
+
+
+def test_two_processes_that_are_killed_at_once_leave_one_of_their_saves(tmp_path):
+    killed_at_once(tmp_path / "x", [], random.Random(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [[], ["orbax"]], ids=["parts", "orbax"])
+def test_many_kills_of_two_processes_at_once(engine, tmp_path):
+    if engine:
+        pytest.importorskip("orbax")
+    found = [killed_at_once(tmp_path / str(i), engine, random.Random(i)) for i in range(8)]
+    print(f"\n{len(found)} kills of two processes, none lost; they were at saves {found}")
+    assert max(found) > 1
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_inside_orbax_is_noticed_within_a_minute(tmp_path):
+    pytest.importorskip("orbax")
+    processes = start(2, tmp_path, "orbax_dies")
+    try:
+        assert processes[0].stdout
+        lines = iter(processes[0].stdout.readline, "")
+        waited = next(float(line) for line in lines if line[:1].isdigit())
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    print(f"\nthe other process raised after {waited:.0f} s")
+    assert waited < 60
+    assert_values(load(tmp_path / "x.safetensors"), 1)

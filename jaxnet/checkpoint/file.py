@@ -1,12 +1,10 @@
-"""Files: replace one as a whole or not at all, and read one without trusting it."""
+"""One file: write a tree into it, and read it without trusting it."""
 
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import os
-import secrets
 import stat
 import tempfile
 import zlib
@@ -14,17 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from jaxnet.checkpoint import atomic, match, places, structure
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint import match, places, structure
 from jaxnet.checkpoint.format import CheckpointError, Header, Misfit, Tensor
 from jaxnet.checkpoint.structure import Node, Spec
+from jaxnet.checkpoint.words import shown
 
 if TYPE_CHECKING:
     from jaxnet.checkpoint.arrays import Target
 
 READ = 1 << 20  # bytes read and summed at a time, so that the sum finds them in the processor's cache
 WRITE = 4 << 20  # bytes written and summed at a time; a part of format.CHUNK
-TEMPORARY = ".jaxnet-"  # how the names of temporary files begin; they end in ".tmp"
+SMALL = 64 << 10  # bytes of a tensor that is written together with others
 
 
 class Leaf(NamedTuple):
@@ -88,8 +87,11 @@ def prepare(
     engine: str | None = None,
     *,
     snapshot: bool = False,
+    follow: bool = True,
 ) -> Callable[[], None]:
     """Check all that can be wrong with a tree and return what writes it, once; from a copy if `snapshot`.
+
+    If the path is a symbolic link, the file behind it is replaced or, without `follow`, the link itself.
 
     A copy is on the host and shares no memory with the tree, whose arrays may then be donated, deleted or changed. A
     tree that is spread over several processes is never copied, except by Orbax.
@@ -98,16 +100,22 @@ def prepare(
 
     file = os.fsdecode(path)
     check_engine(file, engine)
+    target = places.real(file, follow=follow)
+    if not places.is_url(target):
+        atomic.check_target(file, target)
     node, leaves = structure.encode(file, tree, functools.partial(arrays.describe, file))
     nodes = structure.leaves(node)
     shapes = {name: arrays.shape_in_file(nodes[name], x) for name, x in leaves.items()}
     tensors = fmt.layout([(name, *structure.stored_as(nodes[name], shape)) for name, shape in shapes.items()])
     manifest = {"version": fmt.VERSION, "metadata": _exact_json(file, metadata or {}), "tree": structure.to_json(node)}
+    if engine or parts.is_spread(leaves):
+        _check_names(file, nodes, len(json.dumps(manifest)))
     if engine == "orbax":
-        return orbax.start(file, tensors, manifest, nodes, leaves, beside=snapshot)
+        return orbax.start(file, target, tensors, manifest, nodes, leaves, beside=snapshot)
     if parts.is_spread(leaves):
-        return functools.partial(parts.write, file, tensors, manifest, leaves)
+        return functools.partial(parts.write, file, target, tensors, manifest, leaves)
     empty = fmt.write_header(file, tensors, manifest | {"crc32": ["0" * 8 * t.chunks for t in tensors]})
+    _check_names(file, nodes, len(empty))
 
     def fetch(name):
         return arrays.to_bytes(nodes[name], leaves[name])
@@ -115,12 +123,12 @@ def prepare(
     copies = {name: fetch(name).copy() for name in leaves} if snapshot else None
 
     def write():
-        with _replacing(file) as fd:
+        with atomic.replacing(file, target) as fd:
             os.lseek(fd, len(empty), os.SEEK_SET)
             crcs = _write_tensors(fd, tensors, fetch if copies is None else copies.pop)
             os.lseek(fd, 0, os.SEEK_SET)
-            _write(fd, memoryview(fmt.with_manifest(empty, manifest | {"crc32": crcs})))
-        parts.sweep(os.path.realpath(file))
+            atomic.write(fd, memoryview(fmt.with_manifest(empty, manifest | {"crc32": crcs})))
+        parts.sweep(target)
 
     return write
 
@@ -199,33 +207,37 @@ def _load(
 ) -> tuple[Any, Callable[[], Info]]:
     from jaxnet.checkpoint import arrays
 
-    if like is None and (cast or not strict):
+    if like is None and template is None and (cast or not strict):
         raise ValueError("cast=True and strict=False need a tree `like`: they say how it and the file may differ")
-    with opened(path) as (file, fd, size):
+    patterns = None if only is None else [only] if isinstance(only, str) else list(only)
+
+    def read(file, fd, size):
         content = read_content(file, fd, size)
         info, kept = functools.partial(_info, file, size, content), {}
-        if template is not None:
-            like = template(info())
+        wanted = like if template is None else template(info())
         if rename is not None:
             content = _rename(file, content, rename)
-        if only is not None:
-            content = _select(file, content, [only] if isinstance(only, str) else list(only))
+        if patterns is not None:
+            content = _select(file, content, patterns)
         header, node, nodes, tensors = content[:4]
         targets = {name: arrays.Target(nodes[name].kind, nodes[name].value) for name in tensors}
-        if like is not None:
+        if wanted is not None:
             what = "it" if only is None else "what `only` selects"
-            targets, kept = _match(file, what, like, content, strict, cast)
+            targets, kept = _match(file, what, wanted, content, strict, cast)
         # Of a tree in parts, what other processes will hold is not read. A cast looks at all values.
         needed = {tensors[n].name: arrays.blocks(file, t, tensors[n].shape) for n, t in targets.items() if not cast}
         raw = read_tensors(file, fd, header, [tensors[name] for name in targets], arrays.empty, needed)
+        return file, info, wanted, kept, node, nodes, tensors, targets, raw
+
+    file, info, wanted, kept, node, nodes, tensors, targets, raw = steadily(path, read)
     stored = {n: arrays.from_bytes(file, n, nodes[n], tensors[n].shape, raw.pop(tensors[n].name)) for n in targets}
     if cast:
         stored = arrays.cast(file, stored, targets)
     values = arrays.place(file, nodes, stored, targets)
-    if like is None:
+    if wanted is None:
         return structure.build(node, values), info
     scalars = {name: n.value for name, n in nodes.items() if name not in tensors}
-    return structure.refill(like, scalars | values | kept), info
+    return structure.refill(wanted, scalars | values | kept), info
 
 
 def inspect(path: str | os.PathLike[str]) -> Info:
@@ -248,10 +260,13 @@ def verify(path: str | os.PathLike[str]) -> Info:
 
     Raises: as `load`.
     """
-    with opened(path) as (file, fd, size):
+
+    def read(file, fd, size):
         content = read_content(file, fd, size)
         read_tensors(file, fd, content.header, content.header.tensors, None)
         return _info(file, size, content)
+
+    return steadily(path, read)
 
 
 def check_engine(file: str, engine: str | None) -> None:
@@ -259,116 +274,17 @@ def check_engine(file: str, engine: str | None) -> None:
         raise ValueError(f"engine must be 'orbax' or None, got {engine!r}")
     if engine is None and places.is_url(file):
         text = "say engine='orbax' (in `fit`: give it a `Checkpoints` with that), or save to a file"
-        raise ValueError(f"{file} is in an object store: {text}")
+        raise ValueError(f"{shown(file)} is in an object store: {text}")
     if places.is_url(file):
         places.check_url(file)
 
 
-def replace(file: str, content: bytes) -> None:
-    """Write a file, durably, in place of the one that may be there."""
-    if places.is_url(file):
-        return places.put(file, content)
-    with _replacing(file) as fd:
-        _write(fd, memoryview(content))
-
-
-# Writing: a temporary file in the same folder, fsync, rename, fsync of the folder. Whoever opens the file sees the old
-# bytes or the new ones. A lock on the temporary file tells it from one that a killed process left behind.
-
-
-@contextlib.contextmanager
-def _replacing(file: str) -> Iterator[int]:
-    """Give a descriptor to write to; what is written replaces the file if the block ends well, else it vanishes."""
-    target = os.path.realpath(file)  # through a symbolic link: the link stays, what it points to is replaced
-    folder = os.path.dirname(target)
-    make_folder(folder)
-    old = check_target(file, target)
-    _sweep(folder)
-    temporary, fd = _open_temporary(folder)
-    try:
-        if old and old.st_mode != os.fstat(fd).st_mode:
-            os.fchmod(fd, stat.S_IMODE(old.st_mode))
-        yield fd
-        os.fsync(fd)  # if this fails the kernel may have dropped the bytes: no second try can tell
-        os.replace(temporary, target)
-    except BaseException as e:
-        discard(temporary, fd)
-        e.add_note(f"while saving {file}: nothing has been replaced")
-        raise
-    os.close(fd)
-    sync_folder(folder)
-
-
-def check_target(file: str, target: str) -> os.stat_result | None:
-    """What is there, if anything is; OSError if it cannot be replaced."""
-    old = os.stat(target) if os.path.exists(target) else None
-    if old and stat.S_ISDIR(old.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, this is a folder: add a file name", file)
-    if old and not stat.S_ISREG(old.st_mode):
-        raise FileExistsError(errno.EEXIST, "this is neither a file nor a folder, and will not be replaced", file)
-    return old
-
-
-def _open_temporary(folder: str) -> tuple[str, int]:
-    while True:
-        path = os.path.join(folder, f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        if (fd := open_locked(path)) is not None:
-            return path, fd
-
-
-def open_locked(path: str) -> int | None:
-    """Make a file and lock it; None if another process swept it before it was locked."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: then who sweeps cannot lock either
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        if os.fstat(fd).st_nlink:
-            return fd
-    except BaseException:
-        discard(path, fd)
-        raise
-    os.close(fd)
-    return None
-
-
-def discard(path: str, fd: int):
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-    os.close(fd)
-
-
-def _sweep(folder: str):
-    """Remove temporary files that no living process has locked."""
-    with os.scandir(folder) as entries:
-        left = [e.path for e in entries if e.name.startswith(TEMPORARY) and e.name.endswith(".tmp")]
-    for path in left:
-        with contextlib.suppress(OSError):  # locked, gone, or somebody else's
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(path)
-            finally:
-                os.close(fd)
-
-
-def make_folder(folder: str):
-    """Make a folder and its parents, each durably."""
-    if not os.path.isdir(folder):
-        make_folder(os.path.dirname(folder))
-        with contextlib.suppress(FileExistsError):  # another process was faster; a file in the way fails just below
-            os.mkdir(folder)
-        sync_folder(os.path.dirname(folder))
-
-
-def sync_folder(folder: str):
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.EBADF):  # a file system that cannot; PostgreSQL allows for these two
-            raise
-    finally:
-        os.close(fd)
+def replace(target: str, content: bytes) -> None:
+    """Write a file, durably, in place of the one that may be there; `target` is as `places.real` gives it."""
+    if places.is_url(target):
+        return places.put(target, content)
+    with atomic.replacing(target, target) as fd:
+        atomic.write(fd, memoryview(content))
 
 
 def _write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any]) -> list[str]:
@@ -377,13 +293,22 @@ def _write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any
     The disk works while the next bytes are fetched and summed: a second thread syncs what has been written so far.
     """
     crcs, sync, unsynced = [], None, 0
+    waiting = bytearray()  # small tensors, which are written together: a call of the system costs more than their copy
     with ThreadPoolExecutor(1) as pool:
         for t in tensors:
             data = memoryview(to_bytes(t.name))
             sums = [fmt.crc_start(t, i) for i in range(t.chunks)]
+            if len(data) <= SMALL:
+                waiting += data
+                sums = [zlib.crc32(data, sums[0])]
+                data = data[:0]
+            if waiting and (len(data) or len(waiting) >= 4 * SMALL):
+                atomic.write(fd, memoryview(bytes(waiting)))
+                unsynced += len(waiting)
+                waiting.clear()
             for start in range(0, len(data), WRITE):
                 block = data[start : start + WRITE]
-                _write(fd, block)
+                atomic.write(fd, block)
                 unsynced += len(block)
                 if unsynced >= 4 * WRITE and (sync is None or sync.done()):
                     if sync:
@@ -394,14 +319,17 @@ def _write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any
                     unsynced = 0
                 sums[start // fmt.CHUNK] = zlib.crc32(block, sums[start // fmt.CHUNK])
             crcs.append("".join(f"{crc:08x}" for crc in sums))
+        atomic.write(fd, memoryview(waiting))
         if sync:
             sync.result()
     return crcs
 
 
-def _write(fd: int, data: memoryview):
-    while data:
-        data = data[os.write(fd, data) :]
+def _check_names(file: str, nodes: dict[str, Node], header: int) -> None:
+    """Raise CheckpointError for what `read_content` would refuse."""
+    if (size := sum(map(len, nodes))) > (most := structure.longest_names(header)):
+        text = f"the paths of its leaves together have {size:,} characters, at most {most:,} are possible here"
+        raise CheckpointError(file, None, f"{text}: shorten the keys of nested dicts")
 
 
 def _exact_json(file: str, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -410,13 +338,17 @@ def _exact_json(file: str, metadata: dict[str, Any]) -> dict[str, Any]:
         return 1 + max(map(depth, branches), default=0) if isinstance(x, dict | list) else 0
 
     try:
-        if isinstance(metadata, dict) and json.loads(json.dumps(metadata)) == metadata and depth(metadata) <= 100:
+        if (
+            isinstance(metadata, dict)
+            and json.loads(json.dumps(metadata, allow_nan=False)) == metadata
+            and depth(metadata) <= 100
+        ):
             return metadata
         reason = "it does not come back from JSON as it was, or is nested deeper than 100 levels"
-    except (TypeError, ValueError, RecursionError) as e:
+    except (TypeError, ValueError, RecursionError, OverflowError) as e:
         reason = str(e)
     text = "metadata must be a dict of str keys with str, int, float, bool, None, lists and dicts inside"
-    raise CheckpointError(file, None, f"{text} (no tuples, NaN, arrays or NumPy numbers): {reason}")
+    raise CheckpointError(file, None, f"{text} (no tuples, NaN, infinities, arrays or NumPy numbers): {reason}")
 
 
 # Reading: nothing is believed before it is checked, and nothing is allocated that the file's size does not justify.
@@ -444,6 +376,49 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
         os.close(fd)
 
 
+def steadily(path: str | os.PathLike[str], read: Callable[[str, int, int], Any]) -> Any:
+    """Return what `read(file, descriptor, size)` returns, from one save even if others replace it meanwhile.
+
+    The parts of a file and its folder of Orbax are deleted when another save has taken its place. Who is just reading
+    them then finds them missing or cut off, and reads the new ones.
+    """
+    tries = 0
+    while True:
+        with opened(path) as (file, fd, size):
+            try:
+                return read(file, fd, size)
+            except Misfit:
+                raise
+            except CheckpointError as e:
+                if not replaced(file, fd, size):
+                    raise
+                tries += 1
+                if tries == 100:
+                    raise CheckpointError(
+                        file, None, f"it was replaced {tries} times while it was read, at last: {e}"
+                    ) from e
+
+
+def replaced(file: str, fd: int, size: int) -> bool:
+    """Whether a path leads to another file than the open one, which keeps its number from being used again."""
+    if places.is_url(file):
+        return places.fetch(file) != os.pread(fd, size, 0)
+    return not os.path.samestat(os.stat(file), os.fstat(fd))
+
+
+def each(work: Callable[[Any], None], jobs: Sequence[Any]) -> None:
+    """Do all jobs: in threads, and those that no thread will take in this one. A job may be done twice."""
+    running = []
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        with contextlib.suppress(RuntimeError):  # the interpreter shuts down, or the system gives no more threads
+            for job in jobs:
+                running.append(pool.submit(work, job))
+        for job in jobs[len(running) :]:
+            work(job)
+        for future in running:
+            future.result()
+
+
 class Content(NamedTuple):
     """All that a file's first bytes say, checked."""
 
@@ -467,7 +442,13 @@ def read_content(file: str, fd: int, size: int) -> Content:
         node = structure.nest(dict(zip(paths, dtypes, strict=True)))
         return Content(header, node, structure.leaves(node), tensors, False)
     node = structure.from_json(file, header.manifest.get("tree"))
-    leaves, tensors = structure.leaves(node), {t.name: t for t in header.tensors}
+    try:
+        leaves = structure.leaves(node, structure.longest_names(header.data))
+    except ValueError as e:
+        raise CheckpointError(
+            file, None, f"{e}, too many for its header of {header.data:,} bytes; {fmt.RESTORE}"
+        ) from e
+    tensors = {t.name: t for t in header.tensors}
     structure.check_arrays(file, leaves, tensors)
     return Content(header, node, leaves, tensors, True)
 
@@ -537,7 +518,7 @@ def fit(
     lines = match.differences(wanted, found, containers, strict=strict, cast=cast)
     kept = {} if strict else {name: leaves.get(name, node.value) for name, node in nodes.items() if name not in found}
     empty = [name for name, x in kept.items() if arrays.is_abstract(x)]
-    lines += [f"missing from the file: {name} {wanted[name]}, and `like` has no value" for name in empty]
+    lines += [f"missing from the file: {shown(name)} {wanted[name]}, and `like` has no value" for name in empty]
     if kept and kept.keys() == nodes.keys():
         lines.append("strict=False, but the file and the template have no path in common")
     if lines:
@@ -562,9 +543,9 @@ def read_tensors(
     Of tensors outside, only pieces that overlap one of the blocks in `needed` are read, where it names some.
     """
     if header.outside:
-        from jaxnet.checkpoint import orbax, parts
+        from jaxnet.checkpoint import parts, zarr
 
-        return (orbax if header.orbax else parts).read_tensors(file, header, tensors, empty, needed or {})
+        return (zarr if header.orbax else parts).read_tensors(file, header, tensors, empty, needed or {})
     out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
     crcs = dict(zip((t.name for t in header.tensors), header.manifest["crc32"], strict=True)) if header.manifest else {}
     jobs = [(t, i, crcs.get(t.name, "")[8 * i : 8 * i + 8]) for t in tensors for i in range(t.chunks)]
@@ -585,8 +566,7 @@ def read_tensors(
     for job in jobs:
         if job[0].stop - job[0].start <= READ:
             check(job)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # reading and summing both let other threads run
-        list(pool.map(check, large))
+    each(check, large)  # reading and summing both let other threads run
     return out
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from jaxnet.checkpoint import structure
 from jaxnet.checkpoint.format import Misfit
 from jaxnet.checkpoint.structure import DICTS, Node, Path, Spec, leaf_name
+from jaxnet.checkpoint.words import shown
 
 
 def select(file: str, names: Iterable[str], patterns: Iterable[str]) -> set[str]:
@@ -17,7 +18,7 @@ def select(file: str, names: Iterable[str], patterns: Iterable[str]) -> set[str]
     try:
         return set(tree.select(dict.fromkeys(names, True), *patterns))
     except KeyError as e:
-        raise Misfit(file, None, e.args[0]) from None
+        raise Misfit(file, None, shown(e.args[0], 3000)) from None
 
 
 def prune(node: Node, names: set[str], path: Path = ()) -> Node | None:
@@ -47,11 +48,11 @@ def renamed(file: str, names: Iterable[str], rename: dict[str, str] | Callable[[
     taken: dict[Path, str] = {}
     for name, path in paths.items():
         if path in taken:
-            raise Misfit(file, leaf_name(path), f"rename gives this path to '{taken[path]}' and '{name}'")
+            raise Misfit(file, leaf_name(path), f"rename gives this path to '{shown(taken[path])}' and '{shown(name)}'")
         taken[path] = name
     for path in taken:
         if above := next((path[:i] for i in range(len(path)) if path[:i] in taken), None):
-            text = f"rename makes '{taken[above]}' of the file a leaf here, and puts '{taken[path]}' below it"
+            text = f"rename makes '{shown(taken[above])}' of the file a leaf here, and puts '{shown(taken[path])}' below it"
             raise Misfit(file, leaf_name(above), text)
     return paths
 
@@ -73,13 +74,13 @@ def differences(
     unexpected = {name: spec for name, spec in found.items() if name not in wanted}
     lines = []
     if strict:
-        lines += [f"missing from the file: {name} {spec}" for name, spec in missing.items()]
-        lines += [f"not in the template: {name} {spec}" for name, spec in unexpected.items()]
+        lines += [f"missing from the file: {shown(name)} {spec}" for name, spec in missing.items()]
+        lines += [f"not in the template: {shown(name)} {spec}" for name, spec in unexpected.items()]
     for name, spec in wanted.items():
         if name in found and spec != found[name]:
             what = "dtype" if spec.shape == found[name].shape else "shape"
             if what == "shape" or not cast or spec.shape is None or "key<" in spec.dtype + found[name].dtype:
-                lines.append(f"{what} differs: {name}: template {spec}, file {found[name]}")
+                lines.append(f"{what} differs: {shown(name)}: template {spec}, file {found[name]}")
     if containers is not None:
         lines += _container_differences(*containers, strict)
     if strict or missing.keys() == wanted.keys():
@@ -107,7 +108,7 @@ def _container_differences(template: Node, stored: Node, strict: bool) -> list[s
             differ = strict and not (here or theirs[path]).children
         if differ:
             name = leaf_name(path) if path else "the root"
-            lines.append(f"container differs: {name}: template {_in_words(here)}, file {_in_words(there)}")
+            lines.append(f"container differs: {shown(name)}: template {_in_words(here)}, file {_in_words(there)}")
     return lines
 
 
@@ -133,7 +134,7 @@ def _renames(missing: dict[str, Spec], unexpected: dict[str, Spec], found: dict[
                 del free[leaf], left[_with_prefix(leaf, {old: new})]
             what = f" ({len(below)} leaves)" if len(below) > 1 else ""
             lines.append(
-                f"perhaps renamed: {old or 'the root'} in the file is {new or 'the root'} in the template{what}"
+                f"perhaps renamed: {shown(old) or 'the root'} in the file is {shown(new) or 'the root'} in the template{what}"
             )
             rename[old] = new
     return [*lines, f"if so: rename={rename}"] if rename else []

@@ -9,18 +9,22 @@ one before; the manifest is written when all parts are on the disk, and only the
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
+import math
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxnet.checkpoint import atomic, places, structure
 from jaxnet.checkpoint import file as files
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint import places, structure
 from jaxnet.checkpoint.format import CheckpointError, Header, Orbax, Parts, Tensor
+from jaxnet.checkpoint.watch import Gone
+from jaxnet.checkpoint.words import shown
 
 
 class Piece(NamedTuple):
@@ -36,15 +40,15 @@ def is_spread(tree: Any) -> bool:
     import jax
     from jax.core import Tracer
 
-    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer))
-    return not all(x.is_fully_addressable for x in arrays)
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    return bool(arrays) and jax.process_count() > 1 and not all(x.is_fully_addressable for x in arrays)
 
 
-def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: dict[str, Any]) -> None:
+def write(file: str, target: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: dict[str, Any]) -> None:
     """Write a tree together with all other processes, which must call this, too; all of them raise if one fails."""
     import jax
 
-    target, me, identity, held = places.real(file), jax.process_index(), new_number(), contextlib.ExitStack()
+    me, identity, held = jax.process_index(), new_number(), contextlib.ExitStack()
 
     def commit() -> None:
         paths = [path_of(target, identity, i) for i in range(jax.process_count())]
@@ -52,7 +56,7 @@ def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: di
             try:
                 opened = [stack.enter_context(files.opened(path)) for path in paths]
             except FileNotFoundError as e:
-                text = f"the part {e.filename} is not there: all processes must save to one folder, which they share"
+                text = f"the part {shown(e.filename)} is not there: all processes must save to one folder, which they share"
                 raise CheckpointError(file, None, text) from e
             headers = [files.read_content(*part).header for part in opened]
             pieces(file, tensors, headers)
@@ -65,11 +69,11 @@ def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: di
         sweep(target)
 
     with held:
-        with together(file, held):
+        with together(file, target, held):
             if me == 0:
                 held.enter_context(reserved(target, identity))
-            files.save(path_of(target, identity, me), _owned(leaves, everything=me == 0))
-        with together(file, held):
+            files.prepare(path_of(target, identity, me), _owned(leaves, everything=me == 0), None, follow=False)()
+        with together(file, target, held):
             if me == 0:
                 commit()
 
@@ -86,15 +90,15 @@ def new_number() -> str:
 @contextlib.contextmanager
 def reserved(target: str, identity: str) -> Iterator[None]:
     """While this lasts, no other save to the same path sweeps what the save of this number has written."""
-    files.make_folder(os.path.dirname(target))
+    atomic.make_folder(os.path.dirname(target))
     path = lock_path(target, identity)
-    fd = files.open_locked(path)
+    fd = atomic.open_locked(path)
     while fd is None:
-        fd = files.open_locked(path)
+        fd = atomic.open_locked(path)
     try:
         yield
     finally:
-        files.discard(path, fd)
+        atomic.discard(path, fd)
 
 
 @contextlib.contextmanager
@@ -104,8 +108,13 @@ def _claimed(target: str, identity: str) -> Iterator[bool]:
         yield True
         return
     try:
-        fd = os.open(path := lock_path(target, identity), os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path := lock_path(target, identity), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
+        yield True
+        return
+    except OSError as e:
+        if e.errno != errno.ELOOP:  # a symbolic link is no lock of ours
+            raise
         yield True
         return
     try:
@@ -122,7 +131,7 @@ def _claimed(target: str, identity: str) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def together(file: str, held: contextlib.ExitStack) -> Iterator[None]:
+def together(file: str, target: str, held: contextlib.ExitStack) -> Iterator[None]:
     """A block that all processes execute: if it fails in some of them, all raise, and what was begun is removed.
 
     What is `held` is given up before.
@@ -134,6 +143,10 @@ def together(file: str, held: contextlib.ExitStack) -> Iterator[None]:
     error = None
     try:
         yield
+    except Gone:  # others will not come
+        held.close()
+        sweep(target)
+        raise
     except Exception as e:  # the others wait: say so before raising it
         error = e
     well = np.array([error is None])
@@ -141,7 +154,7 @@ def together(file: str, held: contextlib.ExitStack) -> Iterator[None]:
         well = multihost_utils.process_allgather(well).ravel()
     if not well.all():
         held.close()
-        sweep(places.real(file))
+        sweep(target)
     if error:
         raise error
     if not well.all():
@@ -210,11 +223,11 @@ def opened(file: str, header: Header) -> Iterator[list[tuple[str, int, Header]]]
             try:
                 part, fd, size = stack.enter_context(files.opened(path))
             except FileNotFoundError as e:
-                text = f"its part {path} is missing: copy and rename it with its parts (or it has just been replaced)"
+                text = f"its part {shown(path)} is missing: copy and rename it with its parts"
                 raise CheckpointError(file, None, text) from e
             content = files.read_content(part, fd, size)
             if content.header.metadata.get("jaxnet_sha256") != digest:
-                text = f"its part {path} is that of another checkpoint or was replaced; {fmt.RESTORE}"
+                text = f"its part {shown(path)} is that of another checkpoint or was replaced; {fmt.RESTORE}"
                 raise CheckpointError(file, None, text)
             result.append((part, fd, content.header))
         yield result
@@ -227,7 +240,7 @@ def pieces(file: str, tensors: Iterable[Tensor], parts: Iterable[Header]) -> dic
         for tensor in part.tensors:
             name, start = (*structure.leaf_path(tensor.name), "")[:2]
             if name not in found or not re.fullmatch(r"(\d{1,18}(,\d{1,18})*)?", start):
-                raise CheckpointError(file, None, f"part {number} has a tensor '{tensor.name}'; {fmt.RESTORE}")
+                raise CheckpointError(file, None, f"part {number} has a tensor '{shown(tensor.name)}'; {fmt.RESTORE}")
             first = tuple(int(position) for position in start.split(",") if position)
             found[name].append(Piece(number, tensor, first + (0,) * (len(tensor.shape) - len(first))))
     for t in tensors:
@@ -239,7 +252,8 @@ def grid(file: str, whole: Tensor, found: list[Piece]) -> list[list[int]]:
     """Where the pieces of a tensor begin along each axis; CheckpointError unless they fill it."""
     cuts = _cuts(whole, found)
     if cuts is None:
-        where = [f"{p.tensor.code}{list(p.tensor.shape)} at {list(p.start)}" for p in found]
+        where = [f"{p.tensor.code}{list(p.tensor.shape)} at {list(p.start)}" for p in found[:20]]
+        where += ["..."] if len(found) > 20 else []
         text = f"its pieces do not fill {whole.code}{list(whole.shape)}: they are {', '.join(where) or 'missing'}"
         raise CheckpointError(file, whole.name, f"{text} (did all processes save the same tree?)")
     return cuts
@@ -252,8 +266,11 @@ def _cuts(whole: Tensor, found: list[Piece]) -> list[list[int]] | None:
     cuts = [sorted({p.start[axis] for p in found}) for axis in range(len(whole.shape))]
     ends = [dict(itertools.pairwise([*cut, size])) for cut, size in zip(cuts, whole.shape, strict=True)]
     cells = {p.start for p in found}
+    # The counts first: few pieces on a diagonal would ask for a grid of astronomically many cells.
     regular = (
-        len(found) == len(cells) and cells == set(itertools.product(*cuts)) and all(cut[:1] == [0] for cut in cuts)
+        len(found) == len(cells) == math.prod(map(len, cuts))
+        and cells == set(itertools.product(*cuts))
+        and all(cut[:1] == [0] for cut in cuts)
     )
     filled = regular and all(
         start + size == end[start]
@@ -283,7 +300,9 @@ def sweep(target: str) -> None:
     """Remove what a path has outside its file and does not mean: of older saves, and of those that failed."""
     folder, name = os.path.split(target)
     with contextlib.suppress(OSError, CheckpointError):  # a file that cannot be read keeps whatever is there
-        found = [(entry, re.fullmatch(re.escape(name) + OUTSIDE, entry)) for entry in places.entries(folder)]
+        found = [
+            (entry, re.fullmatch(re.escape(name) + OUTSIDE, entry)) for entry in places.entries(folder, links=False)
+        ]
         for identity in {match[1] for _, match in found if match}:
             with _claimed(target, identity) as dead:
                 meant = _outside(target)  # read now, since a save gives itself up after it is meant
@@ -296,12 +315,12 @@ def _remove_all(folder: str, names: Iterable[str]) -> None:
     for name in names:
         if not re.search(r"\.lock-[0-9a-f]{16}$", name):
             with contextlib.suppress(OSError):
-                places.remove(os.path.join(folder, name))
+                places.remove(os.path.join(folder, name), folder_too=".orbax-" in name)
 
 
 def owners(folder: str) -> set[str]:
     """The names of the files in a folder, there or not, of which a save is under way or was killed."""
-    locks = (re.fullmatch(r"(.+)\.lock-[0-9a-f]{16}", entry) for entry in places.entries(folder))
+    locks = (re.fullmatch(r"(.+)\.lock-[0-9a-f]{16}", entry) for entry in places.entries(folder, links=False))
     return {found[1] for found in locks if found}
 
 
@@ -309,7 +328,9 @@ def undo(target: str, identity: str) -> None:
     """Remove all that a save has written, of which the file does not yet know."""
     folder, name = os.path.split(target)
     with contextlib.suppress(OSError):
-        found = [(entry, re.fullmatch(re.escape(name) + OUTSIDE, entry)) for entry in places.entries(folder)]
+        found = [
+            (entry, re.fullmatch(re.escape(name) + OUTSIDE, entry)) for entry in places.entries(folder, links=False)
+        ]
         _remove_all(folder, [entry for entry, match in found if match and match[1] == identity])
 
 
@@ -322,10 +343,13 @@ def _outside(target: str) -> Parts | Orbax | None:
 
 
 def remove(path: str) -> None:
-    """Delete a checkpoint with all that is outside its file, the file first."""
-    target = places.real(path)
+    """Delete a checkpoint with all that is outside its file, the file first; nothing if it is a symbolic link."""
+    target = places.real(path, follow=False)
+    if not places.is_url(target) and os.path.islink(target):
+        return
     with contextlib.suppress(OSError, CheckpointError):
         if (outside := _outside(target)) and not places.is_url(target):  # so that what a kill leaves can be told
-            os.close(os.open(lock_path(target, outside.id), os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+            flags = os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+            os.close(os.open(lock_path(target, outside.id), flags, 0o666))
     places.remove(target)
     sweep(target)

@@ -15,7 +15,7 @@ from jaxnet.checks import size_of
 from jaxnet.train import identity, inputs, saved
 from jaxnet.train.feed import Feed, StreamFeed, arrays_of
 from jaxnet.train.history import Record
-from jaxnet.train.interrupt import interruptible
+from jaxnet.train.interrupt import AGAIN, handled, interruptible
 from jaxnet.train.keeper import Keeper
 from jaxnet.train.order import Order, shuffle
 from jaxnet.train.programs import Programs, ordinary
@@ -31,7 +31,16 @@ if TYPE_CHECKING:
 __all__ = ["Best", "Result", "fit"]
 
 
-class Result(NamedTuple):
+class _Result(NamedTuple):
+    train_state: TrainState
+    history: list[Record]
+    best: Best | None = None
+    stopped: str | None = None
+    compiled: tuple[str, ...] = ()
+    evaluations: Sequence[Record] = ()
+
+
+class Result(_Result):
     """The outcome of `fit`.
 
     Attributes:
@@ -46,12 +55,13 @@ class Result(NamedTuple):
         training metrics since the evaluation before.
     """
 
-    train_state: TrainState
-    history: list[Record]
-    best: Best | None = None
-    stopped: str | None = None
-    compiled: tuple[str, ...] = ()
-    evaluations: Sequence[Record] = ()
+    __slots__ = ()
+
+    @property
+    def stopped(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # A program that asks decides itself what a signal means for what comes next.
+        handled()
+        return self[3]
 
     @property
     def exit_code(self) -> int:
@@ -116,8 +126,8 @@ def fit(
         every 30 seconds. False is silent.
 
     On the main thread the first SIGINT (Ctrl-C) or SIGTERM lets the chunk end, saves, and returns the state so far. A second
-    one raises KeyboardInterrupt or SystemExit, also if it finds the next `fit` before its first step. A signal that the
-    program ignores stays ignored.
+    one raises KeyboardInterrupt or SystemExit, also in the next `fit` if it comes within 10 seconds and the program has
+    not read `stopped` or `exit_code` of the result. A signal that the program ignores stays ignored.
 
     Returns:
       A `Result`. A record has 'step', 'epoch', the mean of each metric since the record before, the values of `evaluate`,
@@ -141,6 +151,7 @@ def fit(
     looks = Looks(evaluate, best, stop, list(callbacks))
     keeper = Keeper(checkpoint)
     keeper.check()
+    check_finite = check_finite or _debugging()
     with ordinary():
         feed = _feed(train_state, data, batch_size, epochs, steps, order, drop_last, digest=bool(keeper))
         inputs.check_length(feed.total)
@@ -148,7 +159,7 @@ def fit(
         every = sizes["record_every"] or default_record_every(feed.epoch_steps, feed.total)
         cut_epochs = record_every is None and (feed.epoch_steps or 0) >= every
         schedule = Schedule(feed.total, feed.epoch_steps, every, evaluate_every, cut_epochs, stop is not None)
-        programs = Programs(step, feed, check_finite or _debugging(), digests=bool(keeper))
+        programs = Programs(step, feed, check_finite, digests=bool(keeper))
         run = Run(train_state, feed, programs, looks, schedule, keeper)
         found = keeper.newest(saved.template_of(run))
         notes = [] if found is None else saved.restore(run, found)
@@ -166,8 +177,7 @@ def _run(run: Run, keeper: Keeper, show: Progress, save_every: float) -> None:
     """Train, and save the state before an error leaves."""
 
     def tell(name: str) -> None:
-        saving = f", then saving in {keeper}" if keeper else ""
-        show.note(f"{name}: finishing the running call{saving}; a second one ends the program at once")
+        show.note(f"{name}: finishing the running call; a second one ends the program at once")
 
     with interruptible(tell) as flag:
         try:
@@ -274,7 +284,7 @@ def _say_why(run: Run, keeper: Keeper, show: Progress) -> None:
     by = f"by {run.stopped} " if run.stopped in ("SIGINT", "SIGTERM") else ""
     text = f"stopped {by}at step {run.history.step:,}{of}" + ("" if by else f": {run.stopped}")
     if keeper and run.started:
-        text += f"; saved in {keeper}" + (", the same call goes on from there" if by else "")
-    if by:
-        text += "; another Ctrl-C ends the program" if run.stopped == "SIGINT" else ""
+        text += f", saved in {keeper}" + ("; the same call goes on from there" if by else "")
+    if run.stopped == "SIGINT":
+        text += f"; Ctrl-C again within {AGAIN:.0f} s ends the program"
     show.note(text)

@@ -5,47 +5,50 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
-__all__ = ["Interrupted", "interruptible"]
+__all__ = ["AGAIN", "Interrupted", "handled", "interruptible"]
+
+
+AGAIN = 10.0  # seconds after an interrupted run in which another signal is meant for the whole program
 
 
 class Interrupted:
-    """What has come in.
+    """What has come in: `name` is None, 'SIGINT' or 'SIGTERM'."""
 
-    Attributes:
-      name: None, 'SIGINT' or 'SIGTERM'.
-      idle: True until the run has made a step.
-    """
-
-    def __init__(self):
-        self.name: str | None = None
-        self.idle = True
+    name: str | None = None
 
 
-# The run before was ended by a signal. A second signal that finds its successor before the first step is meant for the
-# whole program: a sweep of many runs then ends with two presses of Ctrl-C.
-_ended_by_signal = False
+# When a signal ended the last run, by the clock; None if none did, or if the program knows about it.
+_ended: float | None = None
+
+
+def handled() -> None:
+    """Take note that the program knows how its last run ended: it decides itself what happens next."""
+    global _ended
+    _ended = None
 
 
 @contextlib.contextmanager
 def interruptible(tell: Callable[[str], None] = lambda name: None) -> Iterator[Interrupted]:
     """Within the block the first SIGINT or SIGTERM only sets a flag; a second one raises, KeyboardInterrupt or SystemExit.
 
-    If a signal ended the block before this one, the first signal raises too, until `idle` is False. The handlers that
-    were there before come back at the end. The block runs without handlers off the main thread, where Python allows none.
-    A signal that is ignored (`nohup`, a background job of a script), or that something other than Python handles, is
-    left as it is.
+    If a signal has just ended another block, and the program has not asked how it ended, then the first signal counts as
+    the second: a sweep of many runs ends with two presses of Ctrl-C.
+
+    The handlers that were there before come back at the end. The block runs without handlers off the main thread, where
+    Python allows none. A signal that is ignored (`nohup`, a background job of a script), or that something other than
+    Python handles, is left as it is.
 
     Args:
       tell: called with the name of the first signal when it arrives.
     """
-    global _ended_by_signal
+    global _ended
     flag, before = Interrupted(), {}
-    follows, _ended_by_signal = _ended_by_signal, False
 
     def note(number, frame):
-        if flag.name is None and not (follows and flag.idle):
+        if flag.name is None and (_ended is None or time.monotonic() - _ended > AGAIN):
             flag.name = signal.Signals(number).name
             # A stream that was just being written to refuses a second writer.
             with contextlib.suppress(Exception):
@@ -62,6 +65,7 @@ def interruptible(tell: Callable[[str], None] = lambda name: None) -> Iterator[I
     try:
         yield flag
     finally:
-        _ended_by_signal = flag.name is not None
+        if before:
+            _ended = None if flag.name is None else time.monotonic()
         for number, handler in before.items():
             signal.signal(number, handler)

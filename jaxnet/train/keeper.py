@@ -65,6 +65,8 @@ class Keeper:
     def newest(self, template: Callable[[Info], Any]) -> Found | None:
         """The newest good checkpoint, read once; None if there is none.
 
+        A newer file that is not damaged, but cannot be opened, is an OSError: nothing older could be saved beside it.
+
         Args:
           template: what the tree of a file with such a header looks like; raises if the file is of another run.
         """
@@ -74,22 +76,11 @@ class Keeper:
             found = self.store.latest(template=template)
             if found is None:
                 return None
-            self._check_newest(found)
             return Found(found.tree, found.metadata, found.path)
         if self.place is None or not os.path.exists(self.place):
             return None
         tree, info = load_with_info(self.place, template=template)
         return Found(tree, info.metadata, self.place)
-
-    def _check_newest(self, found: Any) -> None:
-        """Raise OSError if a newer file could not be opened: it may be good, and nothing older can be saved beside it."""
-        newer = [step for step in found.skipped if step > found.step and step not in self.store._bad]
-        if newer:
-            raise OSError(
-                f"fit: the newest checkpoint in {self.place} cannot be opened: {found.skipped[max(newer)]}. Step "
-                f"{found.step} could be read, but its run could not be saved beside a newer one: make the file readable, "
-                "or move it away"
-            )
 
     def save(self, step: int, tree: Any, record: dict[str, float] | None, metadata: dict[str, Any]) -> None:
         from jaxnet import checkpoint

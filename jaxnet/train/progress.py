@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
@@ -80,7 +81,11 @@ class Progress:
     def note(self, text: str) -> None:
         """A line about something else."""
         if self.show:
-            self._write(text, newline=True, whole=True)
+            lines = [text]
+            if self.terminal:
+                lines = textwrap.wrap(text, max(self._columns() - 1, 20), subsequent_indent="  ")
+            for line in lines:
+                self._write(line, newline=True)
 
     @contextlib.contextmanager
     def busy(self, what: str) -> Iterator[None]:
@@ -112,7 +117,7 @@ class Progress:
         parts = [epoch, f"step {step:,}{of}", *values, rate, left]
         limit = self._columns() - 1 if self.terminal else None
         if limit is not None:
-            parts = _fitting(parts, [rate, left, f"step {step:,}{of}", *reversed(values[1:])], limit)
+            parts = _fitting(parts, [rate, left, f"step {step:,}{of}", *values[1:]], limit)
         return "  ".join(part for part in parts if part)
 
     def close(self) -> None:
@@ -128,14 +133,14 @@ class Progress:
                 return columns
         return shutil.get_terminal_size().columns
 
-    def _write(self, text: str, *, newline: bool, whole: bool = False) -> None:
+    def _write(self, text: str, *, newline: bool) -> None:
         try:
-            self._put(text, newline, whole)
+            self._put(text, newline)
         except (AttributeError, OSError, ValueError):
             # Nobody can read it any more, and training goes on.
             self.show = False
 
-    def _put(self, text: str, newline: bool, whole: bool) -> None:
+    def _put(self, text: str, newline: bool) -> None:
         stream: Any = self.stream
         self.written = time.perf_counter()
         if not self.terminal:
@@ -143,11 +148,12 @@ class Progress:
             stream.flush()
             return
         columns = self._columns()
-        text = _printable(text if whole else _cut(text, columns - 1), stream)
+        text = _cut(_printable(text, stream), columns - 1)
         # A terminal that has been made narrower shows the last line on several rows.
         rows = (self.width - 1) // columns if self.width else 0
-        back = f"\x1b[{rows}A\r\x1b[J" if rows else "\r"
-        pad = " " * (0 if rows else max(0, self.width - _width(text)))
+        up, narrower = f"\x1b[{rows}A" if rows else "", self.width >= columns
+        back = f"{up}\r\x1b[J" if narrower else "\r"
+        pad = " " * (0 if narrower else max(0, self.width - _width(text)))
         stream.write(back + text + pad + ("\n" if newline else ""))
         stream.flush()
         # The padding wraps too, if the terminal is made narrower.

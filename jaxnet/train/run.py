@@ -73,6 +73,7 @@ class Run:
         self.good = jnp.bool_(True)
         self.clock = Clock()
         self.pace, self.quick = 1, True  # steps per call; whether calls are too short to be sent ahead
+        self.credit = 0.0  # seconds that belong to the pending call, and have passed already
         self.started = self.spoiled = self.ended = False
         self.pending: _Pending | None = None
         self.feeding: Any = None
@@ -109,9 +110,8 @@ class Run:
                 break
             first = 0
             while first < stack.n and not self.stopped and not flag.name:
-                n = min(stack.n - first, stack.size, self.pace)
+                n = min(stack.n - first, stack.size, self.pace, saves.room(ahead))
                 self._train(stack, first, n, show)
-                flag.idle = False
                 first, ahead = first + n, ahead + n
                 looking = (stack.end and first == stack.n) or ahead == self.schedule.next_look(ahead - 1)
                 due = saves.due(ahead, looking, looking and self.looks.evaluate is not None)
@@ -189,8 +189,12 @@ class Run:
         """Wait for a call, and take in what it returned; without `show`, tell nobody."""
         good, metrics = call.outputs
         metrics = {name: np.asarray(values)[: call.n] for name, values in metrics.items()}
-        good = bool(good)
-        seconds = self.clock.lap()
+        good, seconds = bool(good), self.clock.lap() + self.credit
+        self.credit = 0.0
+        if self.pending is not None and self.pending.outputs[0].is_ready():
+            # Both calls are over, and the host cannot tell when the first was: they share the time by their steps.
+            self.credit = seconds * self.pending.n / (call.n + self.pending.n)
+            seconds -= self.credit
         if not good:
             raise self._broken(call)
         end = call.stack.end and call.first + call.n == call.stack.n
@@ -220,14 +224,17 @@ class Run:
         return step % every == 0 if every else end or step == self.feed.total
 
     def _tell(self, new: Sequence[New], show: Progress) -> None:
+        evaluated = self.history.evaluations[-1] if self.history.evaluations else None
+        if evaluated is not None and evaluated["step"] != self.history.step:
+            evaluated = None
         for record, summary in new:
             if summary is not None:
-                evaluated = self.history.evaluations[-1:] == [summary]
-                show(summary, evaluated=evaluated, last=record is new[-1].record)
+                show(summary, evaluated=summary is evaluated, last=record is new[-1].record)
             for callback in self.looks.callbacks:
                 callback(dict(record))
         if not new or new[-1].summary is None:
-            show(self.history.summary(), partial=self.history.step != self.feed.total)
+            ended = self.history.step == self.feed.total
+            show(evaluated or self.history.summary(), partial=not ended, evaluated=evaluated is not None)
         if new:
             self._ask_to_stop()
 
@@ -244,7 +251,8 @@ class Run:
         values = {name: float(value) for name, value in evaluated.items()}
         inputs.check_names(new.record, values, None, None)
         new.record.update(values)
-        summary = new.record if new.summary is None else new.summary
+        # At the end of a run in the middle of an epoch: the means go on if the run is prolonged.
+        summary = self.history.summary() if new.summary is None else new.summary
         summary.update(values)
         self.history.evaluations.append(summary)
         if (name := getattr(self.looks.stop, "metric", None)) and name not in new.record:
@@ -298,6 +306,12 @@ class _Saves:
         over = self.first_epoch is not None and step >= self.first_epoch
         first = self.none and (seconds > SOON or evaluating or over)
         return first or seconds > self.every or (looking and self.keeper.metric is not None)
+
+    def room(self, step: int) -> int:
+        """How many steps the next call may have, so that the first epoch ends with a call."""
+        if not self.keeper or not self.none or self.first_epoch is None:
+            return 1 << 30
+        return max(self.first_epoch - step, 1)
 
     def done(self) -> None:
         self.none, self.at = False, time.perf_counter()

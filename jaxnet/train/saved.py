@@ -51,8 +51,8 @@ def template_of(run: Run) -> Callable[[Info], Any]:
         text = json.loads(info.metadata["fit"])
         if differences := identity.changed(text["facts"], run.feed.facts):
             raise ValueError(
-                f"fit: {info.path} is of a run with {differences}; to go on from it, use the same data and batch size, the same "
-                f"order and key. To begin anew, {remedy}"
+                f"fit: {info.path} is of a run with {differences}; to go on from it, use the same data and batch size, order and "
+                f"key; else {remedy}"
             )
         leaves = {leaf.path: (leaf.dtype, leaf.shape) for leaf in info.leaves}
         state = {p.removeprefix("train_state/"): x for p, x in leaves.items() if p.startswith("train_state/")}

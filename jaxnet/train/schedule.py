@@ -44,9 +44,9 @@ class Schedule(NamedTuple):
         return min(ends)
 
     def ends_between(self, before: int, after: int) -> bool:
-        """Whether an evaluation (without one, an epoch) or the run ends after the first step and not after the second."""
+        """Whether an evaluation (without one, an epoch) ends after the first step and not after the second."""
         every = self.evaluate_every or self.epoch_steps
-        return after == self.total or (every is not None and after // every > before // every)
+        return every is not None and after // every > before // every
 
     @property
     def evaluations(self) -> int:
