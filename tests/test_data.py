@@ -601,10 +601,10 @@ def test_batches_keep_the_structure():
         ((np.zeros(3), 1.0), {}, r"'1' must be an array \[N, ...\], got array\(1\.\)"),
         (np.zeros(3), {"size": 4}, r"size must be at most the 3 rows of the data, got 4"),
         (np.zeros(3), {"size": 4, "drop_last": True}, r"size must be at most the 3 rows"),
-        (np.zeros(3), {"size": 0}, r"size must be an integer of at least 1, got 0"),
-        (np.zeros(3), {"size": 2.0}, r"size must be an integer of at least 1, got 2\.0"),
-        (np.zeros(3), {"epochs": 0}, r"epochs must be an integer of at least 1, got 0"),
-        (np.zeros(3), {"seed": -1}, r"seed must be an integer of at least 0, got -1"),
+        (np.zeros(3), {"size": 0}, r"size must be a positive int, got 0"),
+        (np.zeros(3), {"size": 2.0}, r"size must be a positive int, got 2\.0"),
+        (np.zeros(3), {"epochs": 0}, r"epochs must be a positive int, got 0"),
+        (np.zeros(3), {"seed": -1}, r"seed must be an int of at least 0, got -1"),
     ],
 )
 def test_batches_refuse_at_the_call(data, kwargs, message):
@@ -636,5 +636,5 @@ def test_check_labels_names_the_first_bad_one(labels, error, message):
 
 
 def test_check_labels_wants_classes():
-    with pytest.raises(ValueError, match="check_labels: classes must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="check_labels: classes must be a positive int, got 0"):
         check_labels([0], 0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
+from jaxnet.checks import size_of
 
 __all__ = ["Averaged", "Guarded", "average", "averaged", "by_path", "freeze", "guarded"]
 
@@ -99,6 +100,9 @@ def average(train_state: Any) -> Any:
     return jax.tree.map(lambda a, w: a.astype(w.dtype), found.params, train_state.params)
 
 
+_LARGEST_SCALE = 2.0**127  # the largest power of two in float32
+
+
 class Guarded(NamedTuple):
     """The state of `guarded`.
 
@@ -125,18 +129,20 @@ def guarded(optimizer: Any, *, limit: int = 10, loss_scale: float | None = None,
     applied. `train_step` counts the steps skipped in its metrics ('skipped').
 
     Args:
-      loss_scale: for float16, whose gradients underflow: the loss is multiplied by so much and the gradients divided by
-        it, e.g. 2.0**15. The scale is halved at each step skipped and doubled after `interval` steps without one.
+      optimizer: an optax transformation, a learning rate, or a schedule.
+      limit: more skipped steps in a row than this are an error.
+      loss_scale: for float16, whose gradients underflow: the loss is multiplied by this and the gradients divided by it,
+        e.g. 2.0**15. The scale is halved at each skipped step, down to 1 (or `loss_scale`, if that is smaller), and
+        doubled after `interval` steps without one, up to 2.0**127.
+      interval: steps after which the scale is doubled.
 
     Source of the scaling: Micikevicius et al., "Mixed Precision Training", ICLR 2018.
     """
     import optax
 
-    if limit < 0 or interval < 1 or (loss_scale is not None and loss_scale <= 0):
-        raise ValueError(
-            "guarded: limit must be at least 0, interval at least 1 and loss_scale positive, "
-            f"got {limit}, {interval} and {loss_scale}"
-        )
+    limit, interval = size_of("guarded: limit", limit, 0), size_of("guarded: interval", interval)
+    if loss_scale is not None and not 0 < loss_scale <= _LARGEST_SCALE:
+        raise ValueError(f"guarded: loss_scale must be in (0, 2**127], got {loss_scale}")
     inner = optax.with_extra_args_support(as_optax(optimizer))
 
     def init(params):
@@ -152,7 +158,7 @@ def guarded(optimizer: Any, *, limit: int = 10, loss_scale: float | None = None,
         if loss_scale is not None:
             grown = clean >= interval
             lower = jnp.minimum(scale, jnp.maximum(scale / 2, 1.0))
-            upper = jnp.where(grown & jnp.isfinite(scale * 2), scale * 2, scale)
+            upper = jnp.where(grown, jnp.minimum(scale * 2, _LARGEST_SCALE), scale)
             scale = jnp.where(good, upper, lower)
             clean = jnp.where(grown, 0, clean)
         skipped = jnp.where(good, 0, state.skipped + 1)
@@ -168,7 +174,7 @@ def check_optimizer(what: str, optimizer: Any) -> None:
     wanted = "an optax transformation such as optax.adam(1e-3), a learning rate, or a schedule of the step"
     if isinstance(optimizer, str):
         raise TypeError(f"{what}: the optimizer is {wanted}, got the text {optimizer!r}; names are not looked up")
-    if hasattr(optimizer, "param_groups"):
+    if hasattr(optimizer, "param_groups") and not isinstance(optimizer, type):
         raise TypeError(f"{what}: the optimizer is {wanted}, got PyTorch's {type(optimizer).__name__}")
     if _is_rate(optimizer):
         return
@@ -184,7 +190,8 @@ def check_optimizer(what: str, optimizer: Any) -> None:
             f"{what}: the optimizer is {wanted}, got the function {name}, whose value at step 0 is no number; if it "
             f"makes optimizers, call it: {name}(1e-3)"
         )
-    raise TypeError(f"{what}: the optimizer is {wanted}, got a {type(optimizer).__name__}")
+    kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
+    raise TypeError(f"{what}: the optimizer is {wanted}, got {kind}")
 
 
 def _is_rate(x: Any) -> bool:

@@ -171,10 +171,10 @@ def augmented(step: Callable, change: Callable[[jax.Array, Any], Any]) -> Callab
 
     def on_changed(f):
         def run(train_state, batch):
-            own = jax.random.fold_in(train_state.key, _CHANGE)
+            own, inner = (jax.random.fold_in(train_state.key, purpose) for purpose in (_CHANGE, _INSIDE))
             batch, weights = unweighted(batch)
             batch = change(jax.random.fold_in(own, train_state.step), batch)
-            return f(train_state._replace(key=own), batch if weights is None else Weighted(batch, weights))
+            return f(train_state._replace(key=inner), batch if weights is None else Weighted(batch, weights))
 
         return run
 
@@ -188,7 +188,8 @@ def augmented(step: Callable, change: Callable[[jax.Array, Any], Any]) -> Callab
     return _parts_of_step(changed, **{name: on_changed(f) for name, f in getattr(step, "parts", {}).items()})
 
 
-_CHANGE = 0x63686E67  # separates the keys of the changes from those of the steps, which are small numbers
+# These separate the keys of a change, and of the step inside it, from those of the steps, which are small numbers.
+_CHANGE, _INSIDE = 0x63686E67, 0x696E7369
 
 
 def _parts_of_step(step: Any, **parts: Callable) -> Callable:
@@ -204,7 +205,7 @@ def _kind(args: Any) -> Any:
 
 def _parts(outputs: Any, state: Any, *, stateful: bool) -> tuple[Any, Any, Mapping]:
     """What a loss returned as (value, state, metrics)."""
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs if isinstance(outputs, tuple) and not isinstance(outputs, Weighted) else (outputs,)
     value, *rest = outputs
     if stateful and not rest:
         raise TypeError("train_step: a loss with `state` returns (value, new_state) or (value, new_state, metrics)")
