@@ -19,8 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxnet.checkpoint import atomic, parts, places, structure, zarr
-from jaxnet.checkpoint import file as files
+from jaxnet.checkpoint import atomic, container, parts, places, structure, zarr
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.format import CheckpointError, Tensor
 from jaxnet.checkpoint.parts import Piece, orbax_path
@@ -98,7 +97,7 @@ def start(
                     _check_complete(file, folder, blocks)
                 if blocks and not places.is_url(folder):
                     _sync(folder)
-                files.replace(target, header)
+                container.replace(target, header)
         except BaseException as e:
             failed(watch, number, e)
             raise

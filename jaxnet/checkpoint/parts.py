@@ -19,8 +19,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxnet.checkpoint import atomic, places, structure
-from jaxnet.checkpoint import file as files
+from jaxnet.checkpoint import atomic, container, places, structure
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.format import CheckpointError, Header, Orbax, Parts, Tensor
 from jaxnet.checkpoint.watch import Gone
@@ -44,7 +43,14 @@ def is_spread(tree: Any) -> bool:
     return bool(arrays) and jax.process_count() > 1 and not all(x.is_fully_addressable for x in arrays)
 
 
-def write(file: str, target: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: dict[str, Any]) -> None:
+def write(
+    file: str,
+    target: str,
+    tensors: list[Tensor],
+    manifest: dict[str, Any],
+    leaves: dict[str, Any],
+    save_part: Callable[[str, Any], None],
+) -> None:
     """Write a tree together with all other processes, which must call this, too; all of them raise if one fails."""
     import jax
 
@@ -54,17 +60,19 @@ def write(file: str, target: str, tensors: list[Tensor], manifest: dict[str, Any
         paths = [path_of(target, identity, i) for i in range(jax.process_count())]
         with contextlib.ExitStack() as stack:
             try:
-                opened = [stack.enter_context(files.opened(path)) for path in paths]
+                opened = [stack.enter_context(container.opened(path)) for path in paths]
             except FileNotFoundError as e:
                 text = f"the part {shown(e.filename)} is not there: all processes must save to one folder, which they share"
                 raise CheckpointError(file, None, text) from e
-            headers = [files.read_content(*part).header for part in opened]
+            headers = [container.read_content(*part).header for part in opened]
             pieces(file, tensors, headers)
             parts = [
                 [header.metadata["jaxnet_sha256"], size] for header, (_, _, size) in zip(headers, opened, strict=True)
             ]
         described = {"id": identity, "files": parts, "tensors": [[t.name, t.code, t.shape] for t in tensors]}
-        files.replace(target, fmt.write_header(file, [], manifest | {"version": 2, "crc32": [], "parts": described}))
+        container.replace(
+            target, fmt.write_header(file, [], manifest | {"version": 2, "crc32": [], "parts": described})
+        )
         held.close()
         sweep(target)
 
@@ -72,7 +80,7 @@ def write(file: str, target: str, tensors: list[Tensor], manifest: dict[str, Any
         with together(file, target, held):
             if me == 0:
                 held.enter_context(reserved(target, identity))
-            files.prepare(path_of(target, identity, me), _owned(leaves, everything=me == 0), None, follow=False)()
+            save_part(path_of(target, identity, me), _owned(leaves, everything=me == 0))
         with together(file, target, held):
             if me == 0:
                 commit()
@@ -183,7 +191,7 @@ def read_tensors(
     empty: Callable[[int], Any] | None,
     needed: Mapping[str, Sequence[tuple[slice, ...]] | None],
 ) -> dict[str, Any]:
-    """As `file.read_tensors`, from the parts."""
+    """As `container.read_tensors`, from the parts."""
     with opened(file, header) as parts:
         found = pieces(file, header.tensors, [part for _, _, part in parts])
         out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}  # no more than the parts have
@@ -194,14 +202,14 @@ def read_tensors(
                 if blocks is not None and not any(overlap(t, tensor, start, block) for block in blocks):
                     continue
                 if not empty:
-                    files.read_tensors(path, fd, part, [tensor], None)
+                    container.read_tensors(path, fd, part, [tensor], None)
                     continue
                 block = tuple(slice(first, first + size) for first, size in zip(start, tensor.shape, strict=True))
                 place = out[t.name].reshape(*t.shape, fmt.BITS[t.code] // 8)[block]
                 if place.flags.c_contiguous:  # straight to where it belongs
-                    files.read_tensors(path, fd, part, [tensor], lambda _, place=place: place.reshape(-1))
+                    container.read_tensors(path, fd, part, [tensor], lambda _, place=place: place.reshape(-1))
                 else:
-                    raw = files.read_tensors(path, fd, part, [tensor], empty)[tensor.name]
+                    raw = container.read_tensors(path, fd, part, [tensor], empty)[tensor.name]
                     place[...] = raw.reshape(place.shape)
     return out
 
@@ -221,11 +229,11 @@ def opened(file: str, header: Header) -> Iterator[list[tuple[str, int, Header]]]
         for i, (digest, _) in enumerate(header.parts.files):
             path = path_of(target, header.parts.id, i)
             try:
-                part, fd, size = stack.enter_context(files.opened(path))
+                part, fd, size = stack.enter_context(container.opened(path))
             except FileNotFoundError as e:
                 text = f"its part {shown(path)} is missing: copy and rename it with its parts"
                 raise CheckpointError(file, None, text) from e
-            content = files.read_content(part, fd, size)
+            content = container.read_content(part, fd, size)
             if content.header.metadata.get("jaxnet_sha256") != digest:
                 text = f"its part {shown(path)} is that of another checkpoint or was replaced; {fmt.RESTORE}"
                 raise CheckpointError(file, None, text)
@@ -336,8 +344,8 @@ def undo(target: str, identity: str) -> None:
 
 def _outside(target: str) -> Parts | Orbax | None:
     try:
-        with files.opened(target) as (file, fd, size):
-            return files.read_content(file, fd, size).header.outside
+        with container.opened(target) as (file, fd, size):
+            return container.read_content(file, fd, size).header.outside
     except FileNotFoundError:
         return None
 
