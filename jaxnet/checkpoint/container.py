@@ -144,6 +144,21 @@ class Content(NamedTuple):
     structured: bool  # whether the file says which containers the tree has
 
 
+def longest_names(header: int) -> int:
+    """How many characters all paths of a file may have, whose header has so many bytes.
+
+    Nested dicts with long keys would make a header of some kB ask for GBs.
+    """
+    return (4 << 20) + 16 * header
+
+
+def check_names(file: str, nodes: dict[str, Node], header: int) -> None:
+    """Raise CheckpointError for what `read_content` would refuse."""
+    if (size := sum(map(len, nodes))) > (most := longest_names(header)):
+        text = f"the paths of its leaves together have {size:,} characters, at most {most:,} are possible here"
+        raise CheckpointError(file, None, f"{text}: shorten the keys of nested dicts")
+
+
 def read_content(file: str, fd: int, size: int) -> Content:
     first = bytearray(min(8, size))
     _read(file, fd, memoryview(first), 0)
@@ -158,7 +173,7 @@ def read_content(file: str, fd: int, size: int) -> Content:
         return Content(header, node, structure.leaves(node), tensors, False)
     node = structure.from_json(file, header.manifest.get("tree"))
     try:
-        leaves = structure.leaves(node, structure.longest_names(header.data))
+        leaves = structure.leaves(node, longest_names(header.data))
     except ValueError as e:
         raise CheckpointError(
             file, None, f"{e}, too many for its header of {header.data:,} bytes; {fmt.RESTORE}"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from jaxnet.checkpoint import atomic, container, match, places, structure
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.container import Content, opened, read_content, steadily
-from jaxnet.checkpoint.format import CheckpointError, Header, Misfit, Tensor
+from jaxnet.checkpoint.format import Header, Misfit, Tensor
+from jaxnet.checkpoint.metadata import exact_json
 from jaxnet.checkpoint.structure import Node, Spec
 from jaxnet.checkpoint.words import shown
 
@@ -87,7 +88,7 @@ def prepare(
     A copy is on the host and shares no memory with the tree, whose arrays may then be donated, deleted or changed. A
     tree that is spread over several processes is never copied, except by Orbax.
     """
-    from jaxnet.checkpoint import arrays, orbax, parts
+    from jaxnet.checkpoint import arrays, orbax, outside, parts
 
     file = os.fsdecode(path)
     check_engine(file, engine)
@@ -98,15 +99,15 @@ def prepare(
     nodes = structure.leaves(node)
     shapes = {name: arrays.shape_in_file(nodes[name], x) for name, x in leaves.items()}
     tensors = fmt.layout([(name, *structure.stored_as(nodes[name], shape)) for name, shape in shapes.items()])
-    manifest = {"version": fmt.VERSION, "metadata": _exact_json(file, metadata or {}), "tree": structure.to_json(node)}
+    manifest = {"version": fmt.VERSION, "metadata": exact_json(file, metadata or {}), "tree": structure.to_json(node)}
     if engine or parts.is_spread(leaves):
-        _check_names(file, nodes, len(json.dumps(manifest)))
+        container.check_names(file, nodes, len(json.dumps(manifest)))
     if engine == "orbax":
         return orbax.start(file, target, tensors, manifest, nodes, leaves, beside=snapshot)
     if parts.is_spread(leaves):
         return functools.partial(parts.write, file, target, tensors, manifest, leaves, _save_part)
     empty = fmt.write_header(file, tensors, manifest | {"crc32": ["0" * 8 * t.chunks for t in tensors]})
-    _check_names(file, nodes, len(empty))
+    container.check_names(file, nodes, len(empty))
 
     def fetch(name):
         return arrays.to_bytes(nodes[name], leaves[name])
@@ -119,7 +120,7 @@ def prepare(
             crcs = container.write_tensors(fd, tensors, fetch if copies is None else copies.pop)
             os.lseek(fd, 0, os.SEEK_SET)
             atomic.write(fd, memoryview(fmt.with_manifest(empty, manifest | {"crc32": crcs})))
-        parts.sweep(target)
+        outside.sweep(target)
 
     return write
 
@@ -211,9 +212,9 @@ def _load(
         info, kept = functools.partial(_info, file, size, content), {}
         wanted = like if template is None else template(info())
         if rename is not None:
-            content = _rename(file, content, rename)
+            content = match.rename_all(file, content, rename)
         if patterns is not None:
-            content = _select(file, content, patterns)
+            content = match.select_part(file, content, patterns)
         header, node, nodes, tensors = content[:4]
         targets = {name: arrays.Target(nodes[name].kind, nodes[name].value) for name in tensors}
         if wanted is not None:
@@ -274,32 +275,6 @@ def check_engine(file: str, engine: str | None) -> None:
         places.check_url(file)
 
 
-def _check_names(file: str, nodes: dict[str, Node], header: int) -> None:
-    """Raise CheckpointError for what `read_content` would refuse."""
-    if (size := sum(map(len, nodes))) > (most := structure.longest_names(header)):
-        text = f"the paths of its leaves together have {size:,} characters, at most {most:,} are possible here"
-        raise CheckpointError(file, None, f"{text}: shorten the keys of nested dicts")
-
-
-def _exact_json(file: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    def depth(x):
-        branches = x.values() if isinstance(x, dict) else x
-        return 1 + max(map(depth, branches), default=0) if isinstance(x, dict | list) else 0
-
-    try:
-        if (
-            isinstance(metadata, dict)
-            and json.loads(json.dumps(metadata, allow_nan=False)) == metadata
-            and depth(metadata) <= 100
-        ):
-            return metadata
-        reason = "it does not come back from JSON as it was, or is nested deeper than 100 levels"
-    except (TypeError, ValueError, RecursionError, OverflowError) as e:
-        reason = str(e)
-    text = "metadata must be a dict of str keys with str, int, float, bool, None, lists and dicts inside"
-    raise CheckpointError(file, None, f"{text} (no tuples, NaN, infinities, arrays or NumPy numbers): {reason}")
-
-
 def _info(file: str, size: int, content: Content) -> Info:
     header, nodes, tensors = content.header, content.leaves, content.tensors
     specs = structure.specs_in_file(nodes, tensors)
@@ -311,25 +286,6 @@ def _info(file: str, size: int, content: Content) -> Info:
     size += sum(nbytes for _, nbytes in header.parts.files) if header.parts else 0
     size += sum(t.stop - t.start for t in header.tensors) if header.orbax else 0
     return Info(file, header.manifest["version"], header.manifest["metadata"], leaves, scalars, size)
-
-
-def _rename(file: str, content: Content, rename: dict[str, str] | Callable[[str], str]) -> Content:
-    """The same leaves under other names, without the containers."""
-    paths = match.renamed(file, content.leaves, rename)
-    leaves = {structure.leaf_name(path): content.leaves[name] for name, path in paths.items()}
-    tensors = {structure.leaf_name(path): content.tensors[n] for n, path in paths.items() if n in content.tensors}
-    node = structure.nest({path: content.leaves[name] for name, path in paths.items()})
-    return Content(content.header, node, leaves, tensors, False)
-
-
-def _select(file: str, content: Content, patterns: list[str]) -> Content:
-    """The part of a file's tree that matches the patterns."""
-    if not patterns:
-        raise ValueError("only must be a pattern of paths or several, got none")
-    names = match.select(file, content.leaves, patterns)
-    node = match.prune(content.node, names) or content.node
-    leaves, tensors = ({n: x for n, x in part.items() if n in names} for part in (content.leaves, content.tensors))
-    return content._replace(node=node, leaves=leaves, tensors=tensors)
 
 
 def _match(

@@ -11,7 +11,7 @@ from typing import Any
 from jaxnet.checkpoint import container, parts, places, structure
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.format import RESTORE, CheckpointError, Grid, Header, Tensor
-from jaxnet.checkpoint.parts import orbax_path
+from jaxnet.checkpoint.outside import orbax_path
 from jaxnet.checkpoint.words import shown
 
 INLINE = 1024  # bytes of a block up to which Orbax lets OCDBT put it into a node, which is compressed
