@@ -91,7 +91,7 @@ def forgeries(data: bytes, count: int, seed: int) -> Iterator[bytes]:
             change(both, rng)
         if isinstance(both[0], dict) and (both[0], both[1]) != (entries, manifest):
             if rng.random() < 0.5:
-                sum_again(*both, rest)
+                sum_again(both[0], both[1], rest)
             yield sealed(both[0], both[1], rest)
             count -= 1
 

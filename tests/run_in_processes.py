@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxnet.checkpoint import CheckpointError, Checkpoints, file, inspect, lazy, load, save, to_torch, verify
+from jaxnet.checkpoint import CheckpointError, Checkpoints, container, inspect, lazy, load, save, to_torch, verify
 
 
 def make_tree(mesh, scale=1):
@@ -143,18 +143,18 @@ def a_disk_fails_in_one_process(folder, mesh, me):
 
 
 def the_manifest_cannot_be_written(folder, mesh, me):
-    path, real = folder / "x.safetensors", file.replace
+    path, real = folder / "x.safetensors", container.replace
     save(path, make_tree(mesh, 1))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    file.replace = full
+    container.replace = full
     try:
         expected = (OSError, "No space left") if me == 0 else (CheckpointError, "processes [0] failed")
         fails(lambda: save(path, make_tree(mesh, 2)), *expected)
     finally:
-        file.replace = real
+        container.replace = real
     assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 1))
     multihost_utils.sync_global_devices("looked")
     assert len(names(folder)) == 3

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from test_checkpoint import assert_same
 
-from jaxnet.checkpoint import Checkpoints, load, parts, places, save
+from jaxnet.checkpoint import Checkpoints, load, places, save
+from jaxnet.checkpoint import outside as names
 
 
 def tree_of(step):
@@ -92,12 +93,12 @@ def test_links_for_parts_locks_and_temporary_files_are_left_alone(outside, tmp_p
     run.mkdir()
     path = str(run / "step_00000001.safetensors")
     links = {
-        parts.path_of(path, number, 0): "text",
-        parts.orbax_path(path, number): "inner",
-        parts.lock_path(path, number): "not there",
-        parts.path_of(path, number[::-1], 1): "step_00000001.safetensors",
+        names.path_of(path, number, 0): "text",
+        names.orbax_path(path, number): "inner",
+        names.lock_path(path, number): "not there",
+        names.path_of(path, number[::-1], 1): "step_00000001.safetensors",
         str(run / ".jaxnet-1-dead.tmp"): "text",
-        parts.orbax_path(path, number) + ".orbax-checkpoint-tmp-1": "inner",
+        names.orbax_path(path, number) + ".orbax-checkpoint-tmp-1": "inner",
     }
     for link, target in links.items():
         os.symlink(outside / target, link)
@@ -109,14 +110,14 @@ def test_links_for_parts_locks_and_temporary_files_are_left_alone(outside, tmp_p
 def test_what_looks_like_parts_and_is_no_link_is_swept(tmp_path):
     """The test above would pass if nothing were swept at all."""
     path, number = str(tmp_path / "t"), "0123456789abcdef"
-    os.makedirs(parts.orbax_path(path, number) + "/d")
+    os.makedirs(names.orbax_path(path, number) + "/d")
     (tmp_path / f"t.part-{number}-00000").write_bytes(b"")
     save(path, tree_of(1))
     assert os.listdir(tmp_path) == ["t"]
 
 
 def test_links_inside_a_folder_of_orbax_are_not_followed(outside, tmp_path):
-    before, folder = contents(outside), parts.orbax_path(str(tmp_path / "t"), "0123456789abcdef")
+    before, folder = contents(outside), names.orbax_path(str(tmp_path / "t"), "0123456789abcdef")
     os.mkdir(folder)
     os.symlink(outside, f"{folder}/d")
     save(tmp_path / "t", tree_of(1))

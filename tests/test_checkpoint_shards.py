@@ -156,6 +156,22 @@ def test_one_process_loads_what_two_have_saved(parts):
         np.testing.assert_array_equal(leaves["a~1b/own"], values()["own"])
 
 
+def test_parts_that_are_replaced_while_they_are_read_are_no_damage(parts, monkeypatch):
+    """The manifest has been read when another save takes its place and deletes the parts: the new tree is loaded."""
+    from jaxnet.checkpoint import parts as module
+
+    path, files = parts
+    real = module.read_tensors
+
+    def late(*args):
+        save(path, {"w": np.arange(3)})
+        return real(*args)
+
+    monkeypatch.setattr(module, "read_tensors", late)
+    np.testing.assert_array_equal(load(path)["w"], np.arange(3))
+    assert not any(file.exists() for file in files)
+
+
 GOLDEN = HERE / "golden" / "v2_parts.safetensors"  # written once by two processes: never regenerate it
 
 

@@ -19,7 +19,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jaxnet.checkpoint.words import bounded, shown
+from jaxnet.checkpoint.errors import RESTORE, CheckpointError, Misfit
+from jaxnet.checkpoint.words import shown
 
 VERSION = 1  # of a file that holds a tree
 PARTS = 2  # of one whose tensors are in parts, files like this
@@ -31,32 +32,6 @@ PREFIX = b'{"__metadata__":{"jaxnet_sha256":"'  # every header of ours starts so
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
 BITS |= {"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
-RESTORE = "the file is damaged or was changed after it was written: restore it from a copy"
-
-
-class CheckpointError(Exception):
-    """What is wrong with a checkpoint, its tree or its template.
-
-    `path` is the file, `leaf` the path of the leaf inside the tree ('blocks/0/kernel'; None where the whole file is
-    meant), `reason` says what was expected, what was received and what to do, in at most some hundred lines. The text of the
-    error is printable, whatever the names in the file are.
-    """
-
-    def __init__(self, path: str, leaf: str | None, reason: str):
-        reason = bounded(reason)
-        super().__init__(path, leaf, reason)
-        self.path, self.leaf, self.reason = path, leaf, reason
-
-    def __str__(self):
-        return (
-            f"{shown(self.path, 5000)}: "
-            + (f"leaf '{shown(self.leaf)}': " if self.leaf is not None else "")
-            + self.reason
-        )
-
-
-class Misfit(CheckpointError):
-    """A sound file that is not what was asked for: another request helps, another copy of the file does not."""
 
 
 class Tensor(NamedTuple):

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxnet.checkpoint.file import opened, read_content, read_tensors, replaced
+from jaxnet.checkpoint.container import opened, read_content, replaced
+from jaxnet.checkpoint.file import read_tensors
 from jaxnet.checkpoint.format import CheckpointError
 from jaxnet.checkpoint.words import shown
 

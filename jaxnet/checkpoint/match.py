@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable
 
 from jaxnet.checkpoint import structure
+from jaxnet.checkpoint.container import Content
 from jaxnet.checkpoint.format import Misfit
 from jaxnet.checkpoint.structure import DICTS, Node, Path, Spec, leaf_name
 from jaxnet.checkpoint.words import shown
@@ -55,6 +56,25 @@ def renamed(file: str, names: Iterable[str], rename: dict[str, str] | Callable[[
             text = f"rename makes '{shown(taken[above])}' of the file a leaf here, and puts '{shown(taken[path])}' below it"
             raise Misfit(file, leaf_name(above), text)
     return paths
+
+
+def rename_all(file: str, content: Content, rename: dict[str, str] | Callable[[str], str]) -> Content:
+    """The same leaves under other names, without the containers."""
+    paths = renamed(file, content.leaves, rename)
+    leaves = {structure.leaf_name(path): content.leaves[name] for name, path in paths.items()}
+    tensors = {structure.leaf_name(path): content.tensors[n] for n, path in paths.items() if n in content.tensors}
+    node = structure.nest({path: content.leaves[name] for name, path in paths.items()})
+    return Content(content.header, node, leaves, tensors, False)
+
+
+def select_part(file: str, content: Content, patterns: list[str]) -> Content:
+    """The part of a file's tree that matches the patterns."""
+    if not patterns:
+        raise ValueError("only must be a pattern of paths or several, got none")
+    names = select(file, content.leaves, patterns)
+    node = prune(content.node, names) or content.node
+    leaves, tensors = ({n: x for n, x in part.items() if n in names} for part in (content.leaves, content.tensors))
+    return content._replace(node=node, leaves=leaves, tensors=tensors)
 
 
 def differences(

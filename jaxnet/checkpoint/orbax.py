@@ -19,11 +19,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxnet.checkpoint import atomic, parts, places, structure, zarr
-from jaxnet.checkpoint import file as files
+from jaxnet.checkpoint import atomic, container, outside, parts, places, structure, zarr
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.format import CheckpointError, Tensor
-from jaxnet.checkpoint.parts import Piece, orbax_path
+from jaxnet.checkpoint.outside import orbax_path
+from jaxnet.checkpoint.parts import Piece
 from jaxnet.checkpoint.structure import Node
 from jaxnet.checkpoint.watch import Elsewhere, Watch
 from jaxnet.checkpoint.words import shown
@@ -62,12 +62,12 @@ def start(
         with parts.together(file, target, held):
             if first and not places.is_url(target):
                 atomic.check_target(file, target)
-                held.enter_context(parts.reserved(target, number))
+                held.enter_context(outside.reserved(target, number))
             arrays = {t.name: _as_stored(file, nodes[t.name], leaves[t.name], t, beside) for t in tensors}
             sums = {t.name: _sums(t, arrays[t.name], first) for t in tensors}
         everyones = _gather(sums)
         with parts.together(file, target, held):
-            if not places.is_url(target) and not os.path.exists(sign := parts.lock_path(target, number)):
+            if not places.is_url(target) and not os.path.exists(sign := outside.lock_path(target, number)):
                 text = f"{shown(sign, 5000)} of process 0 is not there: all processes must save to one folder, which they share"
                 raise CheckpointError(file, None, text)
             entries = [
@@ -98,7 +98,7 @@ def start(
                     _check_complete(file, folder, blocks)
                 if blocks and not places.is_url(folder):
                     _sync(folder)
-                files.replace(target, header)
+                container.replace(target, header)
         except BaseException as e:
             failed(watch, number, e)
             raise
@@ -113,12 +113,12 @@ def start(
     def failed(watch: Watch, number: str, error: BaseException) -> None:
         watch.end("done" if isinstance(error, Elsewhere) else "failed")
         if first:
-            parts.undo(target, number)
+            outside.undo(target, number)
 
     def give_up() -> None:
         held.close()
         if first:
-            parts.sweep(target)  # the older folders or, if something has failed, the new one
+            outside.sweep(target)  # the older folders or, if something has failed, the new one
 
     def write() -> None:
         with held, parts.together(file, target, held):

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
-from jaxnet.checkpoint import orbax, parts, places
+from jaxnet.checkpoint import orbax, outside, parts, places
 from jaxnet.checkpoint.file import Info, check_engine, inspect, load_with_info, prepare
 from jaxnet.checkpoint.format import CheckpointError, Misfit
 from jaxnet.checkpoint.words import shown
@@ -223,9 +223,9 @@ class Checkpoints:
         write()
         self._bad.remove(step)
         steps = self._steps(links=False)  # what lies elsewhere is not for this store to delete or to count
-        for other in self._steps_of(parts.owners(self.folder)):
+        for other in self._steps_of(outside.owners(self.folder)):
             if other < step and other not in steps:  # saves that were killed
-                parts.sweep(self._path(other))
+                outside.sweep(self._path(other))
         if self.keep is None:
             return
         good = [step for step in steps if step not in self._bad]
@@ -235,7 +235,7 @@ class Checkpoints:
             ranked, _, closed = self._ranked(good)
             best = {*ranked[: self.keep_best], *closed}  # what cannot be opened just now may be among the best
         for other in set(old) - best:
-            parts.remove(self._path(other))
+            outside.remove(self._path(other))
 
     def _write_beside(self, step: int, write: Any) -> None:
         try:

@@ -187,14 +187,6 @@ def leaves(node: Node, most: float = math.inf) -> dict[str, Node]:
     return found
 
 
-def longest_names(header: int) -> int:
-    """How many characters all paths of a file may have, whose header has so many bytes.
-
-    Nested dicts with long keys would make a header of some kB ask for GBs.
-    """
-    return (4 << 20) + 16 * header
-
-
 def show(x: Any) -> str:
     """A scalar as Python writes it, which for an int of more than some thousand digits it does only in hexadecimal."""
     return hex(x) if isinstance(x, int) and x.bit_length() > 10_000 else repr(x)

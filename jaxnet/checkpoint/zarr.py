@@ -8,11 +8,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxnet.checkpoint import file as files
+from jaxnet.checkpoint import container, parts, places, structure
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint import parts, places, structure
 from jaxnet.checkpoint.format import RESTORE, CheckpointError, Grid, Header, Tensor
-from jaxnet.checkpoint.parts import orbax_path
+from jaxnet.checkpoint.outside import orbax_path
 from jaxnet.checkpoint.words import shown
 
 INLINE = 1024  # bytes of a block up to which Orbax lets OCDBT put it into a node, which is compressed
@@ -27,7 +26,7 @@ def read_tensors(
     empty: Callable[[int], Any] | None,
     needed: Mapping[str, Sequence[tuple[slice, ...]] | None],
 ) -> dict[str, Any]:
-    """As `file.read_tensors`, from Orbax's folder: block by block, each with its checksum."""
+    """As `container.read_tensors`, from Orbax's folder: block by block, each with its checksum."""
     import numpy as np
 
     assert header.orbax
@@ -55,7 +54,7 @@ def read_tensors(
             itemsize = fmt.BITS[t.code] // 8
             out[t.name].reshape(*t.shape, itemsize)[place] = raw.reshape(*block.shape, itemsize)
 
-    files.each(read, jobs)
+    container.each(read, jobs)
     return out
 
 
