@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnet import tree
+from jaxnet.checks import size_of
 from jaxnet.train import source
 from jaxnet.train.loop import planned_ahead, steps_per_epoch, take
 from jaxnet.train.order import Order, shuffle
@@ -69,6 +70,7 @@ class RowFeed(Feed):
 
     def __init__(self, data, batch_size, epochs, steps, order, drop_last):
         self.n = examples(data)
+        batch_size = size_of("batch_size", batch_size)
         self.epoch_steps = steps_per_epoch(self.n, batch_size, drop_last=drop_last)
         self.total = self.last = steps if epochs is None else epochs * self.epoch_steps
         if self.epoch_steps * batch_size > LIMIT:

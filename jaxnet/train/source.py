@@ -163,7 +163,8 @@ def stacks_of_iterable(
                 drawn = None if drawn is None else drawn + 1
         finally:
             # A generator runs its `finally` now, not when it happens to be collected.
-            getattr(batches, "close", lambda: None)()
+            if close := getattr(batches, "close", None):
+                close()
         if not before and not position:
             text = "data: the iterable has no batches"
             if batches is data:
