@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnet.core import Layer, abstractly, as_layer, check_key, compose, describe, specs_of, transparent
+from jaxnet.mixed import cast_floats, is_float, narrowed
 
 __all__ = ["cast", "chain", "parallel", "remat", "repeat", "residual"]
 
@@ -145,18 +146,21 @@ def cast(inner: Any, dtype: Any) -> Layer:
 
     Float parameters and inputs are cast on the way in, float outputs on the way out (to the dtype of the first float
     input, or of the parameters where there is none). `init` is that of `inner`: parameters keep the dtype of the
-    inputs, so that gradients and the optimizer work in it. State is not cast.
+    inputs, so that gradients and the optimizer work in it. The layers' biases and scales are not cast, and sums over
+    many examples are taken in float32 (`jaxnet.mixed`). State is not cast: a layer reads and writes it in the dtype that
+    `init_state` gave it.
     """
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"cast: the dtype to compute in must be a float, got {dtype.name}")
+    inner = as_layer(inner, f"cast[{dtype.name}]")
 
     def around(run):
         def lowered(params, state, key, *inputs, **named):
-            floats = [x.dtype for x in jax.tree.leaves((inputs, named, params)) if _is_float(x)]
-            params, inputs, named = _cast((params, inputs, named), dtype)
-            outputs, state = run(params, state, key, *inputs, **named)
-            return _cast(outputs, floats[0]) if floats else outputs, state
+            floats = [x.dtype for x in jax.tree.leaves((inputs, named, params)) if is_float(x)]
+            inputs, named = cast_floats((inputs, named), dtype)
+            outputs, state = run(narrowed(inner, params, dtype), state, key, *inputs, **named)
+            return cast_floats(outputs, floats[0]) if floats else outputs, state
 
         return lowered
 
@@ -176,11 +180,3 @@ def _check_same(label: str, x, y, remedy: str) -> None:
 
     if facts(x) != facts(y):
         raise ValueError(f"{label}: the layer must return what it receives, {describe(x)}, got {describe(y)}; {remedy}")
-
-
-def _is_float(x) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _cast(tree, dtype):
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype) if _is_float(x) else x, tree)

@@ -42,6 +42,8 @@ class Layer:
       repeats: how many copies of its child run one after the other (`repeat`), None in all other layers.
       random: False where `apply` never uses its key.
       outputs: (train, *inputs) -> specs of the outputs, where that is cheaper than tracing `apply`.
+      wide: names of its own parameters that may be wider than its inputs: `cast` leaves them as they are, so that their
+        gradients are summed in that dtype (`jaxnet.mixed`).
     """
 
     init: Callable[..., Any]
@@ -53,6 +55,7 @@ class Layer:
     repeats: int | None = None
     random: bool = True
     outputs: Callable[..., Any] | None = None
+    wide: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         if "" in self.children:

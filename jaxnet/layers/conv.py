@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxnet import ops
 from jaxnet.core import Layer, check_input, describe, fold, layer
 from jaxnet.layers import initializers
+from jaxnet.layers.parameters import check_real
+from jaxnet.mixed import add_bias
 from jaxnet.ops.geometry import window_geometry
 
 __all__ = ["conv"]
@@ -73,14 +74,15 @@ def conv(
         return params | {"bias": bias_init(fold(key, "bias"), (features,), x.dtype)} if bias else params
 
     def fn(params, x):
+        check_real(label, params)
         kernel = params["kernel"]
         check_spatial(label, x, rank, width=kernel.shape[-2] * groups, like=kernel)
         check_windows(x.shape[-rank - 1 : -1])
         options: dict[str, Any] = dict(strides=strides, padding=padding, dilation=dilation, groups=groups)
         y = over_batch(lambda x: ops.convolve(x, kernel, precision=precision, **options), x, rank)
-        return y + jnp.broadcast_to(params["bias"], y.shape) if bias else y
+        return add_bias(y, params["bias"]) if bias else y
 
-    return layer(init, fn, label=label)
+    return dataclasses.replace(layer(init, fn, label=label), wide=("bias",))
 
 
 # Shared with pooling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 
 from jaxnet.core import Layer, check_input, layer
 from jaxnet.layers import initializers
+from jaxnet.layers.parameters import check_real
+from jaxnet.mixed import computed_dtype, widened
 
 __all__ = ["batch_norm", "layer_norm"]
 
@@ -33,10 +36,10 @@ def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, 
         return {"mean": initializers.zeros(None, width, dtype), "var": initializers.ones(None, width, dtype)}
 
     def fn(params, x, state, train):
-        factor, shift = _affine(params, scale, bias)
-        check_input("batch_norm", x, width=state["mean"].shape[0], like=shift if factor is None else factor)
+        factor, shift = _affine("batch_norm", params, scale, bias)
+        check_input("batch_norm", x, width=state["mean"].shape[0], like=_like(params))
         mean, var = state["mean"], state["var"]
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = widened(x)
         if train:
             n = math.prod(x.shape[:-1])
             if n < 2:
@@ -51,7 +54,8 @@ def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, 
             state = jax.lax.stop_gradient(state)
         return _normalise(wide, mean, var, eps, factor, shift).astype(x.dtype), state
 
-    return layer(_init("batch_norm", scale, bias), fn, init_state=init_state, label="batch_norm")
+    made = layer(_init("batch_norm", scale, bias), fn, init_state=init_state, label="batch_norm")
+    return dataclasses.replace(made, wide=("scale", "bias"))
 
 
 def layer_norm(*, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> Layer:
@@ -64,15 +68,15 @@ def layer_norm(*, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> L
     """
 
     def fn(params, x):
-        factor, shift = _affine(params, scale, bias)
-        like = shift if factor is None else factor
+        factor, shift = _affine("layer_norm", params, scale, bias)
+        like = _like(params)
         check_input("layer_norm", x, width=None if like is None else like.shape[0], like=like)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = widened(x)
         mean = wide.mean(-1, keepdims=True)
         var = jnp.square(wide - mean).mean(-1, keepdims=True)
         return _normalise(wide, mean, var, eps, factor, shift).astype(x.dtype)
 
-    return layer(_init("layer_norm", scale, bias), fn, label="layer_norm")
+    return dataclasses.replace(layer(_init("layer_norm", scale, bias), fn, label="layer_norm"), wide=("scale", "bias"))
 
 
 def _init(label: str, scale: bool, bias: bool):
@@ -84,9 +88,16 @@ def _init(label: str, scale: bool, bias: bool):
     return init
 
 
-def _affine(params, scale: bool, bias: bool):
+def _affine(label: str, params, scale: bool, bias: bool):
     """The two parameters; None for one that this layer does not have."""
+    check_real(label, params)
     return params["scale"] if scale else None, params["bias"] if bias else None
+
+
+def _like(params):
+    """The width and the dtype that the input must have; None where there is no parameter to compare with."""
+    for param in params.values():
+        return jax.ShapeDtypeStruct(param.shape, computed_dtype(params, param))
 
 
 def _moments(x):
