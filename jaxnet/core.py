@@ -23,6 +23,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnet.checks import size_of
+
 __all__ = ["Layer", "layer", "param", "wire"]
 
 
@@ -104,9 +106,9 @@ def layer(
         check_state(name, state, stateful=init_state is not None)
         check_mode(name, key, train)
         inputs, named = as_jax((inputs, named))
-        offered = {"key": key, "train": train, "state": state}
+        offered = {"key": key, "train": train, "state": as_jax(state)}
         try:
-            return fn(params, *inputs, **named, **{n: offered[n] for n in wanted})
+            return fn(as_jax(params), *inputs, **named, **{n: offered[n] for n in wanted})
         except (KeyError, TypeError, IndexError) as error:
             if init is not None:
                 made = {"params": (initialise, params), "state": (initialise_state, state)}
@@ -128,7 +130,7 @@ def param(shape: tuple[int, ...], init: Callable, *, dtype: Any = None) -> Layer
     Args: shape: of the array; init: (key, shape, dtype) -> array, as in `jax.nn.initializers`;
       dtype: float32 by default (float64 under `jax_enable_x64`).
     """
-    shape = tuple(shape)
+    shape = tuple(size_of("param: each size of the shape", size, 0) for size in shape)
     label = f"param{shape}"
 
     def initialise(key):
