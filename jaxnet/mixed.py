@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import NamedSharding, PartitionSpec
 
 __all__ = ["Mixed", "add_bias", "affine", "cast_floats", "computed_dtype", "is_float", "narrowed", "rows", "widened"]
 
@@ -91,16 +92,32 @@ def affine(x: jax.Array, kernel: jax.Array, bias: Any, precision: Any = None) ->
     return _narrow_affine(precision, x, kernel, bias)
 
 
-def rows(table: Any, ids: jax.Array, dtype: Any, **options: Any) -> jax.Array:
-    """table[ids] in this dtype, where the gradients of a row that is used many times are summed in float32.
+def rows(table: jax.Array, ids: jax.Array, dtype: Any = None, **options: Any) -> jax.Array:
+    """table[ids], where the gradients of a row that is used many times are summed in float32.
+
+    It is sharded as the ids are, and along the features as the table is.
 
     Args:
-      table: [rows, features], in `dtype` or a wider one.
+      table: [rows, features].
       ids: integers of any shape.
-      dtype: of the result.
+      dtype: of the result; that of the table by default.
       options: as in `table.at[ids].get`.
+
+    Returns:
+      [*ids, features].
     """
-    return widened(table).at[ids].get(**options).astype(dtype)
+    if sharding := _rows_sharding(table, ids):
+        options["out_sharding"] = sharding
+    return widened(table).at[ids].get(**options).astype(dtype or table.dtype)
+
+
+def _rows_sharding(table: jax.Array, ids: jax.Array) -> NamedSharding | None:
+    """How `rows` are sharded if an axis of the table or of the ids is, on a mesh with explicit axes; JAX cannot tell."""
+    of_table, of_ids = jax.typeof(table).sharding, jax.typeof(ids).sharding
+    spec = (*of_ids.spec, *of_table.spec[1:])
+    if all(axis is None for axis in spec):
+        return None
+    return NamedSharding(of_table.mesh if of_ids.mesh.empty else of_ids.mesh, PartitionSpec(*spec))
 
 
 # The derivative is written out, because that of a product with a float32 result would multiply float32 matrices. In the
