@@ -136,6 +136,11 @@ def resolve_padding(what: str, padding, sizes, window, strides, dilation) -> Pad
     return pads
 
 
+def is_static(size) -> bool:
+    """Is the size of an axis known? In a program exported for any size it is an expression, which cannot be compared."""
+    return isinstance(size, int | np.integer)
+
+
 def pad_spatial(x, pads, value: float = 0):
     """x [N, *spatial, ...] with `value` before and after each spatial axis; negative pads cut."""
     rest = x.ndim - 1 - len(pads)
@@ -151,7 +156,7 @@ def slice_windows(x, g: Geometry, value: float = 0) -> list[jax.Array]:
         starts = [w * d for w, d in zip(tap, g.dilation, strict=True)]
         stops = [start + (o - 1) * s + 1 for start, o, s in zip(starts, g.outputs, g.strides, strict=True)]
         none, ones = [0] * len(features), [1] * len(features)
-        return lax.slice(x, [0, *starts, *none], [len(x), *stops, *features], [1, *g.strides, *ones])
+        return lax.slice(x, [0, *starts, *none], [x.shape[0], *stops, *features], [1, *g.strides, *ones])
 
     return [shifted(tap) for tap in g.taps]
 
