@@ -24,9 +24,16 @@ from jaxnet.layers import (
 )
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-# Both modes in float32; in the others, training, which has all that evaluation has.
+# Both modes in float32; in the other dtypes, training, which has all that evaluation has. In these, what is made of
+# other layers has nothing new.
 each_use = pytest.mark.parametrize(
-    "train, dtype", [(False, "float32"), (True, "float32"), (True, "bfloat16"), (True, "float64")]
+    "case, train, dtype",
+    [
+        pytest.param(case, train, dtype, id=f"{name}-{'train' if train else 'evaluate'}-{dtype}", marks=marks)
+        for name, case in CASES.items()
+        for train, dtype in [(False, "float32"), (True, "float32"), (True, "bfloat16"), (True, "float64")]
+        for marks in [[pytest.mark.slow] if case.net.children and dtype != "float32" else []]
+    ],
 )
 
 
@@ -77,7 +84,6 @@ def exact(case: Case, dtype: str) -> str:
 
 
 @pytest.mark.cpu_only("it wants four devices")
-@each_case
 @each_use
 def test_inputs_may_be_sharded_over_the_batch(case, train, dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -109,7 +115,6 @@ def test_an_embedding_is_sharded_as_ids_and_table_are():
 # --- jax.export with a symbolic batch ---------------------------------------------------------------------------------
 
 
-@each_case
 @each_use
 def test_a_batch_may_be_symbolic_in_an_export(case, train, dtype):
     with jax.enable_x64(dtype == "float64"):
