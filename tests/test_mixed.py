@@ -100,7 +100,9 @@ def test_copies_of_a_batch_multiply_every_gradient(case, train, dtype):
     one, all_ = grads(net, params, inputs, 0.05, train), grads(net, params, many, 0.05, train)
     for path, leaf in tree.flatten(one).items():
         leaf, got = np.asarray(leaf, np.float64), np.asarray(tree.get(all_, path), np.float64)
-        bound = 0.01 * np.abs(leaf).max() + 1e-3  # products of narrow numbers are rounded to 0.4 % where they cancel
+        # Inside a network, the cotangents themselves are rounded, and not in the same way in two programs.
+        share = 0.04 if case.net.children else 0.01
+        bound = share * np.abs(leaf).max() + 1e-3
         np.testing.assert_allclose(got / copies, leaf, rtol=0, atol=bound, err_msg=path)
 
 
