@@ -44,7 +44,6 @@ class Mixed(dict):
 
 def narrowed(layer: Any, params: Any, dtype: Any) -> Any:
     """The parameters of a network with every float in `dtype`, except those that a layer wants wide (`Layer.wide`)."""
-    layer = getattr(layer, "plain", None) or layer  # `capture` wraps the layers that it looks at
     if "" in layer.children:
         return narrowed(layer.children[""], params, dtype)
     if not isinstance(params, Mapping) or not (layer.children or layer.wide):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxnet import ops
 from jaxnet.checks import size_of
-from jaxnet.core import Layer, describe, fold, layer
+from jaxnet.core import Layer, describe, fold, interned, layer
 from jaxnet.layers import initializers
 from jaxnet.layers.parameters import check_real
 from jaxnet.layers.spatial import (
@@ -26,6 +26,7 @@ from jaxnet.ops.geometry import window_geometry
 __all__ = ["conv"]
 
 
+@interned
 def conv(
     features: int,
     window: int | Sequence[int],

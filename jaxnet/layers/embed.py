@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxnet.checks import size_of
-from jaxnet.core import Layer, check_input, layer
+from jaxnet.core import Layer, check_input, interned, layer
 from jaxnet.layers import initializers
 from jaxnet.layers.parameters import check_real
 from jaxnet.mixed import computed_dtype, rows
@@ -17,6 +17,7 @@ from jaxnet.mixed import computed_dtype, rows
 __all__ = ["embed"]
 
 
+@interned
 def embed(
     vocabulary: int,
     features: int,

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxnet.checks import size_of
-from jaxnet.core import Layer, check_input, fold, layer
+from jaxnet.core import Layer, check_input, fold, interned, layer
 from jaxnet.layers import initializers
 from jaxnet.layers.parameters import check_real
 from jaxnet.mixed import affine
@@ -17,6 +17,7 @@ from jaxnet.mixed import affine
 __all__ = ["dense"]
 
 
+@interned
 def dense(
     units: int,
     *,

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxnet.core import Layer, check_input, layer
+from jaxnet.core import Layer, check_input, interned, layer
 from jaxnet.layers import initializers
 from jaxnet.layers.parameters import check_real
 from jaxnet.mixed import computed_dtype, widened
@@ -16,6 +16,7 @@ from jaxnet.mixed import computed_dtype, widened
 __all__ = ["batch_norm", "layer_norm"]
 
 
+@interned
 def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> Layer:
     """Normalise each feature over the batch, y = (x - m) / sqrt(v + eps) * scale + bias.   x [..., C] -> y [..., C].
 
@@ -55,6 +56,7 @@ def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, 
     return dataclasses.replace(made, wide=("scale", "bias"))
 
 
+@interned
 def layer_norm(*, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> Layer:
     """Normalise the last axis, y = (x - m) / sqrt(v + eps) * scale + bias.   x [..., C] -> y [..., C].
 
