@@ -66,6 +66,19 @@ class Geometry(NamedTuple):
         """Where `split_windows` puts the axes of the window."""
         return tuple(range(2, 2 * self.rank + 1, 2))
 
+    @property
+    def met(self) -> tuple[tuple[int, ...], Geometry]:
+        """Without the taps that only ever meet padding: the first tap that is left, and the geometry of those left."""
+        first, window, padding = [], [], []
+        ends = zip(self.sizes, self.padding, self.window, self.outputs, self.strides, self.dilation, strict=True)
+        for size, (lo, hi), w, o, s, d in ends:
+            start = max(0, (lo - (o - 1) * s) // d)
+            stop = min(w, -(-(size - 1 + lo) // d) + 1)
+            first.append(start)
+            window.append(stop - start)
+            padding.append((lo - start * d, hi - (w - stop) * d))
+        return tuple(first), self._replace(window=tuple(window), padding=tuple(padding))
+
     def axes(self, part: slice) -> Geometry:
         """The geometry of some of the spatial axes."""
         return self._replace(
@@ -143,6 +156,8 @@ def is_static(size) -> bool:
 
 def pad_spatial(x, pads, value: float = 0):
     """x [N, *spatial, ...] with `value` before and after each spatial axis; negative pads cut."""
+    if not any(map(any, pads)):
+        return x
     rest = x.ndim - 1 - len(pads)
     return lax.pad(x, jnp.asarray(value, x.dtype), [(0, 0, 0), *((lo, hi, 0) for lo, hi in pads), *[(0, 0, 0)] * rest])
 
