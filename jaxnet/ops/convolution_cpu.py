@@ -65,12 +65,11 @@ def convolution(role: str, a, b, *, geometry: Geometry):
     # The patches of windows that do not overlap are no larger than x.
     if g.apart:
         return _unfolded_whole(role, a, b, geometry=g)
+    if g.rank > 2 and g.window[0] <= SHORT:
+        return unfolded(role, a, b, g, convolution, axes=1)
+    # Loops within loops would make a long program of more than three axes.
     if g.rank > 2:
-        return (
-            unfolded(role, a, b, g, convolution, axes=1)
-            if g.window[0] <= SHORT
-            else by_taps(role, a, b, g, convolution)
-        )
+        return by_taps(role, a, b, g, convolution) if g.rank == 3 else plain(role, a, b, geometry=g)
     if features <= FEW < channels and max(g.strides) == 1:
         return _adjoint(role, a, b, g)
     return _in_the_plane(role, a, b, g)

@@ -180,9 +180,9 @@ def split_windows(x, g: Geometry, value: float = 0) -> jax.Array:
     """For windows that do not overlap: x cut into them, [N, *spatial, C] -> [N, o, w, o', w', ..., C], without copies of it."""
     ends = zip(g.sizes, g.padding, g.outputs, g.strides, strict=True)
     x = pad_spatial(x, [(lo, o * s - size - lo) for size, (lo, _), o, s in ends], value)
-    blocks = [size for pair in zip(g.outputs, g.strides, strict=True) for size in pair]
-    x = x.reshape(x.shape[0], *blocks, *x.shape[g.rank + 1 :])
-    for axis, span, d in zip(g.tap_axes, g.spans, g.dilation, strict=True):
+    for axis, o, s, span, d in zip(g.tap_axes, g.outputs, g.strides, g.spans, g.dilation, strict=True):
+        # One axis at a time, since JAX knows how that leaves an array spread over devices.
+        x = x.reshape(*x.shape[: axis - 1], o, s, *x.shape[axis:])
         x = lax.slice_in_dim(x, 0, span, d, axis=axis)
     return x
 
