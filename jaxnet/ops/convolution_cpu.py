@@ -10,16 +10,14 @@ and Y, then each partial derivative of T is that of T' at the mapped operands, b
 
     dT/dx (k, y) = X^T dT'/dx' (K k, Y y),    and so for the two others.
 
-One triple (X, K, Y) thus serves all three maps, and no index arithmetic is written twice (`_substitute`).
+One triple (X, K, Y) thus serves all three maps, and no index arithmetic is written twice (`unfolding_cpu.substitute`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -29,19 +27,16 @@ from jaxnet.ops.geometry import (
     is_static,
     lax_convolution,
     others,
-    pad_spatial,
     plain,
-    shape_of,
-    slice_windows,
-    split_windows,
 )
+from jaxnet.ops.unfolding_cpu import by_taps, product, substitute, unfolded, unfolded_planes
 
 # The rules were measured with benchmarks/convolution.py, on one core of an AVX-512 machine.
 FEW = 4  # features: so few leave most of a vector register idle in XLA's convolutions
 SMALL = 16  # features: where neither side has more, XLA takes Eigen's convolution, the slower one
 SHORT = 5  # taps along an axis: up to here, unfolded windows of few features beat XLA's convolution in every map
 LONG = 32  # taps along an axis: more are never written out, which bounds the size of the program
-MANY = 49  # taps in a window: more are never written out at once
+MANY = 25  # taps in a window: more are never written out at once
 CHUNK = 8  # images: what the gradient of a kernel takes at a time
 LARGE = 2**24  # numbers: unfolded windows larger than this (64 MB) cost more than they gain
 TYPICAL = 32  # images: assumed where the size of the batch is not known
@@ -58,17 +53,35 @@ def convolution(role: str, a, b, *, geometry: Geometry):
         return convolution(role, a.astype(jnp.float32), b.astype(jnp.float32), geometry=g).astype(dtype)
     if dtype not in (jnp.float32, jnp.float64) or _is_empty(a, b, g) or not all(map(is_static, g.sizes)):
         return plain(role, a, b, geometry=g)
+    if g.rank == 0:
+        return product(role, a, b, geometry=g)
+    first, met = g.met
+    if met != g:
+        maps = {"input": _same, "output": _same, "kernel": lambda k: _taps_from(k, first, met.window)}
+        return substitute(role, a, b, g, maps, functools.partial(convolution, geometry=met))
     channels, features = _features(role, a, b, g)
     if g.groups > 1:
         return (_depthwise if channels == 1 and features <= FEW else _grouped)(role, a, b, g)
     # The patches of windows that do not overlap are no larger than x.
     if g.apart:
-        return _unfolded(role, a, b, g, axes=g.rank)
+        return _unfolded_whole(role, a, b, geometry=g)
+    if g.rank > 2 and g.window[0] <= SHORT:
+        return unfolded(role, a, b, g, convolution, axes=1)
+    # Loops within loops would make a long program of more than three axes.
     if g.rank > 2:
-        return _unfolded(role, a, b, g, axes=1) if g.window[0] <= SHORT else _by_taps(role, a, b, g)
+        return by_taps(role, a, b, g, convolution) if g.rank == 3 else plain(role, a, b, geometry=g)
     if features <= FEW < channels and max(g.strides) == 1:
         return _adjoint(role, a, b, g)
     return _in_the_plane(role, a, b, g)
+
+
+def _same(x):
+    return x
+
+
+def _taps_from(k, first, window):
+    """The part of a kernel whose taps meet the input; the others only ever meet padding."""
+    return lax.slice(k, [*first, 0, 0], [*(start + w for start, w in zip(first, window, strict=True)), *k.shape[-2:]])
 
 
 def _in_the_plane(role: str, a, b, g: Geometry):
@@ -77,17 +90,22 @@ def _in_the_plane(role: str, a, b, g: Geometry):
     strided = max(g.strides) > 1
     sizes, window, outputs = math.prod(g.sizes), math.prod(g.window), math.prod(g.outputs)
     # XLA exchanges kernel and image where the kernel is the larger one, and so leaves the order that is fast.
-    slow = outputs > sizes if role == "kernel" else window > min(sizes, outputs)
+    slow = outputs > sizes if role == "kernel" else window > (sizes if role == "output" else min(sizes, outputs))
     if a.dtype == jnp.float64:
         slow = slow or not _fast_in_float64(role, a, b, g)
     few = channels <= FEW and role != "output" and not strided
     if (few or slow) and window <= MANY and _batch(role, a, b) * outputs * window * channels <= LARGE:
-        return _unfolded_planes(role, a, b, g) if few or role == "kernel" else _unfolded(role, a, b, g, axes=g.rank)
+        return unfolded_planes(role, a, b, g) if few or role == "kernel" else _unfolded_whole(role, a, b, geometry=g)
     if max(channels, features) <= SMALL and _unfolds(role, g):
-        return _unfolded(role, a, b, g, axes=1)
+        return unfolded(role, a, b, g, convolution, axes=1)
     if slow and role != "kernel" and g.rank == 2 and g.window[1] <= LONG:
-        return _by_taps(role, a, b, g)
+        return by_taps(role, a, b, g, _unfolded_whole)
     return _canonical(role, a, b, g) if g.rank == 2 else _with_a_row(role, a, b, g)
+
+
+def _unfolded_whole(role: str, a, b, *, geometry: Geometry):
+    """The windows along all axes written out: one product of matrices."""
+    return unfolded(role, a, b, geometry, convolution, axes=geometry.rank)
 
 
 def _unfolds(role: str, g: Geometry) -> bool:
@@ -166,14 +184,7 @@ def _fast_in_float64(role: str, a, b, g: Geometry) -> bool:
     return max(channels, features) > SMALL and not (role == "input" and max(g.strides) > 1)
 
 
-# Changes of variables
-
-
-def _substitute(role: str, a, b, g: Geometry, maps, inner):
-    """The map of T called `role` from that of T': `maps` are X, K and Y by role, inner(role, a', b') is the map of T'."""
-    mapped = [maps[name](operand) for name, operand in zip(others(role), (a, b), strict=True)]
-    spec = jax.ShapeDtypeStruct(shape_of(role, a, b, g), a.dtype)
-    return jax.linear_transpose(maps[role], spec)(inner(role, *mapped))[0]
+# Changes of variables to another convolution
 
 
 def _with_a_row(role: str, a, b, g: Geometry):
@@ -182,108 +193,7 @@ def _with_a_row(role: str, a, b, g: Geometry):
         (1, *g.sizes), (1, *g.window), (1, *g.strides), ((0, 0), *g.padding), (1, *g.dilation), 1, g.precision
     )
     maps = {"input": lambda x: x[:, None], "kernel": lambda k: k[None], "output": lambda y: y[:, None]}
-    return _substitute(role, a, b, g, maps, functools.partial(_canonical, g=image))
-
-
-def _unfolded(role: str, a, b, g: Geometry, *, axes: int):
-    """The windows along the first `axes` axes written out as features: a convolution over the other axes, or a product.
-
-    x [N, I.., rest, C] -> [N O.., rest, w.. C]; kernel [w.., rest, C, F] -> [rest, w.. C, F]; y -> [N O.., rest, F].
-    """
-    first, rest = g.axes(slice(axes)), g.axes(slice(axes, None))
-
-    def unfold(x):
-        if first.apart:
-            x = jnp.moveaxis(split_windows(x, first), first.tap_axes, range(-axes - 1, -1))
-            patches = x.reshape(*x.shape[: x.ndim - axes - 1], math.prod(x.shape[-axes - 1 :]))
-        else:
-            patches = jnp.concatenate(slice_windows(x, first), -1)
-        return _joined(patches, axes)
-
-    def flatten(k):
-        k = k.reshape(math.prod(first.window), *k.shape[axes:])
-        return jnp.moveaxis(k, 0, -3).reshape(*rest.window, k.shape[0] * k.shape[-2], k.shape[-1])
-
-    maps = {"input": unfold, "kernel": flatten, "output": lambda y: _joined(y, axes)}
-    return _substitute(role, a, b, g, maps, functools.partial(_rest, geometry=rest))
-
-
-def _joined(x, axes: int):
-    """The first `axes` spatial axes joined with the batch."""
-    return x.reshape(math.prod(x.shape[: axes + 1]), *x.shape[axes + 1 :])
-
-
-def _rest(role: str, a, b, *, geometry: Geometry):
-    """A convolution over the axes that are left, or a product if none is."""
-    return (convolution if geometry.rank else _product)(role, a, b, geometry=geometry)
-
-
-def _by_taps(role: str, a, b, g: Geometry):
-    """One tap of the first axis after the other, in a loop; each is a convolution over the other axes.
-
-    For long windows: neither the program nor the patches grow with the window.
-    """
-    first, rest = g.axes(slice(1)), g.axes(slice(1, None))
-    inner: Callable = (
-        functools.partial(_unfolded, g=rest, axes=1) if rest.rank == 1 else functools.partial(_rest, geometry=rest)
-    )
-    (taps,), (outputs,), (stride,), (step,) = first.window, first.outputs, first.strides, first.dilation
-    reach = (outputs - 1) * stride + 1
-
-    def rows(x, tap):
-        x = lax.dynamic_slice_in_dim(x, tap * step, reach, axis=1)
-        return _joined(lax.slice_in_dim(x, 0, reach, stride, axis=1), 1)
-
-    def part(k, tap):
-        return lax.dynamic_index_in_dim(k, tap, keepdims=False)
-
-    def zeros(images, *shape):
-        return jnp.zeros((images.shape[0], *shape), images.dtype)
-
-    if role == "kernel":
-        x, y = pad_spatial(a, first.tight_padding), _joined(b, 1)
-        return lax.map(lambda tap: inner(role, rows(x, tap), y), jnp.arange(taps))
-    if role == "output":
-        x, k = pad_spatial(a, first.tight_padding), b
-
-        def add_output(tap, y):
-            return y + inner(role, rows(x, tap), part(k, tap)).reshape(y.shape)
-
-        return lax.fori_loop(0, taps, add_output, zeros(x, *g.outputs, k.shape[-1]))
-    k, y = a, b
-    ((before, after),) = first.tight_padding
-    padded = g.sizes[0] + before + after
-    joined = _joined(y, 1)
-
-    def add_input(tap, x):
-        found = inner(role, part(k, tap), joined).reshape(x.shape[0], outputs, *x.shape[2:])
-        found = lax.pad(found, jnp.zeros((), x.dtype), [(0, 0, stride - 1 if i == 1 else 0) for i in range(x.ndim)])
-        old = lax.dynamic_slice_in_dim(x, tap * step, reach, axis=1)
-        return lax.dynamic_update_slice_in_dim(x, old + found, tap * step, axis=1)
-
-    x = lax.fori_loop(0, taps, add_input, zeros(y, padded, *g.sizes[1:], k.shape[-2]))
-    return pad_spatial(x, ((-before, -after),))
-
-
-def _unfolded_planes(role: str, a, b, g: Geometry):
-    """As `_unfolded`, but each feature of each tap is a plane of its own, [w C, N O]: for few features.
-
-    Only for the gradients: the kernel's is planes y, the input's brings kernel y^T back from planes.
-    """
-
-    def unfold(x):
-        windows = jax.vmap(lambda plane: jnp.stack(slice_windows(plane, g)), in_axes=-1, out_axes=1)(x)
-        return windows.reshape(windows.shape[0] * windows.shape[1], math.prod(windows.shape[2:]))
-
-    def inner(role, a, b):
-        return jnp.matmul(a, b if role == "kernel" else b.T, precision=g.precision)
-
-    maps = {
-        "input": unfold,
-        "kernel": lambda k: k.reshape(math.prod(k.shape[:-1]), k.shape[-1]),
-        "output": lambda y: _joined(y, g.rank),
-    }
-    return _substitute(role, a, b, g, maps, inner)
+    return substitute(role, a, b, g, maps, functools.partial(_canonical, g=image))
 
 
 def _adjoint(role: str, a, b, g: Geometry):
@@ -328,13 +238,4 @@ def _depthwise(role: str, a, b, g: Geometry):
         "kernel": lambda k: k[..., 0, :],
         "output": lambda y: y,
     }
-    return _substitute(role, a, b, g, maps, functools.partial(featurewise, g=g))
-
-
-def _product(role: str, a, b, *, geometry: Geometry):
-    """A convolution without spatial axes: y = x k."""
-    if role == "output":
-        left, right = a, b
-    else:
-        left, right = (b, a.T) if role == "input" else (a.T, b)
-    return jnp.matmul(left, right, precision=geometry.precision)
+    return substitute(role, a, b, g, maps, functools.partial(featurewise, g=g))

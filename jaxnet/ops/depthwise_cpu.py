@@ -14,6 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxnet.ops.geometry import Geometry, pad_spatial, slice_windows
@@ -48,9 +49,7 @@ def _output(x, k, g: Geometry):
     k = lax.pad(k, jnp.zeros((), k.dtype), [*extra, (0, 0, 0)])
 
     def operands(i):
-        at = jnp.unravel_index(i, counts)
-        starts = [n * size for n, size in zip(at, block.window, strict=True)]
-        return _block_of(x, at, block), lax.dynamic_slice(k, [*starts, 0], (*block.window, k.shape[-1]))
+        return _block_of(x, i, counts, block), _cut(k, _starts(i, counts, block.window), (*block.window, k.shape[-1]))
 
     def add_block(i, carry):
         # The next operands are cut out here: XLA would fuse cutting into the products, which then are 10 times slower.
@@ -85,9 +84,7 @@ def _kernel(x, y, g: Geometry):
     x, block, counts = _in_blocks(x, g, SUMS)
     if max(counts) == 1:
         return _sums(x, y, block)
-    parts = lax.map(
-        lambda i: _sums(_block_of(x, jnp.unravel_index(i, counts), block), y, block), jnp.arange(math.prod(counts))
-    )
+    parts = lax.map(lambda i: _sums(_block_of(x, i, counts, block), y, block), jnp.arange(math.prod(counts)))
     # [n, n', .., w, w', .., C] -> [n w, n' w', .., C]
     parts = parts.reshape(*counts, *parts.shape[1:])
     order = [axis for pair in zip(range(g.rank), range(g.rank, 2 * g.rank), strict=True) for axis in pair]
@@ -106,14 +103,14 @@ def _sums(x, y, g: Geometry):
         x, y = (a.reshape(*a.shape[:-2], a.shape[-2] * channels) for a in (x, y))
 
     def add_image(i, sums):
-        image, cotangent = (lax.dynamic_slice_in_dim(a, i, 1) for a in (x, y))
+        image, cotangent = (lax.dynamic_slice_in_dim(a, i, 1, allow_negative_indices=False) for a in (x, y))
         windows = slice_windows(image, g)
         return [total + window * cotangent for total, window in zip(sums, windows, strict=True)]
 
     # Whole images are added first: XLA's reduction over images and outputs at once is 3 to 5 times slower.
     start = [jnp.zeros((1, *y.shape[1:]), y.dtype)] * len(g.taps)
-    sums = jnp.stack(lax.fori_loop(0, x.shape[0], add_image, start))
-    return sums.reshape(len(g.taps), sums[0].size // channels, channels).sum(1).reshape(*g.window, channels)
+    sums = jnp.concatenate(lax.fori_loop(0, x.shape[0], add_image, start))
+    return sums.reshape(len(g.taps), math.prod(y.shape[1:]) // channels, channels).sum(1).reshape(*g.window, channels)
 
 
 # Blocks of taps
@@ -143,7 +140,19 @@ def _over_padded(g: Geometry, window: tuple[int, ...]) -> Geometry:
     return g._replace(sizes=sizes, window=window, padding=((0, 0),) * g.rank)
 
 
-def _block_of(x, at, block: Geometry):
-    """What a block of taps sees of x."""
-    starts = [n * size * d for n, size, d in zip(at, block.window, block.dilation, strict=True)]
-    return lax.dynamic_slice(x, [0, *starts, 0], (x.shape[0], *block.sizes, x.shape[-1]))
+def _block_of(x, i, counts, block: Geometry):
+    """What the taps of block number i see of images x that have their padding."""
+    steps = [size * d for size, d in zip(block.window, block.dilation, strict=True)]
+    return _cut(x, [0, *_starts(i, counts, steps)], (x.shape[0], *block.sizes, x.shape[-1]))
+
+
+def _starts(i, counts, steps) -> list:
+    """Where block number i starts along each axis."""
+    table = np.stack(np.unravel_index(np.arange(math.prod(counts)), counts), -1).astype(np.int32)
+    table *= np.asarray(steps, np.int32)
+    return list(lax.dynamic_index_in_dim(jnp.asarray(table), i, keepdims=False, allow_negative_indices=False))
+
+
+def _cut(x, starts, sizes):
+    # JAX need not write out how a negative index would count from the end.
+    return lax.dynamic_slice(x, [*starts, 0], sizes, allow_negative_indices=False)
