@@ -365,6 +365,7 @@ def test_flops_of_a_body_are_counted_by_equation(function, expected):
     assert flops(function, floats(4, 4)) == expected
 
 
+@pytest.mark.cpu_only("it counts the FLOPs of the CPU's program")
 def test_flops_are_those_that_xla_counts():
     net = chain(dense(H), dense(D), dense(H))
     params = weights(net, X)
