@@ -1,5 +1,7 @@
 """The laws of how networks are used, for every public layer and combinator: meshes, export, NumPy's arrays and sizes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,9 +225,10 @@ def test_what_is_no_integer_is_no_size(make, wrong):
 
 
 def test_an_array_of_sizes_is_one_for_each_axis():
-    sizes = np.array([3, 2])
+    sizes: Any = np.array([3, 2])
+    pads: Any = np.array([[1, 0], [0, 1]])
     layer, same = (
-        conv(4, sizes, strides=sizes, padding=np.array([[1, 0], [0, 1]])),
+        conv(4, sizes, strides=sizes, padding=pads),
         conv(4, (3, 2), strides=(3, 2), padding=((1, 0), (0, 1))),
     )
     x = numbers(floats(2, 9, 9, 4))

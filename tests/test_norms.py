@@ -26,7 +26,10 @@ HARD = {
     "mean 1e6": (ROWS + np.float32(1e6), 2e-6),
     "constant": (np.full((1000, 3), 3.7, np.float32), 1e-6),
     "constant and large": (np.full((1000, 3), 1e6 / 3, np.float32), 1e-6),
-    "two values that are 1e6 apart from zero": (np.repeat(np.float32([[1e6], [1e6 + 1]]), 500, 0).repeat(3, 1), 2e-6),
+    "two values that are 1e6 apart from zero": (
+        np.repeat(np.array([[1e6], [1e6 + 1]], np.float32), 500, 0).repeat(3, 1),
+        2e-6,
+    ),
     "tiny": (ROWS * np.float32(1e-12), 1e-12),
     "a long ramp": (np.linspace(0, 1e6, 1000, dtype=np.float32)[:, None].repeat(3, 1), 2e-6),
     "of every size": (np.exp(8 * ROWS), 5e-5),
