@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnet.numerics import euclidean
+
 __all__ = [
     "bytes_of",
     "count",
@@ -172,13 +174,16 @@ def bytes_of(tree: Any) -> int:
 
 
 def norm(tree: Any) -> jax.Array:
-    """The Euclidean norm of all numbers together, sqrt(sum |x|^2), accumulated in at least float32."""
-    return jnp.sqrt(sum((_square_sum(leaf) for leaf in jax.tree.leaves(tree)), jnp.float32(0)))
+    """The Euclidean norm of all numbers together, sqrt(sum |x|^2), accumulated in at least float32.
+
+    Huge and tiny numbers neither overflow nor vanish when they are squared. The gradient at zero is zero.
+    """
+    return euclidean(jax.tree.leaves(tree))
 
 
 def norms(tree: Any) -> dict[str, jax.Array]:
     """The Euclidean norm of each leaf, by path."""
-    return {path: jnp.sqrt(_square_sum(leaf)) for path, leaf in flatten(tree).items()}
+    return {path: euclidean([leaf]) for path, leaf in flatten(tree).items()}
 
 
 def table(tree: Any) -> str:
@@ -331,15 +336,9 @@ def _dtype(leaf: Any) -> Any:
     return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
-def _square_sum(leaf: Any) -> jax.Array:
-    x = jnp.asarray(leaf)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.sum(jnp.real(x * jnp.conj(x)))
-
-
 def _norm_text(leaf: Any) -> str:
     if isinstance(leaf, jax.ShapeDtypeStruct) or not (
         jnp.issubdtype(_dtype(leaf), np.number) or jnp.issubdtype(_dtype(leaf), np.bool_)
     ):
         return "-"
-    return f"{float(jnp.sqrt(_square_sum(leaf))):.4g}"
+    return f"{float(euclidean([leaf])):.4g}"

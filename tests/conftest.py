@@ -14,6 +14,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")  # (4,) against (4, 1) is
 jax.config.update("jax_debug_key_reuse", True)  # a key consumed twice is a bug
 
 
+def pytest_runtest_setup(item):
+    """Skip the tests marked `@pytest.mark.cpu_only("reason")` where JAX computes on a GPU or a TPU."""
+    marker = item.get_closest_marker("cpu_only")
+    if marker is not None and jax.default_backend() != "cpu":
+        (reason,) = marker.args
+        pytest.skip(f"for the CPU only: {reason}")
+
+
 @pytest.fixture
 def real_data():
     """The folder with real data sets (MNIST and others); tests that need it skip where it is missing."""

@@ -34,6 +34,7 @@ from jaxnet.layers import (
     layer_norm,
     max_pool,
 )
+from jaxnet.mixed import rows
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "layouts.json"
 
@@ -129,7 +130,7 @@ def transformer_block(f, x):
 @wire(table=param((4, 4), jax.nn.initializers.normal(1.0)), hidden=residual(chain(dense(4), jnp.tanh)))
 def tied(f, ids):
     """A language model whose output weights are its embedding."""
-    x = f.table()[ids]
+    x = rows(f.table(), ids)
     return f.hidden(x) @ f.table().T
 
 

@@ -303,6 +303,7 @@ def test_a_template_may_be_deleted_by_donation(tmp_path):
     assert_same(load(tmp_path / "x", like=x), jnp.arange(3.0))
 
 
+@pytest.mark.cpu_only("it wants several devices")
 def test_shardings_are_gathered_and_honoured(tmp_path):
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto, AxisType.Auto))
     rows, both = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in [("a",), ("a", "b")])

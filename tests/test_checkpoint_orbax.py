@@ -37,7 +37,7 @@ X = np.arange(64, dtype=np.float32).reshape(8, 8)
 
 
 def sharding(n, *spec):
-    mesh = jax.make_mesh((n,), ("x",), devices=jax.devices()[:n], axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((n,), ("x",), devices=jax.devices("cpu")[:n], axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
@@ -117,7 +117,7 @@ def test_a_path_that_orbax_cannot_have_is_refused(tmp_path):
 
 def test_replicas_that_differ_are_saved_as_one_of_them(tmp_path):
     """As they should not, but do in the statistics of each replica: Orbax would put an array together from all of them."""
-    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto, AxisType.Auto))
+    mesh = jax.make_mesh((2, 2), ("a", "b"), (AxisType.Auto, AxisType.Auto), devices=jax.devices("cpu"))
     where, blocks = NamedSharding(mesh, PartitionSpec("a")), []
     for i, device in enumerate(mesh.devices.flat):
         blocks.append(jax.device_put(np.full((2, 4), i, np.float32), device))

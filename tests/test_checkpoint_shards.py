@@ -34,7 +34,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 n, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 jax.config.update("jax_num_cpu_devices", n)
 from jaxnet.checkpoint import load, save
-mesh = jax.make_mesh((n,), ("x",), axis_types=(AxisType.Auto,))
+mesh = jax.make_mesh((n,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu"))
 rows, copies = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
 x, keys = np.arange(64, dtype=np.float32).reshape(8, 8), jax.random.split(jax.random.key(1), 8)
 tree = {"x": jax.device_put(x, rows), "keys": jax.device_put(keys, rows), "copies": jax.device_put(x, copies)}
@@ -75,7 +75,7 @@ def test_sharded_leaves_are_gathered_one_at_a_time(tmp_path):
 
 
 def sharding(n, spec):
-    return NamedSharding(jax.make_mesh((n,), ("x",), devices=jax.devices()[:n], axis_types=(AxisType.Auto,)), spec)
+    return NamedSharding(jax.make_mesh((n,), ("x",), devices=jax.devices("cpu")[:n], axis_types=(AxisType.Auto,)), spec)
 
 
 def start(count, folder, *what):

@@ -51,7 +51,12 @@ GONE, FOLDER = -1, -2  # in place of a file's number
 
 def spread(x):
     """An array on all devices, a part on each."""
-    return jax.device_put(x, jax.sharding.NamedSharding(jax.make_mesh((4,), ("a",)), jax.sharding.PartitionSpec("a")))
+    return jax.device_put(
+        x,
+        jax.sharding.NamedSharding(
+            jax.make_mesh((4,), ("a",), devices=jax.devices("cpu")), jax.sharding.PartitionSpec("a")
+        ),
+    )
 
 
 def fields_of(tree):

@@ -113,6 +113,7 @@ def test_a_step_of_ones_own_needs_no_loss():
     assert counting(7).train_state.params == 7
 
 
+@pytest.mark.cpu_only("it wants several devices")
 def test_a_train_state_on_several_devices_stays_there():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))

@@ -75,6 +75,7 @@ def test_bits_are_those_of_jax_where_no_longer_draw_has_them(ours, monkeypatch):
         same_bits(ours(key, (7, 5), jnp.float32), JAX[ours](key, (7, 5), jnp.float32))
 
 
+@pytest.mark.cpu_only("it wants several devices")
 @each_random
 def test_parameters_are_where_the_key_is(ours):
     device = jax.devices()[1]
@@ -85,6 +86,7 @@ def test_parameters_are_where_the_key_is(ours):
         assert ours(jax.random.key(3), (7, 5), jnp.float32).devices() == {device}
 
 
+@pytest.mark.cpu_only("it wants several devices")
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
 @pytest.mark.parametrize("ours", JAX, ids=lambda f: f.__name__)
 def test_a_mesh_places_parameters_as_it_places_those_of_jax(ours, axis_type):

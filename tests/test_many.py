@@ -123,6 +123,7 @@ def widths_of_calls(f, *args):
     return {int(shape[0]) if len(shape) == 3 else 1 for shape in shapes}
 
 
+@pytest.mark.cpu_only("it counts the blocks of the CPU")
 @pytest.mark.parametrize(
     "members, size, block",
     [
@@ -143,6 +144,7 @@ def test_blocks_on_a_cpu_share_two_mebibytes(members, size, block):
     assert widths == {block} | ({members % block} - {0})
 
 
+@pytest.mark.cpu_only("it counts the blocks of the CPU")
 def test_what_the_loop_carries_counts_wherever_it_is_nested():
     """Half a MiB in two leaves within a jit within a loop: blocks of four; integers, such as an order of data, do not count."""
 

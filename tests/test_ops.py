@@ -194,6 +194,7 @@ def test_dtype_in_dtype_out(name, dtype):
 LOOPS = ("wide, strided, odd sizes", "wide, more outputs than inputs", "small", "few out, strided")
 
 
+@pytest.mark.cpu_only("reads the program that XLA makes for a CPU")
 @pytest.mark.parametrize("name", [*LOOPS, "window larger than the input", "line", "volume", "groups"])
 def test_no_convolution_leaves_the_fast_path_in_a_loop(name):
     """XLA has fast code on a CPU for images N.., C and kernels ..I, O alone; elsewhere than in a loop it transposes by itself."""
@@ -245,6 +246,7 @@ def test_convolve_works_in_all_places():
     assert_trees_close(exported.call(kernel), expected)
 
 
+@pytest.mark.cpu_only("needs four devices")
 @pytest.mark.parametrize("name", ["wide", "few in", "depthwise"])
 def test_convolve_over_several_devices(name):
     x, kernel, _, options = operands(name, batch=8)

@@ -454,6 +454,7 @@ def test_groups_have_optimizers_of_their_own_and_frozen_ones_do_not_move():
     assert jax.tree.map(lambda leaf: float(leaf[0]), state.params)["body"] == {"kernel": 1.0, "bias": 1.0}
 
 
+@pytest.mark.cpu_only("it counts the products in the CPU's program")
 def test_a_frozen_layers_gradient_is_not_computed():
     params = {"body": jnp.ones((64, 64)), "head": jnp.ones((64, 64))}
 

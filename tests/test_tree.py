@@ -336,6 +336,39 @@ def test_norms_are_euclidean_and_accumulated_in_float32():
         assert tree.norm(jnp.ones(2)).dtype == jnp.float64
 
 
+def test_the_gradient_of_a_norm_at_zero_is_zero():
+    """As in PyTorch, whose norm has the subgradient 0 there."""
+    zeros = {"a": jnp.zeros(3), "b": jnp.zeros(()), "empty": jnp.zeros((0, 2))}
+    for norm in (tree.norm, lambda x: sum(tree.norms(x).values())):
+        for leaf in jax.tree.leaves(jax.grad(norm)(zeros)):
+            np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
+    assert jax.jvp(tree.norm, (zeros,), (jax.tree.map(jnp.ones_like, zeros),))[1] == 0
+    grad = jax.grad(tree.norm)({"a": jnp.array([3.0, 0]), "b": jnp.float32(4)})
+    np.testing.assert_allclose(grad["a"], [0.6, 0], rtol=1e-6)
+    np.testing.assert_allclose(grad["b"], 0.8, rtol=1e-6)
+    one_of_two = jax.grad(lambda x: sum(tree.norms(x).values()))({"a": jnp.zeros(2), "b": jnp.array([3.0, 4.0])})
+    np.testing.assert_allclose(one_of_two["b"], [0.6, 0.8], rtol=1e-6)
+    assert not one_of_two["a"].any()
+
+
+@pytest.mark.parametrize("dtype, value", [(d, v) for d in ("float32", "bfloat16") for v in (2e38, 1e30, 1.0, 1e-30)])
+def test_squares_of_huge_and_tiny_numbers_neither_overflow_nor_vanish(dtype, value):
+    x = jnp.array([value, 0.75 * value, -value]).astype(dtype)
+    expected = np.linalg.norm(np.asarray(x, np.float64))  # 3.2e38 at most, below the largest float32
+    np.testing.assert_allclose(jax.jit(tree.norm)({"x": x}), expected, rtol=1e-6)
+    np.testing.assert_allclose(tree.norms({"x": x})["x"], expected, rtol=1e-6)
+    grad = np.asarray(jax.grad(tree.norm)(x), np.float64)
+    np.testing.assert_allclose(grad, np.asarray(x, np.float64) / expected, rtol=2 * float(jnp.finfo(dtype).eps))
+
+
+def test_norms_tell_what_is_not_finite_and_what_is_too_large():
+    assert tree.norm(jnp.array([jnp.inf, 1])) == jnp.inf and jnp.isnan(tree.norm(jnp.array([jnp.nan, 1])))
+    assert tree.norm(jnp.full(9, 3e38)) == jnp.inf  # 9e38 is no float32
+    assert tree.norm({"a": jnp.zeros((0, 4))}) == 0
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(tree.norm(jnp.array([3e200, 4e200])), 5e200, rtol=1e-12)
+
+
 def test_a_table_prints_any_leaf():
     text = """\
 path    shape  dtype     count  bytes   norm

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxnet.combinators.iterate import check_same
 from jaxnet.core import Layer, abstractly, around, as_layer, compose, describe, interned, output_specs, specs_of
+from jaxnet.mixed import cast_floats, is_float, narrowed
 
 __all__ = ["cast", "chain", "parallel", "remat", "residual"]
 
@@ -129,8 +130,9 @@ def cast(inner: Any, dtype: Any) -> Layer:
 
     Float parameters and inputs are cast on the way in, float outputs on the way out (to the dtype of the first float
     input, or of the parameters if there is none). `init` is that of `inner`: parameters keep the dtype of the inputs, so
-    that gradients and the optimizer work in it. State is not cast: it may be wider than the inputs, and a layer casts on
-    the way into it and out of it.
+    that gradients and the optimizer work in it. The biases, scales and embeddings of the layers are not cast, and sums
+    over many examples are taken in float32; in a body, `jaxnet.mixed.add_bias` and `rows` do the same for a `param`.
+    State is not cast: it may be wider than the inputs, and a layer casts on the way into it and out of it.
 
     Args:
       inner: a layer or a plain function.
@@ -145,12 +147,13 @@ def cast(inner: Any, dtype: Any) -> Layer:
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"cast: the dtype to compute in must be a float, got {dtype.name}")
+    inner = as_layer(inner, f"cast[{dtype.name}]")
 
     def call(run, params, state, key, *inputs, **named):
-        floats = [x.dtype for x in jax.tree.leaves((inputs, named, params)) if _is_float(x)]
-        params, inputs, named = _cast((params, inputs, named), dtype)
-        outputs, state, seen = run(params, state, key, *inputs, **named)
-        return _cast(outputs, floats[0]) if floats else outputs, state, seen
+        floats = [x.dtype for x in jax.tree.leaves((inputs, named, params)) if is_float(x)]
+        inputs, named = cast_floats((inputs, named), dtype)
+        outputs, state, seen = run(narrowed(inner, params, dtype), state, key, *inputs, **named)
+        return cast_floats(outputs, floats[0]) if floats else outputs, state, seen
 
     return around(inner, call, label=f"cast[{dtype.name}]", rebuild=lambda new: cast(new, dtype))
 
@@ -160,11 +163,3 @@ def _named(label: str, layers, named) -> dict[str, Any]:
     if twice := numbered.keys() & named.keys():
         raise ValueError(f"{label}: two children have the name '{min(twice)}'")
     return numbered | named
-
-
-def _is_float(x) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _cast(tree, dtype):
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype) if _is_float(x) else x, tree)

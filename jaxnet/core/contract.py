@@ -44,6 +44,8 @@ class Layer:
       outputs: (train, *inputs) -> specs of the outputs, if that is cheaper than tracing `apply`.
       tapped: True for the layers that `capture` makes: `apply` returns (outputs, Carried(state, seen)).
       plain: of a tapped layer, the layer that runs inside raw JAX transforms, which captured values cannot leave.
+      wide: names of its own parameters that may be wider than its inputs. `cast` leaves them as they are, so that their
+        gradients are summed and kept in that dtype (`jaxnet.mixed`).
     """
 
     init: Callable[..., Any]
@@ -57,6 +59,7 @@ class Layer:
     outputs: Callable[..., Any] | None = None
     tapped: bool = False
     plain: Layer | None = None
+    wide: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         if "" in self.children:
@@ -176,9 +179,9 @@ def layer(
         check_mode(name, key, train)
         inputs, named = as_jax((inputs, named))
         problem = definition.problem(params, state, inputs, named)
-        offered = {"key": key, "train": train, "state": state}
+        offered = {"key": key, "train": train, "state": as_jax(state)}
         try:
-            result = fn(params, *inputs, **named, **{n: offered[n] for n in wanted})
+            result = fn(as_jax(params), *inputs, **named, **{n: offered[n] for n in wanted})
         except Exception as error:
             # The layer's check of its inputs knows more than the comparison of shapes.
             if problem is not None and not str(error).startswith(f"{name}:"):

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxnet import ops
-from jaxnet.core import Layer, check_input, describe, fold, interned, layer
+from jaxnet.checks import size_of
+from jaxnet.core import Layer, describe, fold, interned, layer
 from jaxnet.layers import initializers
+from jaxnet.layers.parameters import check_real
+from jaxnet.layers.spatial import (
+    ENDLESS,
+    check_spatial,
+    over_batch,
+    pads_along,
+    sizes_along,
+    spatial_window,
+    telling_how_read,
+)
+from jaxnet.mixed import add_bias
 from jaxnet.ops.geometry import window_geometry
 
 __all__ = ["conv"]
@@ -53,10 +63,12 @@ def conv(
     window fits; TypeError for inputs that are not floats of the parameters' dtype.
     """
     window, size = spatial_window("conv", window)
+    features = size_of(f"conv({features}, {size}): features", features)
     rank, label = len(window), f"conv({features}, {size})"
-    for name, number in (("features", features), ("groups", groups)):
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{label}: {name} must be a positive int, got {number!r}")
+    groups = size_of(f"{label}: groups", groups)
+    strides = sizes_along(f"{label}: strides", strides, rank)
+    dilation = sizes_along(f"{label}: dilation", dilation, rank)
+    padding = pads_along(f"{label}: padding", padding, rank)
     if features % groups:
         raise ValueError(f"{label}: groups must divide the features, got {groups=}")
 
@@ -67,48 +79,21 @@ def conv(
 
     def init(key, x):
         check_spatial(label, x, rank)
-        check_windows(x.shape[-rank - 1 : -1])
-        if x.shape[-1] % groups:
-            raise ValueError(f"{label}: groups must divide the last axis, got groups={groups} and {describe(x)}")
+        with telling_how_read(x, rank):
+            check_windows(x.shape[-rank - 1 : -1])
+            if x.shape[-1] % groups:
+                raise ValueError(f"{label}: groups must divide the last axis, got groups={groups} and {describe(x)}")
         params = {"kernel": kernel_init(key, (*window, x.shape[-1] // groups, features), x.dtype)}
         return params | {"bias": bias_init(fold(key, "bias"), (features,), x.dtype)} if bias else params
 
     def fn(params, x):
+        check_real(label, params)
         kernel = params["kernel"]
         check_spatial(label, x, rank, width=kernel.shape[-2] * groups, like=kernel)
-        check_windows(x.shape[-rank - 1 : -1])
+        with telling_how_read(x, rank):
+            check_windows(x.shape[-rank - 1 : -1])
         options: dict[str, Any] = dict(strides=strides, padding=padding, dilation=dilation, groups=groups)
         y = over_batch(lambda x: ops.convolve(x, kernel, precision=precision, **options), x, rank)
-        return y + jnp.broadcast_to(params["bias"], y.shape) if bias else y
+        return add_bias(y, params["bias"]) if bias else y
 
-    return layer(init, fn, label=label)
-
-
-# Shared with pooling
-
-ENDLESS = 2**30  # the size of an axis into which every window fits
-
-
-def spatial_window(name: str, window: int | Sequence[int]) -> tuple[tuple[int, ...], str]:
-    """The window along each spatial axis, an int being for images, and how a label prints it."""
-    sizes = (window, window) if isinstance(window, int) else tuple(window)
-    if not sizes or not all(isinstance(size, int) and size >= 1 for size in sizes):
-        raise ValueError(
-            f"{name}: window must be a positive int, or one for each spatial axis as in (3,), got {window!r}"
-        )
-    return sizes, str(sizes[0] if sizes == sizes[:1] * 2 else sizes)
-
-
-def check_spatial(label: str, x, rank: int, **checks) -> None:
-    """`check_input` for x [..., *spatial, C]."""
-    check_input(label, x, **checks)
-    if len(x.shape) <= rank:
-        axes = {1: "length", 2: "height, width", 3: "depth, height, width"}.get(rank, f"{rank} spatial axes")
-        raise ValueError(f"{label}: the input must be [..., {axes}, features], got {describe(x)}")
-
-
-def over_batch(fn: Callable, x, rank: int):
-    """Apply fn, made for one batch axis [N, *spatial, C], over any number of them."""
-    batch, image = x.shape[: -rank - 1], x.shape[-rank - 1 :]
-    y = fn(x.reshape(math.prod(batch), *image))
-    return y.reshape(*batch, *y.shape[1:])
+    return dataclasses.replace(layer(init, fn, label=label), wide=("bias",))

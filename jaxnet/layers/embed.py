@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
+from jaxnet.checks import size_of
 from jaxnet.core import Layer, check_input, interned, layer
 from jaxnet.layers import initializers
+from jaxnet.layers.parameters import check_real
+from jaxnet.mixed import computed_dtype, rows
 
 __all__ = ["embed"]
 
@@ -27,23 +31,29 @@ def embed(
     An id that is not in 0 .. vocabulary - 1 gives NaN, so that it cannot pass for another.
 
     Args:
+      vocabulary: how many integers have a vector.
+      features: the length of a vector.
       embedding_init: (key, shape, dtype) -> array; by default normal with deviation 1 / sqrt(features).
       dtype: of the embedding; float32 by default (float64 under `jax_enable_x64`).
 
-    Raises: TypeError for ids that are not integers.
+    Raises:
+      ValueError: a size that is no positive integer.
+      TypeError: ids that are not integers, or a dtype that is not a float.
     """
-    for name, size in [("vocabulary", vocabulary), ("features", features)]:
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"embed: {name} must be a positive int, got {size!r}")
+    vocabulary, features = size_of("embed: vocabulary", vocabulary), size_of("embed: features", features)
     label = f"embed({vocabulary}, {features})"
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{label}: the dtype of the embedding must be a float, got {jnp.dtype(dtype).name}")
 
     def init(key, ids):
         check_input(label, ids, rank=0, kind=jnp.integer)
         return {"embedding": embedding_init(key, (vocabulary, features), dtype or jnp.result_type(float))}
 
     def fn(params, ids):
+        check_real(label, params)
+        table = params["embedding"]
         check_input(label, ids, rank=0, kind=jnp.integer)
-        rows = params["embedding"].at[ids]
-        return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        outside = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
+        return rows(table, ids, computed_dtype(params, table), **outside)
 
-    return layer(init, fn, label=label)
+    return dataclasses.replace(layer(init, fn, label=label), wide=("embedding",))

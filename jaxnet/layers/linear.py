@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
+from jaxnet.checks import size_of
 from jaxnet.core import Layer, check_input, fold, interned, layer
 from jaxnet.layers import initializers
+from jaxnet.layers.parameters import check_real
+from jaxnet.mixed import affine
 
 __all__ = ["dense"]
 
@@ -25,15 +29,16 @@ def dense(
     """Affine map of the last axis, y = x W + b.   x [..., D] -> y [..., units]; kernel [D, units], bias [units].
 
     Args:
+      units: features of the output.
       bias: False leaves out b.
       kernel_init, bias_init: (key, shape, dtype) -> array, as in `jax.nn.initializers`.
       precision: of the matrix product, as in `jax.numpy.matmul`.
 
-    Raises: ValueError for another width than at `init`, TypeError for inputs that are not floats of the parameters'
-    dtype.
+    Raises:
+      ValueError: another width than at `init`, or a size that is no positive integer.
+      TypeError: inputs that are not floats of the parameters' dtype.
     """
-    if not isinstance(units, int) or units < 1:
-        raise ValueError(f"dense: units must be a positive int, got {units!r}")
+    units = size_of("dense: units", units)
     label = f"dense({units})"
 
     def init(key, x):
@@ -42,13 +47,15 @@ def dense(
         return params | {"bias": bias_init(fold(key, "bias"), (units,), x.dtype)} if bias else params
 
     def fn(params, x):
+        check_real(label, params)
         kernel = params["kernel"]
         check_input(label, x, width=kernel.shape[0], like=kernel)
         # Two axes at most: then the kernel's gradient is one plain matrix product, no contraction over all batch axes.
         flat = x if x.ndim <= 2 else x.reshape(-1, x.shape[-1])
-        y = jnp.matmul(flat, kernel, precision=precision)
         if bias:
-            y = y + jnp.broadcast_to(params["bias"], y.shape)
+            y = affine(flat, kernel, params["bias"], precision)
+        else:
+            y = jnp.matmul(flat, kernel, precision=precision)
         return y.reshape(*x.shape[:-1], units)
 
-    return layer(init, fn, label=label)
+    return dataclasses.replace(layer(init, fn, label=label), wide=("bias",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 
 from jaxnet.core import Layer, check_input, interned, layer
 from jaxnet.layers import initializers
+from jaxnet.layers.parameters import check_real
+from jaxnet.mixed import computed_dtype, widened
 
 __all__ = ["batch_norm", "layer_norm"]
 
@@ -34,25 +37,23 @@ def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, 
         return {"mean": initializers.zeros(None, width, dtype), "var": initializers.ones(None, width, dtype)}
 
     def fn(params, x, state, train):
-        factor, shift = _affine(params, scale, bias)
-        check_input("batch_norm", x, width=state["mean"].shape[0], like=shift if factor is None else factor)
-        mean, var = state["mean"], state["var"]
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if train:
-            n = math.prod(x.shape[:-1])
-            if n < 2:
-                raise ValueError(
-                    f"batch_norm: training needs more than one value a feature, got {x.dtype}{list(x.shape)}"
-                )
-            mean, var = _moments(wide.reshape(n, -1))
-            state = {
-                "mean": momentum * state["mean"] + (1 - momentum) * mean,
-                "var": momentum * state["var"] + (1 - momentum) * var * (n / (n - 1)),
-            }
-            state = jax.lax.stop_gradient(state)
-        return _normalise(wide, mean, var, eps, factor, shift).astype(x.dtype), state
+        factor, shift = _affine("batch_norm", params, scale, bias)
+        check_input("batch_norm", x, width=state["mean"].shape[0], like=_like(params))
+        wide = widened(x)
+        if not train:
+            mean, var = (state[name].astype(wide.dtype) for name in ("mean", "var"))
+            return _normalise(wide, mean, var, eps, factor, shift).astype(x.dtype), state
+        n = math.prod(x.shape[:-1])
+        if isinstance(n, int) and n < 2:
+            raise ValueError(f"batch_norm: training needs more than one value a feature, got {x.dtype}{list(x.shape)}")
+        d, offset, center, var = _moments(wide, tuple(range(x.ndim - 1)))
+        unbiased = n / (n - 1) if isinstance(n, int) else _number(n, wide) / (_number(n, wide) - 1)
+        batch = {"mean": (center + offset).reshape(-1), "var": (var * unbiased).reshape(-1)}
+        moved = {name: momentum * old + (1 - momentum) * batch[name].astype(old.dtype) for name, old in state.items()}
+        return _normalise(d, offset, var, eps, factor, shift).astype(x.dtype), jax.lax.stop_gradient(moved)
 
-    return layer(_init("batch_norm", scale, bias), fn, init_state=init_state, label="batch_norm")
+    made = layer(_init("batch_norm", scale, bias), fn, init_state=init_state, label="batch_norm")
+    return dataclasses.replace(made, wide=("scale", "bias"))
 
 
 @interned
@@ -66,15 +67,14 @@ def layer_norm(*, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> L
     """
 
     def fn(params, x):
-        factor, shift = _affine(params, scale, bias)
-        like = shift if factor is None else factor
+        factor, shift = _affine("layer_norm", params, scale, bias)
+        like = _like(params)
         check_input("layer_norm", x, width=None if like is None else like.shape[0], like=like)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean = wide.mean(-1, keepdims=True)
-        var = jnp.square(wide - mean).mean(-1, keepdims=True)
-        return _normalise(wide, mean, var, eps, factor, shift).astype(x.dtype)
+        wide = widened(x)
+        d, mean, _, var = _moments(wide, (x.ndim - 1,))
+        return _normalise(d, mean, var, eps, factor, shift).astype(x.dtype)
 
-    return layer(_init("layer_norm", scale, bias), fn, label="layer_norm")
+    return dataclasses.replace(layer(_init("layer_norm", scale, bias), fn, label="layer_norm"), wide=("scale", "bias"))
 
 
 def _init(label: str, scale: bool, bias: bool):
@@ -86,21 +86,35 @@ def _init(label: str, scale: bool, bias: bool):
     return init
 
 
-def _affine(params, scale: bool, bias: bool):
+def _affine(label: str, params, scale: bool, bias: bool):
     """The two parameters; None for one that this layer does not have."""
+    check_real(label, params)
     return params["scale"] if scale else None, params["bias"] if bias else None
 
 
-def _moments(x):
-    """Mean and biased variance over the rows of x [n, C], in one pass over the data.
+def _like(params):
+    """The width and the dtype that the input must have; None where there is no parameter to compare with."""
+    for param in params.values():
+        return jax.ShapeDtypeStruct(param.shape, computed_dtype(params, param))
 
-    E[d^2] - E[d]^2 loses digits where the mean is large against the deviation; with d = x - (the first row) it is not.
+
+def _moments(x, axes: tuple[int, ...]):
+    """Mean and biased variance over some axes, kept with size 1: (d, mean of d, shift, variance), where x = d + shift.
+
+    E[d^2] - E[d]^2 loses digits if the mean of d is large against the deviation, so that d is the distance from the
+    mean itself. That mean was rounded: the mean of d is what it lacks. The shift has no gradient, because the results
+    do not depend on it.
     """
-    shift = jax.lax.stop_gradient(x[0])
+    shift = jax.lax.stop_gradient(x.mean(axes, keepdims=True))
     d = x - jnp.broadcast_to(shift, x.shape)
-    mean = d.mean(0)
-    var = jnp.square(d).mean(0) - jnp.square(mean)
-    return shift + mean, jnp.maximum(var, 0)
+    mean = d.mean(axes, keepdims=True)
+    var = jnp.square(d).mean(axes, keepdims=True) - jnp.square(mean)
+    return d, mean, shift, jnp.maximum(var, 0)
+
+
+def _number(n, x):
+    """A size that is symbolic (`jax.export.symbolic_shape`) as a scalar in the dtype of x."""
+    return jnp.asarray(n).astype(x.dtype)
 
 
 def _normalise(x, mean, var, eps, scale, bias):

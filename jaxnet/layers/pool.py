@@ -8,8 +8,17 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from jaxnet import ops
+from jaxnet.checks import size_of
 from jaxnet.core import Layer, describe, layer
-from jaxnet.layers.conv import ENDLESS, check_spatial, over_batch, spatial_window
+from jaxnet.layers.spatial import (
+    ENDLESS,
+    check_spatial,
+    over_batch,
+    pads_along,
+    sizes_along,
+    spatial_window,
+    telling_how_read,
+)
 from jaxnet.ops.pooling import pool_geometry
 
 __all__ = ["avg_pool", "global_avg_pool", "global_max_pool", "max_pool"]
@@ -76,7 +85,8 @@ def global_avg_pool(rank: int = 2) -> Layer:
 def _pool(name: str, pool: Callable, kind, window, strides, padding) -> Layer:
     window, size = spatial_window(name, window)
     rank, label = len(window), f"{name}({size})"
-    strides = window if strides is None else strides
+    strides = window if strides is None else sizes_along(f"{label}: strides", strides, rank)
+    padding = pads_along(f"{label}: padding", padding, rank)
 
     def check_windows(sizes):
         pool_geometry(label, (1, *sizes, 1), window, strides, padding)
@@ -85,15 +95,15 @@ def _pool(name: str, pool: Callable, kind, window, strides, padding) -> Layer:
 
     def fn(params, x):
         check_spatial(label, x, rank, kind=kind)
-        check_windows(x.shape[-rank - 1 : -1])
+        with telling_how_read(x, rank):
+            check_windows(x.shape[-rank - 1 : -1])
         return over_batch(functools.partial(pool, window=window, strides=strides, padding=padding), x, rank)
 
     return layer(None, fn, label=label)
 
 
 def _global(name: str, reduce: Callable, kind, rank: int) -> Layer:
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"{name}: rank must be a positive int, the number of spatial axes, got {rank!r}")
+    rank = size_of(f"{name}: rank", rank)
     label = f"{name}({rank})"
 
     def fn(params, x):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from jaxnet.checks import size_of
 from jaxnet.core import Layer, check_input, interned, layer
 
 __all__ = ["flatten"]
@@ -15,8 +16,7 @@ def flatten(rank: int = 3) -> Layer:
 
     Raises: ValueError if there are fewer axes.
     """
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"flatten: rank must be a positive int, got {rank!r}")
+    rank = size_of("flatten: rank", rank)
 
     def fn(params, x):
         check_input(f"flatten({rank})", x, rank=rank, kind=object)

@@ -115,7 +115,8 @@ def _batch(role: str, operands, axes, *, geometry: Geometry):
 
     def fold(name, a):  # [B, *old] -> [*folded]
         if new == {"input", "output"}:
-            return a.reshape(size * a.shape[1], *a.shape[2:])
+            a = a.swapaxes(0, 1) if images_first else a
+            return a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])
         if new == {"input", "kernel"} and name == "kernel":
             return jnp.moveaxis(a, 0, -3).reshape(*a.shape[1:-2], size * a.shape[-2], a.shape[-1])
         width = a.shape[-1] // outer
@@ -124,7 +125,7 @@ def _batch(role: str, operands, axes, *, geometry: Geometry):
 
     def unfold(name, a, shape):  # the inverse, [*folded] -> [B, *shape]
         if new == {"input", "output"}:
-            return a.reshape(size, *shape)
+            return a.reshape(shape[0], size, *shape[1:]).swapaxes(0, 1) if images_first else a.reshape(size, *shape)
         if new == {"input", "kernel"} and name == "kernel":
             return jnp.moveaxis(a.reshape(*shape[:-2], size, *shape[-2:]), -3, 0)
         a = a.reshape(*shape[:-1], outer, size, shape[-1] // outer)
@@ -132,10 +133,16 @@ def _batch(role: str, operands, axes, *, geometry: Geometry):
 
     # The new axis first in each operand that has one; `single` are the operands as `vmap` shows them to its function.
     front = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(operands, axes, strict=True)]
+    images_first = any(_is_spread(a, 1) for name, a in zip(names, front, strict=True) if name in new)
     single = [jax.ShapeDtypeStruct(a.shape[name in new :], a.dtype) for name, a in zip(names, front, strict=True)]
     folded = [fold(name, a) if name in new else a for name, a in zip(names, front, strict=True)]
     result = bind(role, *folded, geometry=g._replace(groups=g.groups * size) if len(new) == 3 else g)
     return unfold(role, result, shape_of(role, single[0], single[1], g)), 0
+
+
+def _is_spread(a, axis: int) -> bool:
+    """Does the type say that an axis is spread over devices? Only the first of two axes that are joined can be."""
+    return jax.typeof(a).sharding.spec[axis] is not None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -145,7 +152,11 @@ def _type(role: str, a, b, geometry: Geometry):
     def typed(a, b):
         if role == "output":
             return plain(role, a, b, geometry=geometry)
-        return jnp.broadcast_to(a.sum() * b.sum(), shape_of(role, a, b, geometry))
+        shape = shape_of(role, a, b, geometry)
+        if role == "kernel":
+            return jnp.broadcast_to(a.sum() * b.sum(), shape)
+        # The images are spread over devices as those of the cotangent.
+        return lax.broadcast_in_dim(a.sum() * b.sum(range(1, b.ndim)), shape, (0,))
 
     return jax.make_jaxpr(typed)(a, b).out_avals[0]
 

@@ -10,7 +10,7 @@ and Y, then each partial derivative of T is that of T' at the mapped operands, b
 
     dT/dx (k, y) = X^T dT'/dx' (K k, Y y),    and so for the two others.
 
-One triple (X, K, Y) thus serves all three maps, and no index arithmetic is written twice (`_substitute`).
+One triple (X, K, Y) thus serves all three maps, and no index arithmetic is written twice (`unfolding_cpu.substitute`).
 """
 
 from __future__ import annotations
@@ -18,62 +18,122 @@ from __future__ import annotations
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnet.ops.depthwise_cpu import featurewise
 from jaxnet.ops.geometry import (
     Geometry,
+    is_static,
     lax_convolution,
     others,
-    pad_spatial,
     plain,
-    shape_of,
-    slice_windows,
-    split_windows,
 )
+from jaxnet.ops.unfolding_cpu import by_taps, product, substitute, unfolded, unfolded_planes
 
-# The rule was measured with benchmarks/convolution.py, on one core of an AVX-512 machine.
+# The rules were measured with benchmarks/convolution.py, on one core of an AVX-512 machine.
 FEW = 4  # features: so few leave most of a vector register idle in XLA's convolutions
 SMALL = 16  # features: where neither side has more, XLA takes Eigen's convolution, the slower one
-SHORT = 5  # taps along an axis: to write out longer windows costs more than it gains
+SHORT = 5  # taps along an axis: up to here, unfolded windows of few features beat XLA's convolution in every map
+LONG = 32  # taps along an axis: more are never written out, which bounds the size of the program
+MANY = 25  # taps in a window: more are never written out at once
 CHUNK = 8  # images: what the gradient of a kernel takes at a time
 LARGE = 2**24  # numbers: unfolded windows larger than this (64 MB) cost more than they gain
+TYPICAL = 32  # images: assumed where the size of the batch is not known
 
 
 def convolution(role: str, a, b, *, geometry: Geometry):
-    """The map called `role`, by the form that was measured best for these shapes."""
-    g, dtype = geometry, a.dtype
-    if dtype in (jnp.bfloat16, jnp.float16):  # sums are in float32, as in XLA's own convolutions
-        return convolution(role, a.astype(jnp.float32), b.astype(jnp.float32), geometry=g).astype(dtype)
-    if dtype not in (jnp.float32, jnp.float64) or a.size == 0 or b.size == 0:
-        return plain(role, a, b, geometry=g)
+    """The map called `role`, by the form that was measured best for these shapes.
 
-    shapes = dict(zip(others(role), (a.shape, b.shape), strict=True)) | {role: shape_of(role, a, b, g)}
-    (*_, channels, features), batch = shapes["kernel"], shapes["input"][0]
-    features //= g.groups
-    strided = max(g.strides) > 1
+    The rules end: each one removes the groups, an axis, or few features on the side of the output, and none adds these.
+    """
+    g, dtype = geometry, a.dtype
+    # Sums are in float32, as in XLA's own convolutions.
+    if dtype in (jnp.bfloat16, jnp.float16):
+        return convolution(role, a.astype(jnp.float32), b.astype(jnp.float32), geometry=g).astype(dtype)
+    if dtype not in (jnp.float32, jnp.float64) or _is_empty(a, b, g) or not all(map(is_static, g.sizes)):
+        return plain(role, a, b, geometry=g)
+    if g.rank == 0:
+        return product(role, a, b, geometry=g)
+    first, met = g.met
+    if met != g:
+        maps = {"input": _same, "output": _same, "kernel": lambda k: _taps_from(k, first, met.window)}
+        return substitute(role, a, b, g, maps, functools.partial(convolution, geometry=met))
+    channels, features = _features(role, a, b, g)
     if g.groups > 1:
         return (_depthwise if channels == 1 and features <= FEW else _grouped)(role, a, b, g)
+    # The patches of windows that do not overlap are no larger than x.
     if g.apart:
-        return _unfolded(role, a, b, g, axes=g.rank)  # windows that do not overlap: the patches are no larger than x
+        return _unfolded_whole(role, a, b, geometry=g)
+    if g.rank > 2 and g.window[0] <= SHORT:
+        return unfolded(role, a, b, g, convolution, axes=1)
+    # Loops within loops would make a long program of more than three axes.
     if g.rank > 2:
-        return _unfolded(role, a, b, g, axes=g.rank - 2)
-    if features <= FEW < channels and not strided:
+        return by_taps(role, a, b, g, convolution) if g.rank == 3 else plain(role, a, b, geometry=g)
+    if features <= FEW < channels and max(g.strides) == 1:
         return _adjoint(role, a, b, g)
+    return _in_the_plane(role, a, b, g)
 
-    # XLA exchanges kernel and image where the kernel is the larger one, and so leaves the order that is fast.
+
+def _same(x):
+    return x
+
+
+def _taps_from(k, first, window):
+    """The part of a kernel whose taps meet the input; the others only ever meet padding."""
+    return lax.slice(k, [*first, 0, 0], [*(start + w for start, w in zip(first, window, strict=True)), *k.shape[-2:]])
+
+
+def _in_the_plane(role: str, a, b, g: Geometry):
+    """One or two spatial axes, one group."""
+    channels, features = _features(role, a, b, g)
+    strided = max(g.strides) > 1
     sizes, window, outputs = math.prod(g.sizes), math.prod(g.window), math.prod(g.outputs)
-    slow = outputs > sizes if role == "kernel" else window > min(sizes, outputs)
-    if dtype == jnp.float64:
-        slow = slow or not _fast_in_float64(role, shapes, g)
+    # XLA exchanges kernel and image where the kernel is the larger one, and so leaves the order that is fast.
+    slow = outputs > sizes if role == "kernel" else window > (sizes if role == "output" else min(sizes, outputs))
+    if a.dtype == jnp.float64:
+        slow = slow or not _fast_in_float64(role, a, b, g)
     few = channels <= FEW and role != "output" and not strided
-    if (few or slow) and batch * outputs * window * channels <= LARGE:
-        return _unfolded_planes(role, a, b, g) if few or role == "kernel" else _unfolded(role, a, b, g, axes=g.rank)
-    small = max(channels, features) <= SMALL and g.window[0] <= SHORT
-    if small and role != "kernel" and not (role == "input" and strided):
-        return _unfolded(role, a, b, g, axes=1)  # for windows of three this gives three times the features
+    if (few or slow) and window <= MANY and _batch(role, a, b) * outputs * window * channels <= LARGE:
+        return unfolded_planes(role, a, b, g) if few or role == "kernel" else _unfolded_whole(role, a, b, geometry=g)
+    if max(channels, features) <= SMALL and _unfolds(role, g):
+        return unfolded(role, a, b, g, convolution, axes=1)
+    if slow and role != "kernel" and g.rank == 2 and g.window[1] <= LONG:
+        return by_taps(role, a, b, g, _unfolded_whole)
     return _canonical(role, a, b, g) if g.rank == 2 else _with_a_row(role, a, b, g)
+
+
+def _unfolded_whole(role: str, a, b, *, geometry: Geometry):
+    """The windows along all axes written out: one product of matrices."""
+    return unfolded(role, a, b, geometry, convolution, axes=geometry.rank)
+
+
+def _unfolds(role: str, g: Geometry) -> bool:
+    """With few features, does it pay to write the windows along the first axis out as features?
+
+    For windows of three this gives three times the features.
+    """
+    first, *rest = g.window
+    if first <= SHORT:
+        return (first > 1 or g.rank == 1) and role != "kernel" and not (role == "input" and max(g.strides) > 1)
+    return first <= LONG and min(rest, default=0) > SHORT
+
+
+def _features(role: str, a, b, g: Geometry) -> tuple[int, int]:
+    """How many features one group takes, and how many it gives."""
+    if role == "kernel":
+        return a.shape[-1] // g.groups, b.shape[-1] // g.groups
+    kernel = a if role == "input" else b
+    return kernel.shape[-2], kernel.shape[-1] // g.groups
+
+
+def _batch(role: str, a, b) -> int:
+    size = (b if role == "input" else a).shape[0]
+    return size if is_static(size) else TYPICAL
+
+
+def _is_empty(a, b, g: Geometry) -> bool:
+    return 0 in a.shape or 0 in b.shape or 0 in g.outputs
 
 
 # XLA's own convolution
@@ -102,8 +162,10 @@ def _canonical(role: str, a, b, g: Geometry):
 
     x, y = a, b
     batch, features = y.shape[0], y.shape[-1]
+    if not is_static(batch) or features <= SMALL:
+        return kernel_of(x, y)
     together = next((n for n in range(CHUNK, 1, -1) if batch % n == 0), batch)
-    if together >= batch or features <= SMALL:
+    if together >= batch:
         return kernel_of(x, y)
     # A few images at a time: they are still in the cache when, transposed, they are used.
     x, y = (images.reshape(together, batch // together, *images.shape[1:]) for images in (x, y))
@@ -114,22 +176,15 @@ def _canonical(role: str, a, b, g: Geometry):
     return lax.fori_loop(0, batch // together, add_part, jnp.zeros((*g.window, x.shape[-1], features), x.dtype))
 
 
-def _fast_in_float64(role: str, shapes, g: Geometry) -> bool:
+def _fast_in_float64(role: str, a, b, g: Geometry) -> bool:
     """Does YNNPACK take this map in float64? Eigen does not, so there it is YNNPACK or the loop nest."""
-    *_, channels, features = shapes["kernel"]
+    channels, features = _features(role, a, b, g)
     if role == "kernel":
-        channels = shapes["input"][0]  # as in `_canonical`
+        channels = _batch(role, a, b)  # as in `_canonical`
     return max(channels, features) > SMALL and not (role == "input" and max(g.strides) > 1)
 
 
-# Changes of variables
-
-
-def _substitute(role: str, a, b, g: Geometry, maps, inner):
-    """The map of T called `role` from that of T': `maps` are X, K and Y by role, inner(role, a', b') is the map of T'."""
-    mapped = [maps[name](operand) for name, operand in zip(others(role), (a, b), strict=True)]
-    spec = jax.ShapeDtypeStruct(shape_of(role, a, b, g), a.dtype)
-    return jax.linear_transpose(maps[role], spec)(inner(role, *mapped))[0]
+# Changes of variables to another convolution
 
 
 def _with_a_row(role: str, a, b, g: Geometry):
@@ -138,52 +193,7 @@ def _with_a_row(role: str, a, b, g: Geometry):
         (1, *g.sizes), (1, *g.window), (1, *g.strides), ((0, 0), *g.padding), (1, *g.dilation), 1, g.precision
     )
     maps = {"input": lambda x: x[:, None], "kernel": lambda k: k[None], "output": lambda y: y[:, None]}
-    return _substitute(role, a, b, g, maps, functools.partial(convolution, geometry=image))
-
-
-def _unfolded(role: str, a, b, g: Geometry, *, axes: int):
-    """The windows along the first `axes` axes written out as features: a convolution over the other axes, or a product.
-
-    x [N, I.., rest, C] -> [N O.., rest, w.. C]; kernel [w.., rest, C, F] -> [rest, w.. C, F]; y -> [N O.., rest, F].
-    """
-    first, rest = g.axes(slice(axes)), g.axes(slice(axes, None))
-
-    def unfold(x):
-        if first.apart:
-            x = jnp.moveaxis(split_windows(x, first), first.tap_axes, range(-axes - 1, -1))
-            patches = x.reshape(*x.shape[: x.ndim - axes - 1], -1)
-        else:
-            patches = jnp.concatenate(slice_windows(x, first), -1)
-        return patches.reshape(-1, *patches.shape[axes + 1 :])
-
-    def flatten(k):
-        k = k.reshape(math.prod(first.window), *k.shape[axes:])
-        return jnp.moveaxis(k, 0, -3).reshape(*rest.window, -1, k.shape[-1])
-
-    maps = {"input": unfold, "kernel": flatten, "output": lambda y: y.reshape(-1, *y.shape[axes + 1 :])}
-    inner = functools.partial(convolution if rest.rank else _product, geometry=rest)
-    return _substitute(role, a, b, g, maps, inner)
-
-
-def _unfolded_planes(role: str, a, b, g: Geometry):
-    """As `_unfolded`, but each feature of each tap is a plane of its own, [w C, N O]: for few features.
-
-    Only for the gradients: the kernel's is planes y, the input's brings kernel y^T back from planes.
-    """
-
-    def unfold(x):
-        windows = jax.vmap(lambda plane: jnp.stack(slice_windows(plane, g)), in_axes=-1, out_axes=1)(x)
-        return windows.reshape(windows.shape[0] * windows.shape[1], -1)
-
-    def inner(role, a, b):
-        return jnp.matmul(a, b if role == "kernel" else b.T, precision=g.precision)
-
-    maps = {
-        "input": unfold,
-        "kernel": lambda k: k.reshape(-1, k.shape[-1]),
-        "output": lambda y: y.reshape(-1, y.shape[-1]),
-    }
-    return _substitute(role, a, b, g, maps, inner)
+    return substitute(role, a, b, g, maps, functools.partial(_canonical, g=image))
 
 
 def _adjoint(role: str, a, b, g: Geometry):
@@ -208,13 +218,13 @@ def _grouped(role: str, a, b, g: Geometry):
     """One group after the other; each is a convolution of its own, in its best form."""
 
     def split(a):  # [..., G c] -> [G, ..., c]
-        return jnp.moveaxis(a.reshape(*a.shape[:-1], g.groups, -1), -2, 0)
+        return jnp.moveaxis(a.reshape(*a.shape[:-1], g.groups, a.shape[-1] // g.groups), -2, 0)
 
     def one(operands):
         return convolution(role, *operands, geometry=g._replace(groups=1))
 
     result = jnp.moveaxis(lax.map(one, (split(a), split(b))), 0, -2)
-    return result.reshape(*result.shape[:-2], -1)
+    return result.reshape(*result.shape[:-2], result.shape[-2] * result.shape[-1])
 
 
 def _depthwise(role: str, a, b, g: Geometry):
@@ -228,45 +238,4 @@ def _depthwise(role: str, a, b, g: Geometry):
         "kernel": lambda k: k[..., 0, :],
         "output": lambda y: y,
     }
-    return _substitute(role, a, b, g, maps, functools.partial(_featurewise, g=g))
-
-
-def _featurewise(role: str, a, b, g: Geometry):
-    """x [N, *spatial, C], k [*window, C], y [N, *outputs, C]:  T = sum over w of sum(x shifted to w * k[w] * y)."""
-    if role == "output":
-        x, k = a, b
-        windows = slice_windows(x, g)
-        products = (w * jnp.broadcast_to(k[tap], w.shape) for tap, w in zip(g.taps, windows, strict=True))
-        return functools.reduce(jnp.add, products)
-    if role == "input":
-        k, y = a, b
-        # As in `_canonical`: y spread out, the kernel flipped.
-        pads = [(lo, hi, s - 1) for (lo, hi), s in zip(g.pullback_padding, g.strides, strict=True)]
-        y = lax.pad(y, jnp.zeros((), y.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
-        stretched = g._replace(sizes=y.shape[1:-1], strides=(1,) * g.rank, padding=((0, 0),) * g.rank)
-        return _featurewise("output", y, jnp.flip(k, range(g.rank)), stretched)
-    x, y = a, b
-    channels = x.shape[-1]
-    x = pad_spatial(x, g.tight_padding)
-    g = g._replace(sizes=x.shape[1:-1], padding=((0, 0),) * g.rank)
-    if g.strides[-1] == 1:  # then the last spatial axis and the features are one long axis; a step of d is one of d C
-        long = (g.sizes[-1] * channels,), (g.dilation[-1] * channels,)
-        g = g._replace(sizes=g.sizes[:-1] + long[0], dilation=g.dilation[:-1] + long[1])
-        x, y = x.reshape(*x.shape[:-2], -1), y.reshape(*y.shape[:-2], -1)
-
-    def add_image(sums, xy):
-        windows = slice_windows(xy[0][None], g)
-        return [total + window[0] * xy[1] for total, window in zip(sums, windows, strict=True)], None
-
-    # Whole images are added first: XLA's reduction over images and outputs at once is 3 to 5 times slower.
-    sums, _ = lax.scan(add_image, [jnp.zeros(y.shape[1:], y.dtype)] * len(g.taps), (x, y))
-    return jnp.stack([total.reshape(-1, channels).sum(0) for total in sums]).reshape(*g.window, channels)
-
-
-def _product(role: str, a, b, *, geometry: Geometry):
-    """A convolution without spatial axes: y = x k."""
-    if role == "output":
-        left, right = a, b
-    else:
-        left, right = (b, a.T) if role == "input" else (a.T, b)
-    return jnp.matmul(left, right, precision=geometry.precision)
+    return substitute(role, a, b, g, maps, functools.partial(featurewise, g=g))

@@ -66,6 +66,19 @@ class Geometry(NamedTuple):
         """Where `split_windows` puts the axes of the window."""
         return tuple(range(2, 2 * self.rank + 1, 2))
 
+    @property
+    def met(self) -> tuple[tuple[int, ...], Geometry]:
+        """Without the taps that only ever meet padding: the first tap that is left, and the geometry of those left."""
+        first, window, padding = [], [], []
+        ends = zip(self.sizes, self.padding, self.window, self.outputs, self.strides, self.dilation, strict=True)
+        for size, (lo, hi), w, o, s, d in ends:
+            start = max(0, (lo - (o - 1) * s) // d)
+            stop = min(w, -(-(size - 1 + lo) // d) + 1)
+            first.append(start)
+            window.append(stop - start)
+            padding.append((lo - start * d, hi - (w - stop) * d))
+        return tuple(first), self._replace(window=tuple(window), padding=tuple(padding))
+
     def axes(self, part: slice) -> Geometry:
         """The geometry of some of the spatial axes."""
         return self._replace(
@@ -136,8 +149,15 @@ def resolve_padding(what: str, padding, sizes, window, strides, dilation) -> Pad
     return pads
 
 
+def is_static(size) -> bool:
+    """Is the size of an axis known? In a program exported for any size it is an expression, which cannot be compared."""
+    return isinstance(size, int | np.integer)
+
+
 def pad_spatial(x, pads, value: float = 0):
     """x [N, *spatial, ...] with `value` before and after each spatial axis; negative pads cut."""
+    if not any(map(any, pads)):
+        return x
     rest = x.ndim - 1 - len(pads)
     return lax.pad(x, jnp.asarray(value, x.dtype), [(0, 0, 0), *((lo, hi, 0) for lo, hi in pads), *[(0, 0, 0)] * rest])
 
@@ -151,7 +171,7 @@ def slice_windows(x, g: Geometry, value: float = 0) -> list[jax.Array]:
         starts = [w * d for w, d in zip(tap, g.dilation, strict=True)]
         stops = [start + (o - 1) * s + 1 for start, o, s in zip(starts, g.outputs, g.strides, strict=True)]
         none, ones = [0] * len(features), [1] * len(features)
-        return lax.slice(x, [0, *starts, *none], [len(x), *stops, *features], [1, *g.strides, *ones])
+        return lax.slice(x, [0, *starts, *none], [x.shape[0], *stops, *features], [1, *g.strides, *ones])
 
     return [shifted(tap) for tap in g.taps]
 
@@ -160,9 +180,9 @@ def split_windows(x, g: Geometry, value: float = 0) -> jax.Array:
     """For windows that do not overlap: x cut into them, [N, *spatial, C] -> [N, o, w, o', w', ..., C], without copies of it."""
     ends = zip(g.sizes, g.padding, g.outputs, g.strides, strict=True)
     x = pad_spatial(x, [(lo, o * s - size - lo) for size, (lo, _), o, s in ends], value)
-    blocks = [size for pair in zip(g.outputs, g.strides, strict=True) for size in pair]
-    x = x.reshape(x.shape[0], *blocks, *x.shape[g.rank + 1 :])
-    for axis, span, d in zip(g.tap_axes, g.spans, g.dilation, strict=True):
+    for axis, o, s, span, d in zip(g.tap_axes, g.outputs, g.strides, g.spans, g.dilation, strict=True):
+        # One axis at a time, since JAX knows how that leaves an array spread over devices.
+        x = x.reshape(*x.shape[: axis - 1], o, s, *x.shape[axis:])
         x = lax.slice_in_dim(x, 0, span, d, axis=axis)
     return x
 

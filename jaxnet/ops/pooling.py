@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -10,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxnet.ops.geometry import Geometry, slice_windows, split_windows, window_geometry
+from jaxnet.ops.geometry import Geometry, pad_spatial, slice_windows, split_windows, window_geometry
 
 __all__ = ["avg_pool", "max_pool"]
 
 # Taps: a larger window is pooled axis by axis, by h + w slices and not h w (measured faster from 9 on).
 AT_ONCE = 4
+# Taps along one axis: longer windows are put together from windows of half the length, by 2 log2(w) slices and not w.
+LONG = 4
 
 
 def max_pool(
@@ -43,7 +46,7 @@ def max_pool(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"max_pool: x must hold real numbers, got {x.dtype}")
-    for part in _parts(pool_geometry("max_pool", x.shape, window, strides, padding)):
+    for part in _by_axis(pool_geometry("max_pool", x.shape, window, strides, padding)):
         x = _window_max(x, part)
     return x
 
@@ -68,7 +71,7 @@ def avg_pool(
     g = pool_geometry("avg_pool", x.shape, window, strides, padding)
     narrow = x.dtype in (jnp.bfloat16, jnp.float16)
     total = x.astype(jnp.float32) if narrow else x
-    for part in [g] if g.apart else _parts(g):
+    for part in [g] if g.apart else _by_axis(g):
         total = _window_sum(total, part)
     # How many elements of each window are in x: a product over the axes, known before anything runs.
     starts = [np.arange(o) * s - lo for o, s, (lo, _) in zip(g.outputs, g.strides, g.padding, strict=True)]
@@ -91,7 +94,7 @@ def pool_geometry(what: str, shape, window, strides, padding) -> Geometry:
     return g
 
 
-def _parts(g: Geometry) -> list[Geometry]:
+def _by_axis(g: Geometry) -> list[Geometry]:
     """The pooling in one step, or one for each axis, the last axis first: then the first of the largest is the row-major one."""
     if len(g.taps) <= AT_ONCE:
         return [g]
@@ -109,15 +112,76 @@ def _parts(g: Geometry) -> list[Geometry]:
     return parts
 
 
+def _halves(g: Geometry) -> list[Geometry]:
+    """A pooling with a long window along one axis as steps of two taps each.
+
+    The maximum over 2 m elements is that of two maxima over m; the last two may overlap, since an element may count twice.
+    With x from 0 to n - 1, the maxima over m elements are at positions -lo to n + hi - m; those that hold an element of x, at
+    -(m - 1) to n - 1. Only positions with both are kept, so that no maximum is one of padding alone.
+    """
+    axis = max(range(g.rank), key=lambda i: g.window[i])
+    taps, size, (lo, hi) = g.window[axis], g.sizes[axis], g.padding[axis]
+
+    def positions(m: int) -> tuple[int, int]:
+        return max(-(m - 1), -lo), min(size - 1, size + hi - m)
+
+    def step(m: int, apart: int, strides) -> Geometry:
+        """From the maxima over m elements to those over m + apart."""
+        (first, last), (start, end) = positions(m), positions(m + apart)
+        if m + apart == taps:
+            start, end = -lo, size + hi - taps
+        pads = first - start, end + apart - last
+        return g._replace(
+            sizes=_with(g.sizes, axis, last - first + 1),
+            window=_with(g.window, axis, 2),
+            strides=strides,
+            padding=_with(g.padding, axis, pads),
+            dilation=_with(g.dilation, axis, apart),
+        )
+
+    steps, m = [], 1
+    while 2 * m < taps:
+        steps.append(step(m, m, (1,) * g.rank))
+        m *= 2
+    return [*steps, step(m, taps - m, g.strides)]
+
+
+def _with(values: tuple, axis: int, value) -> tuple:
+    return (*values[:axis], value, *values[axis + 1 :])
+
+
 def _window_sum(x, g: Geometry):
-    return split_windows(x, g).sum(g.tap_axes) if g.apart else functools.reduce(jnp.add, slice_windows(x, g))
+    if g.apart:
+        return split_windows(x, g).sum(g.tap_axes)
+    axis = max(range(g.rank), key=lambda i: g.window[i])
+    if g.window[axis] <= LONG:
+        return functools.reduce(jnp.add, slice_windows(x, g))
+    total = _running_sum(pad_spatial(x, g.tight_padding), g.window[axis], axis + 1)
+    return lax.slice_in_dim(total, 0, None, g.strides[axis], axis=axis + 1)
+
+
+def _running_sum(x, taps: int, axis: int):
+    """The sums of so many elements in a row along an axis, each from two sums of half as many."""
+    if taps == 1:
+        return x
+    half = _running_sum(x, taps // 2, axis)
+    total = lax.slice_in_dim(half, 0, -(taps // 2), axis=axis) + lax.slice_in_dim(half, taps // 2, None, axis=axis)
+    if taps % 2 == 0:
+        return total
+    return lax.slice_in_dim(total, 0, -1, axis=axis) + lax.slice_in_dim(x, taps - 1, None, axis=axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _window_max(x, g: Geometry):
     if g.apart:
         return split_windows(x, g, _least(x.dtype)).max(g.tap_axes)
+    if max(g.window) > LONG:
+        return _max_by_halves(x, g)
     return functools.reduce(jnp.maximum, slice_windows(x, g, _least(x.dtype)))
+
+
+def _max_by_halves(x, g: Geometry):
+    return functools.reduce(_window_max, _halves(g), x)
 
 
 @_window_max.defjvp
@@ -127,15 +191,42 @@ def _window_max_jvp(g: Geometry, primals, tangents):
     Elements are compared with each other, never with the largest: that, computed once more in another program, may differ
     from every element in its last bit (so the gradient of `jnp.max` can lose all, or divide by none).
     """
+    if max(g.window) > LONG:
+        return jax.jvp(lambda x: _max_by_halves(x, g), primals, tangents)
     (x,), (tangent,) = primals, tangents
-    first, *others = slice_windows(x, g, _least(x.dtype))
-    largest, taken = first, jnp.zeros(first.shape, jnp.int8 if len(g.taps) <= 127 else jnp.int32)
+    largest, *others = slice_windows(x, g, _least(x.dtype))
+    if len(others) == 1:
+        second = _is_larger(others[0], largest)
+        if max(max(g.padding)) > 0:
+            second |= _first_taps(g, largest) == 1
+        return lax.select(second, others[0], largest), lax.select(second, *reversed(slice_windows(tangent, g)))
+    taken = _first_taps(g, largest)
     for tap, window in enumerate(others, 1):
-        larger = (window > largest) | (window != window)  # a NaN is taken
-        largest = jnp.where(larger, window, largest)
-        taken = jnp.where(larger, jnp.asarray(tap, taken.dtype), taken)
-    parts = [jnp.where(taken == tap, window, 0) for tap, window in enumerate(slice_windows(tangent, g))]
-    return largest, functools.reduce(jnp.add, parts)
+        larger = _is_larger(window, largest)
+        largest = lax.select(larger, window, largest)
+        taken = lax.select(larger, lax.full_like(taken, tap), taken)
+    windows = slice_windows(tangent, g)
+    none = lax.full_like(windows[0], 0)
+    return largest, functools.reduce(jnp.add, [lax.select(taken == tap, w, none) for tap, w in enumerate(windows)])
+
+
+def _is_larger(window, largest):
+    """Is an element taken instead of the largest so far? A NaN is."""
+    return (window > largest) | (window != window)
+
+
+def _first_taps(g: Geometry, like):
+    """For each window the first of its taps that is in x, in row-major order.
+
+    It is taken if all elements are as small as padding. No padding is larger than them, so another tap of padding is not.
+    """
+    taken = jnp.zeros_like(like, jnp.int8 if len(g.taps) <= 127 else jnp.int32)
+    for axis, (lo, _) in enumerate(g.padding):
+        starts = np.arange(g.outputs[axis]) * g.strides[axis] - lo
+        first = np.maximum(0, -(starts // g.dilation[axis])) * math.prod(g.window[axis + 1 :])
+        if first.any():
+            taken += lax.broadcast_in_dim(jnp.asarray(first, taken.dtype), taken.shape, (axis + 1,))
+    return taken
 
 
 def _least(dtype):

@@ -1,0 +1,94 @@
+"""The options and inputs of layers whose windows slide over the spatial axes, [..., *spatial, features]."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnet.checks import size_of
+from jaxnet.core import check_input, describe
+
+__all__ = ["ENDLESS", "check_spatial", "over_batch", "pads_along", "sizes_along", "spatial_window", "telling_how_read"]
+
+ENDLESS = 2**30  # the size of an axis into which every window fits
+
+
+def spatial_window(name: str, window: int | Sequence[int]) -> tuple[tuple[int, ...], str]:
+    """The window along each spatial axis, an int being for images, and how a label prints it."""
+    try:
+        if np.ndim(window) == 0:
+            sizes = (size_of(name, window),) * 2
+        else:
+            sizes = tuple(size_of(name, size) for size in window)  # pyright: ignore[reportGeneralTypeIssues]
+        if not sizes:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name}: window must be a positive int, or one for each spatial axis as in (3,), got {window!r}"
+        ) from None
+    return sizes, str(sizes[0] if sizes == sizes[:1] * 2 else sizes)
+
+
+def sizes_along(what: str, value: Any, rank: int) -> tuple[int, ...]:
+    """One positive int for each of `rank` axes, from one for all or a sequence of them."""
+    try:
+        values = (value,) * rank if np.ndim(value) == 0 else tuple(value)
+        if len(values) != rank:
+            raise ValueError
+        return tuple(size_of(what, v) for v in values)
+    except (TypeError, ValueError):
+        axes = "the spatial axis" if rank == 1 else f"each of the {rank} spatial axes"
+        raise ValueError(f"{what} must be a positive int, or one for {axes}, got {value!r}") from None
+
+
+def pads_along(what: str, padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
+    """A padding by name as it is; of numbers, (before, after) for each of `rank` axes."""
+    if isinstance(padding, str):
+        return padding
+    try:
+        pairs = ((padding, padding),) * rank if np.ndim(padding) == 0 else tuple(padding)
+        if len(pairs) != rank:
+            raise ValueError
+        return tuple((size_of(what, lo, 0), size_of(what, hi, 0)) for lo, hi in pairs)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{what} must be 'SAME', 'VALID', an int or (before, after), neither negative, for each of the {rank} "
+            f"spatial axes, got {padding!r}"
+        ) from None
+
+
+def check_spatial(label: str, x: Any, rank: int, *, width: int | None = None, **checks: Any) -> None:
+    """`check_input` for x [..., *spatial, C]; an error about C also says how the axes were read."""
+    check_input(label, x, **checks)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(f"{label}: the input must be real, got {describe(x)}; pass real and imaginary part as channels")
+    if len(x.shape) <= rank:
+        axes = {1: "length", 2: "height, width", 3: "depth, height, width"}.get(rank, f"{rank} spatial axes")
+        raise ValueError(f"{label}: the input must be [..., {axes}, features], got {describe(x)}")
+    with telling_how_read(x, rank):
+        check_input(label, x, width=width, kind=object)
+
+
+@contextlib.contextmanager
+def telling_how_read(x: Any, rank: int) -> Iterator[None]:
+    """Add to an error how the axes of x were read: without an axis of channels, [32, 28, 28] is 1 image of 32x28."""
+    try:
+        yield
+    except ValueError as error:
+        *batch, channels = x.shape[: -rank - 1] + x.shape[-1:]
+        number, size = math.prod(batch), "x".join(map(str, x.shape[-rank - 1 : -1]))
+        thing = {1: "sequence", 2: "image", 3: "volume"}.get(rank, f"array of {rank} spatial axes")
+        read = f"{number} {thing}{'' if number == 1 else 's'} of {size} with {channels} channel{'s' * (channels != 1)}"
+        raise ValueError(f"{error}; the input was read as {read}") from None
+
+
+def over_batch(fn: Callable, x, rank: int):
+    """Apply fn, made for one batch axis [N, *spatial, C], over any number of them."""
+    batch, image = x.shape[: -rank - 1], x.shape[-rank - 1 :]
+    y = fn(x.reshape(math.prod(batch), *image))
+    return y.reshape(*batch, *y.shape[1:])

@@ -1,0 +1,152 @@
+"""Arithmetic in a narrow dtype, float16 or bfloat16, whose sums over many examples are taken in float32.
+
+The gradient of whatever many examples share is a sum over them. In bfloat16 a sum of ones stops at 256, and in float16
+at 2,048, because the next one is rounded away. So the layers add biases, apply scales and gather rows in float32, and
+`cast` leaves the parameters that a layer names in `Layer.wide` as they are: their gradients never pass through the
+narrow dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import NamedSharding, PartitionSpec
+
+__all__ = ["Mixed", "add_bias", "affine", "cast_floats", "computed_dtype", "is_float", "narrowed", "rows", "widened"]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Mixed(dict):
+    """The parameters of one layer under `cast`: a dict that also says in which dtype the layer computes."""
+
+    def __init__(self, items: Mapping[str, Any], dtype: Any):
+        super().__init__(items)
+        self.dtype = jnp.dtype(dtype)
+
+    def tree_flatten_with_keys(self):
+        names = sorted(self)
+        return [(jax.tree_util.DictKey(name), self[name]) for name in names], (tuple(names), self.dtype)
+
+    def tree_flatten(self):
+        names = sorted(self)
+        return [self[name] for name in names], (tuple(names), self.dtype)
+
+    @classmethod
+    def tree_unflatten(cls, facts, leaves):
+        names, dtype = facts
+        return cls(dict(zip(names, leaves, strict=True)), dtype)
+
+
+def narrowed(layer: Any, params: Any, dtype: Any) -> Any:
+    """The parameters of a network with every float in `dtype`, except those that a layer wants wide (`Layer.wide`)."""
+    if "" in layer.children:
+        return narrowed(layer.children[""], params, dtype)
+    if not isinstance(params, Mapping) or not (layer.children or layer.wide):
+        return cast_floats(params, dtype)
+    if layer.children:
+        children = layer.children
+        return {
+            name: narrowed(children[name], p, dtype) if name in children else cast_floats(p, dtype)
+            for name, p in params.items()
+        }
+    kept = {name: p for name, p in params.items() if name in layer.wide and _is_wider(p, dtype)}
+    return Mixed({**cast_floats(dict(params), dtype), **kept}, dtype)
+
+
+def cast_floats(tree: Any, dtype: Any) -> Any:
+    """The tree with its float arrays in this dtype; everything else stays as it is."""
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype) if is_float(x) else x, tree)
+
+
+def is_float(x: Any) -> bool:
+    """Whether x is an array of real floating-point numbers."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def computed_dtype(params: Any, param: Any) -> Any:
+    """The dtype in which a layer with these parameters computes: that of `param`, unless `cast` says another."""
+    return params.dtype if isinstance(params, Mixed) else param.dtype
+
+
+def widened(x: Any) -> jax.Array:
+    """x in at least float32, exactly."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def add_bias(y: jax.Array, bias: Any) -> jax.Array:
+    """y [..., F] + bias [F], in the dtype of y; a narrow sum is rounded once, and its gradient summed in float32."""
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    return (y.astype(wide) + jnp.broadcast_to(bias.astype(wide), y.shape)).astype(y.dtype)
+
+
+def affine(x: jax.Array, kernel: jax.Array, bias: Any, precision: Any = None) -> jax.Array:
+    """x [N, D] kernel [D, F] + bias [F], in the dtype of x; a narrow result is rounded once, not twice.
+
+    In bfloat16, XLA itself leaves out the rounding between the product and the sum.
+    """
+    if x.dtype == jnp.float16:
+        return _narrow_affine(precision, x, kernel, bias)
+    return add_bias(jnp.matmul(x, kernel, precision=precision), bias)
+
+
+def rows(table: jax.Array, ids: jax.Array, dtype: Any = None, **options: Any) -> jax.Array:
+    """table[ids], where the gradients of a row that is used many times are summed in float32.
+
+    It is sharded as the ids are, and along the features as the table is.
+
+    Args:
+      table: [rows, features].
+      ids: integers of any shape.
+      dtype: of the result; that of the table by default.
+      options: as in `table.at[ids].get`.
+
+    Returns:
+      [*ids, features].
+    """
+    if sharding := _rows_sharding(table, ids):
+        options["out_sharding"] = sharding
+    return widened(table).at[ids].get(**options).astype(dtype or table.dtype)
+
+
+def _rows_sharding(table: jax.Array, ids: jax.Array) -> NamedSharding | None:
+    """How `rows` are sharded if an axis of the table or of the ids is, on a mesh with explicit axes; JAX cannot tell."""
+    of_table, of_ids = jax.typeof(table).sharding, jax.typeof(ids).sharding
+    spec = (*of_ids.spec, *of_table.spec[1:])
+    if all(axis is None for axis in spec):
+        return None
+    return NamedSharding(of_table.mesh if of_ids.mesh.empty else of_ids.mesh, PartitionSpec(*spec))
+
+
+# The derivative is written out, because that of a product with a float32 result would multiply float32 matrices. In the
+# dtype of x, every product in the backward pass has narrow operands.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _narrow_affine(precision, x, kernel, bias):
+    y = jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32)
+    return (y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)).astype(x.dtype)
+
+
+def _narrow_affine_jvp(precision, primals, tangents):
+    x, kernel, bias = primals
+    dx, dkernel, dbias = tangents
+    multiply = functools.partial(jnp.matmul, precision=precision)
+    terms = [] if _is_zero(dx) else [widened(multiply(dx, kernel))]
+    terms += [] if _is_zero(dkernel) else [widened(multiply(x, dkernel))]
+    y = _narrow_affine(precision, x, kernel, bias)
+    terms += [] if _is_zero(dbias) else [jnp.broadcast_to(widened(dbias), y.shape).astype(jnp.float32)]
+    return y, functools.reduce(jnp.add, terms).astype(y.dtype)
+
+
+_narrow_affine.defjvp(_narrow_affine_jvp, symbolic_zeros=True)
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _is_wider(x: Any, dtype: Any) -> bool:
+    return is_float(x) and jnp.promote_types(x.dtype, dtype) == x.dtype

@@ -1,0 +1,45 @@
+"""Numbers that stay right at the ends of their range."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["euclidean"]
+
+
+def euclidean(arrays: Sequence[Any]) -> jax.Array:
+    """The Euclidean norm of all numbers in these arrays, sqrt(sum |x|^2), in at least float32.
+
+    The squares are taken relative to a power of two near the largest number, so that they neither overflow nor vanish,
+    and every bit is that of the plain formula where that is right. The gradient at zero is zero.
+    """
+    arrays = [_floating(x) for x in arrays]
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, map(_largest, arrays), jnp.float32(0)))
+    # Without bits of a mantissa, a number is rounded to a power of two, here to one whose reciprocal is no subnormal.
+    kind = jnp.finfo(largest.dtype)
+    scale = jax.lax.reduce_precision(jnp.minimum(largest / 2, float(kind.max) / 8), kind.nexp, 0)
+    scale = jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1)
+    squares = sum((_sum_of_squares(x, scale) for x in arrays), jnp.zeros_like(scale))
+    # The slope of the root is infinite at zero: the inner `where` keeps it out of the product with 0 that is the gradient.
+    zero = squares == 0
+    return scale * jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
+
+
+def _floating(x: Any) -> jax.Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    parts = [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
+    return functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part), initial=0) for part in parts])
+
+
+def _sum_of_squares(x: jax.Array, scale: jax.Array) -> jax.Array:
+    x = x / scale.astype(jnp.finfo(x.dtype).dtype)
+    return jnp.sum(jnp.real(x * jnp.conj(x)))
