@@ -256,6 +256,21 @@ def test_a_batch_may_be_empty(name):
     assert dx.shape == (0, *x.shape[1:]) and not dk.any()
 
 
+def test_convolve_of_no_features():
+    gradient = jax.grad(lambda x, k: jnp.sum(convolve(x, k)), (0, 1))
+    dx, dk = gradient(jnp.ones((2, 5, 5, 3)), jnp.ones((3, 3, 3, 0)))
+    assert dk.shape == (3, 3, 3, 0) and not dx.any()
+    y = convolve(jnp.ones((2, 5, 5, 0)), jnp.ones((3, 3, 0, 4)))
+    assert y.shape == (2, 5, 5, 4) and not y.any()
+
+
+def test_sizes_may_be_numpy_integers():
+    x, kernel = normal((1, 9, 3)), normal((3, 3, 4), 1)
+    two = np.int64(2)
+    assert_trees_close(convolve(x, kernel, strides=two, dilation=two), convolve(x, kernel, strides=2, dilation=2))
+    assert_trees_close(max_pool(x, two, strides=np.int32(1)), max_pool(x, 2, strides=1))
+
+
 @pytest.mark.usefixtures("exact_products")
 def test_convolve_works_in_all_places():
     x, kernel, _, _ = operands("wide")
@@ -413,6 +428,7 @@ def test_precision_is_that_of_the_call():
             ValueError,
             "strides must be a positive int, or one for each",
         ),
+        (((2, 5, 5, 3), (3, 3, 3, 4)), dict(strides=True), ValueError, "strides must be a positive int"),
         (((2, 5, 5, 3), (3, 3, 3, 4)), dict(dilation=0), ValueError, "dilation must be a positive int"),
         (((2, 5, 5, 3), (3, 3, 2, 4)), dict(), ValueError, "groups=1 and shapes"),
         (((2, 5, 5, 4), (3, 3, 2, 5)), dict(groups=2), ValueError, "groups must divide"),
@@ -543,8 +559,11 @@ def test_padding_never_takes_the_gradient():
     np.testing.assert_array_equal(gradient[0, ..., 0], expected)
 
 
+WINDOWS_WITH_PADDING = [((2, 2), 1, (1, 1)), ((3, 4), 2, (1, 2)), ((9, 13), 1, (4, 6)), ((31, 5), 3, (15, 2))]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("window, strides, padding", [((2, 2), 1, (1, 1)), ((3, 4), 2, (1, 2)), ((9, 13), 1, (4, 6)), ((31, 5), 3, (15, 2))])  # fmt: skip
+@pytest.mark.parametrize("window, strides, padding", WINDOWS_WITH_PADDING)
 def test_the_gradient_of_a_maximum_stays_in_x(window, strides, padding, dtype):
     """Of equals, the first in x in row-major order has it: where all are -inf, that is the first element of the window."""
     x = normal((1, 7, 8, 2))

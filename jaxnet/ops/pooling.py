@@ -1,4 +1,7 @@
-"""Pooling as maxima and sums of shifted slices: no reduce-window, whose gradients are 3 to 10 times slower on a CPU."""
+"""Pooling as maxima and sums of shifted slices: no reduce-window, whose gradients are 3 to 100 times slower on a CPU.
+
+Short windows are written out, axis by axis. A long window along an axis is put together from windows of half its length.
+"""
 
 from __future__ import annotations
 
