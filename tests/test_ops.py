@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.export
@@ -266,9 +267,10 @@ def test_convolve_of_no_features():
 
 def test_sizes_may_be_numpy_integers():
     x, kernel = normal((1, 9, 3)), normal((3, 3, 4), 1)
-    two = np.int64(2)
+    two: Any = np.int64(2)
+    one: Any = np.int32(1)
     assert_trees_close(convolve(x, kernel, strides=two, dilation=two), convolve(x, kernel, strides=2, dilation=2))
-    assert_trees_close(max_pool(x, two, strides=np.int32(1)), max_pool(x, 2, strides=1))
+    assert_trees_close(max_pool(x, two, strides=one), max_pool(x, 2, strides=1))
 
 
 @pytest.mark.usefixtures("exact_products")
@@ -462,7 +464,7 @@ POOLS = {
 }
 
 
-def windows_by_definition(x, window, strides=None, padding="VALID"):
+def windows_by_definition(x, window, strides=None, padding: Any = "VALID"):
     """The elements of each window that are in x: a dict from the index of an output to the flat indices into one image."""
     sizes = x.shape[1:-1]
     strides = np.broadcast_to(window if strides is None else strides, len(sizes))
