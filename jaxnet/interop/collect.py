@@ -45,7 +45,8 @@ def collect(file: str, content: Any) -> dict[str, Any]:
                 visit(child, f"{name}.{step}" if depth else step, depth + 1)
         elif problem is not None or _is_array(x):
             if name in found:
-                raise CheckpointError(file, name, f"two arrays have this path, '{name}' and another: rename one there")
+                text = f"two arrays have this path, '{name}' and another: rename one there"
+                raise CheckpointError(file, name.replace(".", "/"), text)
             found[name] = x if problem is None else Refused(problem)
 
     if problem := _problem(content):
@@ -139,7 +140,9 @@ def _is_tensor(x: Any) -> bool:
 
 def _problem(x: Any) -> str | None:
     """Why the arrays in an object cannot be taken, with the remedy; None if they can, or if there are none."""
-    if isinstance(x, (type, str, bytes, int, float, complex, type(None))):
+    import jax
+
+    if isinstance(x, (type, str, bytes, int, float, complex, type(None), jax.Array)):
         return None
     if _is_tensor(x):
         return _problem_of_tensor(x)

@@ -13,10 +13,12 @@ __all__ = ["Weights", "kind_of_class", "named", "placed"]
 # The order in which a layer stores its arrays. Those at the end may be missing (bias), those of NORMS in the middle, too.
 KERNEL = ("kernel", "bias")
 ORDERS: dict[str, tuple[str, ...]] = {
-    **{f"{kind}{rank}d{end}": KERNEL for kind in ("conv",) for rank in (1, 2, 3) for end in ("", "_transpose")},
+    **{f"conv{rank}d{end}": KERNEL for rank in (1, 2, 3) for end in ("", "_transpose")},
     **{f"depthwise_conv{rank}d": KERNEL for rank in (1, 2)},
     **{f"separable_conv{rank}d": ("depthwise_kernel", "pointwise_kernel", "bias") for rank in (1, 2)},
     **{kind: KERNEL for kind in ("dense", "einsum_dense")},
+    # The children of an attention layer.
+    **{f"{child}_dense": KERNEL for child in ("query", "key", "value", "output")},
     **{f"{kind}_cell": ("kernel", "recurrent_kernel", "bias") for kind in ("lstm", "gru", "simple_rnn")},
     "embedding": ("embeddings",),
     "rms_normalization": ("scale",),
@@ -39,7 +41,7 @@ class Weights(NamedTuple):
 def kind_of_class(name: str) -> str:
     """The key in ORDERS of a class, of a group in a file (`conv2d_1`) or of a layer that nobody has named; '' if unknown."""
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
-    name = re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+    name = re.sub("([a-z])([A-Z])", r"\1_\2", name).lower().lstrip("_")
     name = name if name in ORDERS else re.sub(r"_\d+$", "", name)
     return name if name in ORDERS else ""
 

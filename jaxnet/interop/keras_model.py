@@ -48,8 +48,8 @@ def from_keras(
     no names of arrays: they follow from the class of the layer, if the file tells it, and are numbers otherwise
     (`my_layer/0`), as is the one of `gamma` and `beta` that a layer has alone. `rename` says what they are.
 
-    A batch norm of Keras has an epsilon of 1e-3, `batch_norm` here one of 1e-5: say `batch_norm(eps=1e-3)`. The same
-    holds for `layer_norm`.
+    The kernel of a transposed convolution comes as it is, [*window, out, in]. Norms of Keras have an epsilon of 1e-3, here
+    it is 1e-5: say `batch_norm(eps=1e-3)` and `layer_norm(eps=1e-3)`.
 
     Args:
       source: a `.keras` file, a `.weights.h5` or an old `.h5` file, told by their first bytes, not by name; or a model

@@ -15,6 +15,8 @@ Kind = Literal["safetensors", "torch", "keras"]
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 PICKLE = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
+FOLDER = 0x10  # in the attributes of a zip record
+ENCRYPTED = 0x2041  # in its flags: of all three kinds
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!")
 
 
@@ -98,7 +100,10 @@ def _kind_of_archive(file: str, fd: int) -> Kind:
 def _check_records(file: str, records: list[zipfile.ZipInfo], size: int) -> None:
     for record in records:
         packed = record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
-        if packed or record.flag_bits & 1:
+        # torch takes a record with the attribute of a folder for an array, and hands out memory that it never filled.
+        if record.is_dir() or record.external_attr & FOLDER:
+            raise CheckpointError(file, record.filename, f"the record is marked as a folder; {RESTORE}")
+        if packed or record.flag_bits & ENCRYPTED:
             text = "the record is compressed or encrypted, expected bytes as they are (what torch.save and Keras write)"
             raise CheckpointError(file, record.filename, f"{text}: write it again, or unpack it yourself")
     names = [record.filename for record in records]

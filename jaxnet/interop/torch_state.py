@@ -189,9 +189,9 @@ def _refusal(error: Exception) -> str:
     text = "torch cannot read it as tensors alone (weights_only=True)"
     if other := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
         text += (
-            f": it holds a {other[1]}; save model.state_dict() alone, best as safetensors, or, if you trust the file,"
+            f": it holds an object of {other[1]}; save model.state_dict() alone, best as safetensors, or, if you trust"
         )
-        return f"{text} read it inside `with torch.serialization.safe_globals([{other[1]}])`"
+        return f"{text} the file, read it inside `with torch.serialization.safe_globals([{other[1]}])`"
     text += ": it is damaged, or holds objects of other classes; save model.state_dict() alone, best as safetensors."
     return f"{text} {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
