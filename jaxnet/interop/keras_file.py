@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from jaxnet.checkpoint.file import opened
 from jaxnet.checkpoint.format import RESTORE, CheckpointError
 from jaxnet.checkpoint.structure import MAX_DEPTH
-from jaxnet.interop.collect import MAX_NAMES
 from jaxnet.interop.keras_layers import Weights, kind_of_class, named
 from jaxnet.interop.kinds import check_archive, kind_of_file, refused_kind
 
@@ -79,7 +78,7 @@ def _layers(
     reader: _Reader, group: Any, path: tuple[str, ...], step: str, known: dict[tuple[str, ...], _Layer], depth: int = 0
 ) -> Iterator[Weights]:
     """The layers at and below a group of a `.weights.h5`: the arrays of each are numbered in its group `vars`."""
-    reader.count("/".join(path), depth)
+    reader.enter(group, depth)
     for name in group:
         if not depth and name in OPTIMIZERS:
             continue
@@ -110,7 +109,7 @@ def _old_layers(reader: _Reader, root: Any, layer: str, known: dict[tuple[str, .
     found: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def visit(group: Any, steps: tuple[str, ...]) -> None:
-        reader.count("/".join(steps), len(steps))
+        reader.enter(group, len(steps))
         for name in group:
             child = reader.child(group, name)
             if reader.is_group(child):
@@ -134,20 +133,23 @@ class _Reader:
 
     def __init__(self, file: str, h5py: Any, size: int):
         self.file, self.h5py, self.size = file, h5py, size
-        self.left, self.room = size, MAX_NAMES
-
-    def count(self, name: str, depth: int) -> None:
-        """Refuse a group that contains itself."""
-        self.room -= len(name) + 1
-        if depth > MAX_DEPTH or self.room < 0:
-            text = f"it is nested deeper than {MAX_DEPTH} groups or has too many paths: does it contain itself?"
-            raise CheckpointError(self.file, f"{name[:40]}...", text)
+        self.left, self.seen = size, set()
 
     def child(self, group: Any, name: str) -> Any:
         if not isinstance(group.get(name, getlink=True), self.h5py.HardLink):
             text = "it is a link to somewhere else, expected the array or group itself: copy it into the file"
             raise CheckpointError(self.file, self.path(group, name), text)
         return group[name]
+
+    def enter(self, group: Any, depth: int) -> None:
+        """Begin to walk a group; CheckpointError if it lies below itself, or at two places, which may be 2^60 places."""
+        if not self.is_group(group):
+            raise CheckpointError(self.file, (group.name or "").lstrip("/"), "it is an array, expected a group of them")
+        address = self.h5py.h5o.get_info(group.id).addr
+        if address in self.seen or depth > MAX_DEPTH:
+            text = f"the group is in the file twice, or deeper than {MAX_DEPTH} levels: does it contain itself?"
+            raise CheckpointError(self.file, (group.name or "").lstrip("/")[:200], text)
+        self.seen.add(address)
 
     def is_group(self, x: Any) -> bool:
         return isinstance(x, self.h5py.Group)

@@ -63,8 +63,7 @@ def named(kind: str, arrays: list[Any], options: Mapping[str, Any]) -> dict[str,
 def placed(layer: Weights) -> list[tuple[str, Any]]:
     """The arrays of a layer with their names and in our layout; the rest of the names is in `keras_model.KERAS`."""
     arrays = dict(layer.arrays)
-    kernels = [name for name in arrays if name in ("kernel", "embeddings") and "int" in str(arrays[name].dtype)]
-    for name in kernels:
+    for name in [name for name, x in arrays.items() if str(x.dtype) in ("int8", "uint8") and len(x.shape) > 1]:
         text = (
             f"a quantized layer holds codes ({arrays[name].dtype}), not values: save the model before model.quantize()"
         )
