@@ -342,7 +342,7 @@ REFUSED = {
     "optimizer": (lambda t: t.optim.SGD([t.nn.Parameter(t.ones(1))]), "SGD, expected .*give its state_dict()"),
     "set": (lambda t: {t.ones(2)}, "arrays in a set have no names"),
     "namespace": (lambda t: types.SimpleNamespace(w=t.ones(2)), "SimpleNamespace that holds arrays.*give vars()"),
-    "masked": (lambda t: np.ma.array([1.0, 2.0], mask=[0, 1]), "would lose its mask: fill it"),
+    "masked": (lambda t: np.ma.array([1.0, 2.0], mask=[False, True]), "would lose its mask: fill it"),
     "objects": (lambda t: np.array([None, 1.0]), "dtype object cannot be stored"),
     "abstract": (lambda t: jax.ShapeDtypeStruct((2,), jnp.float32), "ShapeDtypeStruct has no values"),
 }

@@ -117,8 +117,8 @@ def _children(x: Any) -> list[tuple[str, Any]] | None:
         return [(str(key), child) for key, child in x.items()]
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         return [(field.name, getattr(x, field.name)) for field in dataclasses.fields(x) if hasattr(x, field.name)]
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return list(zip(x._fields, x, strict=True))
+    if isinstance(x, tuple) and (fields := getattr(x, "_fields", None)):
+        return list(zip(fields, x, strict=True))
     if isinstance(x, (list, tuple, collections.deque)):
         return [(str(i), child) for i, child in enumerate(x)]
     return None
@@ -127,10 +127,11 @@ def _children(x: Any) -> list[tuple[str, Any]] | None:
 def _is_array(x: Any) -> bool:
     """Whether it is an array of numbers: neither text, nor dates, nor random keys."""
     import jax
+    import jax.numpy as jnp
 
     if isinstance(x, type) or not (hasattr(x, "dtype") and hasattr(x, "shape")):
         return False
-    is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return not is_key and getattr(x.dtype, "kind", "f") not in "SUMm"
 
 

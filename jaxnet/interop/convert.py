@@ -23,7 +23,7 @@ Rename = dict[str, str] | Callable[[str], str] | None
 class Convention(NamedTuple):
     """How a library stores the arrays of a layer: the ends of its names with ours (None: left out), and the layout."""
 
-    names: dict[str, str | None]
+    names: Mapping[str, str | None]
     features_first: bool = False  # kernels are [out, in, *window], ours [*window, in, out]
     broadcast: bool = False  # vectors may have axes of size 1
 
