@@ -89,13 +89,14 @@ def prepared(name: str, library: Library, *, sample: Callable, form: str, blocks
     """A sample of one competitor, after its network has given the right output."""
     if sample is first_init:
         return functools.partial(first_init, name, form, blocks)
-    define = library(form, blocks)
-    x = inputs()
-    check(define(), x, blocks)
-    return functools.partial(sample, define, jax.random.key(0), x)
+    return functools.partial(sample, checked(library, form, blocks), jax.random.key(0), inputs())
 
 
-def check(network: Network, x: Any, blocks: int) -> None:
+@functools.cache
+def checked(library: Library, form: str, blocks: int) -> Callable[[], Network]:
+    """What defines the network in a library, if it has the weights of the hand-written one and gives its output."""
+    define, x = library(form, blocks), inputs()
+    network = define()
     params = network.init(jax.random.key(0), x)
     sizes = sum(a * b + b for a, b in SHAPES.values()) + 4 * WIDTH
     if (count := sum(leaf.size for leaf in jax.tree.leaves(params))) != blocks * sizes:
@@ -103,6 +104,7 @@ def check(network: Network, x: Any, blocks: int) -> None:
     by_hand = hand("unrolled", blocks)()
     expected = by_hand.apply(filled(by_hand.init(jax.random.key(0), x), blocks), x)
     measure.check(network.apply(filled(params, blocks), x), expected, 1e-4)
+    return define
 
 
 def filled(params: Any, blocks: int) -> Any:
