@@ -7,8 +7,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 from jaxnet import tree
-from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual
-from jaxnet.core import Layer, layer, param, wire
+from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual, scan, vmap
+from jaxnet.core import Layer, around, layer, param, wire
 from jaxnet.layers import (
     avg_pool,
     batch_norm,
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Layer",
+    "around",
     "avg_pool",
     "batch_norm",
     "capture",
@@ -59,10 +60,12 @@ __all__ = [
     "replace",
     "residual",
     "save",
+    "scan",
     "sgd",
     "summary",
     "train",
     "tree",
+    "vmap",
     "walk",
     "wire",
 ]

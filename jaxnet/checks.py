@@ -24,7 +24,7 @@ def size_of(what: str, value: Any, minimum: int = 1) -> int:
       3
     """
     try:
-        if isinstance(value, bool) or getattr(value, "dtype", None) == bool:
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool":
             raise TypeError
         size = operator.index(value)
         if size < minimum:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxnet import tree
-from jaxnet.core import Layer, abstractly, as_layer, call, check_state, describe, specs_of
+from jaxnet.core import (
+    Layer,
+    abstractly,
+    as_layer,
+    call,
+    check_state,
+    describe,
+    memoised,
+    run,
+    specs_of,
+    tap,
+)
 
 __all__ = ["capture", "replace", "summary", "walk"]
 
@@ -18,8 +30,8 @@ __all__ = ["capture", "replace", "summary", "walk"]
 def walk(net: Layer) -> Iterator[tuple[str, Layer]]:
     """All layers of a network with their paths, parents first; the network itself is at ''.
 
-    A layer that shares the path of its parent (inside `repeat`, `remat`, `cast`, `residual`) follows it with the same
-    path.
+    A layer that shares the path of its parent (inside `repeat`, `remat`, `cast`, `residual`, `scan`, `vmap`) follows it
+    with the same path.
     """
     yield "", net
     for name, child in net.children.items():
@@ -27,59 +39,79 @@ def walk(net: Layer) -> Iterator[tuple[str, Layer]]:
             yield _join(name, path), layer
 
 
-def replace(net: Layer, pattern: str, new: Layer | Callable) -> Layer:
+def replace(net: Layer, pattern: str | Sequence[str], new: Layer | Callable[..., Any]) -> Layer:
     """The network with every layer whose path matches exchanged, parents before children.
 
     Args:
-      pattern: a path with wildcards as in `jaxnet.tree`, matched against the layer's own path; `**/norm` is every norm.
+      net: a layer.
+      pattern: a path with wildcards as in `jaxnet.tree`, matched against the layer's own path, or several; `**/norm` is
+        every norm.
       new: a Layer, or a function (path, layer) -> layer. Parameters keep their paths, so that a layer that needs the
-        same ones takes over trained params as they are.
+        same ones takes over trained params as they are. If the function returns a layer unchanged, the search goes on
+        inside that layer.
 
-    Raises: KeyError if no layer matches.
+    Returns:
+      The new network. `net` is as it was.
+
+    Raises:
+      KeyError: no layer matches a pattern.
     """
     net = as_layer(net)
-    matched = []
+    patterns = _patterns(net, pattern)
 
     def visit(path: str, layer: Layer) -> Layer:
-        if _matches(path, pattern):
-            matched.append(path)
-            return new if isinstance(new, Layer) else as_layer(new(path, layer), f"replace: the new layer at '{path}'")
+        if any(_matches(path, p) for p in patterns):
+            made = new if isinstance(new, Layer) else as_layer(new(path, layer), f"replace: the new layer at '{path}'")
+            if made is not layer:
+                return made
         return _rebuilt(layer, lambda name, child: visit(_join(path, name), child))
 
-    result = visit("", net)
-    if not matched:
-        raise KeyError(_no_layer(net, pattern))
-    return result
+    return visit("", net)
 
 
-def capture(net: Layer, pattern: str = "**") -> Callable:
+def capture(net: Layer, pattern: str | Sequence[str] = "**") -> Callable[..., Any]:
     """`net.apply` with what every layer gives: (params, *inputs, ...) -> (result, {path: output}).
 
-    A pure function, for `jax.jit`, `jax.grad` and `jax.vmap` as `net.apply` is. Outputs inside `repeat` are stacked,
-    [n, ...]. At the path of `repeat` are the outputs of its copies. Where a layer is called twice, the second output is
-    at 'path:1', the third at 'path:2'. What shares the path of its parent (the inside of `residual` or `cast`) is
-    covered by the parent's output. The network's own output is at ''. What a body calls inside a raw JAX transform is
-    left out.
+    A pure function, for `jax.jit`, `jax.grad` and `jax.vmap` as `net.apply` is. Outputs inside `repeat`, `scan` and
+    `vmap` are stacked, [n, ...]. At the path of `repeat` are the outputs of its copies. If a layer is called twice, the
+    second output is at 'path:1', the third at 'path:2'. A layer that shares the path of its parent (the inside of
+    `residual` or `cast`) is covered by the parent's output. The network's own output is at ''.
 
-    Args: pattern: only the layers whose own path matches, with the wildcards of `jaxnet.tree`.
-    Raises: KeyError if no layer matches.
+    It is also how loss terms and metrics leave inner layers: a child that is the identity, called `aux` by convention,
+    receives the value in the body, and `capture(net, "**/aux")` brings it out.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxnet import chain
-    >>> net = chain(double=lambda x: 2 * x, square=lambda x: x * x)
-    >>> capture(net)({}, jnp.float32(3))[1]
-    {'': Array(36., dtype=float32), 'double': Array(6., dtype=float32), 'square': Array(36., dtype=float32)}
+    Args:
+      net: a layer.
+      pattern: the layers whose own path matches, with the wildcards of `jaxnet.tree`, or several patterns.
+
+    Returns:
+      A function that takes what `net.apply` takes and returns (the result of `net.apply`, outputs by path).
+
+    Raises:
+      KeyError: no layer matches a pattern.
+      RuntimeError: in the call, a chosen layer ran inside a raw JAX transform, which its output cannot leave. The
+        default pattern leaves such layers out.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxnet import chain
+      >>> net = chain(double=lambda x: 2 * x, square=lambda x: x * x)
+      >>> capture(net)({}, jnp.float32(3))[1]
+      {'': Array(36., dtype=float32), 'double': Array(6., dtype=float32), 'square': Array(36., dtype=float32)}
     """
     net = as_layer(net)
-    if not any(_matches(path, pattern) for path, _ in walk(net)):
-        raise KeyError(_no_layer(net, pattern))
-    tapped = _tap(net, "", lambda path: _matches(path, pattern), lambda path, index, layer, args, outputs: outputs)
+    patterns = _patterns(net, pattern)
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
         check_state(net.label, state, stateful=net.init_state is not None)
+        ran: set[str] = set()
+        chosen = lambda path: any(_matches(path, p) for p in patterns)  # noqa: E731
+        tapped = _tap(net, "", chosen, lambda layer, args, outputs: outputs, ran)
         start = {} if state is None else state
-        outputs, new_state = call(tapped, params, start, key, train, inputs, named)
-        new_state, seen = _untap(net, new_state)
+        outputs, new_state, taken = run(tapped, params, start, key, train, inputs, named)
+        if pattern != "**" and (lost := sorted(ran - taken.keys())):
+            raise RuntimeError(_lost(lost))
+        seen = {f"{path}:{i}" if i else path: value for path, values in taken.items() for i, value in enumerate(values)}
         return (outputs if net.init_state is None else (outputs, new_state)), dict(sorted(seen.items()))
 
     return apply
@@ -132,26 +164,20 @@ def summary(net: Layer, *inputs: Any, train: bool = False, **named: Any) -> Summ
     """
     net = as_layer(net)
     inputs, named = specs_of((inputs, named))
-    calls: dict[str, dict[int, tuple]] = {}
+    tapped = _tap(net, "", lambda path: True, _note, set())
 
-    def note(path, index, layer, args, outputs):
-        calls.setdefault(path, {})[index] = (layer, specs_of(args), specs_of(outputs))  # traced again, written again
-
-    tapped = _tap(net, "", lambda path: True, note)
-
-    def run(*inputs, **named):
-        init_key, key = jax.random.split(jax.random.key(0))
+    def start_and_run(*inputs, **named):
+        init_key, state_key, key = jax.random.split(jax.random.key(0), 3)
         params = net.init(init_key, *inputs, **named)
-        state = net.init_state(*inputs, **named) if net.init_state else {}
-        call(tapped, params, state, key if train else None, train, inputs, named)
-        return params, state
+        state = net.init_state(*inputs, key=state_key, **named) if net.init_state else {}
+        return params, state, run(tapped, params, state, key if train else None, train, inputs, named)[2]
 
-    params, state = abstractly(run)(*inputs, **named)
+    params, state, notes = abstractly(start_and_run)(*inputs, **named)
     rows = []
-    for path, (layer, copies) in _outermost(net).items():
-        known = calls.get(path, {}).values()  # none where it is called inside a raw transform: its parent has the FLOPs
-        flops = copies * sum(_flops(layer, args, train) for layer, args, _ in known)
-        output = next((describe(outputs) for *_, outputs in known), "")
+    for path, layer in _outermost(net).items():
+        known = notes.get(path, ())  # none if it is called inside a raw transform: the FLOPs of its parent have it
+        flops = sum(math.prod(turns.shape) * _flops(note.layer, note.args, train) for note, turns in known)
+        output = next((describe(note.outputs) for note, _ in known), "")
         try:
             own = tree.get(params, path)
         except KeyError:
@@ -160,68 +186,51 @@ def summary(net: Layer, *inputs: Any, train: bool = False, **named: Any) -> Summ
     return Summary(rows, tree.count(params), tree.bytes_of(params), tree.bytes_of(state), rows[0].flops)
 
 
-# Taps: layers that also bring out what passes through them, in the channel that exists for that, their state
+# Taps
 
 
-class _Carried(NamedTuple):
-    """What passed through a tapped layer, call by call, and the state of the layer itself."""
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Note:
+    """The specs of one call of a layer: a pytree without leaves, so that it goes through any transform as it is."""
 
-    taken: tuple
-    state: Any
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class _Tapped(Layer):
-    plain: Layer | None = None  # what a body calls in its place inside a raw transform, out of which nothing comes
+    layer: Layer
+    args: Any
+    outputs: Any
 
 
-def _tap(layer: Layer, path: str, chosen: Callable, take: Callable, covered: bool = False) -> Layer:
-    """The network whose new state also holds what `take` makes of the calls of the chosen layers.
+def _note(layer: Layer, args: Any, outputs: Any) -> tuple[_Note, jax.Array]:
+    """The specs of a call, and a number that transforms stack: its shape then tells how many times the call ran."""
+    return _Note(layer, specs_of(args), specs_of(outputs)), jnp.zeros(())
 
-    `take` gets (path, index of the call, layer, (inputs, named), outputs). Where parent and child share a path, the
-    parent speaks for both, but for `repeat`, where each copy speaks for itself.
+
+def _tap(net: Layer, path: str, chosen: Callable[[str], bool], take: Callable[..., Any], ran: set[str]) -> Layer:
+    """The network whose chosen layers also bring out `take(layer, (inputs, named), outputs)` of each call.
+
+    If parent and child share a path, the parent speaks for both, except for `repeat`, whose copies speak for themselves.
+    Paths of chosen layers that were called are added to `ran`.
     """
 
-    def visit(name, child):
-        return _tap(child, _join(path, name), chosen, take, name == "" and (covered or layer.repeats is None))
+    def visit(path: str, layer: Layer, covered: bool) -> Layer:
+        speaks = chosen(path) and not covered and layer.repeats is None
 
-    inside, speaks = _rebuilt(layer, visit), chosen(path) and not covered and layer.repeats is None
-    if inside is layer and not speaks:
-        return layer
+        def inside(name, child):
+            return visit(_join(path, name), child, name == "" and (covered or layer.repeats is None))
 
-    def apply(params, *inputs, state=None, key=None, train=False, **named):
-        before, own = state if isinstance(state, _Carried) else ((), state)
-        outputs, new = call(inside, params, own if inside.init_state else None, key, train, inputs, named)
+        rebuilt = _rebuilt(layer, inside)
         if not speaks:
-            return outputs, new
-        return outputs, _Carried((*before, take(path, len(before), layer, (inputs, named), outputs)), new)
+            return rebuilt
+        return tap(rebuilt, layer, lambda args, outputs: take(layer, args, outputs), lambda: ran.add(path))
 
-    def init_state(*inputs, **named):
-        return layer.init_state(*inputs, **named) if layer.init_state else {}
+    return visit(path, net, False)
 
-    return _Tapped(
-        layer.init, apply, init_state, label=layer.label, random=layer.random, outputs=layer.outputs, plain=layer
+
+def _lost(paths: list[str]) -> str:
+    names = ", ".join(f"'{path}'" for path in paths)
+    return (
+        f"capture: {names} ran inside a raw JAX transform (scan, vmap, checkpoint, ...), which captured outputs cannot "
+        "leave; use jaxnet.scan, vmap, repeat or remat there, or choose other layers"
     )
-
-
-def _untap(layer: Layer, state: Any, path: str = "") -> tuple[Any, dict[str, Any]]:
-    """Separate the state of the plain network from what the taps put around it."""
-    seen = {}
-    if isinstance(state, _Carried):
-        seen = {f"{path}:{i}" if i else path: outputs for i, outputs in enumerate(state.taken)}
-        state = state.state
-    if "" in layer.children:
-        state, below = _untap(layer.children[""], state, path)
-        return state, seen | below
-    if not layer.children or not isinstance(state, dict):
-        return state, seen
-    plain = {}
-    for name, value in state.items():
-        own, below = _untap(layer.children[name], value, _join(path, name))
-        seen |= below
-        if layer.children[name].init_state is not None:
-            plain[name] = own
-    return plain, seen
 
 
 def _rebuilt(layer: Layer, visit: Callable[[str, Layer], Layer]) -> Layer:
@@ -233,14 +242,12 @@ def _rebuilt(layer: Layer, visit: Callable[[str, Layer], Layer]) -> Layer:
     return layer if same else layer.rebuild(children)
 
 
-def _outermost(layer: Layer, path: str = "", copies: int = 1) -> dict[str, tuple[Layer, int]]:
-    """By path: the layer, the outermost where several share it, and how many copies of its inside one call runs."""
-    found: dict[str, tuple[Layer, int]] = {}
-    inner_copies = copies * (layer.repeats or 1)
+def _outermost(layer: Layer, path: str = "") -> dict[str, Layer]:
+    """The layer at each path, the outermost if several share it; parents first."""
+    found = {path: layer}
     for name, child in layer.children.items():
-        found |= _outermost(child, _join(path, name), inner_copies)
-    innermost = found.get(path, (layer, inner_copies))
-    return {path: (layer, innermost[1] if layer.repeats else copies)} | {p: f for p, f in found.items() if p != path}
+        found |= _outermost(child, _join(path, name))
+    return found | {path: layer}
 
 
 def _title(layer: Layer) -> str:
@@ -255,28 +262,37 @@ def _join(path: str, name: str) -> str:
     return f"{path}/{name}" if path and name else path or name
 
 
-def _no_layer(net: Layer, pattern: str) -> str:
+def _patterns(net: Layer, pattern: str | Sequence[str]) -> tuple[str, ...]:
+    """The patterns as a tuple. Raises KeyError if one of them matches no layer."""
+    patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
     known = list(dict.fromkeys(path for path, _ in walk(net)))
-    names = ", ".join(known[1:13]) or "not named"
-    return f"no layer matches '{pattern}'; the layers are {names}{' ...' if len(known) > 13 else ''}"
+    for p in patterns or ("no pattern",):
+        if not any(_matches(path, p) for path in known):
+            names = ", ".join(known[1:13]) or "not named"
+            raise KeyError(f"no layer matches '{p}'; the layers are {names}{' ...' if len(known) > 13 else ''}")
+    return patterns
 
 
 # FLOPs of a program as it is written
 
 
-def _flops(layer: Layer, args: tuple, train: bool) -> int:
+def _flops(layer: Layer, args: Any, train: bool) -> int:
     inputs, named = args
 
     def start(key, *inputs, **named):
-        return layer.init(key, *inputs, **named), layer.init_state(*inputs, **named) if layer.init_state else None
-
-    params, state = abstractly(start)(jax.random.key(0), *inputs, **named)
+        params_key, state_key = jax.random.split(key)
+        state = layer.init_state(*inputs, key=state_key, **named) if layer.init_state else None
+        return layer.init(params_key, *inputs, **named), state
 
     def run(params, state, key, *inputs, **named):
         return call(layer, params, state, key if train else None, train, inputs, named)[0]
 
-    trace = abstractly(run, lambda fn, arrays: jax.make_jaxpr(fn)(arrays))
-    return _count_flops(trace(params, state, jax.random.key(0), *inputs, **named).jaxpr)
+    def compute():
+        params, state = abstractly(start)(jax.random.key(0), *inputs, **named)
+        trace = abstractly(run, lambda fn, arrays: jax.make_jaxpr(fn)(arrays))
+        return _count_flops(trace(params, state, jax.random.key(0), *inputs, **named).jaxpr)
+
+    return memoised(layer, "flops", compute, train, inputs, named)
 
 
 def _count_flops(jaxpr) -> int:

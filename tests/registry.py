@@ -19,7 +19,7 @@ import pytest
 
 import jaxnet
 from jaxnet import Layer, tree
-from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual
+from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual, scan, vmap
 from jaxnet.core import abstractly, describe, layer, param, wire
 from jaxnet.layers import (
     avg_pool,
@@ -138,6 +138,20 @@ def product(f, x, y):
     return f.first(x) * f.second(y)
 
 
+@wire(hidden=dense(4), norm=batch_norm(), drop=dropout(0.2))
+def cell(f, carry, x):
+    """A stateful and noisy recurrent cell.  carry [..., 4], x [..., 4] -> (carry, y)."""
+    h = jnp.tanh(f.hidden(carry + x))
+    return h, f.drop(f.norm(h))
+
+
+@wire(rnn=scan(cell))
+def recurrent(f, x):
+    """x [..., T, 4] -> y [..., T, 4]."""
+    xs = jnp.moveaxis(x, -2, 0)
+    return jnp.moveaxis(f.rnn(jnp.zeros_like(xs[0]), xs)[1], 0, -2)
+
+
 noisy_block = chain(dense(4), batch_norm(), jnp.tanh, dropout(0.2))
 
 _BFLOAT16 = "it computes in bfloat16, too coarse for differences"
@@ -171,6 +185,9 @@ CASES: dict[str, Case] = {
     "residual": Case(residual(chain(layer_norm(), dense(4))), (floats(4, 4),)),
     "repeat": Case(repeat(chain(dense(4), jnp.tanh), 2), (floats(4, 4),)),
     "repeat: noisy, stateful, remat": Case(repeat(noisy_block, 2, remat=True), (floats(4, 4),)),
+    "scan": Case(recurrent, (floats(4, 3, 4),), {"curvature": "it would take long to compile"}),
+    "vmap": Case(chain(vmap(chain(dense(4), jnp.tanh), 2, in_axes=-2), lambda y: y.sum(0)), (floats(4, 2, 4),)),
+    "vmap: noisy, stateful": Case(chain(vmap(noisy_block, 2, in_axes=None), lambda y: y[0] * y[1]), (floats(4, 4),)),
     "remat": Case(remat(chain(dense(4), jnp.tanh)), (floats(4, 4),)),
     "cast": Case(cast(chain(dense(4), jnp.tanh), "bfloat16"), (floats(4, 4),), {"differences": _BFLOAT16}),
     "network: transformer": Case(transformer_block, (floats(1, 4, 4),), {"curvature": _PARTS}),

@@ -9,13 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxnet import ops
-from jaxnet.core import Layer, check_input, describe, fold, layer
+from jaxnet.core import Layer, check_input, describe, fold, interned, layer
 from jaxnet.layers import initializers
 from jaxnet.ops.geometry import window_geometry
 
 __all__ = ["conv"]
 
 
+@interned
 def conv(
     features: int,
     window: int | Sequence[int],

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxnet.core import Layer, check_input, layer
+from jaxnet.core import Layer, check_input, interned, layer
 
 __all__ = ["dropout"]
 
 
+@interned
 def dropout(rate: float) -> Layer:
     """Zero each element with probability `rate` in training, y = x * m / (1 - rate), m ~ Bernoulli(1 - rate).
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxnet.core import Layer, check_input, layer
+from jaxnet.core import Layer, check_input, interned, layer
 from jaxnet.layers import initializers
 
 __all__ = ["embed"]
 
 
+@interned
 def embed(
     vocabulary: int,
     features: int,

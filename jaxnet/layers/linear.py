@@ -7,12 +7,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxnet.core import Layer, check_input, fold, layer
+from jaxnet.core import Layer, check_input, fold, interned, layer
 from jaxnet.layers import initializers
 
 __all__ = ["dense"]
 
 
+@interned
 def dense(
     units: int,
     *,

@@ -7,12 +7,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxnet.core import Layer, check_input, layer
+from jaxnet.core import Layer, check_input, interned, layer
 from jaxnet.layers import initializers
 
 __all__ = ["batch_norm", "layer_norm"]
 
 
+@interned
 def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> Layer:
     """Normalise each feature over the batch, y = (x - m) / sqrt(v + eps) * scale + bias.   x [..., C] -> y [..., C].
 
@@ -54,6 +55,7 @@ def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, 
     return layer(_init("batch_norm", scale, bias), fn, init_state=init_state, label="batch_norm")
 
 
+@interned
 def layer_norm(*, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> Layer:
     """Normalise the last axis, y = (x - m) / sqrt(v + eps) * scale + bias.   x [..., C] -> y [..., C].
 

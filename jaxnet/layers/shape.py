@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-from jaxnet.core import Layer, check_input, layer
+from jaxnet.core import Layer, check_input, interned, layer
 
 __all__ = ["flatten"]
 
 
+@interned
 def flatten(rank: int = 3) -> Layer:
     """Merge the last `rank` axes into one: an image [..., H, W, C] becomes [..., H * W * C] with the default of 3.
 

@@ -1,0 +1,170 @@
+"""Combinators that call each child once: in a chain, side by side, with a shortcut, recomputed, in another dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnet.combinators.iterate import check_same
+from jaxnet.core import Layer, abstractly, around, as_layer, compose, describe, interned, output_specs, specs_of
+
+__all__ = ["cast", "chain", "parallel", "remat", "residual"]
+
+
+@interned
+def chain(*layers: Any, **named: Any) -> Layer:
+    """Apply layers one after the other: y = f_n(... f_2(f_1(x))).
+
+    Unnamed layers are called '0', '1', ... in params; named ones follow them. The first layer may take several inputs.
+
+    >>> chain(jnp.tanh, jnp.negative)
+    chain(
+      0: tanh
+      1: negative
+    )
+    """
+
+    def body(f, *inputs, **kwargs):
+        for name in children:
+            inputs, kwargs = (f[name](*inputs, **kwargs),), {}
+        if len(inputs) != 1 or kwargs:
+            got = ", ".join([str(len(inputs)), *kwargs])
+            raise TypeError(f"chain: without layers it is the identity of one input, got {got}")
+        return inputs[0]
+
+    children = _named("chain", layers, named)
+    return compose("chain", children, body, lambda new: chain(**new), random=False, computes=False)
+
+
+@interned
+def parallel(*layers: Any, merge: Callable | None = None, **named: Any) -> Layer:
+    """Apply layers to the same inputs: (f_1(x), ..., f_n(x)), or merge(f_1(x), ..., f_n(x)).
+
+    `parallel(main, shortcut, merge=jnp.add)` is a residual block with a projection.
+    """
+
+    def body(f, *inputs, **kwargs):
+        outputs = tuple(f[name](*inputs, **kwargs) for name in children)
+        return merge(*outputs) if merge else outputs
+
+    children = _named("parallel", layers, named)
+    return compose(
+        "parallel", children, body, lambda new: parallel(merge=merge, **new), random=False, computes=merge is not None
+    )
+
+
+@interned
+def residual(inner: Any) -> Layer:
+    """Add a layer to its first input: y = x + f(x). Parameters, state and path are those of `inner`.
+
+    Args:
+      inner: a layer or a plain function of float arrays that keeps shapes and dtypes.
+
+    Returns:
+      The layer, x [...] -> y [...].
+
+    Raises:
+      ValueError: f changes the shape or dtype of x.
+      TypeError: x holds something that is not float or complex, which a sum would change: the edges of a graph, say.
+    """
+
+    def call(run, params, state, key, x, *rest, **named):
+        y, state, seen = run(params, state, key, x, *rest, **named)
+        check_same("residual", x, y, _PROJECT)
+        _check_inexact("residual", x)
+        return jax.tree.map(jnp.add, x, y), state, seen
+
+    def outputs(train, x, *rest, **named):
+        x = specs_of(x)
+        check_same("residual", x, output_specs(inner, train, x, *rest, **named), _PROJECT)
+        _check_inexact("residual", x)
+        return x
+
+    inner = as_layer(inner, "residual")
+    return around(inner, call, label="residual", rebuild=residual, outputs=outputs)
+
+
+_PROJECT = "parallel(inner, shortcut, merge=jnp.add) projects x to the new shape"
+
+
+def _check_inexact(label: str, x: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(
+                f"{label}: it adds floats, got {describe(leaf)}{f' at {where!r}' if where else ''}; add the float part in "
+                f"the body of wire, and pass the rest as a further input"
+            )
+
+
+@interned
+def remat(inner: Any, *, policy: Callable[..., Any] | None = None) -> Layer:
+    """Recompute a layer in the backward pass instead of storing its intermediate values (`jax.checkpoint`).
+
+    Args:
+      inner: a layer or a plain function.
+      policy: which intermediate values are stored all the same, as in `jax.checkpoint`.
+
+    Returns:
+      The layer, with the parameters, state and path of `inner`.
+    """
+    inner = as_layer(inner, "remat")
+
+    def call(run, params, state, key, *inputs, **named):
+        checkpointed = abstractly(run, lambda fn, arrays: jax.checkpoint(fn, policy=policy)(arrays))
+        return checkpointed(params, state, key, *inputs, **named)
+
+    def outputs(train, *inputs, **named):
+        return output_specs(inner, train, *inputs, **named)
+
+    return around(inner, call, label="remat", rebuild=lambda new: remat(new, policy=policy), outputs=outputs)
+
+
+@interned
+def cast(inner: Any, dtype: Any) -> Layer:
+    """Compute in another dtype, such as bfloat16, and return the dtype that came in.
+
+    Float parameters and inputs are cast on the way in, float outputs on the way out (to the dtype of the first float
+    input, or of the parameters if there is none). `init` is that of `inner`: parameters keep the dtype of the inputs, so
+    that gradients and the optimizer work in it. State is not cast: it may be wider than the inputs, and a layer casts on
+    the way into it and out of it.
+
+    Args:
+      inner: a layer or a plain function.
+      dtype: a float dtype.
+
+    Returns:
+      The layer, with the parameters, state and path of `inner`.
+
+    Raises:
+      TypeError: the dtype is not a float.
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"cast: the dtype to compute in must be a float, got {dtype.name}")
+
+    def call(run, params, state, key, *inputs, **named):
+        floats = [x.dtype for x in jax.tree.leaves((inputs, named, params)) if _is_float(x)]
+        params, inputs, named = _cast((params, inputs, named), dtype)
+        outputs, state, seen = run(params, state, key, *inputs, **named)
+        return _cast(outputs, floats[0]) if floats else outputs, state, seen
+
+    return around(inner, call, label=f"cast[{dtype.name}]", rebuild=lambda new: cast(new, dtype))
+
+
+def _named(label: str, layers, named) -> dict[str, Any]:
+    numbered = {str(i): layer for i, layer in enumerate(layers)}
+    if twice := numbered.keys() & named.keys():
+        raise ValueError(f"{label}: two children have the name '{min(twice)}'")
+    return numbered | named
+
+
+def _is_float(x) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _cast(tree, dtype):
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype) if _is_float(x) else x, tree)

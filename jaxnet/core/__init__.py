@@ -1,0 +1,41 @@
+"""The contract, the ways to compose, and what authors of layers and combinators build on."""
+
+from jaxnet.core.around import around
+from jaxnet.core.checks import check_input, check_key, check_mode, check_names, check_state, scope
+from jaxnet.core.contract import Layer, as_layer, call, layer, no_params, param, run
+from jaxnet.core.intern import interned
+from jaxnet.core.keys import SharedKey, fold, fold_all, fold_copies, is_threefry
+from jaxnet.core.specs import abstractly, describe, is_array, memoised, specs_of
+from jaxnet.core.wire import compose, output_specs, tap, wire
+
+__all__ = [
+    "Layer",
+    "SharedKey",
+    "abstractly",
+    "around",
+    "as_layer",
+    "call",
+    "check_input",
+    "check_key",
+    "check_mode",
+    "check_names",
+    "check_state",
+    "compose",
+    "describe",
+    "fold",
+    "fold_all",
+    "fold_copies",
+    "interned",
+    "is_array",
+    "is_threefry",
+    "layer",
+    "memoised",
+    "no_params",
+    "output_specs",
+    "param",
+    "run",
+    "scope",
+    "specs_of",
+    "tap",
+    "wire",
+]

@@ -1,0 +1,94 @@
+"""Combinators of one child: a layer whose call is made of calls of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxnet.core.checks import check_mode, check_state
+from jaxnet.core.contract import Carried, Layer, as_layer, run
+from jaxnet.core.keys import SharedKey
+from jaxnet.core.specs import as_jax
+
+__all__ = ["around"]
+
+
+def around(
+    inner: Any,
+    call: Callable[..., Any],
+    *,
+    label: str,
+    rebuild: Callable[[Layer], Layer],
+    init: Callable[..., Any] | None = None,
+    init_state: Callable[..., Any] | None = None,
+    outputs: Callable[..., Any] | None = None,
+    repeats: int | None = None,
+) -> Layer:
+    """A layer with the parameters, state and path of `inner` that calls it in its own way.
+
+    `repeat`, `scan`, `vmap`, `remat`, `cast` and `residual` are made by it, and so are weight normalisation, an
+    equilibrium model or a `shard_map` around a layer. `call` receives `run`, which calls `inner`. Keys, state and captured
+    outputs are ordinary values there, so that `call` may use any JAX transform.
+
+    Args:
+      inner: a layer or a plain function.
+      call: (run, params, state, key, *inputs, **named) -> (outputs, state, seen), where
+        run(params, state, key, *inputs, **named) -> (outputs, state, seen) calls `inner`. `state` is None for a stateless
+        layer; `key` is None if there is none to draw from. `seen` is a dict of what `capture` brings out of `inner`,
+        empty without it: return it as it came, or stacked, as a `jax.lax.scan` returns it. A `call` that cannot bring it
+        out of a transform returns {}.
+      label: how it prints and signs its errors.
+      rebuild: inner -> the same layer around another one, for `replace` and `capture`.
+      init: (key, *inputs) -> params, if it differs from that of `inner`.
+      init_state: (*inputs, key) -> state, if it differs from that of `inner`.
+      outputs: (train, *inputs) -> specs of the outputs, if that is cheaper than tracing `call`.
+      repeats: the number of copies that run one after the other, so that `capture` gives the output of each.
+
+    Returns:
+      The layer.
+
+    Raises:
+      TypeError: `inner` is neither a layer nor a function.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def scaled(inner, factor):
+      ...     def call(run, params, state, key, x):
+      ...         y, state, seen = run(params, state, key, x)
+      ...         return factor * y, state, seen
+      ...     return around(inner, call, label=f"scaled[{factor}]", rebuild=lambda new: scaled(new, factor))
+      >>> scaled(jnp.negative, 3.0)
+      scaled[3.0](negative)
+    """
+    inner = as_layer(inner, label)
+
+    def apply(params, *inputs, state=None, key=None, train=False, **named):
+        check_state(label, state, stateful=inner.init_state is not None)
+        check_mode(label, key, train)
+        inputs, named = as_jax((inputs, named))
+        # A stand-in for a key cannot enter a transform: it goes around it.
+        shared = key if isinstance(key, SharedKey) else None
+
+        def run_inner(params, state, key, *inputs, **named):
+            return run(inner, params, state, shared or key, train, inputs, named)
+
+        result = call(run_inner, params, state, None if shared else key, *inputs, **named)
+        if not isinstance(result, tuple) or len(result) != 3:
+            raise TypeError(f"{label}: the function of `around` returns (outputs, state, seen)")
+        outputs, new_state, seen = result
+        if inner.tapped:
+            return outputs, Carried(new_state, seen)
+        return outputs if inner.init_state is None else (outputs, new_state)
+
+    return Layer(
+        init or inner.init,
+        apply,
+        inner.init_state and (init_state or inner.init_state),
+        label=label,
+        children={"": inner},
+        rebuild=lambda children: rebuild(children[""]),
+        repeats=repeats,
+        random=inner.random,
+        outputs=outputs,
+        tapped=inner.tapped,
+    )

@@ -1,0 +1,117 @@
+"""Checks of what a layer is given, and the path that an error carries."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnet.core.keys import SharedKey
+from jaxnet.core.specs import describe, dtype_of, is_array
+
+__all__ = ["check_input", "check_key", "check_mode", "check_names", "check_state", "closest", "is_empty", "scope"]
+
+
+@contextlib.contextmanager
+def scope(name: str) -> Iterator[None]:
+    """Give profiler rows the name, and errors one line with the whole path, "in layer 'mlp/hidden'"."""
+    try:
+        with jax.named_scope(name):
+            yield
+    except Exception as error:
+        notes, start = getattr(error, "__notes__", []), "in layer '"
+        known = next((i for i, note in enumerate(notes) if note.startswith(start)), None)
+        if known is None:
+            error.add_note(f"{start}{name}'")
+            error.__notes__.insert(0, error.__notes__.pop())  # before JAX's own notes
+        else:
+            notes[known] = f"{start}{name}/{notes[known].removeprefix(start)}"
+        raise
+
+
+def check_input(
+    label: str, x: Any, *, width: int | None = None, rank: int = 1, kind: Any = jnp.floating, like: Any = None
+) -> None:
+    """Raise unless x is an array with at least `rank` axes, the last of `width`, in the dtype of `like`.
+
+    Args:
+      label: the layer that receives x, for the error.
+      x: the input.
+      width: the size of the last axis; any if None.
+      rank: the fewest axes.
+      kind: of dtype, as in `jnp.issubdtype`; `object` for any.
+      like: a parameter whose dtype x must have.
+
+    Raises:
+      TypeError: x is no array, or it has another dtype.
+      ValueError: x has another shape.
+    """
+    if not is_array(x):
+        raise TypeError(f"{label}: the input must be an array or a jax.ShapeDtypeStruct, got {x!r}")
+    if kind is not object and not jnp.issubdtype(x.dtype, kind):
+        remedy = "x.astype(jnp.float32)" if kind is jnp.floating else "x.astype(jnp.int32)"
+        raise TypeError(f"{label}: the input must be {kind.__name__}, got {describe(x)}; convert it, as in {remedy}")
+    if len(x.shape) < rank:
+        raise ValueError(f"{label}: the input must have at least {rank} axes, got {describe(x)}")
+    if width is not None and x.shape[-1] != width:
+        raise ValueError(f"{label}: last axis must be {width}, got {describe(x)}; the parameters were made for {width}")
+    if like is not None and dtype_of(x) != dtype_of(like):
+        raise TypeError(
+            f"{label}: the input must have the dtype of the parameters, {like.dtype}, got {describe(x)}; "
+            f"convert one of them, or compute in another dtype with jaxnet.cast"
+        )
+
+
+def check_key(label: str, key: Any) -> None:
+    """Raise TypeError unless `key` is one JAX PRNG key, typed or raw."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    if not typed and not (dtype == jnp.uint32 and shape and len(shape) == 1):
+        got = describe(key) if dtype is not None else repr(key)
+        raise TypeError(f"{label}: key must be one PRNG key such as jax.random.key(0), got {got}")
+
+
+def check_mode(label: str, key: Any, train: Any) -> None:
+    """Raise TypeError unless `key` is None or one PRNG key, and `train` a bool that is not traced."""
+    if key is not None and not isinstance(key, SharedKey):
+        check_key(label, key)
+    if not isinstance(train, bool):
+        got = describe(train) if is_array(train) else repr(train)
+        remedy = (
+            "under jax.jit, jax.jit(net.apply, static_argnames='train') or functools.partial(net.apply, train=True)"
+        )
+        raise TypeError(f"{label}: train must be True or False, got {got}; {remedy}")
+
+
+def check_state(label: str, state: Any, *, stateful: bool) -> None:
+    """Raise unless state was passed exactly if the layer carries one."""
+    if stateful and state is None:
+        raise ValueError(
+            f"{label}: this layer carries state: pass state=net.init_state(*inputs), or the state of the last call"
+        )
+    if not stateful and state is not None and not is_empty(state):
+        raise TypeError(f"{label}: this layer has no state (its init_state is None): call apply without state=")
+
+
+def check_names(what: str, tree: Any, names: Iterable[str]) -> None:
+    """Raise unless the top of a tree of parameters is a dict with no other names than these."""
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"{what} must be a dict by the name of the child, got {describe(tree)}")
+    for name in tree:
+        if name not in names:
+            raise ValueError(f"{what} must have no '{name}', which is no child of this layer{closest(name, names)}")
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """The name that was probably meant, and all names, as the end of a message."""
+    close = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
+    return (f"; did you mean '{close[0]}'?" if close else "") + f" (children: {', '.join(names) or 'none'})"
+
+
+def is_empty(tree: Any) -> bool:
+    """Whether this is a dict without entries."""
+    return isinstance(tree, Mapping) and not tree

@@ -1,0 +1,312 @@
+"""The contract: a network is a value made of pure functions over a plain nested dict of arrays.
+
+Letters: `params` is a nested dict of float arrays (a lone array for `param`), `state` a nested dict of arrays that are
+carried from call to call without a gradient (statistics, caches, constants), `key` a JAX PRNG key. Inputs are pytrees of
+arrays or of `jax.ShapeDtypeStruct`; all other leaves (None, bools, strings) are static.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import jax.numpy as jnp
+
+from jaxnet.checks import size_of
+from jaxnet.core.checks import check_key, check_mode, check_state
+from jaxnet.core.definition import Definition, explain_call
+from jaxnet.core.intern import interned
+from jaxnet.core.keys import fold
+from jaxnet.core.specs import as_jax, describe, is_array, specs_of
+
+__all__ = ["Carried", "Layer", "as_layer", "call", "layer", "name_of", "no_params", "param", "run"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Layer:
+    """A layer, or a whole network: a pair of pure functions, or a triple if it carries state.
+
+    Attributes:
+      init: (key, *inputs) -> params. It reads only shapes and dtypes, so inputs may be `jax.ShapeDtypeStruct`.
+      apply: (params, *inputs, key=None, train=False) -> outputs if `init_state` is None, else
+        (params, *inputs, state, key=None, train=False) -> (outputs, new_state).
+      init_state: (*inputs, key=None) -> state, or None. Whether a layer is stateful is a fact of the layer, never of the
+        call. State that begins with random numbers needs the key.
+      label: how it prints, such as 'dense(8)'.
+      children: the layers inside, by name. The name is the key in params and state. A child named '' shares the
+        parameters, state and path of its parent (`repeat`, `remat`, `cast`, `residual`, `scan`, `vmap`).
+      rebuild: children -> the same layer with other children; None for a layer without children.
+      repeats: the number of copies of its child that run one after the other (`repeat`), None in all other layers.
+      random: False if `apply` never uses its key.
+      outputs: (train, *inputs) -> specs of the outputs, if that is cheaper than tracing `apply`.
+      tapped: True for the layers that `capture` makes: `apply` returns (outputs, Carried(state, seen)).
+      plain: of a tapped layer, the layer that runs inside raw JAX transforms, which captured values cannot leave.
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+    init_state: Any = None  # Callable[..., Any] | None: the caller knows whether there is one
+    label: str = "layer"
+    children: Mapping[str, Layer] = dataclasses.field(default_factory=dict)
+    rebuild: Callable[[Mapping[str, Layer]], Layer] | None = None
+    repeats: int | None = None
+    random: bool = True
+    outputs: Callable[..., Any] | None = None
+    tapped: bool = False
+    plain: Layer | None = None
+
+    def __repr__(self) -> str:
+        if "" in self.children:
+            return f"{self.label}({self.children['']!r})"
+        if not self.children:
+            return self.label
+        lines = [f"{name}: {child!r}" for name, child in self.children.items()]
+        return f"{self.label}(\n" + "".join(f"  {line}\n" for line in "\n".join(lines).split("\n")) + ")"
+
+    def made_by(self, constructor: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """Note the call that makes this layer: `pickle` and `copy.deepcopy` make it again."""
+        self.__dict__["_made"] = constructor, args, dict(named)
+
+    def __reduce__(self) -> Any:
+        if "_made" in self.__dict__:
+            return _make, self._made  # pyright: ignore[reportAttributeAccessIssue]
+        return super().__reduce_ex__(2)
+
+    def __call__(self, *inputs: Any, **named: Any) -> NoReturn:
+        """Raise TypeError: parameters are no part of a layer."""
+        name = self.label.partition("(")[0]
+        raise TypeError(
+            f"{name}: a layer holds no parameters, so it cannot be called; make them with params = net.init(key, x) and "
+            f"call net.apply(params, x), or call it by its name in the body of wire, f.name(x)"
+        )
+
+
+def _make(constructor: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> Layer:
+    return constructor(*args, **named)
+
+
+class Carried(NamedTuple):
+    """What `apply` of a tapped layer returns beside its outputs.
+
+    Attributes:
+      state: the new state of the layer itself, None for a stateless layer.
+      seen: by path below the layer, what each call of a captured layer gave, in order: {path: (outputs, ...)}.
+    """
+
+    state: Any
+    seen: dict[str, tuple[Any, ...]]
+
+
+def layer(
+    init: Callable[..., Any] | None,
+    fn: Callable[..., Any],
+    *,
+    init_state: Callable[..., Any] | None = None,
+    outputs: Callable[..., Any] | None = None,
+    label: str | None = None,
+) -> Layer:
+    """Make a Layer from a plain function `fn(params, *inputs)`.
+
+    `fn` names `key`, `train` or `state` among its parameters only if it uses them, and receives just those. `init` and
+    `init_state` receive the named inputs that they name. Params and state that `init` and `init_state` would not make
+    for the inputs of a call (other names, other shapes) are refused; the dtypes are free.
+
+    Args:
+      init: (key, *inputs) -> params, or None if there is nothing to learn. It runs abstractly, too.
+      fn: the layer as an equation: (params, *inputs) -> outputs, or with `state` -> (outputs, new_state).
+      init_state: (*inputs) -> state for a stateful layer. It names `key` if the state begins with random numbers, such as
+        a codebook. State is the home of statistics, caches and constants that no gradient should move.
+      outputs: (*inputs) -> arrays or `jax.ShapeDtypeStruct` with the shapes and dtypes of the outputs. Without it, `init`
+        of a network traces `fn`; give it if that is slow, or if `fn` has a collective such as `jax.lax.psum`. It names
+        `train` if it needs to know.
+      label: how the layer prints and signs its errors; the name of `fn` by default.
+
+    Returns:
+      The layer.
+
+    Raises:
+      TypeError: only one of `init_state` and a parameter `state` of `fn` is given.
+
+    Example:
+      >>> double = layer(None, lambda params, x: 2 * x, label="double")
+      >>> double.apply({}, 3.0)
+      6.0
+    """
+    name = label or name_of(fn)
+    wanted = {"key", "train", "state"} & set(inspect.signature(fn).parameters)
+    if ("state" in wanted) != (init_state is not None):
+        raise TypeError(
+            f"{name}: a stateful layer has both init_state and a parameter `state` of its function, or neither"
+        )
+    named_of_init, named_of_state = _named_by(init), _named_by(init_state)
+    draws = init_state is not None and "key" in inspect.signature(init_state).parameters
+
+    def initialise(key, *inputs, **named):
+        check_key(name, key)
+        return definition.make("params", key, inputs, named)
+
+    def initialise_state(*inputs, key=None, **named):
+        if draws and key is None:
+            raise ValueError(f"{name}: the state begins with random numbers: pass key= to init_state")
+        return definition.make("state", key, inputs, named)
+
+    def make_params(key, *inputs, **named):
+        try:
+            return init(key, *inputs, **named_of_init(named))  # pyright: ignore[reportOptionalCall]
+        except TypeError as error:
+            explain_call(f"{name}: init", error, init, (key, *inputs), named_of_init(named))
+            raise
+
+    def make_state(key, *inputs, **named):
+        # The salt keeps the draws of `init` apart, so that one key may serve both.
+        drawn = {"key": fold(key, "/state")} if draws else {}
+        return init_state(*inputs, **drawn, **named_of_state(named))  # pyright: ignore[reportOptionalCall]
+
+    def apply(params, *inputs, state=None, key=None, train=False, **named):
+        check_state(name, state, stateful=init_state is not None)
+        check_mode(name, key, train)
+        inputs, named = as_jax((inputs, named))
+        problem = definition.problem(params, state, inputs, named)
+        offered = {"key": key, "train": train, "state": state}
+        try:
+            result = fn(params, *inputs, **named, **{n: offered[n] for n in wanted})
+        except Exception as error:
+            # The layer's check of its inputs knows more than the comparison of shapes.
+            if problem is not None and not str(error).startswith(f"{name}:"):
+                asked = error.args[0] if isinstance(error, KeyError) and error.args else None
+                raise definition.problem(params, state, inputs, named, asked) or problem from error
+            explain_call(f"{name}: apply", error, fn, (params, *inputs), named | {n: offered[n] for n in wanted})
+            raise
+        if problem is not None:
+            raise problem
+        if init_state is not None:
+            _check_pair(name, result)
+        return result
+
+    def output_specs(train, *inputs, **named):
+        told = {"train": train} if "train" in inspect.signature(outputs).parameters else {}  # pyright: ignore[reportArgumentType]
+        return specs_of(outputs(*inputs, **named, **told))  # pyright: ignore[reportOptionalCall]
+
+    self = Layer(
+        initialise if init else no_params,
+        apply,
+        initialise_state if init_state else None,
+        label=name,
+        random="key" in wanted,
+        outputs=output_specs if outputs else None,
+    )
+    definition = Definition(self, make_params if init else None, make_state if init_state else None)
+    return self
+
+
+@interned
+def param(shape: tuple[int, ...], init: Callable[..., Any], *, dtype: Any = None) -> Layer:
+    """A raw array as a child: `f.table()` in the body of `wire` returns it.
+
+    Args:
+      shape: of the array.
+      init: (key, shape, dtype) -> array, as in `jax.nn.initializers`.
+      dtype: float32 by default (float64 under `jax_enable_x64`).
+
+    Returns:
+      The layer. Its params are the array itself.
+
+    Raises:
+      ValueError: a size in `shape` is no int of at least 0; in `apply`, the array has another shape.
+    """
+    shape = tuple(size_of("param: each size of the shape", size, 0) for size in shape)
+    label = f"param{shape}"
+
+    def initialise(key):
+        return init(key, shape, dtype or jnp.result_type(float))
+
+    def fn(params):
+        if not is_array(params) or params.shape != shape:
+            raise ValueError(f"{label}: the array must have shape {shape}, got {describe(params)}")
+        return params
+
+    return layer(initialise, fn, label=label)
+
+
+def as_layer(thing: Any, where: str = "a layer") -> Layer:
+    """A Layer as it is; any other callable as a layer without parameters."""
+    if isinstance(thing, Layer):
+        return thing
+    if not callable(thing):
+        raise TypeError(f"{where} must be a layer or a function of its inputs, got {thing!r}")
+    name = name_of(thing)
+    remedy = f"pass the layer that it returns, {name}(...), not {name} itself"
+    if _returns_layer(thing):
+        raise TypeError(f"{where}: {name} is a function that makes a layer; {remedy}")
+
+    return _plain(thing, name, remedy)
+
+
+@interned
+def _plain(function: Callable[..., Any], name: str, remedy: str) -> Layer:
+    def fn(params, *inputs, **named):
+        outputs = function(*inputs, **named)
+        if isinstance(outputs, Layer):
+            raise TypeError(f"{name} returned a layer when it was called with data; {remedy}")
+        return outputs
+
+    return layer(None, fn, label=name)
+
+
+def call(
+    layer: Layer,
+    params: Any,
+    state: Any,
+    key: Any,
+    train: bool,
+    inputs: tuple[Any, ...] = (),
+    named: Mapping[str, Any] = {},
+) -> tuple[Any, Any]:
+    """Call a layer, stateful or not, in one form: -> (outputs, state)."""
+    outputs, state, _ = run(layer, params, state, key, train, inputs, named)
+    return outputs, state
+
+
+def run(
+    layer: Layer, params: Any, state: Any, key: Any, train: bool, inputs: tuple[Any, ...], named: Mapping[str, Any]
+) -> tuple[Any, Any, dict[str, tuple[Any, ...]]]:
+    """Call a layer, stateful or not, tapped or not, in one form: -> (outputs, state, seen)."""
+    carried = {} if layer.init_state is None else {"state": state}
+    result = layer.apply(params, *inputs, key=key, train=train, **carried, **named)
+    if layer.tapped:
+        outputs, (new, seen) = result
+        return outputs, state if layer.init_state is None else new, seen
+    outputs, new = (result, state) if layer.init_state is None else result
+    return outputs, new, {}
+
+
+def no_params(key: Any, *inputs: Any, **named: Any) -> dict[str, Any]:
+    """`init` of a layer with nothing to learn."""
+    return {}
+
+
+def name_of(fn: Any) -> str:
+    """The name by which a callable is printed."""
+    fn = getattr(fn, "func", fn)  # functools.partial
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _named_by(fn: Callable[..., Any] | None) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Named inputs -> those that `fn` takes: a mask matters to `apply`, rarely to `init`."""
+    parameters = inspect.signature(fn).parameters if fn else {}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return dict
+    return lambda named: {name: value for name, value in named.items() if name in parameters}
+
+
+def _check_pair(name: str, result: Any) -> None:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(f"{name}: a stateful layer returns (outputs, new_state), got {describe(result)}")
+
+
+def _returns_layer(fn: Any) -> bool:
+    """Whether a function says by its annotation that it makes a layer, as every constructor of a layer does."""
+    returned = getattr(fn, "__annotations__", {}).get("return")
+    return returned is Layer or (isinstance(returned, str) and returned.split(" |")[0].split(".")[-1] == "Layer")

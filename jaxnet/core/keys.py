@@ -1,0 +1,61 @@
+"""Keys of children, and the stand-in for a key that would be drawn from more than once."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NoReturn
+
+import jax
+import jax.core
+import numpy as np
+
+__all__ = ["SharedKey", "fold", "fold_all", "fold_copies", "is_threefry"]
+
+
+def fold(key: Any, name: str) -> Any:
+    """The key of the child called `name`. It depends on the name alone, so that siblings may come and go."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def fold_all(key: Any, names: list[str]) -> dict[str, Any]:
+    """`fold` for each name. A traced key takes one operation for all names, which compiles in a fraction of the time."""
+    if not isinstance(key, jax.core.Tracer) or not is_threefry(key) or len(names) < 2:
+        return {name: fold(key, name) for name in names}
+    codes = np.array([zlib.crc32(name.encode()) for name in names], np.uint32)
+    return dict(zip(names, jax.vmap(jax.random.fold_in, (None, 0))(key, codes), strict=True))
+
+
+def fold_copies(key: Any, n: int) -> Any:
+    """The keys of n copies of a layer, [n]: `fold_in(key, i)` for copy i."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(n))
+
+
+def is_threefry(key: Any) -> bool:
+    """Whether a key, typed or raw, belongs to JAX's default generator. Others may draw and fold differently under vmap."""
+    return str(jax.random.key_impl(key)) == "threefry2x32"
+
+
+class SharedKey:
+    """Takes the place of a key inside a raw JAX transform, where each turn would draw the same numbers.
+
+    A layer that draws nothing never touches it. Any use raises RuntimeError with the remedy.
+    """
+
+    def __init__(self, label: str, name: str):
+        self.__dict__.update(label=label, name=name)
+
+    def refuse(self) -> NoReturn:
+        raise RuntimeError(
+            f"{self.label}: random numbers are drawn inside a raw JAX transform (scan, vmap, checkpoint, ...), where each "
+            f"turn would draw the same ones; pass a key, f.{self.name}(..., key=jax.random.fold_in(f.key, i)), or "
+            f"key=f.key if the same numbers are wanted; jaxnet.scan, vmap, repeat and remat give each turn its key"
+        )
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        self.refuse()
+
+    def __iter__(self) -> NoReturn:
+        self.refuse()
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        self.refuse()

@@ -1,0 +1,154 @@
+"""Abstract evaluation: shapes and dtypes that flow between layers are known without running them."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxnet.core.contract import Layer
+
+__all__ = [
+    "abstractly",
+    "as_jax",
+    "describe",
+    "dtype_of",
+    "is_array",
+    "key_spec",
+    "memoised",
+    "remember",
+    "specs_of",
+    "stand_in",
+    "trace_state",
+]
+
+
+def abstractly(fn: Callable[..., Any], trace: Callable[..., Any] = jax.eval_shape) -> Callable[..., Any]:
+    """`fn` traced instead of run: returns the specs of its outputs. Array inputs are abstract in `fn`, all others static.
+
+    `trace(function, arrays)` may be another transformation that takes arrays only, such as one that returns the jaxpr.
+    """
+
+    def traced(*inputs, **named):
+        leaves, tree = jax.tree.flatten((inputs, named))
+        dynamic = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+
+        def run(arrays):
+            filled = list(leaves)
+            for i, array in zip(dynamic, arrays, strict=True):
+                filled[i] = array
+            inputs, named = jax.tree.unflatten(tree, filled)
+            return fn(*inputs, **named)
+
+        return trace(run, [leaves[i] for i in dynamic])
+
+    return traced
+
+
+def memoised(layer: Layer, subject: str, compute: Callable[[], Any], train: bool, inputs: Any, named: Any) -> Any:
+    """`compute()`, remembered for this layer, subject, mode and the specs of the inputs.
+
+    A network that is nested d deep therefore costs at most d traces per leaf.
+    """
+    question = _question(layer, subject, train, inputs, named)
+    results = _MEMO.setdefault(layer, {})
+    if question not in results:
+        results[question] = compute()
+    return results[question]
+
+
+def remember(layer: Layer, subject: str, result: Any, inputs: Any, named: Any) -> None:
+    """Store what `memoised` would compute, where it is known anyway."""
+    _MEMO.setdefault(layer, {})[_question(layer, subject, False, inputs, named)] = result
+
+
+def _question(layer: Layer, subject: str, train: bool, inputs: Any, named: Any) -> tuple[Any, ...]:
+    leaves, tree = jax.tree.flatten((inputs, named))
+    facts = [_facts(leaf) for leaf in leaves]
+    x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    question = (subject, train, x64, tree, *facts)
+    try:
+        hash(question)
+    except TypeError as error:
+        text = describe((inputs, named) if named else inputs)
+        raise TypeError(f"{layer.label}: inputs must be arrays or hashable values, got {text}") from error
+    return question
+
+
+def _facts(leaf: Any) -> tuple[Any, ...]:
+    """What the result of a trace may depend on. Static values of different types differ: 1 == 1.0 == True."""
+    if not is_array(leaf):
+        return type(leaf), leaf
+    return leaf.shape, dtype_of(leaf), getattr(leaf, "weak_type", False)
+
+
+@functools.cache
+def _key_spec(impl: str) -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+
+
+def key_spec() -> Any:
+    """The spec of a key of the default generator. A key itself would become part of the program that is being traced."""
+    return _key_spec(jax.config.jax_default_prng_impl)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def specs_of(tree: Any) -> Any:
+    """The tree with a `jax.ShapeDtypeStruct` for each array. Other leaves stay as they are."""
+    return jax.tree.map(lambda x: _spec(x) if is_array(x) else x, tree)
+
+
+def as_jax(tree: Any) -> Any:
+    """The tree with NumPy's arrays as JAX arrays, in a dtype that JAX has, as `jax.jit` does."""
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype_of(x)) if isinstance(x, np.ndarray | np.generic) else x, tree)
+
+
+def stand_in(spec: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros of this spec. A weak type stays weak, so that the zeros promote as the real output will."""
+    if spec.weak_type:
+        weak = jnp.full(spec.shape, np.zeros((), spec.dtype).item())
+        if weak.dtype == spec.dtype:
+            return weak
+    return jnp.zeros(spec.shape, spec.dtype)
+
+
+def describe(tree: Any) -> str:
+    """A value's shapes and dtypes in words: float32[4, 3], or {'a': int32[]}."""
+
+    class Word(str):
+        __repr__ = str.__str__
+
+    def word(x):
+        return Word(f"{x.dtype}[{', '.join(map(str, x.shape))}]" if is_array(x) else type(x).__name__)
+
+    return repr(jax.tree.map(word, tree))
+
+
+def trace_state() -> Any:
+    """The JAX transform that the program is in, for comparison."""
+    import jax.extend.core  # not above: it takes 16 ms
+
+    return jax.extend.core.get_opaque_trace_state()
+
+
+def dtype_of(x: Any) -> Any:
+    """The dtype that JAX gives an array: float32 for NumPy's float64 if x64 is off."""
+    return x.dtype if jnp.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
+
+
+def is_array(x: Any) -> bool:
+    """Whether x has a shape and a dtype: an array of any library, a tracer, a `jax.ShapeDtypeStruct`."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _spec(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, dtype_of(x), weak_type=getattr(x, "weak_type", False))
+
+
+# Results of abstract evaluation by layer. A layer that is gone takes its results with it.
+_MEMO: weakref.WeakKeyDictionary[Layer, dict[Any, Any]] = weakref.WeakKeyDictionary()

@@ -1,0 +1,376 @@
+"""Composition: layers with named children, called by the body of `wire`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, Protocol, overload
+
+import jax
+
+from jaxnet.core.checks import check_key, check_mode, check_names, check_state, closest, is_empty, scope
+from jaxnet.core.contract import Carried, Layer, as_layer, call, name_of, no_params, run
+from jaxnet.core.definition import explain_call, param_specs
+from jaxnet.core.keys import SharedKey, fold, fold_all
+from jaxnet.core.specs import abstractly, as_jax, describe, memoised, specs_of, stand_in, trace_state
+
+__all__ = ["Calls", "compose", "output_specs", "tap", "wire"]
+
+RESERVED = ("train", "key", "state", "params")
+
+
+class Wiring(Protocol):
+    """What `wire(...)` returns: one body makes a Layer, several bodies make as many."""
+
+    @overload
+    def __call__(self, body: Callable[..., Any], /) -> Layer: ...
+
+    @overload
+    def __call__(self, body: Callable[..., Any], /, *bodies: Callable[..., Any]) -> tuple[Layer, ...]: ...
+
+
+def wire(**children: Any) -> Wiring:
+    """Compose layers by an ordinary function, written once: `wire(a=..., b=...)(body)`, also as a decorator.
+
+    `body(f, *inputs)` calls a child as `f.a(x)`; `f["a"]` is `f.a`. A child called twice shares its weights and draws
+    fresh random numbers; a stateful child called twice carries its state from call to call. `f.train` says whether this
+    is training; `f.key` is a key for random numbers that the body itself draws; `f.a(x, key=..., train=...)` overrides
+    what the child would receive.
+
+    `init` traces the body once, abstractly, and records the shapes that each child is called with. The body may use
+    `jax.lax.scan`, `jax.vmap` and other raw JAX transforms around children that neither carry state nor draw random
+    numbers. For the others, `jaxnet.scan`, `vmap`, `repeat` and `remat` bring state out and give each turn a key; or
+    pass a random child a key of its own, `f.a(x, key=...)`.
+
+    Several bodies over the same children make several networks with the same parameters, such as
+    `encode, decode, net = wire(encoder=..., decoder=...)(encode_body, decode_body, net_body)`. Each initialises the
+    children that it calls.
+
+    Args:
+      **children: layers or plain functions by name.
+
+    Returns:
+      A function of one body, which returns a Layer, or of several, which returns a tuple of Layers.
+
+    Raises:
+      AttributeError: the body calls a child that is not declared.
+      ValueError: a declared child is never called, neither in training nor in evaluation, by the only body; or two calls
+        of a child need parameters of different shapes.
+      RuntimeError: a stateful child, or a random one without a key, is called inside a raw JAX transform.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxnet import dense
+      >>> @wire(up=dense(16), down=dense(4))
+      ... def block(f, x):
+      ...     return x + f.down(jax.nn.gelu(f.up(x)))
+      >>> jax.tree.map(jnp.shape, block.init(jax.random.key(0), jnp.ones((2, 4))))
+      {'down': {'bias': (4,), 'kernel': (16, 4)}, 'up': {'bias': (16,), 'kernel': (4, 16)}}
+    """
+
+    def network(body: Callable[..., Any], every: bool) -> Layer:
+        if not callable(body):
+            raise TypeError(f"wire: the body must be a function of (f, *inputs), got {describe(body)}")
+        name = name_of(body)
+
+        def rebuild(new):
+            return compose("wire" if name == "<lambda>" else name, new, body, rebuild, every=every)
+
+        return rebuild(children)
+
+    def decorate(*bodies: Callable[..., Any]) -> Layer | tuple[Layer, ...]:
+        made = tuple(network(body, every=len(bodies) == 1) for body in bodies)
+        return made[0] if len(made) == 1 else made
+
+    decorate.__name__ = "wire(...)"  # the name in the error for a forgotten body
+    return decorate  # pyright: ignore[reportReturnType]
+
+
+def compose(
+    label: str,
+    children: Mapping[str, Any],
+    body: Callable[..., Any],
+    rebuild: Callable[[Mapping[str, Layer]], Layer],
+    *,
+    random: bool = True,
+    every: bool = True,
+    computes: bool = True,
+) -> Layer:
+    """A layer with named children: `wire`, `chain` and `parallel` are made by it.
+
+    Args:
+      label: how it prints and signs its errors.
+      children: layers or plain functions by name.
+      body: (f, *inputs) -> outputs.
+      rebuild: children -> the same layer with other children.
+      random: False if the body itself never uses `f.key`.
+      every: whether a child that the body never calls is an error in `init`.
+      computes: False if the body only hands values from child to child, so that it runs on specs and needs no trace.
+    """
+    children = {name: as_layer(child, f"{label}: child '{name}'") for name, child in children.items()}
+    for name in children:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_]*", name) or name in RESERVED:
+            raise ValueError(
+                f"{label}: a child's name is letters, digits and (not first) _, and none of {', '.join(RESERVED)}; got '{name}'"
+            )
+    stateful = [name for name, child in children.items() if child.init_state is not None]
+    tapped = any(child.tapped for child in children.values())
+
+    def record(train, *inputs, **named):
+        """What each child is called with, and what the body returns, for these specs."""
+        calls = {}
+        context = None
+
+        def call_child(name, *inputs, key=None, train=train, **named):
+            with scope(name):
+                _check_parameters_fit(
+                    children[name], calls.setdefault(name, specs_of((inputs, named))), (inputs, named)
+                )
+                if trace_state() != context:
+                    _check_stateless(children[name])
+                outputs = output_specs(children[name], train, *inputs, **named)
+            return jax.tree.map(stand_in, outputs) if computes else outputs
+
+        def run_body(*inputs, **named):
+            nonlocal context
+            context = trace_state()
+            return call_body(Calls(label, children, call_child, train, jax.random.key(0)), inputs, named)
+
+        return calls, abstractly(run_body)(*inputs, **named) if computes else run_body(*inputs, **named)
+
+    def recorded(train, inputs, named):
+        inputs, named = specs_of((inputs, named))
+        return memoised(self, "record", lambda: record(train, *inputs, **named), train, inputs, named)
+
+    def call_body(f, inputs, named):
+        try:
+            return body(f, *inputs, **named)
+        except jax.errors.ConcretizationTypeError as error:
+            error.add_note(
+                f"{label}: `init` and `jax.jit` trace the body, in which `if`, `int` and the like see no values"
+            )
+            raise
+        except TypeError as error:
+            if f"{Child.__module__}.{Child.__name__}'" in str(error):
+                raise TypeError(f"{label}: a child is a layer and no array: call it, f.name(...)") from error
+            explain_call(f"{label}: the body", error, body, (f, *inputs), named)
+            raise
+
+    def child_inputs(inputs, named):
+        calls, _ = recorded(False, inputs, named)
+        if set(calls) != set(children):  # a child may be for training only
+            calls = recorded(True, inputs, named)[0] | calls
+        for name in children:
+            if name not in calls and every:
+                raise ValueError(
+                    f"{label}: child '{name}' is never called; call f.{name}(...) in the body, or remove it; for several "
+                    f"bodies over the same children, as for an encoder and a decoder, pass all to one wire(...)(body, ...)"
+                )
+        return calls
+
+    def init(key, *inputs, **named):
+        check_key(label, key)
+        params = {}
+        calls = child_inputs(inputs, named)
+        keys = fold_all(key, [name for name in calls if children[name].init is not no_params])
+        for name in keys:
+            args, kwargs = calls[name]
+            with scope(name):
+                params[name] = children[name].init(keys[name], *args, **kwargs)
+        return {name: params[name] for name in children if not is_empty(params.get(name, {}))}
+
+    def init_state(*inputs, key=None, **named):
+        calls = child_inputs(inputs, named)
+        state = {}
+        for name in stateful:
+            if name in calls:
+                args, kwargs = calls[name]
+                with scope(name):
+                    state[name] = children[name].init_state(
+                        *args, key=None if key is None else fold(key, name), **kwargs
+                    )
+        return state
+
+    def apply(params, *inputs, state=None, key=None, train=False, **named):
+        check_state(label, state, stateful=bool(stateful))
+        check_names(f"{label}: params", params, children)
+        check_names(f"{label}: state", {} if state is None else state, stateful)
+        _check_no_params(label, params, children)
+        check_mode(label, key, train)
+        inputs, named = as_jax((inputs, named))
+        new_state, counts, seen = dict(state or {}), {}, {}
+        context = trace_state()
+        body_train, body_key = train, key
+
+        def call_child(name, *inputs, key=None, train=body_train, **named):
+            child = children[name]
+            inside_transform = trace_state() != context
+            if inside_transform:
+                child = untapped(child)
+            if key is None and body_key is not None and child.random:
+                key = body_key
+                if inside_transform and not isinstance(key, SharedKey):
+                    key = SharedKey(child.label, name)
+                if not isinstance(key, SharedKey):
+                    key, count = fold(key, name), counts.get(name, 0)
+                    key = jax.random.fold_in(key, count) if count else key
+            counts[name] = counts.get(name, 0) + 1
+            with scope(name):
+                if inside_transform:
+                    _check_stateless(child)
+                own = params.get(name, {}), new_state.get(name, {})
+                outputs, updated, below = run(child, *own, key, train, inputs, named)
+            if child.init_state is not None:
+                new_state[name] = updated
+            for path, taken in below.items():
+                path = f"{name}/{path}" if path else name
+                seen[path] = (*seen.get(path, ()), *taken)
+            return outputs
+
+        outputs = call_body(Calls(label, children, call_child, train, key), inputs, named)
+        if tapped:
+            return outputs, Carried(new_state if stateful else None, seen)
+        return (outputs, new_state) if stateful else outputs
+
+    self = Layer(
+        init,
+        apply,
+        init_state if stateful else None,
+        label=label,
+        children=children,
+        rebuild=rebuild,
+        random=random or any(child.random for child in children.values()),
+        outputs=lambda train, *inputs, **named: recorded(train, inputs, named)[1],
+        tapped=tapped,
+    )
+    object.__setattr__(self, "__doc__", getattr(body, "__doc__", None) or Layer.__doc__)
+    return self
+
+
+def tap(layer: Layer, plain: Layer, take: Callable[..., Any], note: Callable[[], Any]) -> Layer:
+    """A layer that also brings out `take((inputs, named), outputs)` of each call, at its own path.
+
+    Args:
+      layer: the layer that runs, with tapped layers inside or not.
+      plain: the layer without taps, which runs inside raw JAX transforms.
+      take: what is brought out.
+      note: called at each call, also at those of `plain`.
+    """
+
+    def apply(params, *inputs, state=None, key=None, train=False, **named):
+        note()
+        outputs, new, seen = run(layer, params, state, key, train, inputs, named)
+        taken = take((inputs, named), outputs)
+        return outputs, Carried(new, {"": (taken,)} | {path: value for path, value in seen.items()})
+
+    def apply_plain(*args, **named):
+        note()
+        return plain.apply(*args, **named)
+
+    noted = dataclasses.replace(plain, apply=apply_plain)
+    return dataclasses.replace(layer, apply=apply, tapped=True, plain=noted, children=plain.children)
+
+
+def untapped(layer: Layer) -> Layer:
+    """The layer that runs inside a raw JAX transform, which captured values cannot leave."""
+    if not layer.tapped or layer.plain is not None:
+        return layer.plain or layer
+    return layer.rebuild({name: untapped(child) for name, child in layer.children.items()})  # pyright: ignore[reportOptionalCall]
+
+
+def output_specs(layer: Layer, train: bool, *inputs: Any, **named: Any) -> Any:
+    """The specs of a layer's outputs for these inputs, by abstract evaluation; memoised, without any computation."""
+    if layer.outputs is not None:
+        return layer.outputs(train, *inputs, **named)
+    inputs, named = specs_of((inputs, named))
+
+    def evaluate(*inputs, **named):
+        init_key, state_key, key = jax.random.split(jax.random.key(0), 3)
+        params = layer.init(init_key, *inputs, **named)
+        state = layer.init_state(*inputs, key=state_key, **named) if layer.init_state else None
+        return call(layer, params, state, key, train, inputs, named)[0]
+
+    return memoised(layer, "outputs", lambda: abstractly(evaluate)(*inputs, **named), train, inputs, named)
+
+
+class Calls:
+    """The children of a network as functions: the `f` in the body of `wire`."""
+
+    __slots__ = ("_call", "_children", "_key", "_label", "train")
+
+    def __init__(
+        self, label: str, children: Mapping[str, Layer], call_child: Callable[..., Any], train: bool, key: Any
+    ):
+        self._label, self._children, self._call, self.train, self._key = label, children, call_child, train, key
+
+    @property
+    def key(self) -> Any:
+        """A key for random numbers that the body itself draws; None in evaluation if `apply` was given none."""
+        if self._key is None and self.train:
+            raise ValueError(f"{self._label}: training draws random numbers: pass key= to apply")
+        if isinstance(self._key, SharedKey):
+            self._key.refuse()
+        return None if self._key is None else fold(self._key, "")
+
+    def __getitem__(self, name: str) -> Child:
+        if name not in self._children:
+            raise AttributeError(f"{self._label} has no child '{name}'{closest(name, self._children)}")
+        return Child(self._call, name, self._children[name])
+
+    __getattr__ = __getitem__
+
+    def __dir__(self) -> list[str]:
+        return [*self._children, "key", "train"]
+
+    def __repr__(self) -> str:
+        return f"the children of {self._label}: {', '.join(self._children) or 'none'}"
+
+
+class Child:
+    """A child as a function of its inputs, `f.a`."""
+
+    def __init__(self, call: Callable[..., Any], name: str, layer: Layer):
+        self._call, self._name, self._layer = call, name, layer
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self._call(self._name, *inputs, **named)
+
+    def __repr__(self) -> str:
+        return f"f.{self._name}: {self._layer!r}"
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise TypeError(f"f.{self._name} is a layer and no array: call it, f.{self._name}(...)")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = __getitem__ = __iter__ = _refuse
+
+
+def _check_parameters_fit(child: Layer, first: tuple[Any, Any], now: tuple[Any, Any]) -> None:
+    """Raise ValueError if a call of a child needs parameters of other shapes than its first call."""
+    now = specs_of(now)
+    if child.init is no_params or jax.tree.flatten(first) == jax.tree.flatten(now):
+        return
+    specs = [jax.tree.map(lambda leaf: leaf.shape, param_specs(child, *inputs)) for inputs in (first, now)]
+    if specs[0] != specs[1]:
+        calls = [describe(inputs if not named else (inputs, named)) for inputs, named in (first, now)]
+        raise ValueError(
+            f"{child.label}: it is called with {calls[0]} and with {calls[1]}, for which its parameters have the shapes "
+            f"{specs[0]} and {specs[1]}; one set of parameters cannot serve both: use two children"
+        )
+
+
+def _check_no_params(label: str, params: Mapping[str, Any], children: Mapping[str, Layer]) -> None:
+    for name, given in params.items():
+        if children[name].init is no_params and not is_empty(given):
+            raise ValueError(
+                f"{label}: params must have no '{name}', got {describe(given)}; {children[name].label} has no parameters"
+            )
+
+
+def _check_stateless(child: Layer) -> None:
+    if child.init_state is not None:
+        raise RuntimeError(
+            f"{child.label}: a layer with state cannot be called inside a raw JAX transform (scan, vmap, jit, "
+            "checkpoint, ...), its new state could not come out; use jaxnet.scan, vmap, repeat or remat around it"
+        )
