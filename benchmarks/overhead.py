@@ -388,7 +388,7 @@ def equinox(form: str, blocks: int) -> Callable[[], Network]:
             return x
 
     def define():
-        static = None
+        static: Any = None
 
         def init(key, x):
             nonlocal static
@@ -429,7 +429,7 @@ def nnx(form: str, blocks: int) -> Callable[[], Network]:
             return x
 
     def define():
-        static = None
+        static: Any = None
 
         def init(key, x):
             nonlocal static
@@ -443,6 +443,7 @@ def nnx(form: str, blocks: int) -> Callable[[], Network]:
 
 def haiku(form: str, blocks: int) -> Callable[[], Network]:
     import haiku as hk
+    from haiku.experimental import layer_stack
 
     def block(x):
         def norm():
@@ -453,7 +454,7 @@ def haiku(form: str, blocks: int) -> Callable[[], Network]:
 
     def forward(x):
         if form == "scanned":
-            return hk.experimental.layer_stack(blocks)(block)(x)
+            return layer_stack(blocks)(block)(x)
         for _ in range(blocks):
             x = block(x)
         return x

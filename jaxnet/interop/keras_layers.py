@@ -27,6 +27,7 @@ ORDERS: dict[str, tuple[str, ...]] = {
     "group_normalization": ("gamma", "beta"),
     "normalization": ("mean", "variance", "count"),
 }
+CODES = ("int8", "uint8")  # the dtypes of quantized kernels; two codes of int4 share a byte
 NORMS = ("batch_normalization", "layer_normalization", "group_normalization")
 
 
@@ -63,7 +64,7 @@ def named(kind: str, arrays: list[Any], options: Mapping[str, Any]) -> dict[str,
 def placed(layer: Weights) -> list[tuple[str, Any]]:
     """The arrays of a layer with their names and in our layout; the rest of the names is in `keras_model.KERAS`."""
     arrays = dict(layer.arrays)
-    for name in [name for name, x in arrays.items() if str(x.dtype) in ("int8", "uint8") and len(x.shape) > 1]:
+    for name in [name for name, x in arrays.items() if str(x.dtype).removeprefix("torch.") in CODES and len(x.shape) > 1]:
         text = (
             f"a quantized layer holds codes ({arrays[name].dtype}), not values: save the model before model.quantize()"
         )
