@@ -414,6 +414,8 @@ def nnx(form: str, blocks: int) -> Callable[[], Network]:
             return x + self.down(nnx.gelu(self.up(self.norm2(x))))
 
     class Net(nnx.Module):
+        blocks: Any
+
         def __init__(self, rngs):
             if form == "scanned":
                 make = nnx.vmap(lambda rngs: Block(rngs), in_axes=0, out_axes=0)

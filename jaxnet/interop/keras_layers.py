@@ -64,7 +64,9 @@ def named(kind: str, arrays: list[Any], options: Mapping[str, Any]) -> dict[str,
 def placed(layer: Weights) -> list[tuple[str, Any]]:
     """The arrays of a layer with their names and in our layout; the rest of the names is in `keras_model.KERAS`."""
     arrays = dict(layer.arrays)
-    for name in [name for name, x in arrays.items() if str(x.dtype).removeprefix("torch.") in CODES and len(x.shape) > 1]:
+    for name in [
+        name for name, x in arrays.items() if str(x.dtype).removeprefix("torch.") in CODES and len(x.shape) > 1
+    ]:
         text = (
             f"a quantized layer holds codes ({arrays[name].dtype}), not values: save the model before model.quantize()"
         )
