@@ -311,6 +311,7 @@ def test_without_torch_its_files_are_refused_with_what_to_install(tmp_path, monk
     write_zip_of_torch(tmp_path / "net.pt")
     with pytest.raises(ImportError, match=r"net.pt: needs torch .* pip install 'jaxnet\[torch\]'"):
         from_torch(tmp_path / "net.pt")
+    assert_equal(from_torch({"a.bias": arange(2)}), {"params": {"a": {"bias": jnp.arange(2.0)}}, "state": {}})
 
 
 class Evil:

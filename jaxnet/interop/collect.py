@@ -136,7 +136,8 @@ def _is_array(x: Any) -> bool:
 
 
 def _is_tensor(x: Any) -> bool:
-    return "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor)
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
 
 
 def _problem(x: Any) -> str | None:
