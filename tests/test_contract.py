@@ -419,6 +419,15 @@ def test_layers_of_the_librarys_constructors_can_be_pickled_and_copied(net):
     assert copy.deepcopy(net) is net
 
 
+def test_a_network_with_a_body_is_copied_as_the_value_that_it_is():
+    net = wire(a=dense(4))(lambda f, x: f.a(x))
+    assert copy.deepcopy({"net": net})["net"] is net and copy.copy(net) is net
+    with pytest.raises(
+        (pickle.PicklingError, AttributeError), match="lambda|local"
+    ):  # the body is code, which pickle refuses
+        pickle.dumps(net)
+
+
 def test_a_network_of_equal_blocks_is_traced_once_for_all():
     traces = []
 

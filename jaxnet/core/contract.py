@@ -7,6 +7,7 @@ arrays or of `jax.ShapeDtypeStruct`; all other leaves (None, bools, strings) are
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
@@ -66,13 +67,19 @@ class Layer:
         return f"{self.label}(\n" + "".join(f"  {line}\n" for line in "\n".join(lines).split("\n")) + ")"
 
     def made_by(self, constructor: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """Note the call that makes this layer: `pickle` and `copy.deepcopy` make it again."""
+        """Note the call that makes this layer: `pickle` makes it again."""
         self.__dict__["_made"] = constructor, args, dict(named)
 
     def __reduce__(self) -> Any:
         if "_made" in self.__dict__:
             return _make, self._made  # pyright: ignore[reportAttributeAccessIssue]
-        return super().__reduce_ex__(2)
+        return copyreg.__newobj__, (type(self),), dict(self.__dict__)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __copy__(self) -> Layer:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Layer:
+        return self
 
     def __call__(self, *inputs: Any, **named: Any) -> NoReturn:
         """Raise TypeError: parameters are no part of a layer."""

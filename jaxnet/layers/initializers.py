@@ -10,17 +10,52 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry2x32_p
 
 from jaxnet.core import is_threefry
 
-__all__ = ["fan_in_normal", "lecun_normal", "ones", "zeros"]
+__all__ = ["constant", "fan_in_normal", "lecun_normal", "ones", "zeros"]
 
-SHORTEST, LONGEST = 2**16, 2**20  # of the draws, in numbers: 1 ms and 20 ms on a core
+SHORTEST, LONGEST, BLOCK = 2**16, 2**20, 2**12  # of the draws, in numbers
+
+
+class Draw(NamedTuple):
+    """A distribution whose numbers are sqrt(2) erf_inv(u) of uniform u in [low, high), clipped.
+
+    Attributes:
+      own: the draw of `jax.random`, (key, shape, dtype) -> array.
+      low, high: the range of u.
+      least, most: the range of the numbers.
+      deviation: of the numbers; the initialisers divide by it.
+    """
+
+    own: Callable[..., Any]
+    low: float
+    high: float
+    least: float
+    most: float
+    deviation: float
+
+
+_ERF_OF_SQRT_2 = float(np.float32(0.95449974))  # jax.lax.erf(2 / sqrt(2)) in float32
+_BELOW_2 = float(np.nextafter(np.float32(2), np.float32(0)))
+NORMAL = Draw(
+    jax.random.normal, float(np.nextafter(np.float32(-1), np.float32(0))), 1.0, -math.inf, math.inf, deviation=1.0
+)
+TRUNCATED = Draw(
+    functools.partial(jax.random.truncated_normal, lower=-2.0, upper=2.0),
+    -_ERF_OF_SQRT_2,
+    _ERF_OF_SQRT_2,
+    -_BELOW_2,
+    _BELOW_2,
+    deviation=0.87962566103423978,
+)
 
 
 def lecun_normal(key, shape: tuple[int, ...], dtype):
@@ -28,10 +63,7 @@ def lecun_normal(key, shape: tuple[int, ...], dtype):
 
     key; shape [*window, in, out]; dtype -> array.
     """
-    draw = functools.partial(jax.random.truncated_normal, lower=-2.0, upper=2.0)
-    own = jax.nn.initializers.lecun_normal()
-    deviation = 0.87962566103423978  # of a standard normal cut off at -2 and 2
-    return _scaled_by_fan_in(own, draw, deviation, key, shape, dtype, out_axis=-1)
+    return _scaled_by_fan_in(jax.nn.initializers.lecun_normal(), TRUNCATED, key, shape, dtype, out_axis=-1)
 
 
 def fan_in_normal(key, shape: tuple[int, int], dtype):
@@ -40,7 +72,12 @@ def fan_in_normal(key, shape: tuple[int, int], dtype):
     key; shape [vocabulary, features]; dtype -> array.
     """
     own = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
-    return _scaled_by_fan_in(own, jax.random.normal, 1.0, key, shape, dtype, out_axis=0)
+    return _scaled_by_fan_in(own, NORMAL, key, shape, dtype, out_axis=0)
+
+
+def constant(initializer: Callable[..., Any]) -> bool:
+    """Whether an initialiser ignores its key."""
+    return initializer in (zeros, ones, jax.nn.initializers.zeros, jax.nn.initializers.ones)
 
 
 def zeros(key, shape: tuple[int, ...], dtype):
@@ -64,21 +101,58 @@ def _is_for_numpy(x) -> bool:
     return not isinstance(x, jax.core.Tracer) and jax.sharding.get_abstract_mesh().empty
 
 
-def _scaled_by_fan_in(own: Callable, draw: Callable, deviation: float, key, shape, dtype, *, out_axis: int):
+def _scaled_by_fan_in(own: Callable[..., Any], draw: Draw, key, shape, dtype, *, out_axis: int):
     """`own(key, shape, dtype)`, which is `draw` over its deviation, times 1 / sqrt(fan-in).
 
-    What is traced has these bits, too, where `own` itself may differ in the last: XLA merges its constant factors.
+    A traced draw has these bits too, although `own` itself may differ in the last one: XLA merges its constant factors.
     """
     n, traced = math.prod(shape), isinstance(key, jax.core.Tracer)
     prefixes = jax.config.jax_threefry_partitionable and is_threefry(key)  # pyright: ignore[reportAttributeAccessIssue]
     if not prefixes or n > LONGEST:
         return own(key, shape, dtype)
     length = 1 << (n - 1).bit_length()
-    drawn = draw(key, shape=(length if traced else max(length, SHORTEST),), dtype=dtype)
+    if not traced and dtype == jnp.float32 and _is_for_numpy(key) and _on_cpu(key):
+        drawn = _first(key, n, draw)
+    else:
+        drawn = draw.own(key, shape=(length if traced else max(length, SHORTEST),), dtype=dtype)
     # From here on as in JAX: this order of divisions, each result rounded to the dtype.
     fan_in = shape[-2] * (n / shape[-2] / shape[out_axis])
-    factor = np.sqrt(np.array(1 / fan_in, drawn.dtype)) / np.array(deviation, drawn.dtype)
+    factor = np.sqrt(np.array(1 / fan_in, drawn.dtype)) / np.array(draw.deviation, drawn.dtype)
     if _is_for_numpy(drawn):
         values = jax.device_get(drawn)[:n].reshape(shape) * factor
         return jax.device_put(values, drawn.sharding if drawn.committed else None)
     return jax.lax.optimization_barrier(drawn)[:n].reshape(shape) * factor
+
+
+def _on_cpu(key) -> bool:
+    return all(device.platform == "cpu" for device in key.devices())
+
+
+def _first(key, n: int, draw: Draw) -> jax.Array:
+    """At least the first n numbers of `draw.own(key, (length,), float32)`, for any length >= n."""
+    words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    size = SHORTEST if n <= SHORTEST else LONGEST
+    return _blocks(size, words, -(-n // BLOCK), *(np.float32(x) for x in draw[1:5]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _blocks(size: int, words, blocks, low, high, least, most):
+    """The first blocks of a draw of `size` numbers, as `jax.random` computes them; the rest is 0.
+
+    Number i follows from the key and i alone, so that one program, with the number of blocks and the distribution as
+    arguments, serves all shapes and costs what the numbers cost that are needed.
+    """
+    first, second = (jnp.broadcast_to(word, (BLOCK,)) for word in words)
+    lane = jax.lax.iota(jnp.uint32, BLOCK)
+
+    def add(i, numbers):
+        start = i * BLOCK
+        count = lane + jax.lax.convert_element_type(start, jnp.uint32)
+        a, b = threefry2x32_p.bind(first, second, jnp.zeros_like(count), count)
+        mantissa = jax.lax.shift_right_logical(a ^ b, np.uint32(9)) | np.uint32(0x3F800000)
+        uniform = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - np.float32(1)
+        uniform = jax.lax.max(low, uniform * (high - low) + low)
+        normal = jax.lax.clamp(least, np.float32(np.sqrt(2)) * jax.lax.erf_inv(uniform), most)
+        return jax.lax.dynamic_update_slice(numbers, normal, (start,))
+
+    return jax.lax.fori_loop(0, blocks, add, jnp.zeros(size, jnp.float32))
