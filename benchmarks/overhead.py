@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,6 +66,7 @@ def main(argv=None):
     for operation, sample in OPERATIONS.items():
         for form in FORMS:
             if asked_for(title := f"{operation}, {form}", options):
+                print(title, "...", file=sys.stderr, flush=True)
                 prepare = functools.partial(prepared, sample=sample, form=form, blocks=options.blocks)
                 tables.append(table(title, libraries, prepare, options))
     if asked_for(title := "first init, ResNet-50", options):
