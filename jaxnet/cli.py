@@ -43,11 +43,13 @@ and metadata do not count. All bytes of common leaves are checked; a damaged fil
 what it held."""
 
 CONVERT = """Write a checkpoint anew: a state dict of PyTorch as a checkpoint of jaxnet with `params` and `state`, or the
-other way round. Kernels are transposed, names changed, the numbers stay. Files called *.pt, *.pth, *.th, *.bin and *.ckpt
-are opened by torch as tensors alone, nothing in them is executed; all others are safetensors. What is written is
-safetensors. From one kind to the same, the file is copied, with other names if --rename says so."""
+other way round; or the weights of Keras (.keras, .h5) as a checkpoint of jaxnet. Kernels are transposed, names changed,
+the numbers stay. The first bytes of IN tell its kind, not its name. Files of torch.save are opened by torch as tensors
+alone, nothing in them is executed. OUT is safetensors. From one kind to the same, the file is copied, with other names if
+--rename says so."""
 RENAME = """the node or leaf OLD of IN is NEW in OUT, for instance 'state_dict.module=' or 'layer1.0=body/first'; paths of
 jaxnet are without 'params/' and 'state/', unless both files are of jaxnet; may be repeated, the longest OLD that fits counts"""
+ONLY = """to jaxnet: take only these leaves, for instance 'model' of a training checkpoint; may be repeated"""
 LIKE = """a checkpoint of jaxnet with `params` and `state` that OUT must fit: it says which matrices are embeddings, and which
 numbered modules `repeat` has stacked"""
 STACKED = "to torch: a node that `repeat` has stacked and that becomes numbered modules; may be repeated"
@@ -218,13 +220,12 @@ def _add_convert(commands: Any):
     parser = commands.add_parser("convert", help="from and to PyTorch, or other names", description=CONVERT)
     parser.add_argument("source", metavar="IN", help="a state dict of PyTorch, or a checkpoint")
     parser.add_argument("target", metavar="OUT", help="the safetensors file to write")
-    kinds = {"choices": ["torch", "jaxnet"], "metavar": "KIND"}
-    text = (
-        "torch or jaxnet; by default jaxnet for what jaxnet wrote (also with --to torch), and torch for all other files"
-    )
-    parser.add_argument("--from", dest="kind", **kinds, help=text)
-    parser.add_argument("--to", default="jaxnet", **kinds, help="torch or, by default, jaxnet")
+    text = "torch, keras or jaxnet; by default what the first bytes of IN say, and torch for safetensors of others"
+    parser.add_argument("--from", dest="kind", choices=["torch", "keras", "jaxnet"], metavar="KIND", help=text)
+    text = "torch or, by default, jaxnet"
+    parser.add_argument("--to", default="jaxnet", choices=["torch", "jaxnet"], metavar="KIND", help=text)
     parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", type=_pair, help=RENAME)
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help=ONLY)
     parser.add_argument("--like", metavar="FILE", help=LIKE)
     parser.add_argument("--stacked", action="append", default=[], metavar="PATH", help=STACKED)
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -243,19 +244,21 @@ def _convert(args: argparse.Namespace) -> int:
     import jax
 
     from jaxnet.checkpoint import inspect, places, save
-    from jaxnet.checkpoint.interop import PICKLES
+    from jaxnet.interop.kinds import kind_of
 
     if places.is_url(args.target):
         args.parser.error(f"{args.target} is in an object store: convert to a file, and copy that")
-    pickled = args.source.endswith(PICKLES)
-    info = None if pickled else inspect(args.source)
-    kind = args.kind or ("torch" if info is None or info.version is None else "jaxnet")
-    if kind == "jaxnet" and pickled:
-        args.parser.error(
-            "--from jaxnet: a checkpoint of jaxnet is a safetensors file, and this is called as one of torch"
-        )
-    if args.like and (kind, args.to) != ("torch", "jaxnet"):
-        args.parser.error("--like is for --from torch --to jaxnet")
+    written_by = kind_of(args.source)
+    info = inspect(args.source) if written_by == "safetensors" else None
+    ours = info is not None and info.version is not None
+    kind = args.kind or ("jaxnet" if ours else "keras" if written_by == "keras" else "torch")
+    if kind == "jaxnet" and info is None:
+        text = "a checkpoint of jaxnet is a safetensors file, and this is one of"
+        args.parser.error(f"--from jaxnet: {text} {'torch.save' if written_by == 'torch' else 'Keras'}")
+    if args.like and (kind == "jaxnet" or args.to != "jaxnet"):
+        args.parser.error("--like is for --from torch --to jaxnet, and for --from keras")
+    if args.to != "jaxnet" and (kind == "keras" or args.only):
+        args.parser.error("--from keras and --only are for --to jaxnet")
     if args.stacked and (kind, args.to) != ("jaxnet", "torch"):
         args.parser.error("--stacked is for --from jaxnet --to torch")
     if os.path.lexists(args.target) and not args.force:
@@ -274,15 +277,18 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _converted(args: argparse.Namespace, kind: str) -> Any:
     """The tree to write."""
-    from jaxnet.checkpoint import from_torch, interop, load, to_torch
+    from jaxnet.checkpoint import load
+    from jaxnet.interop import from_keras, from_torch, to_torch
+    from jaxnet.interop.torch_state import renamed_tensors
 
     rename = dict(args.rename)
     if (kind, args.to) == ("jaxnet", "jaxnet"):
-        return load(args.source, rename=rename or None)
+        return load(args.source, rename=rename or None, only=args.only or None)
     if (kind, args.to) == ("torch", "torch"):
-        return interop.renamed_tensors(args.source, rename)
-    if kind == "torch":
-        return from_torch(args.source, _variables(args.like) if args.like else None, rename=rename)
+        return renamed_tensors(args.source, rename)
+    if kind != "jaxnet":
+        read = from_torch if kind == "torch" else from_keras
+        return read(args.source, _variables(args.like) if args.like else None, rename=rename, only=args.only or None)
     try:
         return to_torch(_variables(args.source), rename=rename, stacked=args.stacked)
     except ValueError as e:
