@@ -288,7 +288,9 @@ class Run:
             lambda train_state, i=i: batch_of(train_state, jnp.int32(i), *call.stack.inputs)
             for i in range(call.first, call.first + call.n)
         )
-        return explain(self.programs.step, self.current, batches, self.history.records, getattr(self.feed, "data", None))
+        return explain(
+            self.programs.step, self.current, batches, self.history.records, getattr(self.feed, "data", None)
+        )
 
 
 class _Saves:
