@@ -54,10 +54,17 @@ CASES = {
     "4 groups: 32x16x16, 64 -> 64, 3x3": Case(32, (16, 16), 64, 64, 3, padding=1, groups=4),
     "depthwise: 32x16x16, 64, 3x3": Case(32, (16, 16), 64, 64, 3, padding=1, groups=64),
     "depthwise, stride 2: 32x16x16, 64, 3x3": Case(32, (16, 16), 64, 64, 3, stride=2, padding=1, groups=64),
+    "depthwise: 16x16x16, 64, 7x7": Case(16, (16, 16), 64, 64, 7, padding=3, groups=64),
+    "depthwise: 4x32x32, 32, 31x31": Case(4, (32, 32), 32, 32, 31, padding=15, groups=32),
+    "1-d, depthwise: 8x512, 32, 255": Case(8, (512,), 32, 32, 255, padding=127, groups=32),
+    "16x28x28, 8 -> 8, 15x15": Case(16, (28, 28), 8, 8, 15, padding=7),
+    "8x28x28, 32 -> 32, 31x31": Case(8, (28, 28), 32, 32, 31, padding=15),
+    "3-d: 2x12x12x12, 4 -> 8, 7x7x7": Case(2, (12, 12, 12), 4, 8, 7, padding=3),
     "1-d: 32x128, 32 -> 64, 5": Case(32, (128,), 32, 64, 5, padding=2),
     "3-d: 4x16x16x16, 16 -> 16, 3x3x3": Case(4, (16, 16, 16), 16, 16, 3, padding=1),
     "max pool: 64x28x28x32, 2x2": Case(64, (28, 28), 32, 32, 2, stride=2, pool=True),
     "max pool: 32x32x32x32, 3x3 / 2": Case(32, (32, 32), 32, 32, 3, stride=2, padding=1, pool=True),
+    "max pool: 8x32x32x16, 11x11 / 1": Case(8, (32, 32), 16, 16, 11, padding=5, pool=True),
 }
 STEPS = 4
 COLUMNS = ("ours, loop", "ours, step", "lax, loop", "lax, step", "PyTorch")

@@ -340,6 +340,9 @@ def jaxnet_fit(problem, stream):
     states, resume = queue.Queue(), threading.Semaphore(0)
 
     def evaluate(state):
+        # Before the first step `fit` calls it once on the start.
+        if not int(state.step):
+            return {}
         states.put(state)
         resume.acquire()
         return {}

@@ -109,7 +109,7 @@ def compare(
         if name != reference and not wanted(name, options):
             continue
         rows.append(row := Row(name))
-        with _problems_of(row):
+        with problems_of(row):
             work = competitors[name]()
             output, first = _timed(clock, work.run)
             if wish := work.expected or expected:
@@ -133,7 +133,7 @@ def interleave(rows: list[Row], samples: Mapping[str, Callable[[], float]], *, r
         taken = {}
         for row in rows:
             if row.name in samples and not row.problem:
-                with _problems_of(row):
+                with problems_of(row):
                     taken[row.name] = samples[row.name]()
                     row.seconds.append(taken[row.name])
         for row in rows:
@@ -182,15 +182,15 @@ def arguments(description: str | None, *, rounds=15, seconds=60.0, add: Callable
     return options
 
 
-def publish(options: argparse.Namespace, *tables: Table) -> None:
-    """Print tables, and write the JSON file if one was asked for."""
+def publish(options: argparse.Namespace, *tables: Table, text: str | None = None) -> None:
+    """Print tables, or a text instead that holds them in another form, and write the JSON file if one was asked for."""
     facts = environment() | {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "clock": "wall seconds" if options.wall else "CPU seconds of the process",
     }
     print("{machine}, cores used: {cores}; {clock}; {date}\n{versions}".format(**facts))
-    for table in tables:
-        print(f"\n{format_table(table)}", flush=True)
+    for part in [text] if text is not None else map(format_table, tables):
+        print(f"\n{part}", flush=True)
     if options.json:
         facts["tables"] = [dataclasses.asdict(table) for table in tables]
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
@@ -216,12 +216,12 @@ def format_table(table: Table) -> str:
     others = list(dict.fromkeys(title for row in rows for title in row.others))
     lines = [["", table.unit, "[quartiles]", "ratio", "[quartiles]", "rounds", *["compile"] * compiled, *others]]
     for row in rows:
-        low, median, high = (_digits(seconds * UNITS[table.unit]) for seconds in quartiles(row.seconds))
-        below, ratio, above = (_digits(value) for value in quartiles(row.ratios))
+        low, median, high = (digits(seconds * UNITS[table.unit]) for seconds in quartiles(row.seconds))
+        below, ratio, above = (digits(value) for value in quartiles(row.ratios))
         cells = [row.name, median, f"[{low}, {high}]", ratio, f"[{below}, {above}]", str(len(row.seconds))]
         if compiled:
             cells.append(f"{row.compile_seconds or 0:.2f}")
-        cells += [_digits(quartiles(row.others[title])[1]) if title in row.others else "" for title in others]
+        cells += [digits(quartiles(row.others[title])[1]) if title in row.others else "" for title in others]
         lines.append([row.name, row.problem] if row.problem else cells)
     wide = max(len(line[0]) for line in lines)
     widths = [max(len(line[i]) for line in lines if len(line) > 2) for i in range(1, len(lines[0]))]
@@ -252,7 +252,8 @@ def _timed(clock: Callable[[], float], run: Callable) -> tuple[Any, float]:
 
 
 @contextlib.contextmanager
-def _problems_of(row: Row) -> Iterator[None]:
+def problems_of(row: Row) -> Iterator[None]:
+    """Write an error of the block into the row instead of raising it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -261,6 +262,6 @@ def _problems_of(row: Row) -> Iterator[None]:
         row.problem = f"failed: {type(error).__name__}: {error}".splitlines()[0]
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three significant digits without an exponent."""
     return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else f"{value:g}"

@@ -73,26 +73,48 @@ def learn_digits(data, key, *, epochs: int):
     return before, run.train_state.params, float(evaluate(test, data.test)(run.train_state)["test_accuracy"])
 
 
-def draw(path, sobel, kernels, image) -> None:
-    """Kernels as pictures, red positive and blue negative: Sobel's and the first layer's, and what each makes of a digit."""
+def draw(path, sobel, kernels, image, label: int) -> None:
+    """Kernels as pictures: Sobel's and the first layer's, before and after, and the response of each to a digit.
+
+    Weights share one scale per group (Sobel's kernel; the first layer's kernels), responses one scale per picture.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     columns = [("Sobel", *sobel)] + [(f"kernel {i}", b, a) for i, (b, a) in enumerate(zip(*kernels, strict=True))]
-    figure = Figure(figsize=(1.25 * len(columns) + 0.9, 4.4), layout="constrained")
+    figure = Figure(figsize=(1.2 * (len(columns) + 1) + 2.4, 4.9), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(3, len(columns))
-    for column, (name, before, after) in enumerate(columns):
+    axes = figure.subplots(3, len(columns) + 1)
+    limits = [float(np.abs(np.asarray(sobel)).max())] + [float(np.abs(np.asarray(kernels)).max())] * len(kernels[0])
+    for column, ((name, before, after), limit) in enumerate(zip(columns, limits, strict=True), start=1):
         response = _convolve(image, after)
-        for row, picture in enumerate([before, after, response]):
-            limit = np.abs(picture).max()
-            axes[row, column].imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        scales = [limit, limit, np.abs(response).max()]
+        for row, (picture, scale) in enumerate(zip([before, after, response], scales, strict=True)):
+            axes[row, column].imshow(picture, cmap="RdBu_r", vmin=-scale, vmax=scale)
             axes[row, column].set(xticks=[], yticks=[])
         axes[0, column].set_title(name, fontsize=9)
-    for row, name in enumerate(["before", "after", "what it sees"]):
-        axes[row, 0].set_ylabel(name)
+    for row, name in enumerate(["before", "after", "response"]):
+        axes[row, 1].set_ylabel(name)
+    for row in range(3):
+        axes[row, 0].set_axis_off()
+    axes[2, 0].imshow(image, cmap="gray_r")
+    axes[2, 0].set_title(f"input: test image 0,\na handwritten {label}", fontsize=8)
+    shown = [
+        (f"weights of\n{name}, ±{limit:.2g}", limit) for name, limit in (("Sobel", limits[0]), ("layer 1", limits[1]))
+    ]
+    shown.append(("response, relative to\nits largest", 1.0))
+    for row, (text, limit) in enumerate(shown):
+        bar = figure.colorbar(
+            ScalarMappable(Normalize(-limit, limit), "RdBu_r"), ax=axes[row, :], fraction=0.02, pad=0.01
+        )
+        bar.set_label(text, fontsize=8)
+        bar.ax.tick_params(labelsize=7)
     figure.suptitle(
-        "Kernels learned by gradient: given Sobel's answers (left), and to read digits (right)", fontsize=10
+        "Kernels learned by gradient: from Sobel's responses (left), and from labels of digits (right). "
+        "Red is positive, blue negative.",
+        fontsize=10,
     )
     figure.savefig(path, dpi=150)
 
@@ -131,7 +153,7 @@ def main(steps: int = 1000, epochs: int = 20, seed: int = 0, out: str = "out") -
     picture = pathlib.Path(out) / "edges.png"
     kernels = [np.asarray(params["edges"]["kernel"])[:, :, 0, :].transpose(2, 0, 1) for params in (first, last)]
     pair = [np.asarray(kernel)[:, :, 0, 0] for kernel in (before, after)]
-    draw(picture, pair, kernels, data.test.images[0, :, :, 0])
+    draw(picture, pair, kernels, data.test.images[0, :, :, 0], int(data.test.labels[0]))
     print(f"kernels before and after in {picture}")
     return error, accuracy
 

@@ -25,7 +25,7 @@ from jaxnet.layers import (
 from jaxnet.transform import capture, replace, summary, walk
 
 if TYPE_CHECKING:
-    from jaxnet import checkpoint, data, train
+    from jaxnet import checkpoint, data, interop, train
     from jaxnet.checkpoint import load, save
     from jaxnet.train import sgd
 
@@ -48,6 +48,7 @@ __all__ = [
     "flatten",
     "global_avg_pool",
     "global_max_pool",
+    "interop",
     "layer",
     "layer_norm",
     "load",
@@ -72,7 +73,7 @@ __all__ = [
 
 def __getattr__(name: str):
     """What not every program needs is imported when it is asked for."""
-    if name in ("checkpoint", "data", "train"):
+    if name in ("checkpoint", "data", "interop", "train"):
         return importlib.import_module(f"jaxnet.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)

@@ -9,8 +9,9 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jaxnet
 
@@ -42,11 +43,13 @@ and metadata do not count. All bytes of common leaves are checked; a damaged fil
 what it held."""
 
 CONVERT = """Write a checkpoint anew: a state dict of PyTorch as a checkpoint of jaxnet with `params` and `state`, or the
-other way round. Kernels are transposed, names changed, the numbers stay. Files called *.pt, *.pth, *.th, *.bin and *.ckpt
-are opened by torch as tensors alone, nothing in them is executed; all others are safetensors. What is written is
-safetensors. From one kind to the same, the file is copied, with other names if --rename says so."""
+other way round; or the weights of Keras (.keras, .h5) as a checkpoint of jaxnet. Kernels are transposed, names changed,
+the numbers stay. The first bytes of IN tell its kind, not its name. Files of torch.save are opened by torch as tensors
+alone, nothing in them is executed. OUT is safetensors. From one kind to the same, the file is copied, with other names if
+--rename says so."""
 RENAME = """the node or leaf OLD of IN is NEW in OUT, for instance 'state_dict.module=' or 'layer1.0=body/first'; paths of
 jaxnet are without 'params/' and 'state/', unless both files are of jaxnet; may be repeated, the longest OLD that fits counts"""
+ONLY = """to jaxnet: take only these leaves, for instance 'model' of a training checkpoint; may be repeated"""
 LIKE = """a checkpoint of jaxnet with `params` and `state` that OUT must fit: it says which matrices are embeddings, and which
 numbered modules `repeat` has stacked"""
 STACKED = "to torch: a node that `repeat` has stacked and that becomes numbered modules; may be repeated"
@@ -56,24 +59,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. A wrong command raises SystemExit(2), as argparse does."""
     from jaxnet.checkpoint import CheckpointError
 
-    args = _parser().parse_args(argv)
+    _open_streams()
     try:
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # the reader (`head`) has seen enough; Python's own flush at the end shall not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (CheckpointError, OSError, ImportError) as e:
+        args = _parser().parse_args(argv)
+    finally:  # also after --help
+        _say()
+    try:
+        return args.run(args)
+    except (CheckpointError, OSError, ImportError, ValueError) as e:
         _complain(args.command, e)
         if args.command == "convert":
             return 1 if isinstance(e, CheckpointError) else 2
         return 1 if _is_damage(e) and args.command != "diff" else 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception:  # Python would exit with 1, which says that a file is damaged
+        _complain(args.command, traceback.format_exc())
+        return 2
+
+
+def _open_streams() -> None:
+    """Replace closed streams (`>&-`) by the empty device: else a file that is opened next would take what is printed."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+
+def _say(text: str | None = None) -> None:
+    """Print a text, and all before it, at once; a reader that has seen enough (`head`) is no error."""
+    try:
+        if text is not None:
+            print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _mute(sys.stdout)
+    except OSError:  # a full disk
+        _mute(sys.stdout)
+        raise
+
+
+def _mute(stream: Any) -> None:
+    """Send what is still to come nowhere, so that Python's own flush at the end does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        from jaxnet.checkpoint.words import shown
+
+        super().error(shown(message, 3000))
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="jaxnet", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser = _Parser(prog="jaxnet", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"jaxnet {jaxnet.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_inspect(commands)
@@ -105,9 +149,9 @@ def _inspect(args: argparse.Namespace) -> int:
         info = info._replace(leaves=tuple(leaf for leaf in info.leaves if leaf.path in names), scalars=scalars)
     statistics = _statistics(info) if args.stats else None
     if args.json:
-        print(json.dumps(_as_json(info, statistics), indent=2))
+        _say(_json(_as_json(info, statistics)))
     else:
-        print(_printable(_as_text(info, statistics)))
+        _say(_printable(_as_text(info, statistics)))
     return 0
 
 
@@ -135,16 +179,16 @@ def _verify(args: argparse.Namespace) -> int:
             info = verify(file)
             state, reason = ("good", None) if info.version else ("unchecked", "it has no checksums: another program's")
             results.append({"path": file, "state": state, "reason": reason})
-        except (CheckpointError, OSError) as e:
+        except (CheckpointError, OSError, ImportError, ValueError) as e:
             state = "damaged" if _is_damage(e) else "unreadable"
             code = max(code, 1 if state == "damaged" else 2)
             results.append({"path": file, "state": state, "reason": str(e)})
             if not args.json:
                 _complain(args.command, e)
         if not args.json:
-            print(_printable(f"{file}: {state}"), flush=True)
+            _say(_printable(f"{file}: {state}", keep=""))
     if args.json:
-        print(json.dumps(results, indent=2))
+        _say(_json(results))
     return code
 
 
@@ -162,13 +206,13 @@ def _diff(args: argparse.Namespace) -> int:
     found = differences(args.a, args.b)
     if args.json:
         lines = [x._asdict() | {"largest": _exact(x.largest), "relative": _exact(x.relative)} for x in found]
-        print(json.dumps(lines, indent=2))
+        _say(_json(lines))
     elif found:
         head = ("path", "differs", "A", "B", "elements", "max |A-B|", "relative")
         rows = [(x.path, x.what, _cut(x.a or "-", 40), _cut(x.b or "-", 40), *map(_short, x[4:])) for x in found]
-        print(_printable(_table(head, rows)))
+        _say(_printable(_table(head, rows)))
     else:
-        print("the leaves are equal, bit for bit")
+        _say("the leaves are equal, bit for bit")
     return 1 if found else 0
 
 
@@ -176,13 +220,12 @@ def _add_convert(commands: Any):
     parser = commands.add_parser("convert", help="from and to PyTorch, or other names", description=CONVERT)
     parser.add_argument("source", metavar="IN", help="a state dict of PyTorch, or a checkpoint")
     parser.add_argument("target", metavar="OUT", help="the safetensors file to write")
-    kinds = {"choices": ["torch", "jaxnet"], "metavar": "KIND"}
-    text = (
-        "torch or jaxnet; by default jaxnet for what jaxnet wrote (also with --to torch), and torch for all other files"
-    )
-    parser.add_argument("--from", dest="kind", **kinds, help=text)
-    parser.add_argument("--to", default="jaxnet", **kinds, help="torch or, by default, jaxnet")
+    text = "torch, keras or jaxnet; by default what the first bytes of IN say, and torch for safetensors of others"
+    parser.add_argument("--from", dest="kind", choices=["torch", "keras", "jaxnet"], metavar="KIND", help=text)
+    text = "torch or, by default, jaxnet"
+    parser.add_argument("--to", default="jaxnet", choices=["torch", "jaxnet"], metavar="KIND", help=text)
     parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", type=_pair, help=RENAME)
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help=ONLY)
     parser.add_argument("--like", metavar="FILE", help=LIKE)
     parser.add_argument("--stacked", action="append", default=[], metavar="PATH", help=STACKED)
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -201,19 +244,21 @@ def _convert(args: argparse.Namespace) -> int:
     import jax
 
     from jaxnet.checkpoint import inspect, places, save
-    from jaxnet.checkpoint.interop import PICKLES
+    from jaxnet.interop.kinds import kind_of
 
     if places.is_url(args.target):
         args.parser.error(f"{args.target} is in an object store: convert to a file, and copy that")
-    pickled = args.source.endswith(PICKLES)
-    info = None if pickled else inspect(args.source)
-    kind = args.kind or ("torch" if info is None or info.version is None else "jaxnet")
-    if kind == "jaxnet" and pickled:
-        args.parser.error(
-            "--from jaxnet: a checkpoint of jaxnet is a safetensors file, and this is called as one of torch"
-        )
-    if args.like and (kind, args.to) != ("torch", "jaxnet"):
-        args.parser.error("--like is for --from torch --to jaxnet")
+    written_by = kind_of(args.source)
+    info = inspect(args.source) if written_by == "safetensors" else None
+    ours = info is not None and info.version is not None
+    kind = args.kind or ("jaxnet" if ours else "keras" if written_by == "keras" else "torch")
+    if kind == "jaxnet" and info is None:
+        text = "a checkpoint of jaxnet is a safetensors file, and this is one of"
+        args.parser.error(f"--from jaxnet: {text} {'torch.save' if written_by == 'torch' else 'Keras'}")
+    if args.like and (kind == "jaxnet" or args.to != "jaxnet"):
+        args.parser.error("--like is for --from torch --to jaxnet, and for --from keras")
+    if args.to != "jaxnet" and (kind == "keras" or args.only):
+        args.parser.error("--from keras and --only are for --to jaxnet")
     if args.stacked and (kind, args.to) != ("jaxnet", "torch"):
         args.parser.error("--stacked is for --from jaxnet --to torch")
     if os.path.lexists(args.target) and not args.force:
@@ -222,24 +267,28 @@ def _convert(args: argparse.Namespace) -> int:
         save(args.target, _converted(args, kind), metadata=info.metadata if info else None)
     info = inspect(args.target)
     if args.json:
-        print(json.dumps(_as_json(info, None), indent=2))
+        _say(_json(_as_json(info, None)))
     else:
         parameters = sum(math.prod(leaf.shape) for leaf in info.leaves)
-        print(_printable(f"{info.path}: {len(info.leaves)} arrays, {parameters:,} parameters, {info.nbytes:,} bytes"))
+        text = f"{info.path}: {len(info.leaves)} arrays, {parameters:,} parameters, {info.nbytes:,} bytes"
+        _say(_printable(text, keep=""))
     return 0
 
 
 def _converted(args: argparse.Namespace, kind: str) -> Any:
     """The tree to write."""
-    from jaxnet.checkpoint import from_torch, interop, load, to_torch
+    from jaxnet.checkpoint import load
+    from jaxnet.interop import from_keras, from_torch, to_torch
+    from jaxnet.interop.torch_state import renamed_tensors
 
     rename = dict(args.rename)
     if (kind, args.to) == ("jaxnet", "jaxnet"):
-        return load(args.source, rename=rename or None)
+        return load(args.source, rename=rename or None, only=args.only or None)
     if (kind, args.to) == ("torch", "torch"):
-        return interop.renamed_tensors(args.source, rename)
-    if kind == "torch":
-        return from_torch(args.source, _variables(args.like) if args.like else None, rename=rename)
+        return renamed_tensors(args.source, rename)
+    if kind != "jaxnet":
+        read = from_torch if kind == "torch" else from_keras
+        return read(args.source, _variables(args.like) if args.like else None, rename=rename, only=args.only or None)
     try:
         return to_torch(_variables(args.source), rename=rename, stacked=args.stacked)
     except ValueError as e:
@@ -265,8 +314,24 @@ def _is_damage(error: Exception) -> bool:
     return isinstance(error, CheckpointError) and not isinstance(error, Misfit)
 
 
-def _complain(command: str, error: Exception):
-    print(f"jaxnet {command}: {_printable(str(error))}", file=sys.stderr)
+def _complain(command: str, error: Exception | str) -> None:
+    try:
+        print(f"jaxnet {command}: {_printable(str(error))}", file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it
+        _mute(sys.stderr)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinities as Python writes them: a file may hold 1e999, which Python reads as infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return _exact(value) if isinstance(value, float) else value
 
 
 def _as_json(info: "Info", statistics: "dict[str, Statistics | None] | None") -> dict[str, Any]:
@@ -284,6 +349,7 @@ def _as_json(info: "Info", statistics: "dict[str, Statistics | None] | None") ->
 
 
 def _as_text(info: "Info", statistics: "dict[str, Statistics | None] | None") -> str:
+    from jaxnet.checkpoint.runs import about_run
     from jaxnet.checkpoint.structure import show
 
     ours = f"jaxnet checkpoint, format {info.version}"
@@ -301,13 +367,16 @@ def _as_text(info: "Info", statistics: "dict[str, Statistics | None] | None") ->
         found = [statistics[x.path] or (None,) * 5 for x in info.leaves]
         rows = [(*row, *map(_short, numbers)) for row, numbers in zip(rows, found, strict=True)]
         sums = [(*row, *[""] * 5) for row in sums]
-    parts = [f"{info.path}: {kind}, {info.nbytes:,} bytes"]
+    parts = [_printable(f"{info.path}: {kind}, {info.nbytes:,} bytes", keep="")]
     parts.append(_table(head, [*rows, None, *sums]))
     if info.scalars:
         values = [(path, type(x).__name__, _cut(show(x))) for path, x in info.scalars.items()]
         parts.append(_table(("path", "type", "value"), values))
-    if info.metadata:
-        parts.append(f"metadata: {json.dumps(info.metadata, indent=2, ensure_ascii=False)}")
+    if about := about_run(info):
+        parts.append(about)
+    metadata = {key: x for key, x in info.metadata.items() if key != "fit" or about is None}
+    if metadata:
+        parts.append(f"metadata: {json.dumps(metadata, indent=2, ensure_ascii=False)}")
     return "\n\n".join(parts)
 
 
@@ -344,8 +413,9 @@ def _cut(text: str, width: int = 80) -> str:
 
 def _printable(text: str, keep: str = "\n") -> str:
     """Names come from files: no control characters for the terminal, and nothing that its encoding lacks."""
-    text = "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
+    from jaxnet.checkpoint.words import printable
+
+    text, encoding = printable(text, keep), sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 

@@ -23,6 +23,13 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture
+def exact_products():
+    """Products of float32 in float32 on a GPU, too, whose convolutions round their factors to TF32 by default."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture
 def real_data():
     """The folder with real data sets (MNIST and others); tests that need it skip where it is missing."""
     folder = pathlib.Path(os.environ.get("JAXNET_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))

@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 import traceback
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxnet.checkpoint import CheckpointError, Checkpoints, file, inspect, lazy, load, save, to_torch, verify
+from jaxnet.checkpoint import CheckpointError, Checkpoints, container, inspect, lazy, load, save, to_torch, verify
 
 
 def make_tree(mesh, scale=1):
@@ -142,18 +143,18 @@ def a_disk_fails_in_one_process(folder, mesh, me):
 
 
 def the_manifest_cannot_be_written(folder, mesh, me):
-    path, real = folder / "x.safetensors", file.replace
+    path, real = folder / "x.safetensors", container.replace
     save(path, make_tree(mesh, 1))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    file.replace = full
+    container.replace = full
     try:
         expected = (OSError, "No space left") if me == 0 else (CheckpointError, "processes [0] failed")
         fails(lambda: save(path, make_tree(mesh, 2)), *expected)
     finally:
-        file.replace = real
+        container.replace = real
     assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 1))
     multihost_utils.sync_global_devices("looked")
     assert len(names(folder)) == 3
@@ -254,7 +255,7 @@ def orbax_fails_in_one_process(folder, mesh, me):
 
     from jaxnet.checkpoint import orbax
 
-    path, timeout = folder / "x.safetensors", orbax.TIMEOUT
+    path = folder / "x.safetensors"
     save(path, make_tree(mesh, 1), engine="orbax")
 
     async def full_later(*_, **__):
@@ -263,7 +264,7 @@ def orbax_fails_in_one_process(folder, mesh, me):
     def full_now(*_):
         raise OSError(28, "No space left on device")
 
-    orbax.TIMEOUT = 3  # so long the other one waits in Orbax
+    assert orbax.TIMEOUT > 600  # so long Orbax would wait for one that does not come
     for where, name, broken in [
         (ocp.PyTreeCheckpointHandler, "async_save", full_later),
         (orbax, "_sums", full_now),
@@ -272,13 +273,14 @@ def orbax_fails_in_one_process(folder, mesh, me):
         ill, real = int(name != "_check_complete"), getattr(where, name)  # that one is called by process 0 alone
         if me == ill:
             setattr(where, name, broken)
-        expected = "No space left" if me == ill else "" if name == "async_save" else f"processes [{ill}] failed to save"
+        expected = "No space left" if me == ill else f"processes [{ill}] failed to save"
+        began = time.monotonic()
         fails(lambda: save(path, make_tree(mesh, 2), engine="orbax"), Exception, expected)
+        assert time.monotonic() - began < 60  # that no process waits longer than a minute is promised
         setattr(where, name, real)
         assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 1))
         multihost_utils.sync_global_devices("looked")
         assert len(names(folder)) == 2
-    orbax.TIMEOUT = timeout
     save(path, make_tree(mesh, 3), engine="orbax")  # and the next save works
     assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 3))
 
@@ -365,14 +367,44 @@ def save_and_die(folder, mesh, me, process, suffix, when):
     save(path, make_tree(mesh, 2))
 
 
+def save_for_ever(folder, mesh, me, engine=None):
+    """Save tree after tree, until somebody kills both processes."""
+    for scale in range(1, 10_000):
+        save(folder / "x.safetensors", make_tree(mesh, scale), engine=engine)
+
+
+def orbax_beside_one_that_dies(folder, mesh, me):
+    """Save, and save again: then process 1 dies while Orbax writes. Process 0 prints how long it waited."""
+    import orbax.checkpoint as ocp
+
+    path = folder / "x.safetensors"
+    save(path, make_tree(mesh, 1), engine="orbax")
+
+    async def dies(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if me == 1:
+        ocp.PyTreeCheckpointHandler.async_save = dies
+    began = time.monotonic()
+    fails(
+        lambda: save(path, make_tree(mesh, 2), engine="orbax"),
+        CheckpointError,
+        "processes [1] have said nothing for 40 s",
+    )
+    print(time.monotonic() - began, flush=True)
+
+
 def main():
     me, processes, port, folder, what, *rest = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", 2)
     address, me = f"127.0.0.1:{port}", int(me)
-    jax.distributed.initialize(address, int(processes), me, heartbeat_timeout_seconds=10)
+    patience = 100 if what == "orbax_dies" else 10  # after which JAX ends the processes beside a dead one
+    jax.distributed.initialize(address, int(processes), me, heartbeat_timeout_seconds=patience)
     auto = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((int(processes), 2), ("a", "b"), axis_types=auto)
-    {"all": run_all, "die": save_and_die}[what](pathlib.Path(folder), mesh, me, *rest)
+    {"all": run_all, "die": save_and_die, "for_ever": save_for_ever, "orbax_dies": orbax_beside_one_that_dies}[what](
+        pathlib.Path(folder), mesh, me, *rest
+    )
 
 
 if __name__ == "__main__":

@@ -215,6 +215,59 @@ def test_each_benchmark_runs(script, flags, measured, peer, module, tmp_path):
     assert f"{peer} " in done.stdout
 
 
+OVERHEADS = {
+    "trace of apply, unrolled": "jaxnet",
+    "trace of grad, scanned": "jaxnet",
+    "init again, scanned": "jaxnet",
+    "eval_shape(init), unrolled": "jaxnet",
+    "eager apply, scanned": "jaxnet",
+}
+
+
+def overhead(folder, *flags):
+    """The rows of a small run of overhead.py by table, and what it prints."""
+    command = [
+        sys.executable,
+        BENCHMARKS / "overhead.py",
+        "--rounds",
+        "1",
+        "--seconds",
+        "1",
+        "--json",
+        folder / "x.json",
+    ]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads((folder / "x.json").read_text())["tables"]
+    return {table["title"]: {row["name"]: row for row in table["rows"]} for table in tables}, done.stdout
+
+
+def test_overhead_is_measured_beside_the_hand_written_network(tmp_path):
+    """A row exists only if the network has the hand-written one's weights, and gives its output."""
+    flags = [part for title in OVERHEADS for part in ("--row", title)]
+    tables, printed = overhead(tmp_path, "--blocks", "2", "--only", "jaxnet", *flags)
+    assert tables.keys() == OVERHEADS.keys()
+    for title, name in OVERHEADS.items():
+        row = tables[title][name]
+        assert row["problem"] == "" and row["ratios"][0] > 0 and row["others"]["wall ratio"][0] > 0
+        assert [line.startswith(title) for line in printed.splitlines()].count(True) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, module", [("Linen", "flax"), ("Equinox", "equinox"), ("Haiku", "haiku"), ("NNX", "flax")]
+)
+def test_overhead_of_every_library(name, module, tmp_path):
+    tables, printed = overhead(tmp_path, "--blocks", "2", "--only", name, "--only", "jaxnet")
+    installed = importlib.util.find_spec(module) is not None
+    assert len(tables) == 15
+    for title, rows in tables.items():
+        assert rows["jaxnet"]["problem"] == "", title
+        for other in (row for row in rows.values() if name in row["name"]):
+            assert other["problem"] == ("" if installed else f"skipped: {module} is not installed"), title
+    assert "first init, ResNet-50" in printed
+
+
 def test_ensembles_train_alike_in_every_form(tmp_path):
     file, networks = tmp_path / "numbers.json", ["--network", "2-2-1", "--batch", "4", "--optimizer", "adam"]
     command = [

@@ -970,7 +970,7 @@ def test_any_json_in_place_of_the_tree_gives_a_tree_or_a_checkpoint_error(tree, 
 
 # ---------------------------------------------------------------------------------------------------------- durability
 
-OLD, NEW = {"x": np.zeros(3)}, {"x": np.arange(500.0), "y": [1, jnp.ones(7)]}
+OLD, NEW = {"x": np.zeros(3)}, {"x": np.arange(10_000.0), "y": [1, jnp.ones(7)]}
 
 
 class Fail:

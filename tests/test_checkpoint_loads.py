@@ -450,6 +450,37 @@ def test_a_float_is_rounded_to_a_float_and_never_to_an_integer(x, target, tmp_pa
         assert got == x or math.isnan(got) and math.isnan(x)
 
 
+NARROW = [name for name, dtype in DTYPES.items() if jnp.issubdtype(dtype, np.floating) and dtype.itemsize <= 2]
+
+
+@pytest.mark.parametrize("source", ["float64", "float32"])
+@pytest.mark.parametrize("target", NARROW)
+def test_a_cast_gives_the_nearest_of_all_numbers(target, source, tmp_path):
+    """Around every midpoint of two neighbors: it goes to the even one, and the next numbers to their own side.
+
+    The midpoints are exact in float64, and those of all 13 types in float32. Each target is decoded from all its bits.
+    """
+    dtype, wide = DTYPES[target], np.dtype(source)
+    bits = {"float4_e2m1fn": 4, "float6_e2m3fn": 6, "float6_e3m2fn": 6}.get(target, 8 * dtype.itemsize)
+    codes = np.arange(2**bits, dtype=f"u{dtype.itemsize}")
+    with np.errstate(invalid="ignore"):
+        numbers = codes.view(dtype).astype(np.float64)
+    finite = np.isfinite(numbers)
+    numbers, where = np.unique(numbers[finite], return_index=True)
+    even = codes[finite][where][:-1] % 2 == 0
+    low, high = numbers[:-1], numbers[1:]
+    middle = ((low + high) / 2).astype(wide)
+    assert (middle.astype(np.float64) == (low + high) / 2).all()
+    infinity = np.full_like(middle, np.inf)
+    below, above = np.nextafter(middle, -infinity), np.nextafter(middle, infinity)
+    x = np.concatenate([below, above, np.nextafter(below, -infinity), np.nextafter(above, infinity)])
+    expected = np.concatenate([low, high, low, high])
+    if target != "float8_e8m0fnu":  # it has no bit that could be even
+        x, expected = np.concatenate([x, middle]), np.concatenate([expected, np.where(even, low, high)])
+    got = cast_to(tmp_path / "t", x, dtype)
+    np.testing.assert_array_equal(got.astype(np.float64), expected)
+
+
 def test_all_lossy_casts_are_listed_with_their_paths(tmp_path):
     save(tmp_path / "t", {"a": jnp.array([1.0, 70000.0]), "b": {"c": jnp.array([0.5])}, "d": jnp.ones(3)})
     like = {"a": jnp.zeros(2, jnp.float16), "b": {"c": jnp.zeros(1, jnp.int8)}, "d": jnp.zeros(3, jnp.bfloat16)}

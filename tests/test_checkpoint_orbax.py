@@ -158,7 +158,7 @@ def test_a_target_that_cannot_be_replaced_is_refused_before_anything_is_written(
 
 
 def test_a_store_that_is_out_of_reach_is_no_damage(tmp_path, monkeypatch):
-    """The step that could not be read just now is neither taken for damaged nor written over."""
+    """The step that cannot be read just now is neither taken for damaged nor passed over: no save could follow the older one."""
     import tensorstore
 
     store = Checkpoints(tmp_path, engine="orbax")
@@ -172,10 +172,12 @@ def test_a_store_that_is_out_of_reach_is_no_damage(tmp_path, monkeypatch):
         return real(spec, **options)
 
     monkeypatch.setattr(tensorstore, "open", unreachable)
-    with pytest.warns(UserWarning, match="step 1 is loaded, since others cannot be read"):
-        found = store.latest()
-    assert found and found.step == 1 and "cannot be read now" in found.skipped[2]
+    with pytest.raises(OSError, match="cannot be read now") as caught:
+        store.latest()
+    assert "step 2 is not damaged: make it readable, or move it away" in caught.value.__notes__[0]
     monkeypatch.undo()
+    found = store.latest()
+    assert found and found.step == 2 and found.skipped == {}
     with pytest.raises(ValueError, match="step 2 is not newer than step 2"):
         store.save(2, tree_of(2))
 

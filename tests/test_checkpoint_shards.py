@@ -6,10 +6,12 @@ all run in one pair, since most of the time is spent on starting it.
 
 import json
 import pathlib
+import random
 import shutil
 import socket
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import jax
@@ -152,6 +154,22 @@ def test_one_process_loads_what_two_have_saved(parts):
     with lazy(path) as leaves:
         assert leaves["step"] == 1 and set(leaves) == {leaf.path for leaf in inspect(path).leaves} | {"step"}
         np.testing.assert_array_equal(leaves["a~1b/own"], values()["own"])
+
+
+def test_parts_that_are_replaced_while_they_are_read_are_no_damage(parts, monkeypatch):
+    """The manifest has been read when another save takes its place and deletes the parts: the new tree is loaded."""
+    from jaxnet.checkpoint import parts as module
+
+    path, files = parts
+    real = module.read_tensors
+
+    def late(*args):
+        save(path, {"w": np.arange(3)})
+        return real(*args)
+
+    monkeypatch.setattr(module, "read_tensors", late)
+    np.testing.assert_array_equal(load(path)["w"], np.arange(3))
+    assert not any(file.exists() for file in files)
 
 
 GOLDEN = HERE / "golden" / "v2_parts.safetensors"  # written once by two processes: never regenerate it
@@ -308,3 +326,59 @@ def test_a_killed_process_leaves_the_old_checkpoint_or_the_new_one(name, tmp_pat
     assert len(list(tmp_path.glob("*.part-*"))) > 2  # what the dead have left
     save(tmp_path / "x.safetensors", {"w": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def killed_at_once(folder, engine, rng):
+    """Kill two processes in one moment of their saves; returns the number of the tree that must be there, and is."""
+    folder.mkdir()
+    path, processes = folder / "x.safetensors", start(2, folder, "for_ever", *engine)
+    try:
+        patience = time.monotonic() + 120
+        while not path.exists():
+            assert time.monotonic() < patience and all(process.poll() is None for process in processes)
+            time.sleep(0.01)
+        first = load(path)["step"]
+        time.sleep(rng.uniform(0, 1))
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()
+    tree = load(path)
+    assert_values(tree, tree["step"])
+    verify(path)
+    assert tree["step"] >= first
+    save(path, {"w": 1})
+    assert [entry.name for entry in folder.iterdir()] == ["x.safetensors"]  # what the dead left has been swept
+    return tree["step"]
+
+
+def test_two_processes_that_are_killed_at_once_leave_one_of_their_saves(tmp_path):
+    killed_at_once(tmp_path / "x", [], random.Random(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [[], ["orbax"]], ids=["parts", "orbax"])
+def test_many_kills_of_two_processes_at_once(engine, tmp_path):
+    if engine:
+        pytest.importorskip("orbax")
+    found = [killed_at_once(tmp_path / str(i), engine, random.Random(i)) for i in range(8)]
+    print(f"\n{len(found)} kills of two processes, none lost; they were at saves {found}")
+    assert max(found) > 1
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_inside_orbax_is_noticed_within_a_minute(tmp_path):
+    pytest.importorskip("orbax")
+    processes = start(2, tmp_path, "orbax_dies")
+    try:
+        assert processes[0].stdout
+        lines = iter(processes[0].stdout.readline, "")
+        waited = next(float(line) for line in lines if line[:1].isdigit())
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    print(f"\nthe other process raised after {waited:.0f} s")
+    assert waited < 60
+    assert_values(load(tmp_path / "x.safetensors"), 1)

@@ -171,6 +171,25 @@ def test_wrong_arguments_are_named(tmp_path):
         store.save(1, {"a": object()})
     with pytest.raises(ValueError, match="best.. needs to know what is good"):
         Checkpoints(tmp_path).best()
+    for options, text in [
+        ({"keep": 2.5}, "keep must be a positive int, got 2.5"),
+        ({"keep": "3"}, "keep must be a positive int, got '3'"),
+        ({"keep": True}, "keep must be a positive int, got True"),
+        ({"keep": -1}, "keep must be at least 1, got -1"),
+        ({"keep_best": -1}, "keep_best must be an int of at least 0, got -1"),
+        ({"keep_best": 0.5}, "keep_best must be an int of at least 0, got 0.5"),
+        ({"keep_best": None}, "keep_best must be an int of at least 0, got None"),
+        ({"metric": 3}, "metric must be 'min' or 'max' and a name"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            Checkpoints(tmp_path, **options)
+    with pytest.raises(ValueError, match="the name of the folder is empty: use '.'"):
+        Checkpoints("")
+    with pytest.raises(ValueError, match="step must have at most 18 digits"):
+        store.save(10**18, {}, {"val/loss": 1})  # a name that no search would find again
+    for value in ("1", None, 1j, 10**400):
+        with pytest.raises(ValueError, match="metric 'val/loss' must be a number, got"):
+            store.save(1, {}, {"val/loss": value})
     assert os.listdir(tmp_path) == []
     fill(tmp_path, 3, 4)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5, only of \[3, 4\]"):
@@ -225,6 +244,87 @@ def test_if_nothing_is_good_it_is_an_error_and_not_a_fresh_start(tmp_path):
     damage(tmp_path, 2)
     with pytest.raises(CheckpointError, match="(?s)no checkpoint in it can be read:.*00002.*00001"):
         store.latest()
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """A function that takes the right to open a file; root has every right, so that the system is asked in vain."""
+    names, real = set(), os.open
+
+    def refuse(path, *args, **options):
+        if os.path.basename(path) in names:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    return lambda step: names.add(f"step_{step:08d}.safetensors") if step else names.clear()
+
+
+def test_a_file_that_may_not_be_opened_is_no_damaged_one(closed, tmp_path):
+    """To go on from an older step would waste a run: no later save is newer than the file that stands there."""
+    fill(tmp_path, 10, 20, 30, losses=[3, 2, 1])
+    store = Checkpoints(tmp_path, metric="min loss")
+    closed(30)
+    for find in (store.latest, store.best):
+        with pytest.raises(PermissionError, match="00000030"):
+            find()
+    with pytest.raises(PermissionError) as caught:
+        store.latest()
+    assert "step 30 is not damaged: make it readable, or move it away" in caught.value.__notes__[0]
+    closed(None)
+    found = store.latest()
+    assert found and found.step == 30
+    store.save(40, tree_of(40), {"loss": 4})
+
+
+def test_what_is_damaged_is_skipped_before_what_may_not_be_opened(closed, tmp_path):
+    fill(tmp_path, 10, 20, 30)
+    damage(tmp_path, 30)
+    closed(20)
+    with pytest.raises(PermissionError, match="00000020"):
+        Checkpoints(tmp_path).latest()
+
+
+def test_a_step_that_may_not_be_opened_now_is_kept_as_if_it_were_the_best(closed, tmp_path):
+    store = fill(tmp_path, 1, 2, 3, losses=[1, 2, 3], keep=1, metric="min loss")
+    assert store.steps() == [1, 3]
+    closed(1)
+    store.save(4, tree_of(4), {"loss": 4})
+    closed(None)
+    assert store.steps() == [1, 3, 4]  # 3 is the best of those that can be read
+    store.save(5, tree_of(5), {"loss": 5})
+    assert store.steps() == [1, 5]
+
+
+def test_looking_if_a_folder_is_writable_disturbs_no_save(tmp_path):
+    """And no save disturbs it: whoever sweeps leaves its file alone, since that is locked."""
+    with places_checked_while_swept(tmp_path) as errors:
+        for step in range(1, 30):
+            Checkpoints(tmp_path, keep=1).save(step, tree_of(step))
+    assert errors == []
+    assert os.listdir(tmp_path) == ["step_00000029.safetensors"]
+
+
+@contextlib.contextmanager
+def places_checked_while_swept(folder):
+    from jaxnet.checkpoint import places
+
+    errors, ended = [], threading.Event()
+
+    def check():
+        while not ended.is_set():
+            try:
+                places.check_writable(str(folder))
+            except OSError as e:
+                errors.append(e)
+
+    thread = threading.Thread(target=check)
+    thread.start()
+    try:
+        yield errors
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_the_best_good_one_is_found(tmp_path):

@@ -1,5 +1,6 @@
 """The command line: what it prints (compared whole, since people and scripts read it) and its exit codes."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxnet import __version__
-from jaxnet.checkpoint import save
+from jaxnet import __version__, cli
+from jaxnet.checkpoint import format as fmt
+from jaxnet.checkpoint import places, save, verify
 from jaxnet.checkpoint.compare import statistics
 from jaxnet.cli import main
 
@@ -272,3 +274,106 @@ def test_as_a_program(path):
         f"{command}x", shell=True, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
     )
     assert done.returncode == 2 and b"No such file" in done.stderr and b"Traceback" not in done.stderr
+
+
+def run(command, **options):
+    """Run a line of bash in which $J is the program, as `set -o pipefail` has it."""
+    lines = f"set -o pipefail; J='{sys.executable} -m jaxnet.cli'; {command}"
+    return subprocess.run(["bash", "-c", lines], capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.mark.parametrize(
+    "command, code",
+    [
+        ("$J diff a b | head -1", 1),
+        ("$J verify bad | true", 1),
+        ("$J verify bad 2>&1 | true", 1),
+        ("$J verify a bad a | head -1", 1),
+        ("$J verify a missing bad | true", 2),
+        ("$J inspect a | true", 0),
+        ("$J --help | true", 0),
+        ("$J diff a a | true", 0),
+        ("$J inspect a >&-", 0),
+        ("$J verify bad >&- 2>&-", 1),
+        ("$J diff a b <&- >&- 2>&-", 1),
+        ("$J inspect a >/dev/full", 2),
+        ("$J inspect http://x/y", 2),
+        ("$J verify s3:// a", 2),
+        ("$J verify bad s3://bucket", 2),
+        ("$J diff a gs://bucket", 2),
+    ],
+)
+def test_the_exit_code_outlives_the_reader(command, code, tmp_path):
+    save(tmp_path / "a", {f"x{i}": np.full(3, i) for i in range(5)})
+    save(tmp_path / "b", {f"x{i}": np.full(3, i + 1) for i in range(5)})
+    save(tmp_path / "bad", TREE)
+    damage(str(tmp_path / "bad"))
+    done = run(command, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_a_closed_stream_is_not_the_file_that_is_written(tmp_path):
+    """The system gives the number of a closed stream to the next file: what is printed must not end up there."""
+    save(tmp_path / "a", {"x": np.arange(3)})
+    assert run("$J convert a b >&- 2>&-", cwd=tmp_path).returncode == 0
+    assert verify(tmp_path / "b").leaves[0].path == "x"
+
+
+EVIL = "o\x1b[31m\a\r\nforged\x9b\u202e"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "a", EVIL],  # which exists
+        ["convert", "a", "b", "--rename", EVIL],
+        ["convert", "a", "b", EVIL],
+        ["convert", "a", "gs://" + EVIL],
+        ["convert", "a", "b", "--from", EVIL],
+        ["inspect", EVIL + "missing"],
+        ["inspect", EVIL],
+        ["verify", EVIL],
+        ["verify", "http://" + EVIL],
+        ["diff", "a", EVIL],
+        ["inspect", "a", "--glob", EVIL],
+        ["convert", "a", "b", "--rename", EVIL + "=x"],
+        [EVIL],
+    ],
+)
+def test_nothing_raw_reaches_the_terminal(arguments, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "a", {"x": np.arange(3)})
+    save(tmp_path / EVIL, {EVIL: np.arange(3), "more" + EVIL: EVIL}, metadata={EVIL: EVIL})
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+    text = "".join(capsys.readouterr())
+    assert text and all(c.isprintable() or c == "\n" for c in text)
+    assert "\nforged" not in text and "Traceback" not in text
+
+
+def test_json_is_json_whatever_a_file_holds(tmp_path, capsys):
+    """1e999 is a number in JSON, and infinity in Python, whose json would write a word that is none."""
+    header = fmt.write_header("", [], {"version": 1, "metadata": {"x": [123456]}, "tree": ["dict", []], "crc32": []})
+    raw = header[8:].replace(b"123456", b"-1e999")
+    (tmp_path / "x").write_bytes(len(raw).to_bytes(8, "little") + fmt._with_digest(raw, fmt._digest(raw)))
+    assert main(["inspect", "--json", str(tmp_path / "x")]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(word))
+    assert found["metadata"] == {"x": ["-inf"]}
+
+
+def test_an_object_store_out_of_reach_is_said_in_time(monkeypatch, capsys):
+    pytest.importorskip("tensorstore")
+    monkeypatch.setattr(places, "ANSWER", 0.2)  # instead of half a minute
+    assert main(["inspect", "gs://jaxnet-no-such-bucket/x"]) == 2
+    text = capsys.readouterr().err
+    assert "does not answer in time: is there a network" in text or "the object store says" in text
+
+
+def test_what_nobody_has_foreseen_is_no_damage(path, monkeypatch, capsys):
+    def broken(*_):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(cli, "_as_text", broken)
+    assert main(["inspect", path]) == 2
+    assert "ZeroDivisionError: by zero" in capsys.readouterr().err

@@ -14,6 +14,7 @@ def normal(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("window, sizes", [((3,), (7,)), (3, (5, 6)), ((2, 3), (5, 6)), ((2, 3, 2), (4, 5, 3))])
 def test_conv_is_the_sum_over_channels_of_scipy_correlations(window, sizes):
     layer = conv(2, window, padding="VALID")
@@ -27,6 +28,7 @@ def test_conv_is_the_sum_over_channels_of_scipy_correlations(window, sizes):
         np.testing.assert_allclose(y[n, ..., f], sum(parts) + bias[f], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_the_window_gives_the_rank_and_all_axes_before_are_batch():
     images, volume = conv(4, 3), conv(4, (3, 3, 3))
     x = normal((2, 3, 5, 6, 2))
@@ -39,6 +41,7 @@ def test_the_window_gives_the_rank_and_all_axes_before_are_batch():
     assert jax.eval_shape(images.apply, params, x[:0]).shape == (0, 3, 5, 6, 4)
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_options_reach_the_operation():
     layer = conv(6, (3, 2), strides=(2, 1), padding=((1, 0), (0, 2)), dilation=(1, 2), groups=3, bias=False)
     x = normal((2, 7, 6, 3))

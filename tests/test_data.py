@@ -7,6 +7,7 @@ import http.server
 import importlib
 import os
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -396,13 +397,15 @@ class MirrorHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.append(self.path)
-        _, behaviour, name = self.path.split("/")
+        _, behaviour, name = self.path.replace("%20", " ").split("/")
         body = (self.server.folder / name).read_bytes()
         if behaviour == "absent":
             return self.send_error(404)
         if behaviour == "slow":
             self.server.release.wait(10)
             return None
+        if behaviour in ("trickle", "trickling headers"):
+            return self.trickle(body if behaviour == "trickle" else b"")
         self.send_response(200)
         if behaviour != "endless":
             self.send_header("Content-Length", str(len(body)))
@@ -416,6 +419,15 @@ class MirrorHandler(http.server.BaseHTTPRequestHandler):
             while behaviour == "endless":
                 self.wfile.write(body)
         return None
+
+    def trickle(self, body):
+        """Send a byte now and then, each in time: of the body, or of a header that does not end."""
+        with contextlib.suppress(OSError):
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if body else b"X-Header: "))
+            for i in range(1000):
+                if self.server.release.wait(0.05):
+                    return
+                self.wfile.write(body[i : i + 1] or b"x")
 
     def log_message(self, format, *args):
         pass
@@ -480,6 +492,31 @@ def test_mnist_names_each_mirrors_reason_when_all_fail(mirror, tmp_path):
     for reason, url, words in zip(reasons, mirrors, expected, strict=True):
         assert url in reason and words in reason
     assert not (tmp_path / "mine").exists()  # nothing came, nothing was made
+
+
+@pytest.mark.parametrize("behaviour", ["trickle", "trickling%20headers"])
+def test_mnist_gives_up_a_mirror_that_trickles(mirror, published, tmp_path, behaviour):
+    """Each byte comes within `timeout`, so that only a limit on the whole ends it: 10 MB would take a week."""
+    folder, mirrors = tmp_path / "mine", [f"{mirror.url}/{behaviour}", mirror.url + "/good"]
+    data = mnist(folder, download=True, mirrors=mirrors, timeout=5, time_limit=0.3)
+    assert_is_published(data, published)
+    (folder / f"{NAMES[0]}.gz").unlink()
+    with pytest.raises(OSError, match="not done after 0.3 seconds"):
+        mnist(folder, download=True, mirrors=mirrors[:1], timeout=5, time_limit=0.3)
+    assert sorted(os.listdir(folder)) == sorted(f"{name}.gz" for name in NAMES[1:])
+
+
+def test_idx_of_a_pipe_or_a_device_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", "/dev/null"):
+        with pytest.raises(ValueError, match="expected a file on a disk, got a pipe or a device"):
+            read_idx(path)
+    with pytest.raises(IsADirectoryError):
+        read_idx(tmp_path)
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError):
+            write_idx(path, np.zeros(3, np.uint8))
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode) and os.listdir(tmp_path) == ["pipe"]
 
 
 def test_mnist_wants_a_sequence_of_mirrors(published):
@@ -564,10 +601,10 @@ def test_batches_keep_the_structure():
         ((np.zeros(3), 1.0), {}, r"'1' must be an array \[N, ...\], got array\(1\.\)"),
         (np.zeros(3), {"size": 4}, r"size must be at most the 3 rows of the data, got 4"),
         (np.zeros(3), {"size": 4, "drop_last": True}, r"size must be at most the 3 rows"),
-        (np.zeros(3), {"size": 0}, r"size must be an integer of at least 1, got 0"),
-        (np.zeros(3), {"size": 2.0}, r"size must be an integer of at least 1, got 2\.0"),
-        (np.zeros(3), {"epochs": 0}, r"epochs must be an integer of at least 1, got 0"),
-        (np.zeros(3), {"seed": -1}, r"seed must be an integer of at least 0, got -1"),
+        (np.zeros(3), {"size": 0}, r"size must be a positive int, got 0"),
+        (np.zeros(3), {"size": 2.0}, r"size must be a positive int, got 2\.0"),
+        (np.zeros(3), {"epochs": 0}, r"epochs must be a positive int, got 0"),
+        (np.zeros(3), {"seed": -1}, r"seed must be an int of at least 0, got -1"),
     ],
 )
 def test_batches_refuse_at_the_call(data, kwargs, message):
@@ -599,5 +636,5 @@ def test_check_labels_names_the_first_bad_one(labels, error, message):
 
 
 def test_check_labels_wants_classes():
-    with pytest.raises(ValueError, match="check_labels: classes must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="check_labels: classes must be a positive int, got 0"):
         check_labels([0], 0)

@@ -27,9 +27,12 @@ MAY_IMPORT = {
     "layers": {"checks", "core", "mixed", "ops"},
     "transform": {"core", "tree"},
     "checkpoint": {"checks", "tree"},
+    "interop": {"checks", "tree", "checkpoint"},
     "train": {"checks", "tree", "checkpoint"},
 }
 EVERYTHING = {"__init__", "cli"}  # the front door and the command line
+# A folder may hand on the names of a room above it, for type checkers and when they are asked for, never at import.
+HANDS_ON = {"jaxnet.checkpoint": {"interop"}}
 
 # Not even loaded with the package: heavy, or optional, or for one function only.
 LAZY = {
@@ -37,6 +40,8 @@ LAZY = {
     "sklearn",
     "orbax",
     "torch",
+    "h5py",
+    "keras",
     "optax",
     "urllib",
     "safetensors",
@@ -92,7 +97,7 @@ def test_who_may_import_whom(path):
     assert "cli" not in guests, "nothing imports the command line"
     if home not in EVERYTHING:
         assert home in MAY_IMPORT, f"'{home}' is new: give it a place in the table above and in the design"
-        forbidden = guests - MAY_IMPORT[home]
+        forbidden = guests - MAY_IMPORT[home] - HANDS_ON.get(module_name(path), set())
         assert not forbidden, f"{home} may import {MAY_IMPORT[home] or 'nothing of the package'}, not {forbidden}"
 
 
@@ -105,7 +110,7 @@ def test_heavy_and_optional_packages_are_imported_where_they_are_used(path):
 @each_file
 def test_the_package_needs_nothing_that_it_does_not_declare(path):
     declared = {"jax", "jaxlib", "numpy", "optax", "jaxnet"}
-    optional = {"matplotlib", "sklearn", "torch"}  # for plots, real data, files of torch
+    optional = {"matplotlib", "sklearn", "torch", "h5py"}  # for plots, real data, files of torch and of Keras
     optional |= {"orbax", "tensorstore", "etils"}  # an engine for checkpoints, and what it stands on
     optional |= {"ml_dtypes"}  # NumPy's bfloat16, which jax itself requires
     known = declared | optional | set(sys.stdlib_module_names)
@@ -142,6 +147,15 @@ def test_importing_the_package_loads_nothing_heavy_and_warns_of_nothing():
     baseline = subprocess.run([sys.executable, "-c", code.replace("jaxnet", "jax")], capture_output=True, text=True)
     loaded = set(done.stdout.split()) - set(baseline.stdout.split())
     assert "jaxnet" in loaded and not loaded & LAZY, f"import jaxnet loads {sorted(loaded & LAZY)}"
+
+
+@pytest.mark.parametrize("home, rooms", HANDS_ON.items())
+def test_what_a_folder_hands_on_is_imported_when_it_is_asked_for(home, rooms):
+    (above,) = rooms
+    code = f"import sys, {home} as home; print('jaxnet.{above}' in sys.modules); home.from_torch; "
+    code += f"print('jaxnet.{above}' in sys.modules, all(hasattr(home, name) for name in home.__all__))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True", "True"], done.stderr
 
 
 @each_file

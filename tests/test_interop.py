@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import warnings
+import zipfile
 from typing import Any
 
 import jax
@@ -172,12 +173,25 @@ def test_all_that_does_not_fit_is_in_one_error_with_a_rename_that_can_be_pasted(
         "perhaps renamed: net/fc in the file is body in the template (2 leaves)",
         "if so: rename={'net/fc': 'body'}",
     ]
-    del source["head.bias"]
-    got = from_torch(
-        source, {"params": like["params"] | {"more": jnp.ones(1)}}, rename={"net/fc": "body"}, strict=False
-    )
-    assert got["params"]["more"] == 1 and got["params"]["head"] is not None
+    source["head.bias"] = arange(4)
+    got = from_torch(source, like, rename={"net/fc": "body"}, strict=False)
     np.testing.assert_array_equal(got["params"]["body"]["kernel"], source["net.fc.weight"].T)
+    np.testing.assert_array_equal(got["params"]["head"]["bias"], source["head.bias"])
+
+
+def test_strict_false_leaves_out_what_only_the_source_has_and_forgives_nothing_else():
+    like = {"params": {"body": {"bias": jnp.zeros(2)}, "more": jnp.ones(1)}}
+    source = {"body.bias": arange(2), "head.bias": arange(3)}
+    with pytest.raises(
+        CheckpointError, match="missing from the file: more float32.1.(.|\n)*split off with jaxnet.tree"
+    ):
+        from_torch(source, like, strict=False)
+    # The remedy that the error names.
+    new, old = tree.split(like, "params/more")
+    got = tree.merge(from_torch(source, old, strict=False), new)
+    assert_equal(got, {"params": {"body": {"bias": jnp.arange(2.0)}, "more": jnp.ones(1)}})
+    with pytest.raises(CheckpointError, match="missing from the file: head/bias"):
+        from_torch({"fc.bias": arange(2)}, {"params": {"head": {"bias": jnp.zeros(2)}}}, strict=False)
 
 
 def test_dtypes_are_kept_unless_cast_and_what_would_be_narrowed_stays_numpy():
@@ -286,10 +300,18 @@ def test_a_safetensors_file_and_what_is_written(tmp_path):
     assert_equal(from_torch(tmp_path / "out.safetensors"), variables)
 
 
+def write_zip_of_torch(path):
+    """The first bytes of a file of torch.save, and the record that tells it from other archives."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("net/data.pkl", pickle.dumps({}))
+
+
 def test_without_torch_its_files_are_refused_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # what makes `import torch` fail
+    write_zip_of_torch(tmp_path / "net.pt")
     with pytest.raises(ImportError, match=r"net.pt: needs torch .* pip install 'jaxnet\[torch\]'"):
         from_torch(tmp_path / "net.pt")
+    assert_equal(from_torch({"a.bias": arange(2)}), {"params": {"a": {"bias": jnp.arange(2.0)}}, "state": {}})
 
 
 class Evil:
@@ -380,7 +402,6 @@ def test_convert_repacks_without_another_layout(files):
         (["jaxnet.safetensors", "out", "--like", "jaxnet.safetensors"], "--like is for --from torch --to jaxnet"),
         (["torch.safetensors", "out", "--stacked", "body"], "--stacked is for --from jaxnet --to torch"),
         (["jaxnet.safetensors", "out", "--to", "torch", "--stacked", "body"], "'body' must share a leading axis"),
-        (["net.pt", "out", "--from", "jaxnet"], "is called as one of torch"),
         (["torch.safetensors", "out", "--to", "onnx"], "invalid choice: 'onnx'"),
         (["torch.safetensors"], "required: OUT"),
     ],
@@ -391,11 +412,20 @@ def test_a_wrong_convert_gives_code_2_and_writes_nothing(arguments, match, files
     assert match in capsys.readouterr().err and sorted(os.listdir()) == ["jaxnet.safetensors", "torch.safetensors"]
 
 
+def test_convert_tells_a_file_of_torch_by_its_content(files, capsys):
+    write_zip_of_torch("net")
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["convert", "net", "out", "--from", "jaxnet"])
+    assert "a checkpoint of jaxnet is a safetensors file, and this is one of torch.save" in capsys.readouterr().err
+    assert not os.path.exists("out")
+
+
 def test_exit_codes_of_convert(files, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with open("torch.safetensors", "rb") as a, open("cut.safetensors", "wb") as b:
         b.write(a.read()[:-1])
     save("bare", {"kernel": jnp.ones(2)})
+    write_zip_of_torch("net.pt")
     for arguments, code, match in [
         (["missing", "out"], 2, "No such file"),
         (["net.pt", "out"], 2, "pip install 'jaxnet[torch]'"),

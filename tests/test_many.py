@@ -181,7 +181,11 @@ def test_arguments_without_a_common_leading_axis_are_named():
         many(lambda: 1)()
 
 
-@pytest.mark.parametrize("how", ["pmap", 0, -1, 2.0, True])
+def test_a_size_of_numpy_is_a_how():
+    np.testing.assert_array_equal(many(lambda x: x + 1, how=np.int64(2))(jnp.arange(5)), np.arange(5) + 1)
+
+
+@pytest.mark.parametrize("how", ["pmap", 0, -1, 2.0, True, np.bool_(True)])
 def test_another_how_is_refused(how):
-    with pytest.raises(ValueError, match="how must be 'vmap', 'map', None or a positive int, got"):
+    with pytest.raises(ValueError, match="how must be 'vmap', 'map' or None, or else it must be a positive int, got"):
         many(run, how=how)

@@ -1,8 +1,10 @@
 """Convolution and pooling as operations: equal to their definitions and to JAX's own, in every mode of differentiation."""
 
+import contextlib
 import functools
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.export
@@ -90,6 +92,7 @@ def assert_trees_close(actual, expected, rtol=1e-4):
 # Convolution
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolve_is_its_definition(stride):
     """y[n, o, p, f] = sum over h, w, c of x[n, s o + h - 1, s p + 2 w - 2, c] k[h, w, c, f], written as loops."""
@@ -123,6 +126,7 @@ def test_convolve_and_its_gradients_equal_those_of_pytorch():
     np.testing.assert_allclose(dk[1, 0, 0], [0.99363994, 0.78209432, 1.47482644, 0.36631616], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_convolve_and_both_gradients_equal_lax(name):
     x, kernel, y, options = operands(name)
@@ -137,6 +141,7 @@ def test_convolve_and_both_gradients_equal_lax(name):
     assert_trees_close(everything(convolve), everything(plain))
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("name", ["wide", "small, strided", "few out", "groups, strided line", "depthwise"])
 def test_every_mode_of_differentiation_equals_lax(name):
     x, kernel, _, options = operands(name, batch=1)
@@ -191,6 +196,27 @@ def test_dtype_in_dtype_out(name, dtype):
         assert_trees_close([a.astype("float32") for a in result], list(exact), rtol=tolerance)
 
 
+@pytest.mark.cpu_only("is about the forms of the operations on a CPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("channels, features, groups", [(4, 32, 1), (32, 4, 1), (32, 32, 1), (4, 4, 4)])
+def test_gradients_of_narrow_kernels_are_summed_in_float32(channels, features, groups, dtype):
+    """64 images of 28 x 28 are 50,176 terms: in bfloat16, a sum of ones would stay at 256.
+
+    The only rounding is that of the result, so it is the nearest narrow number to the sum in float64.
+    """
+    x, y = (normal((64, 28, 28, n), seed, dtype) + 1 for seed, n in enumerate((channels, features)))
+    kernel = jnp.zeros((3, 3, channels // groups, features), dtype)
+    fn = functools.partial(convolve, groups=groups)
+    (result,) = quickly(lambda x, k, y: jax.vjp(functools.partial(fn, x), k)[1](y), x, kernel, y)
+    pixels, sums = np.asarray(x, np.float64)[:, :27, :27], np.asarray(y, np.float64)[:, 1:, 1:]
+    if groups == 1:
+        exact = np.einsum("nhwc,nhwf->cf", pixels, sums)
+    else:
+        exact = np.einsum("nhwc,nhwc->c", pixels, sums)[None]
+    assert result.dtype == dtype
+    np.testing.assert_allclose(np.asarray(result[0, 0], np.float64), exact, rtol=0.51 * float(jnp.finfo(dtype).eps))
+
+
 LOOPS = ("wide, strided, odd sizes", "wide, more outputs than inputs", "small", "few out, strided")
 
 
@@ -231,6 +257,23 @@ def test_a_batch_may_be_empty(name):
     assert dx.shape == (0, *x.shape[1:]) and not dk.any()
 
 
+def test_convolve_of_no_features():
+    gradient = jax.grad(lambda x, k: jnp.sum(convolve(x, k)), (0, 1))
+    dx, dk = gradient(jnp.ones((2, 5, 5, 3)), jnp.ones((3, 3, 3, 0)))
+    assert dk.shape == (3, 3, 3, 0) and not dx.any()
+    y = convolve(jnp.ones((2, 5, 5, 0)), jnp.ones((3, 3, 0, 4)))
+    assert y.shape == (2, 5, 5, 4) and not y.any()
+
+
+def test_sizes_may_be_numpy_integers():
+    x, kernel = normal((1, 9, 3)), normal((3, 3, 4), 1)
+    two: Any = np.int64(2)
+    one: Any = np.int32(1)
+    assert_trees_close(convolve(x, kernel, strides=two, dilation=two), convolve(x, kernel, strides=2, dilation=2))
+    assert_trees_close(max_pool(x, two, strides=one), max_pool(x, 2, strides=1))
+
+
+@pytest.mark.usefixtures("exact_products")
 def test_convolve_works_in_all_places():
     x, kernel, _, _ = operands("wide")
     expected = jax.grad(lambda k: jnp.sum(plain(x, k) ** 2))(kernel)
@@ -268,6 +311,91 @@ def test_convolve_over_several_devices(name):
     )  # the kernel's gradient is summed over the devices
 
 
+EXPORTED = (
+    "wide, strided, odd sizes",
+    "wide",
+    "small",
+    "few in",
+    "few out",
+    "patches",
+    "line",
+    "volume",
+    "groups",
+    "depthwise",
+)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_convolve_is_exported_for_any_size_of_the_batch(name):
+    x, kernel, _, options = operands(name)
+
+    def training(x, kernel):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(convolve(x, kernel, **options)))
+
+        return convolve(x, kernel, **options), jax.grad(loss, (0, 1))(x, kernel)
+
+    assert_exports(training, x, kernel)
+
+
+def assert_exports(fn, x, *rest):
+    """One program exported for batches of any size computes what `fn` does for batches of two sizes."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    spec = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    exported = jax.export.export(jax.jit(fn))(spec, *rest)
+    for images in (x, x[:1]):
+        assert_trees_close(exported.call(images, *rest), quickly(fn, images, *rest))
+
+
+@pytest.mark.cpu_only("needs four devices")
+@pytest.mark.parametrize("named", [False, True], ids=["", "set_mesh"])
+@pytest.mark.parametrize(
+    "name", ["wide", "small", "few in", "few out", "patches", "line", "volume", "groups", "depthwise"]
+)
+def test_convolve_over_the_batch_of_an_explicit_mesh(name, named):
+    x, kernel, _, options = operands(name, batch=8)
+    x = x[:, :5]
+
+    def loss(x, kernel):
+        return jnp.sum(jnp.sin(convolve(x, kernel, **options)))
+
+    def modes(x, kernel):
+        gradient = jax.grad(loss)
+        dx = gradient(x, kernel), jax.jvp(lambda x: gradient(x, kernel), (x,), (jnp.cos(x),))[1]
+        return convolve(x, kernel, **options), dx, jax.grad(loss, 1)(x, kernel)
+
+    y, dx, _ = assert_spreads(modes, x, kernel, named=named)
+    assert all(a.sharding.spec[0] == "data" for a in (y, *dx))
+
+
+def assert_spreads(fn, x, *rest, named=True):
+    """With x spread over the batch, on a mesh as `jax.make_mesh` makes it, `fn` gives the same numbers."""
+    mesh = jax.make_mesh((4,), ("data",))
+    expected = quickly(fn, x, *rest)
+    with jax.set_mesh(mesh) if named else contextlib.nullcontext():
+        result = quickly(fn, jax.device_put(x, NamedSharding(mesh, P("data"))), *rest)
+    assert_trees_close(result, expected)
+    return result
+
+
+@pytest.mark.cpu_only("needs four devices")
+def test_vmap_over_the_batch_of_an_explicit_mesh():
+    x, kernels = normal((8, 2, 5, 4, 3)), normal((2, 3, 3, 3, 4), 1)
+
+    def gradient(x, kernel):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(max_pool(convolve(x, kernel), 2))))(x)
+
+    def modes(x, kernels):
+        return {
+            "images": jax.vmap(gradient, (0, None))(x, kernels[0]),
+            "within": jax.vmap(gradient, (1, None), 1)(x, kernels[0]),
+            "both": jax.vmap(gradient, (1, 0), 1)(x, kernels),
+            "kernels": jax.vmap(gradient, (None, 0), 1)(x[:, 0], kernels),
+        }
+
+    assert all(dx.sharding.spec[0] == "data" for dx in assert_spreads(modes, x, kernels).values())
+
+
 def test_precision_is_that_of_the_call():
     x, kernel, _, _ = operands("wide")
 
@@ -302,6 +430,7 @@ def test_precision_is_that_of_the_call():
             ValueError,
             "strides must be a positive int, or one for each",
         ),
+        (((2, 5, 5, 3), (3, 3, 3, 4)), dict(strides=True), ValueError, "strides must be a positive int"),
         (((2, 5, 5, 3), (3, 3, 3, 4)), dict(dilation=0), ValueError, "dilation must be a positive int"),
         (((2, 5, 5, 3), (3, 3, 2, 4)), dict(), ValueError, "groups=1 and shapes"),
         (((2, 5, 5, 4), (3, 3, 2, 5)), dict(groups=2), ValueError, "groups must divide"),
@@ -335,7 +464,7 @@ POOLS = {
 }
 
 
-def windows_by_definition(x, window, strides=None, padding="VALID"):
+def windows_by_definition(x, window, strides=None, padding: Any = "VALID"):
     """The elements of each window that are in x: a dict from the index of an output to the flat indices into one image."""
     sizes = x.shape[1:-1]
     strides = np.broadcast_to(window if strides is None else strides, len(sizes))
@@ -421,6 +550,72 @@ def test_max_pool_sends_the_gradient_to_the_first_of_equals_as_pytorch():
     np.testing.assert_array_equal(gradient[0, ..., 0], [[1, 0, 0, 2], [0, 0, 0, 0], [3, 0, 4, 0], [0, 0, 0, 0]])
     gradient = quickly(jax.grad(lambda x: jnp.sum(max_pool(x, 3, strides=1, padding=1))), jnp.ones((1, 3, 3, 1)))
     np.testing.assert_array_equal(gradient[0, ..., 0], [[4, 2, 0], [2, 1, 0], [0, 0, 0]])
+
+
+def test_padding_never_takes_the_gradient():
+    """torch 2.13: max_pool2d(full((5, 5), -inf), 2, stride=2, padding=1), whose backward is 1 at the corner."""
+    x = jnp.full((1, 5, 5, 1), -jnp.inf)
+    gradient = quickly(jax.grad(lambda x: jnp.sum(max_pool(x, 2, strides=2, padding=1))), jnp.ones_like(x) * x)
+    expected = np.zeros((5, 5))
+    expected[np.ix_([0, 1, 3], [0, 1, 3])] = 1
+    np.testing.assert_array_equal(gradient[0, ..., 0], expected)
+
+
+WINDOWS_WITH_PADDING = [((2, 2), 1, (1, 1)), ((3, 4), 2, (1, 2)), ((9, 13), 1, (4, 6)), ((31, 5), 3, (15, 2))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("window, strides, padding", WINDOWS_WITH_PADDING)
+def test_the_gradient_of_a_maximum_stays_in_x(window, strides, padding, dtype):
+    """Of equals, the first in x in row-major order has it: where all are -inf, that is the first element of the window."""
+    x = normal((1, 7, 8, 2))
+    x = jnp.where(x < 0.5, -jnp.inf, jnp.round(x)).astype(dtype).at[..., 1].set(-jnp.inf)
+    pads = [(p, p) for p in padding]
+    fn = functools.partial(max_pool, window=window, strides=strides, padding=pads)
+    y, (dx,) = quickly(lambda x: (fn(x), jax.vjp(fn, x)[1](jnp.ones_like(fn(x)))), x)
+    cells = windows_by_definition(x, window, strides, pads)
+    flat, expected = np.asarray(x, np.float32).reshape(-1, 2), np.zeros((56, 2))
+    for output, cell in cells.items():
+        for c in range(2):
+            assert y[(0, *output, c)] == flat[cell, c].max()
+            expected[cell[flat[cell, c].argmax()], c] += 1
+    np.testing.assert_allclose(np.asarray(dx, np.float32).reshape(-1, 2), expected, rtol=0.02)
+
+
+@pytest.mark.parametrize("window", [2, 3, 9])
+def test_a_nan_takes_the_gradient(window):
+    x = jnp.full((1, 12, 1), -jnp.inf).at[0, 5].set(jnp.nan)
+    fn = functools.partial(max_pool, window=window, strides=1, padding=window // 2)
+    y, (dx,) = quickly(lambda x: (fn(x), jax.vjp(fn, x)[1](jnp.ones_like(fn(x)))), x)
+    assert jnp.isnan(y).sum() == window == dx[0, 5, 0]
+    assert dx.sum() == y.size
+
+
+@pytest.mark.parametrize("pool", [max_pool, avg_pool])
+@pytest.mark.parametrize("name", [*POOLS, "long"])
+def test_pools_are_exported_and_spread_over_the_batch(name, pool):
+    sizes, window, options = POOLS.get(name, ((14, 5), (11, 2), dict(strides=1, padding=((5, 5), (1, 0)))))
+    fn = functools.partial(pool, window=window, **options)
+
+    def training(x):
+        return fn(x), jax.grad(lambda x: jnp.sum(jnp.sin(fn(x))))(x)
+
+    x = normal((8, *sizes, 2))
+    assert_exports(training, x)
+    if jax.default_backend() == "cpu":  # with four devices
+        assert all(a.sharding.spec[0] == "data" for a in assert_spreads(training, x))
+
+
+@pytest.mark.parametrize("pool", [max_pool, avg_pool])
+def test_pools_of_nothing(pool):
+    for window, options in ((2, {}), (3, dict(strides=1, padding=1)), (9, dict(strides=1, padding=8))):
+        fn = functools.partial(pool, window=window, **options)
+        for x in (jnp.ones((0, 6, 6, 2)), jnp.ones((2, 6, 6, 0))):
+            shape = jax.eval_shape(fn, jnp.ones((2, 6, 6, 2))).shape
+            assert fn(x).shape == (x.shape[0], *shape[1:3], x.shape[3])
+            assert jax.grad(lambda x, fn=fn: fn(x).sum())(x).shape == x.shape
+    with pytest.raises(ValueError, match="does not fit|must be"):
+        pool(jnp.ones((2, 0, 6, 2)), 2)
 
 
 def test_padding_counts_for_nothing():

@@ -16,8 +16,21 @@ import pytest
 from linear_regression import NET, key0, regression
 
 from jaxnet.data import Windows, batches
-from jaxnet.train import NonFiniteError, TrainState, Weighted, balanced, fit, guarded, train_state, train_step
-from jaxnet.train.source import Prefetch, _from_json, _to_json, stacks_of_iterable
+from jaxnet.train import (
+    NonFiniteError,
+    TrainState,
+    Weighted,
+    balanced,
+    evaluate,
+    fit,
+    guarded,
+    shuffle,
+    train_state,
+    train_step,
+)
+from jaxnet.train.iterator_state import from_json, to_json
+from jaxnet.train.prefetch import Prefetch
+from jaxnet.train.source import stacks_of_iterable
 
 
 def squares(params, batch):
@@ -205,8 +218,9 @@ def test_what_the_source_raises_is_passed_on(tmp_path):
     with pytest.raises(OSError, match="the disk is gone") as caught:
         watched(stream(), steps=10, checkpoint=file)
     assert any("the state at step 3 is saved" in note for note in caught.value.__notes__)
-    sums, _ = watched([np.full(2, i, np.float32) for i in range(5)], steps=5, checkpoint=file)
-    assert sums == [2.0, 2.0, 2.0, 6.0, 8.0]  # what was done, and the rest of another source from there on
+    again = [np.full(2, i, np.float32) for i in (1, 1, 1, 3, 4)]
+    sums, _ = watched(again, steps=5, checkpoint=file)
+    assert sums == [2.0, 2.0, 2.0, 6.0, 8.0]  # what was done, and the rest of a source that begins as the first did
 
 
 @pytest.mark.parametrize("stream", [[], iter([]), lambda epoch: []])
@@ -315,11 +329,11 @@ def test_an_iterable_goes_on_where_it_stood(source, stack, stop, tmp_path, monke
 
 def test_the_states_of_iterators_survive_json():
     state = {"a": (1, 2.5, None, "x"), 3: [True, b"\x00\xff"], "rng": np.arange(6, dtype=np.uint8).reshape(2, 3)}
-    again = _from_json(json.loads(json.dumps(_to_json(state))))
+    again = from_json(json.loads(json.dumps(to_json(state))))
     np.testing.assert_array_equal(again.pop("rng"), state.pop("rng"))
     assert again == state
     with pytest.raises(TypeError, match="the iterator's state holds a object, which a checkpoint cannot keep"):
-        _to_json([object()])
+        to_json([object()])
 
 
 def test_torch_tensors_are_batches_as_well():
@@ -367,3 +381,231 @@ def test_more_skipped_steps_than_allowed_are_an_error(tmp_path):
         NonFiniteError, match="3 steps in a row were not finite, up to step 5, and were skipped; the limit is 2"
     ):
         run([3, 4, 5])
+
+
+# Arrays of other libraries
+
+
+def in_other_libraries():
+    """One column of numbers and one of labels in many forms; what they hold, in order of position."""
+    pandas, torch = pytest.importorskip("pandas"), pytest.importorskip("torch")
+    numbers = np.arange(12, dtype=np.float32)
+    shuffled_index = np.random.default_rng(0).permutation(12)
+    return numbers, {
+        "pandas, shuffled index": pandas.Series(numbers, index=shuffled_index),
+        "pandas, index of letters": pandas.Series(numbers, index=list("abcdefghijkl")),
+        "pandas, filtered": pandas.Series(np.arange(-3, 12, dtype=np.float32))[lambda s: s >= 0],
+        "pandas, column of a frame": pandas.DataFrame({"y": numbers}, index=shuffled_index)["y"],
+        "pandas, categories": pandas.Series(numbers, index=shuffled_index).astype("category"),
+        "torch": torch.arange(12.0),
+        "torch, view": torch.arange(24.0)[::2] / 2,
+        "torch, bfloat16": torch.arange(12.0).to(torch.bfloat16),
+        "jax": jnp.arange(12.0),
+        "float64": np.arange(12.0),
+        "masked, nothing masked": np.ma.masked_array(numbers, mask=False),
+    }
+
+
+FORMS = list(in_other_libraries()[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_arrays_of_other_libraries_are_read_by_position(form):
+    numbers, forms = in_other_libraries()
+    column, settings = forms[form], {"batch_size": 4, "epochs": 2}
+    expected, _ = watched(numbers, **settings)
+    assert watched(column, **settings)[0] == expected
+    assert watched({"x": column}, **settings)[0] == expected
+    weighted = fit(
+        train_step(lambda w, x: w * x, 1.0),
+        train_state(jnp.float32(0), 1.0, key0()),
+        Weighted(numbers, column),
+        batch_size=12,
+        steps=1,
+        progress=False,
+    )
+    assert float(weighted.train_state.params) == pytest.approx(-(numbers * numbers).sum() / numbers.sum(), rel=1e-5)
+    mean = evaluate(lambda params, x: {"mean": x * 1.0}, column, batch_size=5)(weighted.train_state)
+    assert float(mean["mean"]) == 5.5
+    if form not in ("torch, bfloat16", "float64"):
+        streamed = [batch.sum() for batch in batches({"x": column}, 4) for batch in [np.asarray(batch["x"])]]
+        assert streamed == [6.0, 22.0, 38.0]
+
+
+def test_labels_of_pandas_balance_by_position():
+    pandas = pytest.importorskip("pandas")
+    labels = np.array([0] * 9 + [1] * 3)
+    series = pandas.Series(labels, index=np.random.default_rng(0).permutation(12))
+    asked = key0(), 12, jnp.int32(0), jnp.arange(12)
+    np.testing.assert_array_equal(balanced(series)(*asked), balanced(labels)(*asked))
+
+
+def test_arrays_that_cannot_be_read_are_named_with_a_remedy():
+    torch = pytest.importorskip("torch")
+    masked = np.ma.masked_array(np.arange(4.0), mask=[0, 1, 0, 0])
+    for data, text in [
+        (
+            {"x": torch.ones(4, requires_grad=True)},
+            r"'x', a Tensor, cannot be read .* \.detach\(\)\.cpu\(\)\.numpy\(\)",
+        ),
+        ({"x": masked}, "'x' has masked entries"),
+        ({"x": np.array([1, None, 3, 4])}, "'x' must hold numbers, got object"),
+        ({"x": [1.0, 2.0, 3.0, 4.0]}, "'x' is a list of 4 numbers|in 'x' is a list of 4 numbers"),
+        ([np.ones((4, 4), np.float32)] * 40, "list of 40 arrays"),
+        ([(np.ones(3, np.float32), 1)] * 40, "list of 40 examples"),
+    ]:
+        with pytest.raises(TypeError, match=text):
+            watched(data, batch_size=2, epochs=1)
+        with pytest.raises(TypeError, match=text):
+            evaluate(lambda params, batch: {"n": 1.0}, data, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    "bad, text", [(-1.0, "got -1.0 in row 3"), (np.nan, "got nan in row 3"), (np.inf, "got inf in row 3")]
+)
+@pytest.mark.parametrize("source", ["memory", "disk", "stream"])
+def test_weights_without_a_meaning_are_refused_before_the_first_step(bad, text, source, on_disk):
+    weights = np.ones(22, np.float32)
+    weights[3] = bad
+    data = {"memory": Weighted(regression(22), weights), "disk": Weighted(on_disk, weights)}.get(source)
+    with pytest.raises(ValueError, match=f"weights' must be at least 0 and finite, {text}"):
+        if data is None:
+            fitted([Weighted(regression(22), weights)], epochs=1)
+        else:
+            fitted(data, batch_size=4, epochs=1)
+
+
+@pytest.mark.parametrize("weights", [np.zeros(22, np.float32), np.full(22, 1e38, np.float32)])
+def test_weights_need_a_finite_sum_above_zero(weights):
+    with pytest.raises(ValueError, match="'weights' must have a finite sum above 0"):
+        fitted(Weighted(regression(22), weights), batch_size=4, epochs=1)
+
+
+# Datasets of h5py
+
+
+@pytest.fixture
+def in_hdf5(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    x, y = regression(22)
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file["x"], file["y"], file["flags"] = x, y, np.arange(22) % 3 == 0
+    with h5py.File(tmp_path / "data.h5") as file:
+        yield file
+
+
+def repeating(key, n, epoch, positions):
+    """An order that takes rows again and again, and none of them in increasing order."""
+    return (n - 1 - positions) // 2 % n
+
+
+@pytest.mark.parametrize("order", [shuffle, None, balanced([0] * 20 + [1] * 2), repeating])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_a_dataset_of_h5py_gives_what_memory_gives(in_hdf5, order, drop_last):
+    settings = {"batch_size": 4, "epochs": 3, "order": order, "drop_last": drop_last}
+    inside = fitted(regression(22), **settings)
+    outside = fitted((in_hdf5["x"], in_hdf5["y"]), **settings)
+    chex.assert_trees_all_close(inside.train_state.params, outside.train_state.params, rtol=1e-5)
+    assert watched(in_hdf5["flags"], **settings)[0] == watched(np.arange(22) % 3 == 0, **settings)[0]
+    right = evaluate(lambda params, batch: {"mse": squares(params, batch)}, regression(22), batch_size=5)
+    lazy = evaluate(lambda params, batch: {"mse": squares(params, batch)}, (in_hdf5["x"], in_hdf5["y"]), batch_size=5)
+    assert float(lazy(inside.train_state)["mse"]) == pytest.approx(float(right(inside.train_state)["mse"]), rel=1e-5)
+
+
+def test_windows_of_a_dataset_of_h5py(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    tokens = np.random.default_rng(0).integers(0, 50, 100)
+    with h5py.File(tmp_path / "tokens.h5", "w") as file:
+        file["tokens"] = tokens
+        windows, rows = Windows(file["tokens"], np.int64(9), stride=4), np.array([3, 0, -1, 3])
+        np.testing.assert_array_equal(windows[rows], Windows(tokens, 9, stride=4)[rows])
+        mask = np.arange(len(windows)) % 2 == 1
+        np.testing.assert_array_equal(windows[mask], Windows(tokens, 9, stride=4)[1::2])
+    np.testing.assert_array_equal(Windows(list(tokens), 9)[2], tokens[18:27])
+    with pytest.raises(IndexError, match="rows must be integers"):
+        windows[np.array([0.5])]
+    for wrong in (True, 2.5, 0):
+        with pytest.raises(ValueError, match="Windows: length must be a positive int"):
+            Windows(tokens, wrong)
+
+
+def test_an_array_with_other_rules_for_rows_is_named():
+    class Columns:  # takes columns by `[]`, as a table does
+        shape, dtype = (10, 3), np.dtype(np.float32)
+
+        def __getitem__(self, rows):
+            return np.ones((10, len(rows)), np.float32)
+
+    with pytest.raises(TypeError, match=r"a Columns, gives \[10, \d+\] for \d+ rows, not \[\d+, 3\]"):
+        watched(Columns(), batch_size=4, epochs=1)
+
+
+def test_rows_out_of_range_are_refused_on_disk_too(on_disk):
+    late = lambda key, n, epoch, positions: positions + jnp.where(epoch > 5, n, 0)  # noqa: E731
+    with pytest.raises(ValueError, match="order: rows must be within 0 .. 21, got"):
+        fitted(on_disk, batch_size=4, epochs=9, order=late)
+
+
+def test_short_batches_from_disk_and_memory_have_the_same_records(on_disk, monkeypatch):
+    monkeypatch.setattr("jaxnet.train.source.STACK", 300)
+    settings = {"batch_size": 4, "epochs": 2, "drop_last": False, "order": None}
+    inside, outside = fitted(regression(22), **settings), fitted(on_disk, **settings)
+    losses = [record["loss"] for record in inside.history]
+    assert losses == pytest.approx([record["loss"] for record in outside.history], rel=1e-5)
+    frozen = fit(
+        train_step(squares, 0.0),
+        train_state(NET.init(jax.random.key(1), regression(22)[0]), 0.0, key0()),
+        regression(22),
+        progress=False,
+        **settings,
+    )
+    by_hand = float(squares(frozen.train_state.params, regression(22)).mean())  # every example once
+    assert [record["loss"] for record in frozen.history] == pytest.approx([by_hand] * len(frozen.history), rel=1e-5)
+
+
+# Iterables whose order is not saved
+
+
+def loader_of_torch(seed=0):
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.utils.data.DataLoader(torch.arange(20.0), batch_size=4, shuffle=True, generator=generator)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 7, 10, 12])
+def test_a_shuffling_loader_goes_on_rightly_or_not_at_all(stop, tmp_path):
+    file = tmp_path / "run.safetensors"
+    whole, _ = watched(loader_of_torch(), steps=14)
+    watched(loader_of_torch(), steps=stop, checkpoint=file)
+    if stop < 5:  # the first pass is the same whenever the loader is made
+        assert watched(loader_of_torch(), steps=14, checkpoint=file)[0][:5] == whole[:5]
+        return
+    with pytest.raises(
+        ValueError, match=r"data: pass \d does not begin with .*function \(number of the pass\) -> iterable"
+    ):
+        watched(loader_of_torch(), steps=14, checkpoint=file)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 7, 10, 12])
+def test_a_loader_for_each_pass_goes_on_where_it_stood(stop, tmp_path):
+    file = tmp_path / "run.safetensors"
+    whole, _ = watched(loader_of_torch, steps=14)
+    watched(loader_of_torch, steps=stop, checkpoint=file)
+    assert watched(loader_of_torch, steps=14, checkpoint=file)[0] == whole
+    with pytest.raises(ValueError, match="does not begin with the batch"):
+        watched(loader_of_torch, steps=7, checkpoint=tmp_path / "b.safetensors")
+        watched(lambda number: loader_of_torch(number + 1), steps=14, checkpoint=tmp_path / "b.safetensors")
+
+
+# Numbers in the data that no training survives
+
+
+@pytest.mark.parametrize("kind", ["memory", "stream"])
+def test_a_nan_in_the_data_is_named_by_leaf_and_row(kind):
+    images = np.ones((16, 3), np.float32)
+    images[7, 1] = np.nan
+    step = train_step(lambda w, batch: (w * batch["images"]).sum(-1), 0.1)
+    data, settings = ({"images": images}, {"batch_size": 4}) if kind == "memory" else ([{"images": images}], {})
+    with pytest.raises(NonFiniteError, match=r"The cause is in the data: 'images' holds NaN in row 7 of the") as caught:
+        fit(step, train_state(jnp.float32(1), 0.1, key0()), data, epochs=1, progress=False, **settings)
+    assert "learning rate" not in str(caught.value)

@@ -22,6 +22,7 @@ from jaxnet.train import (
     averaged,
     balanced,
     by_path,
+    evaluate,
     freeze,
     guarded,
     sgd,
@@ -105,7 +106,7 @@ def test_a_loss_gets_key_and_state_only_if_it_names_them():
         (
             lambda p, b: p * jnp.ones(3),
             ValueError,
-            r"must be a scalar or one value an example \[2\], got shape \(3,\); take its mean",
+            r"must be a scalar or one value per example \[2\], got shape \(3,\); take its mean",
         ),
         (lambda p, b: (p, {}, {}), TypeError, r"returns a scalar or \(value, metrics\)"),
         (lambda p, b: (p, 3.0), TypeError, "with a dict of metrics"),
@@ -254,15 +255,72 @@ def test_without_an_order_the_data_come_as_they_stand():
     np.testing.assert_array_equal(seen_rows([5], 3, 9, order=None), np.arange(15).reshape(5, 3) % 9)
 
 
-def test_a_padded_last_batch_counts_every_example_once():
+def test_the_last_batch_of_an_epoch_has_its_true_size():
     def step(state, batch):
-        return state._replace(step=state.step + 1), {"rows": batch.batch, "weights": batch.weights}
+        counts = jnp.zeros(10, jnp.int32).at[batch].add(1)
+        named = {f"row{i}": counts[i] for i in range(10)}
+        return state._replace(step=state.step + 1), named | {"size": jnp.int32(len(batch))}
 
     start = TrainState({}, {}, (), jax.random.key(7), jnp.int32(0))
     _, seen = jax.jit(train_steps(step, 4, 6, drop_last=False))(start, jnp.arange(10))  # two epochs of three batches
+    assert list(seen["size"]) == [4, 4, 2] * 2 and list(seen["weight"]) == [4, 4, 2] * 2
     for epoch in (slice(0, 3), slice(3, 6)):
-        rows, weights = np.asarray(seen["rows"][epoch]).ravel(), np.asarray(seen["weights"][epoch]).ravel()
-        assert weights.sum() == 10 and sorted(rows[weights == 1]) == list(range(10)) and set(rows) <= set(range(10))
+        assert [seen[f"row{i}"][epoch].sum() for i in range(10)] == [1] * 10
+
+
+def test_statistics_of_the_last_batch_are_of_its_own_examples():
+    """18 examples in batches of 8: after the third step of an epoch the running variance has seen two rows, not copies."""
+    net = chain(norm=batch_norm(momentum=0.0))  # keeps the last batch's statistics
+    x = np.asarray(jax.random.normal(jax.random.key(3), (18, 2)), np.float32) * 2
+
+    def loss(params, x, state):
+        out, state = net.apply(params, x, state=state, train=True)
+        return jnp.square(out).sum(-1), state
+
+    start = train_state(net.init(key0(), x), 0.0, key0(), state=net.init_state(x))
+    run = jax.jit(train_steps(train_step(loss, 0.0), 8, 3, order=None, drop_last=False))
+    end, metrics = run(start, x)
+    np.testing.assert_allclose(end.state["norm"]["mean"], x[16:].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(end.state["norm"]["var"], x[16:].var(0, ddof=1), rtol=1e-5)
+    assert list(metrics["weight"]) == [8, 8, 2]
+
+
+def test_one_example_that_is_left_over_is_refused_by_a_layer_that_needs_two():
+    net, x = chain(batch_norm()), np.ones((9, 2), np.float32)
+
+    def loss(params, x, state):
+        out, state = net.apply(params, x, state=state, train=True)
+        return out.sum(-1), state
+
+    start = train_state(net.init(key0(), x), 0.1, key0(), state=net.init_state(x))
+    with pytest.raises(ValueError) as caught:
+        train_steps(train_step(loss, 0.1), 4, 3, drop_last=False)(start, x)
+    assert any(
+        "with drop_last=False an epoch ends with a batch of 1 examples" in note for note in caught.value.__notes__
+    )
+
+
+def test_a_metric_whose_shape_follows_the_batch_cannot_end_an_epoch_early():
+    def step(state, batch):
+        return state, {"rows": batch}
+
+    start = TrainState({}, {}, (), key0(), jnp.int32(0))
+    with pytest.raises(ValueError, match=r"the metrics \['rows'\] have another shape in the last batch, of 2 examples"):
+        train_steps(step, 4, 3, drop_last=False)(start, jnp.arange(10))
+
+
+@pytest.mark.parametrize("loss_is", ["scalar", "per example"])
+def test_an_epoch_with_a_short_batch_equals_a_loop_in_python(loss_is):
+    data, optimizer = regression(10), optax.adam(1e-2)
+    step = train_step(mean_square if loss_is == "scalar" else squares, optimizer)
+    start = train_state(params_of(), optimizer, key0())
+    state, metrics = jax.jit(train_epoch(step, 4, order=None, drop_last=False))(start, data)
+    expected, losses = start, []
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
+        expected, one = step(expected, jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), data))
+        losses.append(one["loss"])
+    chex.assert_trees_all_close(state.params, expected.params, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
 
 
 # Weights
@@ -305,7 +363,7 @@ def test_weights_go_with_their_rows_through_an_epoch():
 
 def test_a_scalar_loss_cannot_be_weighted():
     (x, y), weights = regression(4), np.ones(4, np.float32)
-    with pytest.raises(ValueError, match=r"the loss must be one value an example \[B\], got a scalar"):
+    with pytest.raises(ValueError, match=r"the loss must be one value per example \[B\], got a scalar"):
         train_step(mean_square, 0.1)(train_state(params_of(), 0.1, key0()), Weighted((x, y), weights))
 
 
@@ -356,7 +414,7 @@ def test_parts_draw_noise_of_their_own_and_pass_state_on():
 def test_a_batch_that_does_not_divide_is_named():
     with pytest.raises(ValueError, match="a batch of 12 does not divide into accumulate=5 equal parts"):
         train_step(mean_square, 0.1, accumulate=5)(train_state(params_of(), 0.1, key0()), regression())
-    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="accumulate must be a positive int, got 0"):
         train_step(mean_square, 0.1, accumulate=0)
 
 
@@ -504,5 +562,304 @@ def test_mixed_precision_keeps_parameters_norms_and_loss_in_float32():
 def test_settings_that_make_no_sense_are_named():
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
         averaged(0.1, decay=1)
-    with pytest.raises(ValueError, match="limit must be at least 0, interval at least 1 and loss_scale positive"):
+    with pytest.raises(ValueError, match="loss_scale must be in"):
         guarded(0.1, loss_scale=0)
+    for settings in ({"limit": -1}, {"interval": 0}, {"interval": 2.5}, {"limit": True}):
+        with pytest.raises(ValueError, match="guarded: (limit|interval) must be"):
+            guarded(0.1, **settings)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1000.0])
+def test_a_loss_scale_that_grows_at_every_step_stays_finite_and_exact(factor):
+    """As PyTorch's GradScaler(growth_interval=1): after 113 doublings of 2^15 the scale is not infinite."""
+    optimizer = guarded(0.5, loss_scale=2.0**15, interval=1)
+
+    def loss(w, x):
+        return factor * w.mean()
+
+    start = train_state(jnp.ones(2), optimizer, key0())
+    end, metrics = jax.jit(lambda s: jax.lax.scan(train_step(loss, optimizer), s, jnp.zeros(300)))(start)
+    taken = 300 - metrics["skipped"].sum()
+    assert np.isfinite(end.opt.scale) and end.opt.scale <= 2.0**127 and taken >= 200
+    np.testing.assert_allclose(end.params, 1 - 0.5 * factor / 2 * taken, rtol=1e-4)
+
+
+def test_a_loss_scale_below_one_does_not_grow_when_a_step_is_skipped():
+    state, _ = poisoned([0, 1, 2], loss_scale=0.5, interval=100)
+    assert state.opt.scale == 0.5
+
+
+def test_float16_parameters_keep_their_gradients_at_a_large_scale():
+    optimizer = guarded(1.0, loss_scale=2.0**20)  # more than float16 can hold
+    step = jax.jit(train_step(lambda w, x: 1e-2 * w.astype(jnp.float32).sum() * x.mean(), optimizer))
+    state, _ = step(train_state(jnp.ones(2, jnp.float16), optimizer, key0()), jnp.full(4, 1e-2))
+    np.testing.assert_allclose(state.params, 1 - 1e-4, rtol=1e-3)
+
+
+# Keys of changes
+
+
+def coins(steps=200, wrapped=lambda step: step):
+    """The draws of two changes, one around the other, and of the loss, over many steps."""
+
+    def loss(w, batch, key):
+        return w, {"loss coin": jax.random.bernoulli(key), **{name: batch[name][0] for name in ("inner", "outer")}}
+
+    def flip(name):
+        return lambda key, batch: {**batch, name: jnp.full(4, jax.random.bernoulli(key), jnp.float32)}
+
+    step = augmented(wrapped(augmented(train_step(loss, 0.0), flip("inner"))), flip("outer"))
+    zeros = {"inner": jnp.zeros(4), "outer": jnp.zeros(4)}
+    start = train_state(jnp.float32(0), 0.0, key0())
+    end, metrics = jax.jit(lambda s: jax.lax.scan(lambda s, _: step(s, zeros), s, None, steps))(start)
+    np.testing.assert_array_equal(jax.random.key_data(end.key), jax.random.key_data(start.key))
+    return [np.asarray(metrics[name]) for name in ("inner", "outer", "loss coin")]
+
+
+@pytest.mark.parametrize("wrapped", [lambda step: step, lambda step: lambda *args: step(*args), jax.jit])
+def test_changes_around_each_other_and_the_loss_draw_independently(wrapped):
+    draws = coins(wrapped=wrapped)
+    for i in range(3):
+        assert 60 < draws[i].sum() < 140  # 5.6 standard deviations
+        for j in range(i):
+            assert 60 < (draws[i] == draws[j]).sum() < 140
+
+
+# Things that are not what they should be
+
+
+@pytest.mark.parametrize(
+    "weights, text",
+    [
+        (np.ones((4, 1), np.float32), r"must be one number per example, \[4\], got shape \[4, 1\]"),
+        (np.float32(1), r"got shape \[\]|is a scalar"),
+        (np.ones(1, np.float32), r"got shape \[1\]|same number of examples"),
+    ],
+)
+def test_weights_of_another_shape_are_refused(weights, text):
+    batch, start = regression(4), train_state(params_of(), 0.1, key0())
+    with pytest.raises(ValueError, match=text):
+        train_step(squares, 0.1)(start, Weighted(batch, weights))
+    with pytest.raises(ValueError, match=text):
+        jax.jit(train_step(squares, 0.1))(start, Weighted(batch, weights))
+    with pytest.raises(ValueError, match=text):
+        jax.jit(train_steps(train_step(squares, 0.1), 2, 2))(start, Weighted(batch, weights))
+    with pytest.raises(ValueError, match="one number per example"):
+        train_step(lambda p, b: Weighted(squares(p, b), weights), 0.1)(start, batch)
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf, 3e38])
+def test_weights_without_a_meaning_never_look_like_a_result(bad):
+    weights = np.array([1, 3e38, bad, 1], np.float32)
+    _, metrics = jax.jit(train_step(squares, 0.1))(
+        train_state(params_of(), 0.1, key0()), Weighted(regression(4), weights)
+    )
+    assert np.isnan(metrics["loss"])
+
+
+def test_complex_and_integer_parameters_are_refused_by_path():
+    params = {"body": {"w": jnp.ones(2, jnp.complex64)}, "n": jnp.arange(3)}
+    with pytest.raises(TypeError, match=r"train_state: 'body/w' is complex64, parameters are real"):
+        train_state(params, 0.1, key0())
+    with pytest.raises(TypeError, match=r"sgd: 'body/w' is complex64"):
+        sgd(params, params, 0.1)
+    with pytest.raises(TypeError, match=r"'n' is int32\[3\], parameters are floats; cast it, or keep it in the state"):
+        train_state({"n": params["n"]}, optax.adam(0.1), key0())
+    real = train_state({"w": jnp.ones(2)}, 0.1, key0())
+    with pytest.raises(TypeError, match=r"train_step: 'w' is complex64"):
+        train_step(lambda p, b: jnp.abs(p["w"] - (1 + 2j)).mean(), 0.1)(
+            real._replace(params={"w": jnp.ones(2, jnp.complex64)}), jnp.ones(2)
+        )
+    with pytest.raises(TypeError, match="the loss must be real, got complex64"):
+        train_step(lambda p, b: (p["w"] * 1j).mean(), 0.1)(real, jnp.ones(2))
+
+
+def test_another_optimizer_than_the_states_is_told_before_the_first_step():
+    batch = regression(4)
+    for ours, theirs, text in [
+        (optax.adam(1e-3), optax.sgd(0.1, momentum=0.9), r"TraceState\(trace\).*this optimizer's is ScaleByAdamState"),
+        (0.1, optax.adam(1e-3), r"ScaleByAdamState\(count, mu, nu\).*this optimizer's is empty, as for plain SGD"),
+        (optax.adam(1e-3), 0.1, r"its `opt` is empty, as for plain SGD, this optimizer's is ScaleByAdamState"),
+        (guarded(optax.adam(1e-3)), optax.adam(1e-3), r"this optimizer's is Guarded\("),
+    ]:
+        start = train_state(params_of(), theirs, key0())
+        with pytest.raises(ValueError, match="the train state was made with another optimizer.*" + text):
+            jax.jit(train_step(mean_square, ours))(start, batch)
+    wider = train_state({"w": jnp.ones(3)}, optax.adam(0.1), key0())._replace(params={"w": jnp.ones(5)})
+    with pytest.raises(ValueError, match=r"made for other parameters: 'opt/0/mu/w' has the shape \[3\], .* need \[5\]"):
+        train_step(lambda p, b: p["w"].sum(), optax.adam(0.1))(wider, jnp.ones(2))
+
+
+class Optimizer:  # what torch.optim's classes look like
+    param_groups = []
+
+    def step(self): ...
+
+
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        ("adam", "got the text 'adam'"),
+        (optax.adam, r"got the function adam, .* call it: adam\(1e-3\)"),
+        (Optimizer(), "got PyTorch's Optimizer"),
+        (Optimizer, "got the class Optimizer"),
+        (None, "got a NoneType"),
+        (True, "got a bool"),
+        (1j, "got a complex"),
+        (np.ones(2), "got a ndarray"),
+    ],
+)
+def test_something_that_is_no_optimizer_is_named(wrong, text):
+    wanted = "the optimizer is an optax transformation such as optax.adam"
+    for make in (lambda: train_state(params_of(), wrong, key0()), lambda: train_step(mean_square, wrong)):
+        with pytest.raises(TypeError, match=wanted + ".*" + text):
+            make()
+    if wrong is not None:  # None stands for frozen parameters there
+        with pytest.raises(TypeError, match=wanted):
+            by_path({"**": wrong})
+
+
+def test_parameters_and_numbers_in_place_of_states_and_keys_are_named():
+    step, batch = train_step(mean_square, 0.1), regression(4)
+    for call in (step, augmented(step, lambda key, batch: batch), train_steps(step, 2, 2)):
+        with pytest.raises(
+            TypeError, match=r"needs a train state, as train_state\(params, optimizer, key\) .*got a dict"
+        ):
+            call(params_of(), batch)
+    with pytest.raises(TypeError, match="key must be a PRNG key such as jax.random.key.*got int 0"):
+        train_state(params_of(), 0.1, 0)  # pyright: ignore[reportArgumentType]
+
+
+def test_sizes_are_whole_positive_and_fit_into_int32():
+    step = train_step(mean_square, 0.1, accumulate=np.int64(2))
+    start, data = train_state(params_of(), 0.1, key0()), regression()
+    _, metrics = jax.jit(train_steps(step, np.int64(4), np.int32(3)))(start, data)
+    assert metrics["loss"].shape == (3,)
+    for wrong in (0, -1, 2.0, True, "3"):
+        with pytest.raises(ValueError, match="train_steps: steps must be a positive int"):
+            train_steps(step, 4, wrong)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match="batch_size must be a positive int"):
+            train_steps(step, wrong, 4)(start, data)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        ValueError, match=r"must be less than 2\*\*31, since steps are counted in int32, got 2147483658"
+    ):
+        train_steps(step, 4, 2**31 + 10)
+    with pytest.raises(ValueError, match=r"rows are counted in int32, at most 2\*\*31 - 1 of them, got 3000000000"):
+        jax.eval_shape(train_steps(step, 4, 1), start, jax.ShapeDtypeStruct((3_000_000_000,), jnp.uint8))
+
+
+@pytest.mark.parametrize(
+    "order, text",
+    [
+        (lambda key, n, epoch, positions: positions + 1, r"rows must be within 0 \.\. 9, got 10 in epoch 0"),
+        (lambda key, n, epoch, positions: positions + epoch, r"rows must be within 0 \.\. 9, got 10 in epoch 1"),
+        (lambda key, n, epoch, positions: positions - n, r"got -10 in epoch 0"),
+        (lambda key, n, epoch, positions: positions.astype(jnp.float32), r"must return integers \[2\]"),
+        (lambda key, n, epoch, positions: positions[:1], r"must return integers \[2\], one row per position"),
+    ],
+)
+def test_rows_out_of_range_are_refused_before_the_first_step(order, text):
+    with pytest.raises(ValueError, match="order: .*" + text):
+        seen_rows([5], 2, 10, order=order)
+
+
+def test_an_order_of_ones_own_is_used_as_it_is():
+    np.testing.assert_array_equal(
+        seen_rows([5], 2, 10, order=lambda key, n, epoch, positions: n - 1 - positions),
+        np.arange(9, -1, -1).reshape(5, 2),
+    )
+
+
+def test_balanced_does_not_depend_on_numpys_generators():
+    """Golden rows: a run goes on under another version of NumPy as it began."""
+    rows = balanced([0, 1, 0, 1, 0, 0, 0, 0])(jax.random.key(5), 8, jnp.int32(3), jnp.arange(8))
+    assert list(map(int, rows)) == [3, 1, 4, 1, 3, 6, 2, 7]
+
+
+# Means that a loss takes itself
+
+
+def masked():
+    """Sequences with masks of different lengths, and the mean over all unmasked places by NumPy."""
+    random = np.random.default_rng(4)
+    x = random.normal(size=(8, 5)).astype(np.float32)
+    mask = (np.arange(5) < random.integers(1, 6, 8)[:, None]).astype(np.float32)
+    return (x, mask), float(((0.5 - x) ** 2 * mask).sum() / mask.sum())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_loss_with_weights_of_its_own_is_exact_in_any_number_of_parts(accumulate):
+    (x, mask), right = masked()
+
+    def loss(w, batch):
+        x, mask = batch
+        tokens = mask.sum(-1)
+        mean = ((w - x) ** 2 * mask).sum(-1) / jnp.maximum(tokens, 1)
+        return Weighted(mean, tokens), {"mean": mean}
+
+    step = jax.jit(train_step(loss, 0.1, accumulate=accumulate))
+    state, metrics = step(train_state(jnp.float32(0.5), 0.1, key0()), (x, mask))
+    assert float(metrics["loss"]) == pytest.approx(right, rel=1e-5) == float(metrics["mean"])
+    assert metrics["weight"] == mask.sum()
+    gradient = (2 * (0.5 - x) * mask).sum() / mask.sum()
+    assert float(state.params) == pytest.approx(0.5 - 0.1 * gradient, rel=1e-5)
+    twice = np.array([2, 1, 1, 1, 1, 1, 1, 1], np.float32)  # weights of a batch multiply those of the loss
+    _, metrics = step(train_state(jnp.float32(0.5), 0.1, key0()), Weighted((x, mask), twice))
+    expected = ((0.5 - x) ** 2 * mask * twice[:, None]).sum() / (mask * twice[:, None]).sum()
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_frozen_body_keeps_its_statistics_too():
+    """The recipe of the training page: the body is applied as in evaluation, and its state is handed on."""
+    body, head = chain(dense=dense(3), norm=batch_norm()), chain(norm=batch_norm(), out=dense(1))
+    x, y = regression(12)
+    hidden = jax.eval_shape(lambda: jnp.zeros((12, 3)))
+    params = {"body": body.init(key0(), x), "head": head.init(jax.random.key(1), hidden)}
+    state = {"body": body.init_state(x), "head": head.init_state(hidden)}
+
+    def loss(params, batch, state):
+        features, _ = body.apply(params["body"], batch[0], state=state["body"])
+        out, head_state = head.apply(params["head"], features, state=state["head"], train=True)
+        return jnp.square(out - batch[1])[:, 0], {**state, "head": head_state}
+
+    optimizer = freeze(optax.adam(0.01), "body")
+    start = train_state(params, optimizer, key0(), state=state)
+    end, metrics = jax.jit(train_steps(train_step(loss, optimizer), 4, 9))(start, (x, y))
+    chex.assert_trees_all_equal(end.params["body"], params["body"])
+    chex.assert_trees_all_equal(end.state["body"], state["body"])
+    assert (end.state["head"]["norm"]["mean"] != state["head"]["norm"]["mean"]).all()
+    assert (end.params["head"]["out"]["kernel"] != params["head"]["out"]["kernel"]).all()
+    assert np.isfinite(metrics["loss"]).all()
+
+
+SWITCHES = {
+    "jax_debug_nans": lambda: jax.debug_nans(True),
+    "jax_disable_jit": jax.disable_jit,
+    "jax_transfer_guard": lambda: jax.transfer_guard("disallow"),
+    "jax_check_tracer_leaks": jax.checking_leaks,
+    "jax_debug_key_reuse": lambda: jax.debug_key_reuse(True),
+    "jax_enable_checks": lambda: jax.enable_checks(True),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_jaxs_own_switches_for_debugging_change_no_number(switch):
+    data, optimizer = jax.tree.map(jnp.asarray, regression(10)), optax.adam(0.01)
+
+    def loss(params, batch, key):
+        return squares(params, batch) + 0 * jax.random.uniform(key)
+
+    params, key = params_of(), key0()
+
+    def run():
+        start = train_state(params, optimizer, key)
+        step = augmented(train_step(loss, optimizer), lambda key, batch: batch)
+        end, metrics = jax.jit(train_steps(step, 4, 4, drop_last=False))(start, data)
+        mean = evaluate(lambda params, batch: {"mse": squares(params, batch)}, regression(10), batch_size=4)(end)
+        return end.params, metrics, mean
+
+    expected = run()
+    # Together with checks on, JAX's check of keys refuses `fold_in` in any compiled loop.
+    with SWITCHES[switch](), jax.debug_key_reuse(switch != "jax_enable_checks"):
+        found = run()
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)

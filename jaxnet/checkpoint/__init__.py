@@ -3,16 +3,21 @@
     save("run/state.safetensors", {"params": params, "opt": opt_state, "step": 100}, metadata={"accuracy": 0.98})
     state = load("run/state.safetensors", like=state)
 
-`lazy` opens a file for single leaves, `Checkpoints` is a folder with one file a step; `from_torch`, `to_torch` and
-others exchange parameters with other libraries; docs/checkpoints.md is the guide. Several processes save one tree in parts.
+`lazy` opens a file for single leaves, `Checkpoints` is a folder with one file per step; docs/checkpoints.md is the guide.
+Several processes save one tree in parts. `from_torch` and the others of `jaxnet.interop` can be had from here, too.
 The files are plain safetensors; docs/checkpoint_format.md describes them. Linux and macOS (it takes `flock`).
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxnet.checkpoint.file import Info, Leaf, inspect, load, save, verify
 from jaxnet.checkpoint.format import CheckpointError
-from jaxnet.checkpoint.interop import from_equinox, from_flax, from_haiku, from_torch, to_torch
 from jaxnet.checkpoint.lazy import lazy
 from jaxnet.checkpoint.store import Checkpoint, Checkpoints
+
+if TYPE_CHECKING:
+    from jaxnet.interop import from_equinox, from_flax, from_haiku, from_keras, from_torch, to_torch
 
 __all__ = [
     "Checkpoint",
@@ -23,6 +28,7 @@ __all__ = [
     "from_equinox",
     "from_flax",
     "from_haiku",
+    "from_keras",
     "from_torch",
     "inspect",
     "lazy",
@@ -31,3 +37,14 @@ __all__ = [
     "to_torch",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of `jaxnet.interop` can be had from here, too; nothing of it is imported before."""
+    if name in ("from_equinox", "from_flax", "from_haiku", "from_keras", "from_torch", "to_torch"):
+        return getattr(importlib.import_module("jaxnet.interop"), name)
+    raise AttributeError(f"module 'jaxnet.checkpoint' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxnet.checkpoint.format import RESTORE, CheckpointError, Misfit
 from jaxnet.checkpoint.structure import CODES, WIDENED, Node, Spec
+from jaxnet.checkpoint.words import shown
 
 
 class Target(NamedTuple):
@@ -115,7 +116,9 @@ def from_bytes(file: str, name: str, node: Node, shape: tuple[int, ...], raw: np
             return raw.view(np.uint8 if node.value.startswith("uint") else np.int8).astype(dtype).reshape(shape)
         return raw.view(dtype).reshape(shape[:-1] if dtype == np.complex128 else shape)
     except (TypeError, ValueError) as e:
-        raise CheckpointError(file, name, f"numpy and ml_dtypes here cannot make {Spec(node.value, shape)}: {e}") from e
+        raise CheckpointError(
+            file, name, f"numpy and ml_dtypes here cannot make {Spec(node.value, shape)}: {shown(e, 3000)}"
+        ) from e
 
 
 def place(file: str, nodes: dict[str, Node], data: dict[str, np.ndarray], targets: dict[str, Target]) -> dict[str, Any]:
@@ -169,7 +172,7 @@ def _suitable(file: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as e:
-        raise Misfit(file, None, f"the shardings of `like` do not suit its shapes: {e}") from e
+        raise Misfit(file, None, f"the shardings of `like` do not suit its shapes: {shown(e, 3000)}") from e
 
 
 def cast(file: str, data: dict[str, np.ndarray], targets: dict[str, Target]) -> dict[str, np.ndarray]:
@@ -181,7 +184,7 @@ def cast(file: str, data: dict[str, np.ndarray], targets: dict[str, Target]) -> 
         if lost:
             spec = Spec(x.dtype.name, x.shape)
             lines.append(
-                f"{name}: {lost} of {x.size} values of {spec} do not fit {wanted}, the first is {x.flat[first]!s}"
+                f"{shown(name)}: {lost} of {x.size} values of {spec} do not fit {wanted}, the first is {x.flat[first]!s}"
             )
     if lines:
         text = (
@@ -241,7 +244,7 @@ def _cast_block(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]
         return new, bad | worse
     with np.errstate(all="ignore"):
         if is_a(np.floating) and is_a(np.floating, dtype):
-            new = x.astype(dtype)
+            new = _rounded(x, dtype)
             before, after = x.astype(np.float64), new.astype(np.float64)
             fits = np.isfinite(after) & (abs(before) <= float(ml_dtypes.finfo(dtype).max))
             same = (after == before) | np.isnan(after) & np.isnan(before)
@@ -258,6 +261,23 @@ def _cast_block(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]
             return new, ~inside | (np.where(inside, after, 0).astype(whole.dtype) != whole)
         low, high = _limits(dtype)
         return whole.astype(dtype), (whole < low) | (whole > high)
+
+
+def _rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Floats in another type of floats, each rounded once, to the nearest.
+
+    ml_dtypes goes from float64 to its own types by way of float32, which rounds twice. Rounding to odd on the way
+    (Boldo & Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008) keeps
+    what the second rounding must know: a number that is not a float32 goes to that neighbor whose last bit is 1.
+    """
+    if dtype == ml_dtypes.float8_e8m0fnu:  # below its second number 2^-126 ml_dtypes rounds up
+        x = np.where((x > 2.0**-127) & (x < 1.5 * 2.0**-127), x.dtype.type(2.0**-127), x)
+    if x.dtype != np.float64 or dtype in (np.float16, np.float32, np.float64):  # NumPy's own conversions round once
+        return x.astype(dtype)
+    near = x.astype(np.float32)
+    bits, wide = near.view(np.uint32), near.astype(np.float64)
+    odd = (bits - (abs(wide) > abs(x))) | 1
+    return np.where((wide == x) | np.isnan(x), bits, odd).astype(np.uint32).view(np.float32).astype(dtype)
 
 
 def _limits(dtype: np.dtype) -> tuple[int, int]:
@@ -297,5 +317,7 @@ def _wrap_key(file: str, name: str, kind: str, data: np.ndarray) -> jax.Array:
     try:
         return jax.random.wrap_key_data(jnp.asarray(data), impl=kind)
     except (TypeError, ValueError) as e:
-        text = f"its data {Spec('uint32', data.shape)} are not random keys of kind {kind!r}: {e}; {RESTORE}"
+        text = (
+            f"its data {Spec('uint32', data.shape)} are not random keys of kind {kind!r}: {shown(e, 3000)}; {RESTORE}"
+        )
         raise CheckpointError(file, name, text) from e

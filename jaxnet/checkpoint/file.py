@@ -1,30 +1,21 @@
-"""Files: replace one as a whole or not at all, and read one without trusting it."""
+"""One file: write a tree into it, and read it without trusting it."""
 
-import contextlib
-import errno
-import fcntl
 import functools
 import json
 import os
-import secrets
-import stat
-import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from jaxnet.checkpoint import atomic, container, match, places, structure
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint import match, places, structure
-from jaxnet.checkpoint.format import CheckpointError, Header, Misfit, Tensor
+from jaxnet.checkpoint.container import Content, opened, read_content, steadily
+from jaxnet.checkpoint.format import Header, Misfit, Tensor
+from jaxnet.checkpoint.metadata import exact_json
 from jaxnet.checkpoint.structure import Node, Spec
+from jaxnet.checkpoint.words import shown
 
 if TYPE_CHECKING:
     from jaxnet.checkpoint.arrays import Target
-
-READ = 1 << 20  # bytes read and summed at a time, so that the sum finds them in the processor's cache
-WRITE = 4 << 20  # bytes written and summed at a time; a part of format.CHUNK
-TEMPORARY = ".jaxnet-"  # how the names of temporary files begin; they end in ".tmp"
 
 
 class Leaf(NamedTuple):
@@ -88,26 +79,35 @@ def prepare(
     engine: str | None = None,
     *,
     snapshot: bool = False,
+    follow: bool = True,
 ) -> Callable[[], None]:
     """Check all that can be wrong with a tree and return what writes it, once; from a copy if `snapshot`.
+
+    If the path is a symbolic link, the file behind it is replaced or, without `follow`, the link itself.
 
     A copy is on the host and shares no memory with the tree, whose arrays may then be donated, deleted or changed. A
     tree that is spread over several processes is never copied, except by Orbax.
     """
-    from jaxnet.checkpoint import arrays, orbax, parts
+    from jaxnet.checkpoint import arrays, orbax, outside, parts
 
     file = os.fsdecode(path)
     check_engine(file, engine)
+    target = places.real(file, follow=follow)
+    if not places.is_url(target):
+        atomic.check_target(file, target)
     node, leaves = structure.encode(file, tree, functools.partial(arrays.describe, file))
     nodes = structure.leaves(node)
     shapes = {name: arrays.shape_in_file(nodes[name], x) for name, x in leaves.items()}
     tensors = fmt.layout([(name, *structure.stored_as(nodes[name], shape)) for name, shape in shapes.items()])
-    manifest = {"version": fmt.VERSION, "metadata": _exact_json(file, metadata or {}), "tree": structure.to_json(node)}
+    manifest = {"version": fmt.VERSION, "metadata": exact_json(file, metadata or {}), "tree": structure.to_json(node)}
+    if engine or parts.is_spread(leaves):
+        container.check_names(file, nodes, len(json.dumps(manifest)))
     if engine == "orbax":
-        return orbax.start(file, tensors, manifest, nodes, leaves, beside=snapshot)
+        return orbax.start(file, target, tensors, manifest, nodes, leaves, beside=snapshot)
     if parts.is_spread(leaves):
-        return functools.partial(parts.write, file, tensors, manifest, leaves)
+        return functools.partial(parts.write, file, target, tensors, manifest, leaves, _save_part)
     empty = fmt.write_header(file, tensors, manifest | {"crc32": ["0" * 8 * t.chunks for t in tensors]})
+    container.check_names(file, nodes, len(empty))
 
     def fetch(name):
         return arrays.to_bytes(nodes[name], leaves[name])
@@ -115,14 +115,18 @@ def prepare(
     copies = {name: fetch(name).copy() for name in leaves} if snapshot else None
 
     def write():
-        with _replacing(file) as fd:
+        with atomic.replacing(file, target) as fd:
             os.lseek(fd, len(empty), os.SEEK_SET)
-            crcs = _write_tensors(fd, tensors, fetch if copies is None else copies.pop)
+            crcs = container.write_tensors(fd, tensors, fetch if copies is None else copies.pop)
             os.lseek(fd, 0, os.SEEK_SET)
-            _write(fd, memoryview(fmt.with_manifest(empty, manifest | {"crc32": crcs})))
-        parts.sweep(os.path.realpath(file))
+            atomic.write(fd, memoryview(fmt.with_manifest(empty, manifest | {"crc32": crcs})))
+        outside.sweep(target)
 
     return write
+
+
+def _save_part(path: str, tree: Any) -> None:
+    prepare(path, tree, None, follow=False)()
 
 
 def load(
@@ -177,42 +181,59 @@ def load_with_info(
     rename: dict[str, str] | Callable[[str], str] | None = None,
     strict: bool = True,
     cast: bool = False,
+    template: Callable[[Info], Any] | None = None,
 ) -> tuple[Any, Info]:
-    """What `load` and `inspect` return, from one and the same file, even while another replaces it."""
-    tree, info = _load(path, like, only, rename, strict, cast)
+    """What `load` and `inspect` return, from one and the same file, even while another replaces it.
+
+    Args:
+      template: a function from what `inspect` returns to `like`, if `like` depends on what the file holds.
+    """
+    tree, info = _load(path, like, only, rename, strict, cast, template)
     return tree, info()
 
 
 def _load(
-    path: str | os.PathLike[str], like: Any, only: Any, rename: Any, strict: bool, cast: bool
+    path: str | os.PathLike[str],
+    like: Any,
+    only: Any,
+    rename: Any,
+    strict: bool,
+    cast: bool,
+    template: Callable[[Info], Any] | None = None,
 ) -> tuple[Any, Callable[[], Info]]:
     from jaxnet.checkpoint import arrays
 
-    if like is None and (cast or not strict):
+    if like is None and template is None and (cast or not strict):
         raise ValueError("cast=True and strict=False need a tree `like`: they say how it and the file may differ")
-    with opened(path) as (file, fd, size):
+    patterns = None if only is None else [only] if isinstance(only, str) else list(only)
+
+    def read(file, fd, size):
         content = read_content(file, fd, size)
         info, kept = functools.partial(_info, file, size, content), {}
+        wanted = like if template is None else template(info())
         if rename is not None:
-            content = _rename(file, content, rename)
-        if only is not None:
-            content = _select(file, content, [only] if isinstance(only, str) else list(only))
+            content = match.rename_all(file, content, rename)
+        if patterns is not None:
+            content = match.select_part(file, content, patterns)
         header, node, nodes, tensors = content[:4]
         targets = {name: arrays.Target(nodes[name].kind, nodes[name].value) for name in tensors}
-        if like is not None:
+        if wanted is not None:
             what = "it" if only is None else "what `only` selects"
-            targets, kept = _match(file, what, like, content, strict, cast)
+            targets, kept = _match(file, what, wanted, content, strict, cast)
         # Of a tree in parts, what other processes will hold is not read. A cast looks at all values.
         needed = {tensors[n].name: arrays.blocks(file, t, tensors[n].shape) for n, t in targets.items() if not cast}
         raw = read_tensors(file, fd, header, [tensors[name] for name in targets], arrays.empty, needed)
+        return file, info, wanted, kept, node, nodes, tensors, targets, raw
+
+    file, info, wanted, kept, node, nodes, tensors, targets, raw = steadily(path, read)
     stored = {n: arrays.from_bytes(file, n, nodes[n], tensors[n].shape, raw.pop(tensors[n].name)) for n in targets}
     if cast:
         stored = arrays.cast(file, stored, targets)
     values = arrays.place(file, nodes, stored, targets)
-    if like is None:
+    if wanted is None:
         return structure.build(node, values), info
     scalars = {name: n.value for name, n in nodes.items() if name not in tensors}
-    return structure.refill(like, scalars | values | kept), info
+    return structure.refill(wanted, scalars | values | kept), info
 
 
 def inspect(path: str | os.PathLike[str]) -> Info:
@@ -235,10 +256,13 @@ def verify(path: str | os.PathLike[str]) -> Info:
 
     Raises: as `load`.
     """
-    with opened(path) as (file, fd, size):
+
+    def read(file, fd, size):
         content = read_content(file, fd, size)
         read_tensors(file, fd, content.header, content.header.tensors, None)
         return _info(file, size, content)
+
+    return steadily(path, read)
 
 
 def check_engine(file: str, engine: str | None) -> None:
@@ -246,217 +270,9 @@ def check_engine(file: str, engine: str | None) -> None:
         raise ValueError(f"engine must be 'orbax' or None, got {engine!r}")
     if engine is None and places.is_url(file):
         text = "say engine='orbax' (in `fit`: give it a `Checkpoints` with that), or save to a file"
-        raise ValueError(f"{file} is in an object store: {text}")
+        raise ValueError(f"{shown(file)} is in an object store: {text}")
     if places.is_url(file):
         places.check_url(file)
-
-
-def replace(file: str, content: bytes) -> None:
-    """Write a file, durably, in place of the one that may be there."""
-    if places.is_url(file):
-        return places.put(file, content)
-    with _replacing(file) as fd:
-        _write(fd, memoryview(content))
-
-
-# Writing: a temporary file in the same folder, fsync, rename, fsync of the folder. Whoever opens the file sees the old
-# bytes or the new ones. A lock on the temporary file tells it from one that a killed process left behind.
-
-
-@contextlib.contextmanager
-def _replacing(file: str) -> Iterator[int]:
-    """Give a descriptor to write to; what is written replaces the file if the block ends well, else it vanishes."""
-    target = os.path.realpath(file)  # through a symbolic link: the link stays, what it points to is replaced
-    folder = os.path.dirname(target)
-    make_folder(folder)
-    old = check_target(file, target)
-    _sweep(folder)
-    temporary, fd = _open_temporary(folder)
-    try:
-        if old and old.st_mode != os.fstat(fd).st_mode:
-            os.fchmod(fd, stat.S_IMODE(old.st_mode))
-        yield fd
-        os.fsync(fd)  # if this fails the kernel may have dropped the bytes: no second try can tell
-        os.replace(temporary, target)
-    except BaseException as e:
-        discard(temporary, fd)
-        e.add_note(f"while saving {file}: nothing has been replaced")
-        raise
-    os.close(fd)
-    sync_folder(folder)
-
-
-def check_target(file: str, target: str) -> os.stat_result | None:
-    """What is there, if anything is; OSError if it cannot be replaced."""
-    old = os.stat(target) if os.path.exists(target) else None
-    if old and stat.S_ISDIR(old.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, this is a folder: add a file name", file)
-    if old and not stat.S_ISREG(old.st_mode):
-        raise FileExistsError(errno.EEXIST, "this is neither a file nor a folder, and will not be replaced", file)
-    return old
-
-
-def _open_temporary(folder: str) -> tuple[str, int]:
-    while True:
-        path = os.path.join(folder, f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        if (fd := open_locked(path)) is not None:
-            return path, fd
-
-
-def open_locked(path: str) -> int | None:
-    """Make a file and lock it; None if another process swept it before it was locked."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: then who sweeps cannot lock either
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        if os.fstat(fd).st_nlink:
-            return fd
-    except BaseException:
-        discard(path, fd)
-        raise
-    os.close(fd)
-    return None
-
-
-def discard(path: str, fd: int):
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-    os.close(fd)
-
-
-def _sweep(folder: str):
-    """Remove temporary files that no living process has locked."""
-    with os.scandir(folder) as entries:
-        left = [e.path for e in entries if e.name.startswith(TEMPORARY) and e.name.endswith(".tmp")]
-    for path in left:
-        with contextlib.suppress(OSError):  # locked, gone, or somebody else's
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(path)
-            finally:
-                os.close(fd)
-
-
-def make_folder(folder: str):
-    """Make a folder and its parents, each durably."""
-    if not os.path.isdir(folder):
-        make_folder(os.path.dirname(folder))
-        with contextlib.suppress(FileExistsError):  # another process was faster; a file in the way fails just below
-            os.mkdir(folder)
-        sync_folder(os.path.dirname(folder))
-
-
-def sync_folder(folder: str):
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.EBADF):  # a file system that cannot; PostgreSQL allows for these two
-            raise
-    finally:
-        os.close(fd)
-
-
-def _write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any]) -> list[str]:
-    """Write the bytes of all tensors, one tensor at a time, and return their checksums.
-
-    The disk works while the next bytes are fetched and summed: a second thread syncs what has been written so far.
-    """
-    crcs, sync, unsynced = [], None, 0
-    with ThreadPoolExecutor(1) as pool:
-        for t in tensors:
-            data = memoryview(to_bytes(t.name))
-            sums = [fmt.crc_start(t, i) for i in range(t.chunks)]
-            for start in range(0, len(data), WRITE):
-                block = data[start : start + WRITE]
-                _write(fd, block)
-                unsynced += len(block)
-                if unsynced >= 4 * WRITE and (sync is None or sync.done()):
-                    if sync:
-                        sync.result()  # raises what the disk reported, which it does only once
-                        sync = None
-                    with contextlib.suppress(RuntimeError):  # no new threads while the interpreter shuts down
-                        sync = pool.submit(os.fsync, fd)
-                    unsynced = 0
-                sums[start // fmt.CHUNK] = zlib.crc32(block, sums[start // fmt.CHUNK])
-            crcs.append("".join(f"{crc:08x}" for crc in sums))
-        if sync:
-            sync.result()
-    return crcs
-
-
-def _write(fd: int, data: memoryview):
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def _exact_json(file: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    def depth(x):
-        branches = x.values() if isinstance(x, dict) else x
-        return 1 + max(map(depth, branches), default=0) if isinstance(x, dict | list) else 0
-
-    try:
-        if isinstance(metadata, dict) and json.loads(json.dumps(metadata)) == metadata and depth(metadata) <= 100:
-            return metadata
-        reason = "it does not come back from JSON as it was, or is nested deeper than 100 levels"
-    except (TypeError, ValueError, RecursionError) as e:
-        reason = str(e)
-    text = "metadata must be a dict of str keys with str, int, float, bool, None, lists and dicts inside"
-    raise CheckpointError(file, None, f"{text} (no tuples, NaN, arrays or NumPy numbers): {reason}")
-
-
-# Reading: nothing is believed before it is checked, and nothing is allocated that the file's size does not justify.
-
-
-@contextlib.contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
-    """Give the file's name, descriptor and size."""
-    file = os.fsdecode(path)
-    if places.is_url(file):  # with nothing but its header in it, as a rule
-        with tempfile.TemporaryFile() as copy:
-            copy.write(content := places.fetch(file))
-            copy.flush()
-            yield file, copy.fileno(), len(content)
-        return
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # do not wait for the other end of a pipe
-    try:
-        status = os.fstat(fd)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, this is a folder", file)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(file, None, "not a regular file: copy it into one first")
-        yield file, fd, status.st_size
-    finally:
-        os.close(fd)
-
-
-class Content(NamedTuple):
-    """All that a file's first bytes say, checked."""
-
-    header: Header
-    node: Node
-    leaves: dict[str, Node]
-    tensors: dict[str, Tensor]  # by the names of the leaves, which in another program's file may not be their own
-    structured: bool  # whether the file says which containers the tree has
-
-
-def read_content(file: str, fd: int, size: int) -> Content:
-    first = bytearray(min(8, size))
-    _read(file, fd, memoryview(first), 0)
-    raw = bytearray(fmt.header_length(file, bytes(first), size))
-    _read(file, fd, memoryview(raw), 8)
-    header = fmt.read_header(file, bytes(raw), size)
-    if header.manifest is None:
-        paths = structure.foreign_paths([t.name for t in header.tensors])
-        dtypes = [Node("jax", structure.DTYPES.get(t.code, t.code)) for t in header.tensors]
-        tensors = {structure.leaf_name(path): t for path, t in zip(paths, header.tensors, strict=True)}
-        node = structure.nest(dict(zip(paths, dtypes, strict=True)))
-        return Content(header, node, structure.leaves(node), tensors, False)
-    node = structure.from_json(file, header.manifest.get("tree"))
-    leaves, tensors = structure.leaves(node), {t.name: t for t in header.tensors}
-    structure.check_arrays(file, leaves, tensors)
-    return Content(header, node, leaves, tensors, True)
 
 
 def _info(file: str, size: int, content: Content) -> Info:
@@ -470,25 +286,6 @@ def _info(file: str, size: int, content: Content) -> Info:
     size += sum(nbytes for _, nbytes in header.parts.files) if header.parts else 0
     size += sum(t.stop - t.start for t in header.tensors) if header.orbax else 0
     return Info(file, header.manifest["version"], header.manifest["metadata"], leaves, scalars, size)
-
-
-def _rename(file: str, content: Content, rename: dict[str, str] | Callable[[str], str]) -> Content:
-    """The same leaves under other names, without the containers."""
-    paths = match.renamed(file, content.leaves, rename)
-    leaves = {structure.leaf_name(path): content.leaves[name] for name, path in paths.items()}
-    tensors = {structure.leaf_name(path): content.tensors[n] for n, path in paths.items() if n in content.tensors}
-    node = structure.nest({path: content.leaves[name] for name, path in paths.items()})
-    return Content(content.header, node, leaves, tensors, False)
-
-
-def _select(file: str, content: Content, patterns: list[str]) -> Content:
-    """The part of a file's tree that matches the patterns."""
-    if not patterns:
-        raise ValueError("only must be a pattern of paths or several, got none")
-    names = match.select(file, content.leaves, patterns)
-    node = match.prune(content.node, names) or content.node
-    leaves, tensors = ({n: x for n, x in part.items() if n in names} for part in (content.leaves, content.tensors))
-    return content._replace(node=node, leaves=leaves, tensors=tensors)
 
 
 def _match(
@@ -524,7 +321,7 @@ def fit(
     lines = match.differences(wanted, found, containers, strict=strict, cast=cast)
     kept = {} if strict else {name: leaves.get(name, node.value) for name, node in nodes.items() if name not in found}
     empty = [name for name, x in kept.items() if arrays.is_abstract(x)]
-    lines += [f"missing from the file: {name} {wanted[name]}, and `like` has no value" for name in empty]
+    lines += [f"missing from the file: {shown(name)} {wanted[name]}, and `like` has no value" for name in empty]
     if kept and kept.keys() == nodes.keys():
         lines.append("strict=False, but the file and the template have no path in common")
     if lines:
@@ -544,56 +341,12 @@ def read_tensors(
     empty: Callable[[int], Any] | None,
     needed: Mapping[str, Sequence[tuple[slice, ...]] | None] | None = None,
 ) -> dict[str, Any]:
-    """Read and check the bytes of some tensors; into memory that `empty(bytes)` gives, if it is given.
+    """As `container.read_tensors`, wherever the tensors are.
 
     Of tensors outside, only pieces that overlap one of the blocks in `needed` are read, where it names some.
     """
-    if header.outside:
-        from jaxnet.checkpoint import orbax, parts
+    if not header.outside:
+        return container.read_tensors(file, fd, header, tensors, empty)
+    from jaxnet.checkpoint import parts, zarr
 
-        return (orbax if header.orbax else parts).read_tensors(file, header, tensors, empty, needed or {})
-    out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
-    crcs = dict(zip((t.name for t in header.tensors), header.manifest["crc32"], strict=True)) if header.manifest else {}
-    jobs = [(t, i, crcs.get(t.name, "")[8 * i : 8 * i + 8]) for t in tensors for i in range(t.chunks)]
-
-    def check(job):
-        tensor, i, expected = job
-        start = tensor.start + i * fmt.CHUNK
-        stop = min(start + fmt.CHUNK, tensor.stop)
-        data = memoryview(out[tensor.name])[i * fmt.CHUNK :] if out else None
-        crc = _read_chunk(file, fd, header.data + start, stop - start, data, fmt.crc_start(tensor, i))
-        if expected and crc != int(expected, 16):
-            text = (
-                f"its bytes ({header.data + start} to {header.data + stop} of the file) are not those that were saved"
-            )
-            raise CheckpointError(file, tensor.name, f"{text}: CRC-32 {crc:08x}, expected {expected}; {fmt.RESTORE}")
-
-    large = [job for job in jobs if job[0].stop - job[0].start > READ]
-    for job in jobs:
-        if job[0].stop - job[0].start <= READ:
-            check(job)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # reading and summing both let other threads run
-        list(pool.map(check, large))
-    return out
-
-
-def _read_chunk(file: str, fd: int, position: int, length: int, data: memoryview | None, crc: int) -> int:
-    """Read some bytes, into `data` if it is given, and return their CRC-32 in continuation of `crc`."""
-    block = memoryview(bytearray(min(READ, length))) if data is None else data
-    for done in range(0, length, READ):
-        part = block[: min(READ, length - done)] if data is None else data[done : min(done + READ, length)]
-        _read(file, fd, part, position + done)
-        crc = zlib.crc32(part, crc)
-    return crc
-
-
-def _read(file: str, fd: int, data: memoryview, position: int):
-    """Fill `data` from the file."""
-    while data:
-        try:
-            got = os.preadv(fd, [data], position)
-        except OSError as e:
-            raise CheckpointError(file, None, f"cannot be read at byte {position} ({e}): restore it from a copy") from e
-        if got == 0:
-            raise CheckpointError(file, None, f"ends at byte {position}, before its data does: it is being changed")
-        data, position = data[got:], position + got
+    return (zarr if header.orbax else parts).read_tensors(file, header, tensors, empty, needed or {})

@@ -19,6 +19,9 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from jaxnet.checkpoint.errors import RESTORE, CheckpointError, Misfit
+from jaxnet.checkpoint.words import shown
+
 VERSION = 1  # of a file that holds a tree
 PARTS = 2  # of one whose tensors are in parts, files like this
 ORBAX = 3  # of one whose tensors are in a folder that Orbax has written; no greater version is known
@@ -29,26 +32,6 @@ PREFIX = b'{"__metadata__":{"jaxnet_sha256":"'  # every header of ours starts so
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
 BITS |= {"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
-RESTORE = "the file is damaged or was changed after it was written: restore it from a copy"
-
-
-class CheckpointError(Exception):
-    """What is wrong with a checkpoint, its tree or its template.
-
-    `path` is the file, `leaf` the path of the leaf inside the tree ('blocks/0/kernel'; None where the whole file is
-    meant), `reason` says what was expected, what was received and what to do.
-    """
-
-    def __init__(self, path: str, leaf: str | None, reason: str):
-        super().__init__(path, leaf, reason)
-        self.path, self.leaf, self.reason = path, leaf, reason
-
-    def __str__(self):
-        return f"{self.path}: " + (f"leaf '{self.leaf}': " if self.leaf is not None else "") + self.reason
-
-
-class Misfit(CheckpointError):
-    """A sound file that is not what was asked for: another request helps, another copy of the file does not."""
 
 
 class Tensor(NamedTuple):
@@ -201,7 +184,9 @@ def parse_json(file: str, raw: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(file, None, f"{what} is not the JSON of a safetensors file ({e}); {RESTORE}") from e
+        raise CheckpointError(
+            file, None, f"{what} is not the JSON of a safetensors file ({shown(e, 3000)}); {RESTORE}"
+        ) from e
     if not isinstance(value, dict):
         raise CheckpointError(file, None, f"{what} must be a JSON object, got {type(value).__name__}; {RESTORE}")
     return value
@@ -249,11 +234,18 @@ def _sizes(value: Any) -> bool:
     return True
 
 
+def _is_crcs(value: Any, tensor: Tensor) -> bool:
+    """Whether these are the CRC-32s of a tensor's chunks, of which there may be more than a regular expression can count."""
+    return isinstance(value, str) and len(value) == 8 * tensor.chunks and re.fullmatch("[0-9a-f]*", value) is not None
+
+
 def _check_version(file: str, version: Any):
     if type(version) is not int or version < 1:
-        raise CheckpointError(file, None, f"the manifest's version is {version!r}, expected a number; {RESTORE}")
+        raise CheckpointError(
+            file, None, f"the manifest's version is {reprlib.repr(version)}, expected a number; {RESTORE}"
+        )
     if version > ORBAX:
-        text = f"it has format version {version}, this jaxnet reads versions up to {ORBAX}: install a newer jaxnet"
+        text = f"it has format version {reprlib.repr(version)}, this jaxnet reads versions up to {ORBAX}: install a newer jaxnet"
         raise Misfit(file, None, text)
 
 
@@ -262,8 +254,9 @@ def _check_manifest(file: str, manifest: dict[str, Any], tensors: list[Tensor]):
     if not isinstance(crcs, list) or len(crcs) != len(tensors):
         raise CheckpointError(file, None, f"the manifest must have one crc32 for each of {len(tensors)} tensors")
     for t, crc in zip(tensors, crcs, strict=True):
-        if not isinstance(crc, str) or not re.fullmatch(f"[0-9a-f]{{{8 * t.chunks}}}", crc):
-            raise CheckpointError(file, t.name, f"its crc32 must be {8 * t.chunks} hexadecimal digits, got {crc!r}")
+        if not _is_crcs(crc, t):
+            text = f"its crc32 must be {8 * t.chunks} hexadecimal digits, got {reprlib.repr(crc)}"
+            raise CheckpointError(file, t.name, text)
     if not isinstance(manifest.get("metadata"), dict):
         raise CheckpointError(file, None, "the manifest's metadata must be an object")
 
@@ -294,12 +287,12 @@ def _read_orbax(file: str, manifest: dict[str, Any], tensors: list[Tensor]) -> t
                 _sizes(cut) and cut[:1] == [0] and all(a < b for a, b in itertools.pairwise([*cut, max(size, 1)]))
                 for cut, size in zip(cuts, t.shape, strict=True)
             ):
-                raise ValueError(f"the blocks of '{t.name}' do not fill it")
+                raise ValueError(f"the blocks of '{shown(t.name)}' do not fill it")
             if math.prod(map(len, cuts)) != len(crcs):
-                raise ValueError(f"'{t.name}' has not one CRC-32 for each block")
+                raise ValueError(f"'{shown(t.name)}' has not one CRC-32 for each block")
             for _, block, crc in grids[t.name].blocks(t):
-                if not isinstance(crc, str) or not re.fullmatch(f"[0-9a-f]{{{8 * block.chunks}}}", crc):
-                    raise ValueError(f"the CRC-32 of a block of '{t.name}' is {reprlib.repr(crc)}")
+                if not _is_crcs(crc, block):
+                    raise ValueError(f"the CRC-32 of a block of '{shown(t.name)}' is {reprlib.repr(crc)}")
     return Orbax(described["id"], grids), placed
 
 
@@ -307,8 +300,10 @@ def _read_orbax(file: str, manifest: dict[str, Any], tensors: list[Tensor]) -> t
 def _well_formed(file: str, entry: str) -> Iterator[None]:
     try:
         yield
-    except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(file, None, f"the manifest's {entry} are not well-formed ({e}); {RESTORE}") from e
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
+        raise CheckpointError(
+            file, None, f"the manifest's {entry} are not well-formed ({shown(e, 3000)}); {RESTORE}"
+        ) from e
 
 
 def _placed(tensors: list[Tensor], number: Any, entries: list[tuple[Any, Any, Any]]) -> list[Tensor]:

@@ -7,7 +7,10 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxnet.checkpoint.file import opened, read_content, read_tensors
+from jaxnet.checkpoint.container import opened, read_content, replaced
+from jaxnet.checkpoint.file import read_tensors
+from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.words import shown
 
 
 @contextlib.contextmanager
@@ -42,7 +45,7 @@ def lazy(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
 
 class _Leaves(Mapping[str, Any]):
     def __init__(self, file: str, fd: int, size: int):
-        self.file, self.fd, self.content = file, fd, read_content(file, fd, size)
+        self.file, self.fd, self.size, self.content = file, fd, size, read_content(file, fd, size)
         self.map: mmap.mmap | None = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
         self.checked = set()
 
@@ -53,15 +56,21 @@ class _Leaves(Mapping[str, Any]):
 
         header, _, nodes, tensors, _ = self.content
         if self.map is None:
-            raise ValueError(f"{self.file} has been closed: look leaves up inside the `with` block")
+            raise ValueError(f"{shown(self.file)} has been closed: look leaves up inside the `with` block")
         if path not in nodes:
             close = difflib.get_close_matches(path, nodes, n=3, cutoff=0.4) or list(nodes)[:3]
-            raise KeyError(f"{self.file} has no leaf '{path}'; the nearest of {len(nodes)} are {close}")
+            raise KeyError(f"{shown(self.file)} has no leaf '{shown(path)}'; the nearest of {len(nodes)} are {close}")
         if path not in tensors:
             return nodes[path].value
         node, tensor = nodes[path], tensors[path]
         if header.outside:  # its bytes are in other files
-            raw = read_tensors(self.file, self.fd, header, [tensor], arrays.empty)[tensor.name]
+            try:
+                raw = read_tensors(self.file, self.fd, header, [tensor], arrays.empty)[tensor.name]
+            except CheckpointError as e:
+                if not replaced(self.file, self.fd, self.size):
+                    raise
+                text = "the file was replaced after it was opened, and its arrays are gone: open it again"
+                raise CheckpointError(self.file, path, text) from e
         else:
             if path not in self.checked:  # by reads, since a bad disk under a memory map kills the process
                 read_tensors(self.file, self.fd, header, [tensor], None)

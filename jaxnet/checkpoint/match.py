@@ -6,8 +6,10 @@ import itertools
 from collections.abc import Callable, Iterable
 
 from jaxnet.checkpoint import structure
+from jaxnet.checkpoint.container import Content
 from jaxnet.checkpoint.format import Misfit
 from jaxnet.checkpoint.structure import DICTS, Node, Path, Spec, leaf_name
+from jaxnet.checkpoint.words import shown
 
 
 def select(file: str, names: Iterable[str], patterns: Iterable[str]) -> set[str]:
@@ -17,7 +19,7 @@ def select(file: str, names: Iterable[str], patterns: Iterable[str]) -> set[str]
     try:
         return set(tree.select(dict.fromkeys(names, True), *patterns))
     except KeyError as e:
-        raise Misfit(file, None, e.args[0]) from None
+        raise Misfit(file, None, shown(e.args[0], 3000)) from None
 
 
 def prune(node: Node, names: set[str], path: Path = ()) -> Node | None:
@@ -47,13 +49,32 @@ def renamed(file: str, names: Iterable[str], rename: dict[str, str] | Callable[[
     taken: dict[Path, str] = {}
     for name, path in paths.items():
         if path in taken:
-            raise Misfit(file, leaf_name(path), f"rename gives this path to '{taken[path]}' and '{name}'")
+            raise Misfit(file, leaf_name(path), f"rename gives this path to '{shown(taken[path])}' and '{shown(name)}'")
         taken[path] = name
     for path in taken:
         if above := next((path[:i] for i in range(len(path)) if path[:i] in taken), None):
-            text = f"rename makes '{taken[above]}' of the file a leaf here, and puts '{taken[path]}' below it"
+            text = f"rename makes '{shown(taken[above])}' of the file a leaf here, and puts '{shown(taken[path])}' below it"
             raise Misfit(file, leaf_name(above), text)
     return paths
+
+
+def rename_all(file: str, content: Content, rename: dict[str, str] | Callable[[str], str]) -> Content:
+    """The same leaves under other names, without the containers."""
+    paths = renamed(file, content.leaves, rename)
+    leaves = {structure.leaf_name(path): content.leaves[name] for name, path in paths.items()}
+    tensors = {structure.leaf_name(path): content.tensors[n] for n, path in paths.items() if n in content.tensors}
+    node = structure.nest({path: content.leaves[name] for name, path in paths.items()})
+    return Content(content.header, node, leaves, tensors, False)
+
+
+def select_part(file: str, content: Content, patterns: list[str]) -> Content:
+    """The part of a file's tree that matches the patterns."""
+    if not patterns:
+        raise ValueError("only must be a pattern of paths or several, got none")
+    names = select(file, content.leaves, patterns)
+    node = prune(content.node, names) or content.node
+    leaves, tensors = ({n: x for n, x in part.items() if n in names} for part in (content.leaves, content.tensors))
+    return content._replace(node=node, leaves=leaves, tensors=tensors)
 
 
 def differences(
@@ -73,13 +94,13 @@ def differences(
     unexpected = {name: spec for name, spec in found.items() if name not in wanted}
     lines = []
     if strict:
-        lines += [f"missing from the file: {name} {spec}" for name, spec in missing.items()]
-        lines += [f"not in the template: {name} {spec}" for name, spec in unexpected.items()]
+        lines += [f"missing from the file: {shown(name)} {spec}" for name, spec in missing.items()]
+        lines += [f"not in the template: {shown(name)} {spec}" for name, spec in unexpected.items()]
     for name, spec in wanted.items():
         if name in found and spec != found[name]:
             what = "dtype" if spec.shape == found[name].shape else "shape"
             if what == "shape" or not cast or spec.shape is None or "key<" in spec.dtype + found[name].dtype:
-                lines.append(f"{what} differs: {name}: template {spec}, file {found[name]}")
+                lines.append(f"{what} differs: {shown(name)}: template {spec}, file {found[name]}")
     if containers is not None:
         lines += _container_differences(*containers, strict)
     if strict or missing.keys() == wanted.keys():
@@ -107,7 +128,7 @@ def _container_differences(template: Node, stored: Node, strict: bool) -> list[s
             differ = strict and not (here or theirs[path]).children
         if differ:
             name = leaf_name(path) if path else "the root"
-            lines.append(f"container differs: {name}: template {_in_words(here)}, file {_in_words(there)}")
+            lines.append(f"container differs: {shown(name)}: template {_in_words(here)}, file {_in_words(there)}")
     return lines
 
 
@@ -133,7 +154,7 @@ def _renames(missing: dict[str, Spec], unexpected: dict[str, Spec], found: dict[
                 del free[leaf], left[_with_prefix(leaf, {old: new})]
             what = f" ({len(below)} leaves)" if len(below) > 1 else ""
             lines.append(
-                f"perhaps renamed: {old or 'the root'} in the file is {new or 'the root'} in the template{what}"
+                f"perhaps renamed: {shown(old) or 'the root'} in the file is {shown(new) or 'the root'} in the template{what}"
             )
             rename[old] = new
     return [*lines, f"if so: rename={rename}"] if rename else []

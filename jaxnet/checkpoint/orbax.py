@@ -13,28 +13,27 @@ import contextlib
 import errno
 import functools
 import json
-import math
 import os
-import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxnet.checkpoint import file as files
+from jaxnet.checkpoint import atomic, container, outside, parts, places, structure, zarr
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint import parts, places, structure
-from jaxnet.checkpoint.format import RESTORE, CheckpointError, Header, Tensor
-from jaxnet.checkpoint.parts import Piece, orbax_path
+from jaxnet.checkpoint.format import CheckpointError, Tensor
+from jaxnet.checkpoint.outside import orbax_path
+from jaxnet.checkpoint.parts import Piece
 from jaxnet.checkpoint.structure import Node
+from jaxnet.checkpoint.watch import Elsewhere, Watch
+from jaxnet.checkpoint.words import shown
 
 TIMEOUT = 1200  # seconds that the processes wait for each other in Orbax
-BYTES = ("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # what TensorStore's zarr lacks: written as U8
 
 
 def start(
     file: str,
+    target: str,
     tensors: list[Tensor],
     manifest: dict[str, Any],
     nodes: dict[str, Node],
@@ -52,7 +51,7 @@ def start(
         raise ImportError("engine='orbax' needs Orbax: pip install 'jaxnet[orbax]'") from e
     import jax
 
-    target, first, held = places.real(file), jax.process_index() == 0, contextlib.ExitStack()
+    first, held = jax.process_index() == 0, contextlib.ExitStack()
     if "[" in target or "**" in target:
         text = "Orbax takes the '[' or '**' in the path for a pattern: use another name, or save without engine='orbax'"
         raise CheckpointError(file, None, text)
@@ -60,16 +59,16 @@ def start(
     def begin() -> Callable[[], None]:
         number = parts.new_number()
         folder = orbax_path(target, number)
-        with parts.together(file, held):
+        with parts.together(file, target, held):
             if first and not places.is_url(target):
-                files.check_target(file, target)
-                held.enter_context(parts.reserved(target, number))
+                atomic.check_target(file, target)
+                held.enter_context(outside.reserved(target, number))
             arrays = {t.name: _as_stored(file, nodes[t.name], leaves[t.name], t, beside) for t in tensors}
             sums = {t.name: _sums(t, arrays[t.name], first) for t in tensors}
         everyones = _gather(sums)
-        with parts.together(file, held):
-            if not places.is_url(target) and not os.path.exists(sign := parts.lock_path(target, number)):
-                text = f"{sign} of process 0 is not there: all processes must save to one folder, which they share"
+        with parts.together(file, target, held):
+            if not places.is_url(target) and not os.path.exists(sign := outside.lock_path(target, number)):
+                text = f"{shown(sign, 5000)} of process 0 is not there: all processes must save to one folder, which they share"
                 raise CheckpointError(file, None, text)
             entries = [
                 _entry(file, t, [block for sums in everyones for block in sums.get(t.name, [])]) for t in tensors
@@ -78,45 +77,51 @@ def start(
         orbax = {"id": number, "tensors": entries}
         header = fmt.write_header(file, [], manifest | {"version": fmt.ORBAX, "crc32": [], "orbax": orbax})
         blocks = {name: len(crcs) for name, *_, crcs in entries if name in arrays}
-        checkpointer = _checkpointer(number)
+        watch = Watch(file, number)
         try:
             with _writing(folder), _one_at_a_time:
+                checkpointer = _checkpointer(number)
                 if arrays:  # Orbax refuses a tree without any
-                    checkpointer.save(folder, args=ocp.args.PyTreeSave(_nested(arrays)))
-        except BaseException:
-            checkpointer.close()
-            if first:
-                parts.undo(target, number)
+                    watch.run(lambda: _begun(checkpointer, folder, ocp.args.PyTreeSave(_nested(arrays))))
+        except BaseException as e:
+            failed(watch, number, e)
             raise
-        return lambda: end(checkpointer, number, header, blocks)
+        return lambda: end(watch, checkpointer, number, header, blocks)
 
-    def end(checkpointer: Any, number: str, header: bytes, blocks: dict[str, int]) -> None:
+    def end(watch: Watch, checkpointer: Any, number: str, header: bytes, blocks: dict[str, int]) -> None:
         folder = orbax_path(target, number)
         try:
-            with _writing(folder), contextlib.closing(checkpointer):
-                checkpointer.wait_until_finished()
+            with _writing(folder):
+                watch.run(lambda: _ended(checkpointer))
             if first:
                 if blocks:
                     _check_complete(file, folder, blocks)
                 if blocks and not places.is_url(folder):
                     _sync(folder)
-                files.replace(target, header)
-        except BaseException:
-            if first:
-                parts.undo(target, number)
+                container.replace(target, header)
+        except BaseException as e:
+            failed(watch, number, e)
             raise
         finally:
             give_up()
+        try:
             if beside:  # so that it is in place for all when one of them has waited for it
-                _meet(folder)
+                watch.run(lambda: _meet(folder))
+        finally:
+            watch.end("done")
+
+    def failed(watch: Watch, number: str, error: BaseException) -> None:
+        watch.end("done" if isinstance(error, Elsewhere) else "failed")
+        if first:
+            outside.undo(target, number)
 
     def give_up() -> None:
         held.close()
         if first:
-            parts.sweep(target)  # the older folders or, if something has failed, the new one
+            outside.sweep(target)  # the older folders or, if something has failed, the new one
 
     def write() -> None:
-        with held, parts.together(file, held):
+        with held, parts.together(file, target, held):
             begin()()
 
     if not beside:
@@ -147,6 +152,19 @@ def _checkpointer(number: str) -> Any:
     return ocp.AsyncCheckpointer(handler, async_options=waits, multiprocessing_options=options)
 
 
+def _begun(checkpointer: Any, folder: str, args: Any) -> None:
+    try:
+        checkpointer.save(folder, args=args)
+    except BaseException:
+        checkpointer.close()
+        raise
+
+
+def _ended(checkpointer: Any) -> None:
+    with contextlib.closing(checkpointer):
+        checkpointer.wait_until_finished()
+
+
 def _meet(name: str) -> None:
     """Wait until all processes are here, in any thread."""
     import jax
@@ -170,7 +188,7 @@ def _as_stored(file: str, node: Node, x: Any, t: Tensor, beside: bool) -> Any:
 
     from jaxnet.checkpoint import arrays
 
-    dtype = arrays.dtype_of("uint8" if t.code in BYTES else structure.DTYPES[t.code])
+    dtype = arrays.dtype_of("uint8" if t.code in zarr.BYTES else structure.DTYPES[t.code])
     everyones = jax.process_count() == 1 or parts.is_spread(x)  # what only one process can see, the first one writes
     if parts.is_spread(x) and all(device.process_index for device in x.sharding.device_set):
         raise CheckpointError(
@@ -221,36 +239,27 @@ def _gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(np.asarray(rows), sizes, strict=True)]
 
 
-def _keys(name: str) -> list[str]:
-    """The keys of a leaf in Orbax, which joins them with dots: each quoted as in a URL, so that no two leaves get one name."""
-
-    def quoted(step):
-        return (
-            re.sub("[^A-Za-z0-9_-]", lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), step) or "%"
-        )
-
-    return [quoted(step) for step in structure.leaf_path(name)] or ["%"]
-
-
 def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, x in arrays.items():
-        *path, last = _keys(name)
+        *path, last = zarr.keys(name)
         functools.reduce(lambda branch, key: branch.setdefault(key, {}), path, tree)[last] = x
     return tree
 
 
 def _check_complete(file: str, folder: str, blocks: dict[str, int]) -> None:
     """Raise CheckpointError unless a folder has all blocks of all processes, as it has not if they share no folder."""
-    with _readable(file, None, folder):
+    with zarr.readable(file, None, folder):
         import tensorstore
 
-        keys = tensorstore.KvStore.open(_database(folder)).result().list().result()
+        keys = tensorstore.KvStore.open(zarr.database(folder)).result().list().result()
     names = collections.Counter(key.decode().rpartition("/")[0] for key in keys)
     for name, count in blocks.items():
-        found = names[".".join(_keys(name))] - 1  # one describes the array
+        found = names[".".join(zarr.keys(name))] - 1  # one describes the array
         if found < count:
-            text = f"only {max(found, 0)} of its {count} blocks are in {folder}: do all processes share it?"
+            text = (
+                f"only {max(found, 0)} of its {count} blocks are in {shown(folder, 5000)}: do all processes share it?"
+            )
             raise CheckpointError(file, name, text)
 
 
@@ -263,91 +272,8 @@ def _sync(folder: str) -> None:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-        files.sync_folder(place)
-    files.sync_folder(os.path.dirname(folder))
-
-
-def _database(folder: str) -> dict[str, Any]:
-    return {"driver": "ocdbt", "base": places.base(folder)}
-
-
-def read_tensors(
-    file: str,
-    header: Header,
-    tensors: Sequence[Tensor],
-    empty: Callable[[int], Any] | None,
-    needed: Mapping[str, Sequence[tuple[slice, ...]] | None],
-) -> dict[str, Any]:
-    """As `file.read_tensors`, from Orbax's folder: block by block, each with its checksum."""
-    import numpy as np
-
-    assert header.orbax
-    folder, grids = orbax_path(places.real(file), header.orbax.id), header.orbax.grids
-    arrays = _open(file, folder, [t for t in tensors if t.stop > t.start])
-    out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}  # the arrays are there, in these sizes
-    jobs = []
-    for t in tensors:
-        for start, block, expected in grids[t.name].blocks(t):
-            wanted = needed.get(t.name)
-            if wanted is None or any(parts.overlap(t, block, start, other) for other in wanted):
-                jobs.append((t, start, block, expected))
-
-    def read(job):
-        t, start, block, expected = job
-        place = tuple(slice(first, first + size) for first, size in zip(start, block.shape, strict=True))
-        raw = np.empty(0, np.uint8)
-        if t.name in arrays:
-            with _readable(file, t.name, folder):
-                raw = np.ascontiguousarray(arrays[t.name][place].read().result()).reshape(-1).view(np.uint8)
-        if (crcs := fmt.crcs(block, raw)) != expected:
-            text = f"its block {list(block.shape)} at {list(start)} is not what was saved: CRC-32 {crcs}, expected {expected}"
-            raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
-        if out and raw.size:
-            itemsize = fmt.BITS[t.code] // 8
-            out[t.name].reshape(*t.shape, itemsize)[place] = raw.reshape(*block.shape, itemsize)
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        list(pool.map(read, jobs))
-    return out
-
-
-def _open(file: str, folder: str, tensors: list[Tensor]) -> dict[str, Any]:
-    """Open the arrays of some tensors, and check that they are what the manifest says."""
-    if not tensors:
-        return {}
-    try:
-        import tensorstore
-    except ImportError as e:
-        raise ImportError(f"{file}: Orbax has written it, and is needed to read it: pip install 'jaxnet[orbax]'") from e
-    if not places.is_url(folder) and not os.path.isdir(folder):
-        text = f"its arrays in {folder} are missing: copy and rename it with this folder (or it has just been replaced)"
-        raise CheckpointError(file, None, text)
-    context, found = tensorstore.Context(), {}
-    for t in tensors:
-        store = _database(folder) | {"path": ".".join(_keys(t.name)) + "/"}
-        spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": "open"}  # the folder does not change
-        with _readable(file, t.name, folder):
-            found[t.name] = tensorstore.open(spec, open=True, read=True, context=context)
-    for t in tensors:
-        with _readable(file, t.name, folder):
-            array = found[t.name] = found[t.name].result()
-        code = "U8" if t.code in BYTES else t.code
-        dtype, chunk = array.dtype.name, array.chunk_layout.read_chunk.shape or ()
-        if dtype != structure.DTYPES[code] or array.shape != t.shape or math.prod(chunk) > math.prod(t.shape):
-            text = f"it is {dtype}{list(array.shape)} in {folder}, expected {structure.DTYPES[code]}{list(t.shape)}"
-            raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
-    return found
-
-
-@contextlib.contextmanager
-def _readable(file: str, leaf: str | None, folder: str) -> Iterator[None]:
-    """TensorStore raises ValueError for damage, and for what passes."""
-    try:
-        yield
-    except Exception as e:
-        if re.search("UNAVAILABLE|DEADLINE|ABORTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EX", str(e)):
-            raise OSError(errno.EIO, f"cannot be read now ({e})", folder) from e
-        raise CheckpointError(file, leaf, f"{folder} cannot be read ({e}); {RESTORE}") from e
+        atomic.sync_folder(place)
+    atomic.sync_folder(os.path.dirname(folder))
 
 
 @contextlib.contextmanager

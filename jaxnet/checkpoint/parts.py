@@ -9,18 +9,18 @@ one before; the manifest is written when all parts are on the disk, and only the
 """
 
 import contextlib
-import fcntl
 import itertools
-import os
+import math
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxnet.checkpoint import file as files
+from jaxnet.checkpoint import container, outside, places, structure
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint import places, structure
-from jaxnet.checkpoint.format import CheckpointError, Header, Orbax, Parts, Tensor
+from jaxnet.checkpoint.format import CheckpointError, Header, Tensor
+from jaxnet.checkpoint.watch import Gone
+from jaxnet.checkpoint.words import shown
 
 
 class Piece(NamedTuple):
@@ -36,40 +36,49 @@ def is_spread(tree: Any) -> bool:
     import jax
     from jax.core import Tracer
 
-    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer))
-    return not all(x.is_fully_addressable for x in arrays)
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    return bool(arrays) and jax.process_count() > 1 and not all(x.is_fully_addressable for x in arrays)
 
 
-def write(file: str, tensors: list[Tensor], manifest: dict[str, Any], leaves: dict[str, Any]) -> None:
+def write(
+    file: str,
+    target: str,
+    tensors: list[Tensor],
+    manifest: dict[str, Any],
+    leaves: dict[str, Any],
+    save_part: Callable[[str, Any], None],
+) -> None:
     """Write a tree together with all other processes, which must call this, too; all of them raise if one fails."""
     import jax
 
-    target, me, identity, held = places.real(file), jax.process_index(), new_number(), contextlib.ExitStack()
+    me, identity, held = jax.process_index(), new_number(), contextlib.ExitStack()
 
     def commit() -> None:
-        paths = [path_of(target, identity, i) for i in range(jax.process_count())]
+        paths = [outside.path_of(target, identity, i) for i in range(jax.process_count())]
         with contextlib.ExitStack() as stack:
             try:
-                opened = [stack.enter_context(files.opened(path)) for path in paths]
+                opened = [stack.enter_context(container.opened(path)) for path in paths]
             except FileNotFoundError as e:
-                text = f"the part {e.filename} is not there: all processes must save to one folder, which they share"
+                text = f"the part {shown(e.filename)} is not there: all processes must save to one folder, which they share"
                 raise CheckpointError(file, None, text) from e
-            headers = [files.read_content(*part).header for part in opened]
+            headers = [container.read_content(*part).header for part in opened]
             pieces(file, tensors, headers)
             parts = [
                 [header.metadata["jaxnet_sha256"], size] for header, (_, _, size) in zip(headers, opened, strict=True)
             ]
         described = {"id": identity, "files": parts, "tensors": [[t.name, t.code, t.shape] for t in tensors]}
-        files.replace(target, fmt.write_header(file, [], manifest | {"version": 2, "crc32": [], "parts": described}))
+        container.replace(
+            target, fmt.write_header(file, [], manifest | {"version": 2, "crc32": [], "parts": described})
+        )
         held.close()
-        sweep(target)
+        outside.sweep(target)
 
     with held:
-        with together(file, held):
+        with together(file, target, held):
             if me == 0:
-                held.enter_context(reserved(target, identity))
-            files.save(path_of(target, identity, me), _owned(leaves, everything=me == 0))
-        with together(file, held):
+                held.enter_context(outside.reserved(target, identity))
+            save_part(outside.path_of(target, identity, me), _owned(leaves, everything=me == 0))
+        with together(file, target, held):
             if me == 0:
                 commit()
 
@@ -84,45 +93,7 @@ def new_number() -> str:
 
 
 @contextlib.contextmanager
-def reserved(target: str, identity: str) -> Iterator[None]:
-    """While this lasts, no other save to the same path sweeps what the save of this number has written."""
-    files.make_folder(os.path.dirname(target))
-    path = lock_path(target, identity)
-    fd = files.open_locked(path)
-    while fd is None:
-        fd = files.open_locked(path)
-    try:
-        yield
-    finally:
-        files.discard(path, fd)
-
-
-@contextlib.contextmanager
-def _claimed(target: str, identity: str) -> Iterator[bool]:
-    """Give whether no living save has reserved this number; while this lasts, none can, and then its lock is gone."""
-    if places.is_url(target):
-        yield True
-        return
-    try:
-        fd = os.open(path := lock_path(target, identity), os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield True
-        return
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # it lives, or the file system has no locks: perhaps it lives
-            yield False
-            return
-        yield True
-        with contextlib.suppress(OSError):
-            os.unlink(path)  # while it is locked: who has just made it sees that, and makes it again
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def together(file: str, held: contextlib.ExitStack) -> Iterator[None]:
+def together(file: str, target: str, held: contextlib.ExitStack) -> Iterator[None]:
     """A block that all processes execute: if it fails in some of them, all raise, and what was begun is removed.
 
     What is `held` is given up before.
@@ -134,6 +105,10 @@ def together(file: str, held: contextlib.ExitStack) -> Iterator[None]:
     error = None
     try:
         yield
+    except Gone:  # others will not come
+        held.close()
+        outside.sweep(target)
+        raise
     except Exception as e:  # the others wait: say so before raising it
         error = e
     well = np.array([error is None])
@@ -141,7 +116,7 @@ def together(file: str, held: contextlib.ExitStack) -> Iterator[None]:
         well = multihost_utils.process_allgather(well).ravel()
     if not well.all():
         held.close()
-        sweep(places.real(file))
+        outside.sweep(target)
     if error:
         raise error
     if not well.all():
@@ -170,7 +145,7 @@ def read_tensors(
     empty: Callable[[int], Any] | None,
     needed: Mapping[str, Sequence[tuple[slice, ...]] | None],
 ) -> dict[str, Any]:
-    """As `file.read_tensors`, from the parts."""
+    """As `container.read_tensors`, from the parts."""
     with opened(file, header) as parts:
         found = pieces(file, header.tensors, [part for _, _, part in parts])
         out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}  # no more than the parts have
@@ -181,14 +156,14 @@ def read_tensors(
                 if blocks is not None and not any(overlap(t, tensor, start, block) for block in blocks):
                     continue
                 if not empty:
-                    files.read_tensors(path, fd, part, [tensor], None)
+                    container.read_tensors(path, fd, part, [tensor], None)
                     continue
                 block = tuple(slice(first, first + size) for first, size in zip(start, tensor.shape, strict=True))
                 place = out[t.name].reshape(*t.shape, fmt.BITS[t.code] // 8)[block]
                 if place.flags.c_contiguous:  # straight to where it belongs
-                    files.read_tensors(path, fd, part, [tensor], lambda _, place=place: place.reshape(-1))
+                    container.read_tensors(path, fd, part, [tensor], lambda _, place=place: place.reshape(-1))
                 else:
-                    raw = files.read_tensors(path, fd, part, [tensor], empty)[tensor.name]
+                    raw = container.read_tensors(path, fd, part, [tensor], empty)[tensor.name]
                     place[...] = raw.reshape(place.shape)
     return out
 
@@ -206,15 +181,15 @@ def opened(file: str, header: Header) -> Iterator[list[tuple[str, int, Header]]]
     target, result = places.real(file), []
     with contextlib.ExitStack() as stack:
         for i, (digest, _) in enumerate(header.parts.files):
-            path = path_of(target, header.parts.id, i)
+            path = outside.path_of(target, header.parts.id, i)
             try:
-                part, fd, size = stack.enter_context(files.opened(path))
+                part, fd, size = stack.enter_context(container.opened(path))
             except FileNotFoundError as e:
-                text = f"its part {path} is missing: copy and rename it with its parts (or it has just been replaced)"
+                text = f"its part {shown(path)} is missing: copy and rename it with its parts"
                 raise CheckpointError(file, None, text) from e
-            content = files.read_content(part, fd, size)
+            content = container.read_content(part, fd, size)
             if content.header.metadata.get("jaxnet_sha256") != digest:
-                text = f"its part {path} is that of another checkpoint or was replaced; {fmt.RESTORE}"
+                text = f"its part {shown(path)} is that of another checkpoint or was replaced; {fmt.RESTORE}"
                 raise CheckpointError(file, None, text)
             result.append((part, fd, content.header))
         yield result
@@ -227,7 +202,7 @@ def pieces(file: str, tensors: Iterable[Tensor], parts: Iterable[Header]) -> dic
         for tensor in part.tensors:
             name, start = (*structure.leaf_path(tensor.name), "")[:2]
             if name not in found or not re.fullmatch(r"(\d{1,18}(,\d{1,18})*)?", start):
-                raise CheckpointError(file, None, f"part {number} has a tensor '{tensor.name}'; {fmt.RESTORE}")
+                raise CheckpointError(file, None, f"part {number} has a tensor '{shown(tensor.name)}'; {fmt.RESTORE}")
             first = tuple(int(position) for position in start.split(",") if position)
             found[name].append(Piece(number, tensor, first + (0,) * (len(tensor.shape) - len(first))))
     for t in tensors:
@@ -239,7 +214,8 @@ def grid(file: str, whole: Tensor, found: list[Piece]) -> list[list[int]]:
     """Where the pieces of a tensor begin along each axis; CheckpointError unless they fill it."""
     cuts = _cuts(whole, found)
     if cuts is None:
-        where = [f"{p.tensor.code}{list(p.tensor.shape)} at {list(p.start)}" for p in found]
+        where = [f"{p.tensor.code}{list(p.tensor.shape)} at {list(p.start)}" for p in found[:20]]
+        where += ["..."] if len(found) > 20 else []
         text = f"its pieces do not fill {whole.code}{list(whole.shape)}: they are {', '.join(where) or 'missing'}"
         raise CheckpointError(file, whole.name, f"{text} (did all processes save the same tree?)")
     return cuts
@@ -252,8 +228,11 @@ def _cuts(whole: Tensor, found: list[Piece]) -> list[list[int]] | None:
     cuts = [sorted({p.start[axis] for p in found}) for axis in range(len(whole.shape))]
     ends = [dict(itertools.pairwise([*cut, size])) for cut, size in zip(cuts, whole.shape, strict=True)]
     cells = {p.start for p in found}
+    # The counts first: few pieces on a diagonal would ask for a grid of astronomically many cells.
     regular = (
-        len(found) == len(cells) and cells == set(itertools.product(*cuts)) and all(cut[:1] == [0] for cut in cuts)
+        len(found) == len(cells) == math.prod(map(len, cuts))
+        and cells == set(itertools.product(*cuts))
+        and all(cut[:1] == [0] for cut in cuts)
     )
     filled = regular and all(
         start + size == end[start]
@@ -261,71 +240,3 @@ def _cuts(whole: Tensor, found: list[Piece]) -> list[list[int]] | None:
         for start, size, end in zip(p.start, p.tensor.shape, ends, strict=True)
     )
     return cuts if filled else None
-
-
-def path_of(target: str, identity: str, number: int) -> str:
-    return f"{target}.part-{identity}-{number:05d}"
-
-
-def orbax_path(target: str, identity: str) -> str:
-    return f"{target}.orbax-{identity}"
-
-
-def lock_path(target: str, identity: str) -> str:
-    return f"{target}.lock-{identity}"
-
-
-# What follows a file's name in those of all the others. Orbax adds to its own while it writes.
-OUTSIDE = r"\.(?:part|orbax|lock)-([0-9a-f]{16})(?:-\d{5,}|\.orbax-checkpoint-tmp.*)?"
-
-
-def sweep(target: str) -> None:
-    """Remove what a path has outside its file and does not mean: of older saves, and of those that failed."""
-    folder, name = os.path.split(target)
-    with contextlib.suppress(OSError, CheckpointError):  # a file that cannot be read keeps whatever is there
-        found = [(entry, re.fullmatch(re.escape(name) + OUTSIDE, entry)) for entry in places.entries(folder)]
-        for identity in {match[1] for _, match in found if match}:
-            with _claimed(target, identity) as dead:
-                meant = _outside(target)  # read now, since a save gives itself up after it is meant
-                if dead and (meant is None or meant.id != identity):
-                    _remove_all(folder, [entry for entry, match in found if match and match[1] == identity])
-
-
-def _remove_all(folder: str, names: Iterable[str]) -> None:
-    """Delete the files and folders of a save; the lock last and by others, so that what a kill leaves can be told."""
-    for name in names:
-        if not re.search(r"\.lock-[0-9a-f]{16}$", name):
-            with contextlib.suppress(OSError):
-                places.remove(os.path.join(folder, name))
-
-
-def owners(folder: str) -> set[str]:
-    """The names of the files in a folder, there or not, of which a save is under way or was killed."""
-    locks = (re.fullmatch(r"(.+)\.lock-[0-9a-f]{16}", entry) for entry in places.entries(folder))
-    return {found[1] for found in locks if found}
-
-
-def undo(target: str, identity: str) -> None:
-    """Remove all that a save has written, of which the file does not yet know."""
-    folder, name = os.path.split(target)
-    with contextlib.suppress(OSError):
-        found = [(entry, re.fullmatch(re.escape(name) + OUTSIDE, entry)) for entry in places.entries(folder)]
-        _remove_all(folder, [entry for entry, match in found if match and match[1] == identity])
-
-
-def _outside(target: str) -> Parts | Orbax | None:
-    try:
-        with files.opened(target) as (file, fd, size):
-            return files.read_content(file, fd, size).header.outside
-    except FileNotFoundError:
-        return None
-
-
-def remove(path: str) -> None:
-    """Delete a checkpoint with all that is outside its file, the file first."""
-    target = places.real(path)
-    with contextlib.suppress(OSError, CheckpointError):
-        if (outside := _outside(target)) and not places.is_url(target):  # so that what a kill leaves can be told
-            os.close(os.open(lock_path(target, outside.id), os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
-    places.remove(target)
-    sweep(target)

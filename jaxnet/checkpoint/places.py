@@ -6,14 +6,20 @@ asks the store each time, where other clients would remember what they have seen
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from typing import Any
 
+from jaxnet.checkpoint import atomic
+from jaxnet.checkpoint.words import shown
+
 DRIVERS = {"gs": "gcs", "s3": "s3"}
+ANSWER = 30  # seconds for the first answer of an object store
+TRANSFER = 600  # seconds for one object, or for the names of all
 
 
 def is_url(path: str) -> bool:
@@ -25,52 +31,74 @@ def check_url(url: str) -> None:
     found = re.fullmatch("([a-z0-9]+)://([^/]+)((?:/[^/%?#*\\[]+)+)/?", url)
     if not found or found[1] not in DRIVERS or {".", ".."} & {*found[3].split("/")}:
         text = "must be gs://bucket/name or s3://bucket/name, without empty, '.' or '..' parts and %, ?, #, * and ["
-        raise ValueError(f"{url}: a URL {text}")
+        raise ValueError(f"{shown(url)}: a URL {text}")
 
 
-def real(path: str) -> str:
-    """The path behind symbolic links, absolute."""
-    return path.rstrip("/") if is_url(path) else os.path.realpath(path)
+def real(path: str, *, follow: bool = True) -> str:
+    """The absolute path behind symbolic links; without `follow` the last step may be one."""
+    if is_url(path):
+        return path.rstrip("/")
+    if follow:
+        return os.path.realpath(path)
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def absolute(path: str) -> str:
     return path.rstrip("/") if is_url(path) else os.path.abspath(path)
 
 
-def entries(folder: str) -> dict[str, bool]:
-    """The names in a folder, and whether they are files; none if there is no folder."""
+def entries(folder: str, *, links: bool = True) -> dict[str, bool]:
+    """The names in a folder, and whether they are files; none if there is no folder.
+
+    Symbolic links to files count as files or, without `links`, are left out, as links always are that lead elsewhere.
+    """
     if is_url(folder):
         with _as_os_errors(folder):
-            keys = [key.decode() for key in _store(folder).list().result()]
+            keys = [key.decode() for key in _store(folder).list().result(timeout=TRANSFER)]
         return {key.partition("/")[0]: "/" not in key for key in keys}
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
-        return {entry.name: entry.is_file() for entry in found}
+        return {x.name: x.is_file() for x in found if not x.is_symlink() or links and x.is_file()}
     return {}
 
 
-def remove(path: str) -> None:
-    """Delete a file, or a folder with all that is in it; nothing if there is none."""
+def remove(path: str, *, folder_too: bool = False) -> None:
+    """Delete a file or, with `folder_too`, a folder with all that is in it; nothing if there is none.
+
+    A symbolic link is left alone, as is what it leads to.
+    """
     if is_url(path):
         folder, _, name = path.rpartition("/")
         with _as_os_errors(path):
             from etils import epath
 
-            for key in map(bytes.decode, _store(folder).list().result()):
+            for key in map(bytes.decode, _store(folder).list().result(timeout=TRANSFER)):
                 if key.partition("/")[0] == name:
                     with contextlib.suppress(FileNotFoundError):
                         epath.Path(f"{folder}/{key}").unlink()
         return
     with contextlib.suppress(FileNotFoundError):
-        if os.path.isdir(path) and not os.path.islink(path):
+        mode = os.lstat(path).st_mode
+        if stat.S_ISDIR(mode) and folder_too:
             shutil.rmtree(path)
-        else:
+        elif not stat.S_ISLNK(mode):
             os.unlink(path)
+
+
+def size(folder: str) -> int:
+    """The bytes of all files in a folder and below it."""
+    if is_url(folder):
+        from etils import epath
+
+        return sum(file.stat().length for file in epath.Path(folder).rglob("*") if file.is_file())
+    places = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sum(os.lstat(path).st_size for path in places)
 
 
 def fetch(url: str) -> bytes:
     folder, _, name = url.rpartition("/")
     with _as_os_errors(url):
-        found = _store(folder).read(name).result()
+        found = _store(folder).read(name).result(timeout=TRANSFER)
     if found.state != "value":
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
     return found.value
@@ -79,7 +107,7 @@ def fetch(url: str) -> bytes:
 def put(url: str, content: bytes) -> None:
     folder, _, name = url.rpartition("/")
     with _as_os_errors(url):
-        _store(folder).write(name, content).result()
+        _store(folder).write(name, content).result(timeout=TRANSFER)
 
 
 def check_writable(folder: str) -> None:
@@ -87,8 +115,8 @@ def check_writable(folder: str) -> None:
     if is_url(folder):
         put(f"{folder}/.jaxnet-writable.tmp", b"jaxnet")
         return remove(f"{folder}/.jaxnet-writable.tmp")
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".jaxnet-", suffix=".tmp"):
+    atomic.make_folder(folder)
+    with atomic.temporary_file(folder):
         pass
 
 
@@ -102,9 +130,29 @@ def base(folder: str) -> dict[str, Any]:
 
 
 def _store(folder: str) -> Any:
+    where = base(folder)
+    _ask(where["driver"], where["bucket"])
+    return _opened(where)
+
+
+@functools.cache
+def _ask(driver: str, bucket: str) -> None:
+    """Raise TimeoutError if a bucket does not answer: TensorStore would try again for minutes."""
     import tensorstore
 
-    return tensorstore.KvStore.open(base(folder)).result()
+    nothing = tensorstore.KvStore.KeyRange("jaxnet", "jaxnet\0")
+    try:
+        _opened({"driver": driver, "bucket": bucket}).list(nothing).result(timeout=ANSWER)
+    except TimeoutError:
+        raise
+    except Exception:
+        return  # a refusal is an answer: objects may be readable where lists are not
+
+
+def _opened(where: dict[str, Any]) -> Any:
+    import tensorstore
+
+    return tensorstore.KvStore.open(where).result(timeout=ANSWER)
 
 
 @contextlib.contextmanager
@@ -113,7 +161,10 @@ def _as_os_errors(url: str) -> Iterator[None]:
     try:
         yield
     except ImportError as e:
-        raise ImportError(f"{url}: object stores need Orbax: pip install 'jaxnet[orbax]'") from e
+        raise ImportError(f"{shown(url)}: object stores need Orbax: pip install 'jaxnet[orbax]'") from e
+    except TimeoutError as e:
+        text = "the object store does not answer in time: is there a network, and who may read there?"
+        raise TimeoutError(errno.ETIMEDOUT, text, url) from e
     except Exception as e:
         check_url(url)
         raise OSError(errno.EIO, f"the object store says {e}", url) from e

@@ -12,9 +12,11 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
-from jaxnet.checkpoint import orbax, parts, places
+from jaxnet.checkpoint import orbax, outside, parts, places
 from jaxnet.checkpoint.file import Info, check_engine, inspect, load_with_info, prepare
 from jaxnet.checkpoint.format import CheckpointError, Misfit
+from jaxnet.checkpoint.words import shown
+from jaxnet.checks import size_of
 
 
 class Checkpoint(NamedTuple):
@@ -63,9 +65,13 @@ class Checkpoints:
         asynchronous: bool = False,
         engine: Literal["orbax"] | None = None,
     ):
-        if keep is not None and keep < 1:
+        if not os.fsdecode(folder):
+            raise ValueError("the name of the folder is empty: use '.' for the folder of the program")
+        if keep is not None and isinstance(keep, int) and keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}: the newest checkpoint is never deleted")
-        if metric is not None and not re.fullmatch(r"(min|max) \S.*", metric):
+        keep = None if keep is None else size_of("Checkpoints: keep", keep)
+        keep_best = size_of("Checkpoints: keep_best", keep_best, 0)
+        if metric is not None and not re.fullmatch(r"(min|max) \S.*", str(metric)):
             raise ValueError(f"metric must be 'min' or 'max' and a name, as in 'min loss', got {metric!r}")
         self.folder, self.keep, self.metric, self.keep_best = (
             places.absolute(os.fsdecode(folder)),
@@ -104,11 +110,13 @@ class Checkpoints:
         self.wait()
         check_engine(self.folder, self.engine)
         step, numbers = operator.index(step), self._numbers(metrics)
+        if step >= 10**18:
+            raise ValueError(f"step must have at most 18 digits, got {step}")
         if self._closed:
-            raise ValueError(f"{self.folder}: this store has been closed; save inside its `with` block")
+            raise ValueError(f"{shown(self.folder, 5000)}: this store has been closed; save inside its `with` block")
         newest = max(set(self._steps()) - self._bad, default=-1)
         if step <= newest:
-            text = f"step {step} is not newer than step {newest} in {self.folder}"
+            text = f"step {step} is not newer than step {newest} in {shown(self.folder, 5000)}"
             raise ValueError(
                 f"{text}: continue from latest(), which finds out if that file is good, or use a new folder"
             )
@@ -120,24 +128,33 @@ class Checkpoints:
         # which Orbax can do in threads.
         beside = self.asynchronous and threading.main_thread().is_alive()
         beside = beside and (self.engine is not None or not parts.is_spread(tree))
-        write = prepare(self._path(step), tree, about, self.engine, snapshot=beside)
+        write = prepare(self._path(step), tree, about, self.engine, snapshot=beside, follow=False)
         if not beside:
             return self._write(step, write)
         self._thread = threading.Thread(
             target=self._write_beside, args=(step, write), name=f"save {step}", daemon=False
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system gives no more threads
+            self._thread = None
+            return self._write(step, write)
         if self.engine == "orbax":
             orbax.outlive(self._thread)
 
     def latest(self, like: Any = None, **options: Any) -> Checkpoint | None:
         """The newest step that is good, or None if the folder has no checkpoint.
 
-        A file that cannot be read, or fails its checksums, is skipped with a warning, and stands in `skipped`.
+        A file that is damaged is skipped with a warning, and stands in `skipped`. A file that cannot be opened, or not now
+        (no permission, an object store out of reach), is no damaged one: a run that went on from an older step could
+        not save until it is newer.
 
-        Args: like, options: as in `jaxnet.checkpoint.load`.
+        Args:
+          like: as in `jaxnet.checkpoint.load`, as are all other options.
 
-        Raises: CheckpointError if no file is good, or the newest good one does not fit `like`.
+        Raises:
+          CheckpointError: no file is good, or the newest good one does not fit `like`.
+          OSError: the newest file that is not damaged cannot be opened.
         """
         return self._first(self.steps()[::-1], {}, like, options)
 
@@ -148,7 +165,10 @@ class Checkpoints:
         """
         if self.metric is None:
             raise ValueError("best() needs to know what is good: Checkpoints(folder, metric='min loss')")
-        return self._first(*self._ranked(self.steps()), like, options)
+        ranked, skipped, closed = self._ranked(self.steps())
+        for error in closed.values():
+            raise error
+        return self._first(ranked, skipped, like, options)
 
     def load(self, step: int, like: Any = None, **options: Any) -> Checkpoint:
         """A certain step. Raises FileNotFoundError if there is none, otherwise as `jaxnet.checkpoint.load`."""
@@ -188,8 +208,9 @@ class Checkpoints:
     def _path(self, step: int) -> str:
         return os.path.join(self.folder, f"step_{step:08d}.safetensors")
 
-    def _steps(self) -> list[int]:
-        return self._steps_of(name for name, is_file in places.entries(self.folder).items() if is_file)
+    def _steps(self, *, links: bool = True) -> list[int]:
+        found = places.entries(self.folder, links=links)
+        return self._steps_of(name for name, is_file in found.items() if is_file)
 
     def _steps_of(self, names: Iterable[str]) -> list[int]:
         """The steps whose files have, or would have, these names."""
@@ -201,17 +222,20 @@ class Checkpoints:
         self._bad.add(step)  # until it is on the disk
         write()
         self._bad.remove(step)
-        steps = self._steps()
-        for other in self._steps_of(parts.owners(self.folder)):
+        steps = self._steps(links=False)  # what lies elsewhere is not for this store to delete or to count
+        for other in self._steps_of(outside.owners(self.folder)):
             if other < step and other not in steps:  # saves that were killed
-                parts.sweep(self._path(other))
+                outside.sweep(self._path(other))
         if self.keep is None:
             return
         good = [step for step in steps if step not in self._bad]
         old = [other for other in steps if other < min(good[-self.keep :], default=step)]
-        best = self._ranked(good)[0][: self.keep_best] if old and self.metric else []
-        for other in set(old) - set(best):
-            parts.remove(self._path(other))
+        best: set[int] = set()
+        if old and self.metric:
+            ranked, _, closed = self._ranked(good)
+            best = {*ranked[: self.keep_best], *closed}  # what cannot be opened just now may be among the best
+        for other in set(old) - best:
+            outside.remove(self._path(other))
 
     def _write_beside(self, step: int, write: Any) -> None:
         try:
@@ -230,9 +254,11 @@ class Checkpoints:
                 raise
             except FileNotFoundError:  # another process has deleted it meanwhile
                 continue
-            except (CheckpointError, OSError) as e:
-                if isinstance(e, CheckpointError):  # else it may be readable at another time
-                    self._bad.add(step)
+            except OSError as e:  # perhaps it is readable at another time, and it stands in the way of older steps
+                e.add_note(f"step {step} is not damaged: make it readable, or move it away to go on from an older step")
+                raise
+            except CheckpointError as e:
+                self._bad.add(step)
                 skipped[step] = str(e)
             else:
                 self._bad.discard(step)
@@ -263,27 +289,31 @@ class Checkpoints:
         numbers = {}
         for key, x in (metrics or {}).items():
             try:
+                if isinstance(x, str | bytes):  # which float() would read
+                    raise TypeError
                 numbers[key] = float(x) if math.isfinite(float(x)) else str(float(x))
-            except (TypeError, ValueError) as e:
-                raise ValueError(f"metric '{key}' must be a number, got {x!r}") from e
+            except (TypeError, ValueError, OverflowError) as e:
+                raise ValueError(f"metric '{shown(key)}' must be a number, got {shown(repr(x))}") from e
         return numbers
 
-    def _ranked(self, steps: Iterable[int]) -> tuple[list[int], dict[int, str]]:
-        """Those of the steps that have the metric, best first; and which headers could not be read, and why."""
+    def _ranked(self, steps: Iterable[int]) -> tuple[list[int], dict[int, str], dict[int, OSError]]:
+        """Those of the steps that have the metric, best first; which headers are damaged; and which cannot be opened."""
         assert self.metric
         sign, name = {"min": 1, "max": -1}[self.metric[:3]], self.metric[4:]
-        values, skipped = [], {}
+        values, skipped, closed = [], {}, {}
         for step in steps:
             try:
                 value = _metrics(inspect(self._path(step))).get(name, math.nan)
             except FileNotFoundError:
                 continue
-            except (CheckpointError, OSError) as e:
+            except OSError as e:
+                closed[step] = e
+            except CheckpointError as e:
                 skipped[step] = str(e)
             else:
                 if not math.isnan(value):
                     values.append((sign * value, step))
-        return [step for _, step in sorted(values)], skipped
+        return [step for _, step in sorted(values)], skipped, closed
 
 
 def _metrics(info: Info) -> dict[str, float]:

@@ -13,11 +13,14 @@ In JSON a node is [kind, content]:
 
 import base64
 import collections
+import math
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxnet.checkpoint.format import RESTORE, CheckpointError, Tensor
+from jaxnet.checkpoint.words import shown
 
 MAX_DEPTH = 100
 MAX_ALIKE = 100  # keys of one dict that have the same hash: time grows with the square of their number
@@ -60,7 +63,8 @@ class Spec(NamedTuple):
     shape: tuple[int, ...] | None
 
     def __str__(self):
-        return self.dtype if self.shape is None else f"{self.dtype}[{','.join(map(str, self.shape))}]"
+        dtype = shown(self.dtype)  # the kind of random keys is a word from the file
+        return dtype if self.shape is None else f"{dtype}[{','.join(map(str, self.shape))}]"
 
 
 def leaf_name(path: Path) -> str:
@@ -138,7 +142,7 @@ def from_json(file: str, json: Any, path: Path = ()) -> Node:
         if kind in _SCALARS:
             return Node(kind, _scalar(kind, content))
         if not isinstance(content, list) or kind not in (*DICTS, *LISTS, "record"):
-            raise ValueError(f"unknown kind {kind!r}, or the wrong content")
+            raise ValueError(f"unknown kind {reprlib.repr(kind)}, or the wrong content")
         pairs = enumerate(content) if kind in LISTS else ((_key_from_json(key), child) for key, child in content)
         keys, children = zip(*pairs, strict=True) if content else ((), ())
         steps = [str(key) for key in keys]
@@ -149,7 +153,7 @@ def from_json(file: str, json: Any, path: Path = ()) -> Node:
         if kind == "record" and not all(isinstance(key, str) for key in keys):
             raise ValueError("the names of fields are strings")
     except (ValueError, TypeError, OverflowError, LookupError) as e:
-        text = f"the manifest's tree is not well-formed at '{ascii(leaf_name(path))[1:-1]}' ({e}); {RESTORE}"
+        text = f"the manifest's tree is not well-formed at '{shown(leaf_name(path))}' ({shown(e, 3000)}); {RESTORE}"
         raise CheckpointError(file, None, text) from e
     return Node(kind, None, keys, [from_json(file, x, (*path, step)) for step, x in zip(steps, children, strict=True)])
 
@@ -165,13 +169,17 @@ def walk(node: Node) -> Iterator[tuple[Path, Node]]:
             waiting += reversed([((*path, str(key)), child) for key, child in below])
 
 
-def leaves(node: Node) -> dict[str, Node]:
-    """The leaves by `leaf_name`."""
-    found = {}
+def leaves(node: Node, most: float = math.inf) -> dict[str, Node]:
+    """The leaves by `leaf_name`; ValueError if the names together have more than `most` characters."""
+    found, size = {}, 0
 
     def visit(node, name):
+        nonlocal size
         if node.is_leaf:
             found["~__metadata__" if name == "__metadata__" else name or ""] = node
+            size += len(name or "")
+            if size > most:
+                raise ValueError(f"the paths of its leaves together have more than {most:,} characters")
         for key, child in zip(node.keys, node.children, strict=True):
             visit(child, _escaped(str(key)) if name is None else f"{name}/{_escaped(str(key))}")
 
@@ -199,10 +207,10 @@ def check_arrays(file: str, nodes: dict[str, Node], tensors: dict[str, Tensor]):
     for name, tensor in tensors.items():
         node, axes = nodes[name], tensor.shape[-1:]
         if node.kind != "key" and node.value not in CODES and node.value not in WIDENED:
-            raise CheckpointError(file, name, f"the tree gives it an unknown dtype, {node.value!r}; {RESTORE}")
+            raise CheckpointError(file, name, f"the tree gives it an unknown dtype, '{shown(node.value)}'; {RESTORE}")
         code, _ = stored_as(node, ())
         if tensor.code != code or node.kind == "key" and not axes or node.value == "complex128" and axes != (2,):
-            text = f"the tree calls it {node.value}, which is not stored as {Spec(tensor.code, tensor.shape)}"
+            text = f"the tree calls it {shown(node.value)}, which is not stored as {Spec(tensor.code, tensor.shape)}"
             raise CheckpointError(file, name, f"{text}; {RESTORE}")
 
 
@@ -318,11 +326,11 @@ def types(keys: Sequence[Any]) -> str:
 
 def _scalar(kind: str, content: Any) -> Any:
     if kind not in _SCALARS:
-        raise ValueError(f"unknown kind {kind!r} of a key")
+        raise ValueError(f"unknown kind {reprlib.repr(kind)} of a key")
     to_json, from_json = _SCALARS[kind]
     value = from_json(content)
     if (back := to_json(value)) != content or type(back) is not type(content):
-        raise ValueError(f"{content!r} is not the form of a {kind}")
+        raise ValueError(f"{reprlib.repr(content)} is not the form of a {kind}")
     return value
 
 

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from jaxnet.checks import size_of
+
 Tree = TypeVar("Tree")
 
 
@@ -44,15 +46,24 @@ def batches(
 
     Args:
         data: a dict, tuple, named tuple or list (nested at will) of arrays [N, ...] with one N, or a single array.
+            Series, frames and tensors of other libraries are read by position.
+        size: examples per batch.
+        epochs: passes over the data.
         seed: shuffles, anew for each epoch; the order is fixed by (seed, epoch) whatever the number of epochs or the
             batch size, and does not change with NumPy's version. None keeps the order, and the batches are views.
         drop_last: leave out an epoch's last batch where it is smaller (a compiled step then sees a single shape).
-    Yields: the same structure, leaves [size, ...]; the last of an epoch [N % size, ...] if that is not 0.
-    Raises: ValueError, at the call, for no data, leaves of unequal length, or a batch larger than the data.
+
+    Yields:
+        The same structure, leaves [size, ...]; the last of an epoch [N % size, ...] if that is not 0.
+
+    Raises:
+        ValueError: at the call, for no data, leaves of unequal length, or a batch larger than the data.
+        TypeError: at the call, for a list of numbers or of examples, and for masked entries.
     """
-    for name, value, least in (("size", size, 1), ("epochs", epochs, 1), ("seed", 0 if seed is None else seed, 0)):
-        _check_integer(f"batches: {name}", value, least)
-    arrays = _map(np.asarray, data)
+    size, epochs = size_of("batches: size", size), size_of("batches: epochs", epochs)
+    seed = None if seed is None else size_of("batches: seed", seed, 0)
+    _check_lists(data)
+    arrays = _map(_as_array, data)
     n = _common_length(arrays)
     if size > n:
         raise ValueError(f"batches: size must be at most the {n} rows of the data, got {size}; lower it")
@@ -64,9 +75,12 @@ def check_labels(labels, classes: int) -> None:
 
     Worth a call before training: indexing under `jit` cannot raise, so JAX answers a label out of range with NaN or
     with the loss of another class.
-    Raises: TypeError if they are not integers; ValueError with the first bad label and its index.
+
+    Raises:
+        TypeError: they are not integers.
+        ValueError: names the first bad label and its index.
     """
-    _check_integer("check_labels: classes", classes, 1)
+    classes = size_of("check_labels: classes", classes)
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu":
         raise TypeError(f"check_labels: labels must be integers, got {labels.dtype}; cast with .astype(np.int32)")
@@ -115,6 +129,29 @@ def _common_length(arrays: Any) -> int:
     return n
 
 
+_MANY = 16  # arrays in a list: more of one shape are a list of examples
+
+
+def _check_lists(data: Any) -> None:
+    """Refuse a list of examples, which would be taken for a container of as many arrays."""
+    if isinstance(data, list) and data:
+        shapes = {np.shape(x) for x in data if hasattr(x, "shape")}
+        if all(isinstance(x, bool | int | float | np.generic) for x in data):
+            raise TypeError(f"batches: a list of {len(data)} numbers is no array; make it one, with np.asarray")
+        if len(data) > _MANY and len(shapes) == 1:
+            raise TypeError(f"batches: a list of {len(data)} arrays {list(*shapes)}; make it one array, with np.stack")
+        if len(data) > _MANY and all(isinstance(x, list | tuple | dict) for x in data):
+            raise TypeError(f"batches: a list of {len(data)} examples; stack each of their parts, with np.stack")
+    for child in data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ():
+        _check_lists(child)
+
+
+def _as_array(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
+        raise TypeError("batches: an array has masked entries, which a batch would show; fill them first")
+    return np.asarray(leaf)
+
+
 def _map(f: Callable, tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _map(f, child) for key, child in tree.items()}
@@ -135,11 +172,6 @@ def _leaves(tree: Any, path: tuple = ()) -> Iterator[tuple[str, np.ndarray]]:
         return
     for name, child in children:
         yield from _leaves(child, (*path, name))
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def _brief(leaf: Any) -> str:

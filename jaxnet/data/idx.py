@@ -11,11 +11,13 @@ Source: Y. LeCun, C. Cortes & C. J. C. Burges, http://yann.lecun.com/exdb/mnist/
 """
 
 import contextlib
+import errno
 import gzip
 import io
 import math
 import os
 import pathlib
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -31,12 +33,18 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
 
     Returns: a writable array of the file's type in native byte order; with no dimensions, one element of shape ().
     Raises: FileNotFoundError; ValueError if the file is empty, cut off, too long, damaged (as far as gzip's checksum
-        or the sizes tell: plain IDX has no checksum of its own) or not IDX. No memory is taken on the header's word.
+        or the sizes tell: plain IDX has no checksum of its own), not IDX, or not a file on a disk (a pipe or a device,
+        which might never end). No memory is taken on the header's word.
     Source: see the head of this module. As with gzip itself, zero bytes may pad the end of a gzipped file.
     """
     path = pathlib.Path(path)
-    with open(path, "rb") as raw:
-        size = os.fstat(raw.fileno()).st_size
+    with open(path, "rb", opener=_without_waiting) as raw:
+        status = os.fstat(raw.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(
+                f"{path}: expected a file on a disk, got a pipe or a device; copy its bytes into a file first"
+            )
+        size = status.st_size
         gzipped = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         if not gzipped:
@@ -54,7 +62,8 @@ def write_idx(path: str | os.PathLike[str], array) -> None:
     The file appears whole or not at all, and one it replaces stays until then. Equal arrays give equal bytes (gzip's
     time stamp is 0; how tightly it packs depends on the zlib in use).
     Args: array: of dtype uint8, int8, int16, int32, float32 or float64, in any byte order and memory layout.
-    Raises: TypeError for another dtype; ValueError for an axis of 2**32 or more; OSError if it cannot be written.
+    Raises: TypeError for another dtype; ValueError for an axis of 2**32 or more; OSError if it cannot be written, or
+        if a pipe, a device or a folder has that name.
     """
     path, array = pathlib.Path(path), np.asarray(array)
     codes = {np.dtype(name): code for code, name in TYPES.items()}
@@ -77,6 +86,8 @@ def write_idx(path: str | os.PathLike[str], array) -> None:
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path`; it takes that name when the block ends well and is deleted otherwise."""
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "this is not a file on a disk, and will not be replaced", str(path))
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         with open(temporary, "xb") as file:
@@ -87,6 +98,11 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; of a pipe do not wait for the other end."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 _DEFLATE_RATIO = 1032  # at best deflate packs 258 bytes into 2 bits; https://zlib.net/zlib_tech.html

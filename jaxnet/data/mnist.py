@@ -3,7 +3,10 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Sequence
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -40,6 +43,7 @@ def mnist(
     download: bool = False,
     mirrors: Sequence[str] = MIRRORS,
     timeout: float = 30.0,
+    time_limit: float = 300.0,
 ) -> Dataset:
     """Load MNIST: 60,000 training and 10,000 test images [N, 28, 28, 1] (0 paper, 1 ink), classes 0..9.
 
@@ -50,6 +54,7 @@ def mnist(
             there is never replaced.
         mirrors: base URLs, tried in turn for each file.
         timeout: seconds a mirror may stay silent before the next is tried.
+        time_limit: seconds a mirror may take for one file, of at most 10 MB, before the next is tried.
     Returns: a Dataset of 220 MB (float32).
     Raises: FileNotFoundError with all that is missing; ValueError if a file there is not the published one;
         OSError with each mirror's reason if none of them gave a file.
@@ -68,7 +73,7 @@ def mnist(
             f"pass download=True, or put them there by hand, e.g. from {MIRRORS[0]}"
         )
     for name in missing:
-        paths[name] = _download(folder, name, mirrors, timeout)
+        paths[name] = _download(folder, name, mirrors, timeout, time_limit)
     return Dataset(train=_load(paths, "train"), test=_load(paths, "t10k"))
 
 
@@ -89,7 +94,9 @@ def _verify(path: pathlib.Path, checksums: tuple[str, str]) -> None:
         )
 
 
-def _download(folder: pathlib.Path, name: str, mirrors: Sequence[str], timeout: float) -> pathlib.Path:
+def _download(
+    folder: pathlib.Path, name: str, mirrors: Sequence[str], timeout: float, time_limit: float
+) -> pathlib.Path:
     from http.client import HTTPException
 
     if isinstance(mirrors, str):
@@ -98,7 +105,7 @@ def _download(folder: pathlib.Path, name: str, mirrors: Sequence[str], timeout: 
     for mirror in mirrors:
         url = f"{mirror.rstrip('/')}/{name}.gz"
         try:
-            body = _fetch(url, CHECKSUMS[name][0], timeout)
+            body = _within(time_limit, lambda url=url: _fetch(url, CHECKSUMS[name][0], timeout, time_limit))
         except (OSError, HTTPException, ValueError) as error:
             reasons.append(f"{url}: {error}")
             continue
@@ -113,21 +120,50 @@ def _download(folder: pathlib.Path, name: str, mirrors: Sequence[str], timeout: 
     )
 
 
-def _fetch(url: str, checksum: str, timeout: float) -> bytes:
+def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
+    """Return what `work` returns; TimeoutError if that takes longer.
+
+    A time limit of a socket counts from byte to byte: a server that sends one now and then would keep the caller for
+    hours, in the name look-up and in the headers, too, where nobody counts. So the caller waits for a thread.
+    """
+    done: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        body, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"not done after {seconds:g} seconds") from None
+    if error is not None:
+        raise error
+    assert body is not None
+    return body
+
+
+def _fetch(url: str, checksum: str, timeout: float, time_limit: float) -> bytes:
     """The verified bytes behind a URL. They are held in memory (10 MB at most), so no unverified file ever exists."""
     from urllib.error import HTTPError  # here, not above: with ssl and http these take longer to import than the rest
     from urllib.request import urlopen
 
+    deadline, body = time.monotonic() + time_limit, bytearray()
     try:
         with urlopen(url, timeout=timeout) as response:
-            body = response.read(_LARGEST)
+            while len(body) < _LARGEST and (part := response.read1(_LARGEST - len(body))):
+                body += part
+                if time.monotonic() > deadline:  # the caller waits no more
+                    raise TimeoutError(f"not done after {time_limit:g} seconds")
     except HTTPError as error:
         error.close()  # it holds the connection
         raise
     received = hashlib.sha256(body).hexdigest()
     if received != checksum:
         raise ValueError(f"expected sha256 {checksum}, got {len(body):,} bytes with sha256 {received}")
-    return body
+    return bytes(body)
 
 
 _LARGEST = 1 << 24  # bytes; above the largest of the four files, and an end to a stream without one

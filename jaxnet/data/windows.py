@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxnet.checks import size_of
+
 __all__ = ["Windows"]
 
 
@@ -16,18 +18,26 @@ class Windows:
     those, so that the sequence may be a memory map larger than memory. For language models take length = context + 1, and
     in the loss `tokens[:, :-1]` as input and `tokens[:, 1:]` as target.
 
-    Args: sequence: array or memory map [T, ...]; length, stride: in elements; the stride is the length unless given.
-    Raises: ValueError for a sequence shorter than one window.
+    Args:
+      sequence: array, memory map or dataset of h5py [T, ...]; lists, series and tensors are made arrays, by position.
+      length: of a window, in elements.
+      stride: from one window to the next; the length unless given.
 
-    >>> Windows(np.arange(10), 4, stride=3)[np.array([0, 2])]
-    array([[0, 1, 2, 3],
-           [6, 7, 8, 9]])
+    Raises:
+      ValueError: a sequence shorter than one window, or a size that is no positive int.
+
+    Example:
+      >>> Windows(np.arange(10), 4, stride=3)[np.array([0, 2])]
+      array([[0, 1, 2, 3],
+             [6, 7, 8, 9]])
     """
 
     def __init__(self, sequence: Any, length: int, *, stride: int | None = None):
-        stride = length if stride is None else stride
-        if length < 1 or stride < 1:
-            raise ValueError(f"Windows: length and stride must be at least 1, got {length} and {stride}")
+        length = size_of("Windows: length", length)
+        stride = length if stride is None else size_of("Windows: stride", stride)
+        in_memory = any(hasattr(sequence, name) for name in ("to_numpy", "numpy", "__dlpack__"))
+        if isinstance(sequence, list | tuple) or (in_memory and not isinstance(sequence, np.ndarray)):
+            sequence = np.asarray(sequence)
         if len(sequence) < length:
             raise ValueError(f"Windows: a window of {length} does not fit into a sequence of {len(sequence)}")
         self.sequence, self.length, self.stride = sequence, length, stride
@@ -38,10 +48,18 @@ class Windows:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        """The windows of these rows: an int, a slice, or integers [B]."""
+        """The windows of these rows: an int, a slice, integers [B], or a mask of all rows."""
         n = len(self)
         rows = np.arange(*rows.indices(n)) if isinstance(rows, slice) else np.asarray(rows)
+        if rows.dtype == bool and rows.shape == (n,):
+            rows = np.flatnonzero(rows)
+        if rows.dtype.kind not in "iu" and rows.size:
+            raise IndexError(f"Windows: rows must be integers, or a mask [{n}], got {rows.dtype}{list(rows.shape)}")
         if rows.size and not (-n <= rows.min() and rows.max() < n):
             raise IndexError(f"Windows: rows must be within -{n}..{n - 1}, got {rows.min()}..{rows.max()}")
         starts = np.where(rows < 0, rows + n, rows).astype(np.int64) * self.stride
-        return np.asarray(self.sequence[starts[..., None] + np.arange(self.length)])
+        places = starts[..., None] + np.arange(self.length)
+        if isinstance(self.sequence, np.ndarray):
+            return np.asarray(self.sequence[places])
+        wanted, inverse = np.unique(places, return_inverse=True)  # datasets of h5py want increasing indices
+        return np.asarray(self.sequence[wanted])[inverse.reshape(places.shape)]

@@ -116,7 +116,9 @@ def window_geometry(
 def per_axis(what: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """One positive int for each of `rank` axes, from one for all or a sequence."""
     values: tuple = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    if len(values) != rank or not all(isinstance(v, int | np.integer) and v >= 1 for v in values):
+    if len(values) != rank or not all(
+        isinstance(v, int | np.integer) and not isinstance(v, bool) and v >= 1 for v in values
+    ):
         axes = "the spatial axis" if rank == 1 else f"each of the {rank} spatial axes"
         raise ValueError(f"{what} must be a positive int, or one for {axes}, got {value!r}")
     return tuple(map(int, values))

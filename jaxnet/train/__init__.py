@@ -1,16 +1,19 @@
 """Training: a pure step, many steps as one compiled call, and a host loop over those. Each level is usable alone."""
 
+from jaxnet.train.batch import Weighted
 from jaxnet.train.cache import compile_cache
 from jaxnet.train.diagnose import NonFiniteError
 from jaxnet.train.evaluate import evaluate
 from jaxnet.train.fit import Best, Result, fit
-from jaxnet.train.history import early_stopping, time_budget, write_csv, write_jsonl
 from jaxnet.train.loop import train_epoch, train_steps
 from jaxnet.train.many import many
 from jaxnet.train.optimizers import average, averaged, by_path, freeze, guarded
 from jaxnet.train.order import balanced, shuffle, shuffled
+from jaxnet.train.pairs import all_pairs
 from jaxnet.train.plot import plot_history
-from jaxnet.train.step import TrainState, Weighted, augmented, sgd, train_state, train_step
+from jaxnet.train.rules import early_stopping, time_budget
+from jaxnet.train.step import TrainState, augmented, sgd, train_state, train_step
+from jaxnet.train.writers import write_csv, write_jsonl
 
 __all__ = [
     "Best",
@@ -18,6 +21,7 @@ __all__ = [
     "Result",
     "TrainState",
     "Weighted",
+    "all_pairs",
     "augmented",
     "average",
     "averaged",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
+from jaxnet.train.batch import Uneven
 from jaxnet.train.step import TrainState
 
 __all__ = ["NonFiniteError", "explain"]
@@ -30,14 +31,25 @@ class NonFiniteError(FloatingPointError):
         self.step, self.paths, self.train_state, self.history = step, paths, train_state, history
 
 
-def explain(step: Callable, train_state: TrainState, batches: Iterable[Callable], history: list) -> NonFiniteError:
+def explain(
+    step: Callable, train_state: TrainState, batches: Iterable[Callable], history: list, data: Any = None
+) -> NonFiniteError:
     """Take steps one at a time until one is not finite, and say where that began.
 
-    Args: train_state: the last good state; batches: for each of the steps after it (train_state) -> batch.
+    Args:
+      step: (train_state, batch) -> (train_state, metrics).
+      train_state: the last good state.
+      batches: for each of the steps after it a function (train_state) -> batch.
+      history: the records until then.
+      data: the arrays that the batches are drawn from, so that a wrong row can be named.
+
+    Returns:
+      The error to raise.
     """
     one, first = jax.jit(step), int(train_state.step)
     for batch_of in batches:
         batch = batch_of(train_state)
+        batch = batch.true() if isinstance(batch, Uneven) else batch
         new, metrics = one(train_state, batch)
         loss = metrics.get("loss", jnp.float32(0))
         lost = _lost((new.params, new.state, new.opt), (train_state.params, train_state.state, train_state.opt))
@@ -54,6 +66,14 @@ def explain(step: Callable, train_state: TrainState, batches: Iterable[Callable]
             what += f"; parameters that are no longer finite: {_brief(paths)}"
         if cause := _cause(step, train_state, batch):
             what += f"; it begins with: {cause}"
+        if wrong := wrong_input(batch, data):
+            return NonFiniteError(
+                f"fit: at step {number} {what}. The cause is in the data: {wrong}; mend or leave out these rows",
+                number,
+                paths,
+                train_state,
+                history,
+            )
         return NonFiniteError(
             f"fit: at step {number} {what}. A smaller learning rate or clipped gradients may help; labels outside 0 .. "
             "classes - 1 also give nan (jaxnet.data.check_labels finds them)",
@@ -70,6 +90,43 @@ def explain(step: Callable, train_state: TrainState, batches: Iterable[Callable]
         train_state,
         history,
     )
+
+
+def wrong_input(batch: Any, data: Any = None) -> str | None:
+    """Name the leaf and row of the first input that no training survives: NaN, infinity or a negative weight.
+
+    Args:
+      batch: the batch that failed.
+      data: the arrays that it was drawn from; their rows are named if it is given and in memory.
+    """
+    for path, leaf in tree.flatten(batch).items():
+        if (found := _wrong_row(path, leaf)) is None:
+            continue
+        what, row, count = found
+        name, place = f"'{path}'" if path else "it", "of the batch"
+        whole = (
+            tree.flatten(data).get(path) if isinstance(data, dict | list | tuple) or hasattr(data, "shape") else None
+        )
+        if isinstance(whole, np.ndarray | jax.Array) and (of_data := _wrong_row(path, whole)) is not None:
+            (what, row, count), place = of_data, "of the data"
+        more = f" and {count - 1} more" if count > 1 else ""
+        return f"{name} holds {what} in row {row}{more} {place}"
+    return None
+
+
+def _wrong_row(path: str, leaf: Any) -> tuple[str, int, int] | None:
+    """(what is wrong, the first row, the number of such rows)."""
+    if not _is_float(leaf) or not np.ndim(leaf):
+        return None
+    values = np.asarray(leaf).astype(np.float64).reshape(len(leaf), -1)
+    bad = ~np.isfinite(values)
+    if path.rpartition("/")[2] == "weights":
+        bad |= values < 0
+    rows = np.flatnonzero(bad.any(axis=1))
+    if not rows.size:
+        return None
+    value = values[rows[0]][bad[rows[0]]][0]
+    return "NaN" if np.isnan(value) else f"{value:g}", int(rows[0]), len(rows)
 
 
 def _cause(step: Callable, train_state: TrainState, batch: Any) -> str | None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxnet.checks import size_of
+from jaxnet.train.batch import Weighted, examples
+from jaxnet.train.pairs import refuse_pairs
 from jaxnet.train.source import is_lazy, on_device
-from jaxnet.train.step import TrainState, examples
+from jaxnet.train.step import TrainState, check_train_state
 
 __all__ = ["evaluate"]
 
@@ -19,33 +22,55 @@ __all__ = ["evaluate"]
 def evaluate(
     metrics: Callable, data: Any, *, batch_size: int | None = 500
 ) -> Callable[[TrainState], dict[str, jax.Array]]:
-    """A function (train_state) -> the mean of each metric over all of the data, every example once.
+    """Make a function (train_state) -> the mean of each metric over all of the data, every example once.
 
     Args:
-      metrics: `metrics(params, batch)`, or `metrics(params, batch, state)`, -> dict of values, each a mean over the batch or
-        one value an example.
-      data: a pytree of arrays with a leading axis of examples: one compiled call, or one a batch where they are read
+      metrics: `metrics(params, batch)`, or `metrics(params, batch, state)`, -> dict of values, each a mean over the
+        batch or one value per example.
+      data: a pytree of arrays with a leading axis of examples: one compiled call, or one per batch if they are read
         lazily (memory maps). With `batch_size=None`, an iterable of batches that can be iterated again and again.
       batch_size: how many examples at once; the last batch is smaller, and weighs less.
 
-    Raises: ValueError for empty data and leaves of unequal length.
+    Returns:
+      A function of a train state.
 
-    >>> count = evaluate(lambda params, batch: {"mean": batch.mean()}, jnp.arange(5.0), batch_size=2)
-    >>> float(count(TrainState({}, {}, (), None, None))["mean"])
-    2.0
+    Raises:
+      ValueError: data that is empty or has leaves of unequal length; when it is called, metrics that pair all examples
+        by broadcasting (see `all_pairs`).
+      TypeError: data that is no array of numbers; when it is called, metrics that are not a dict.
+
+    Example:
+      >>> count = evaluate(lambda params, batch: {"mean": batch.mean()}, jnp.arange(5.0), batch_size=2)
+      >>> float(count(TrainState({}, {}, (), None, None))["mean"])
+      2.0
     """
     stateful = "state" in inspect.signature(metrics).parameters
 
+    def values_of(batch, params, state):
+        return metrics(params, batch, state) if stateful else metrics(params, batch)
+
     def means(params, state, batch):
-        values = metrics(params, batch, state) if stateful else metrics(params, batch)
+        refuse_pairs("evaluate: a metric", values_of, batch, params, state)
+        values = values_of(batch, params, state)
+        if not isinstance(values, Mapping):
+            raise TypeError(f"evaluate: metrics returns a dict of values by name, got {type(values).__name__}")
         return {name: jnp.mean(value, dtype=jnp.result_type(value, jnp.float32)) for name, value in values.items()}
 
+    if isinstance(data, Weighted):
+        raise TypeError(
+            "evaluate: every example counts once, got Weighted data; pass its `batch`, and weigh in metrics"
+        )
     if batch_size is None:
+        if not (hasattr(data, "__iter__") and not isinstance(data, dict)) or isinstance(data, jax.Array):
+            raise TypeError(
+                f"evaluate: without batch_size the data is an iterable of batches, got {type(data).__name__}; for arrays "
+                "say batch_size"
+            )
         return _over_batches(means, lambda: data)
     n = examples(data)
-    size = min(batch_size, n)
+    size = min(size_of("evaluate: batch_size", batch_size), n)
     if any(is_lazy(leaf) for leaf in jax.tree.leaves(data)):
-        cuts = [slice(i, i + size) for i in range(0, n, size)]
+        cuts = [slice(i, min(i + size, n)) for i in range(0, n, size)]
         return _over_batches(means, lambda: (jax.tree.map(operator.itemgetter(cut), data) for cut in cuts))
     full = n // size
     data = on_device(data)
@@ -62,23 +87,30 @@ def evaluate(
             total = jax.tree.map(lambda a, b: a + b * (n - full * size), total, rest)
         return jax.tree.map(lambda value: value / n, total)
 
-    return lambda train_state: run(train_state.params, train_state.state, data)
+    def evaluated(train_state):
+        check_train_state("evaluate", train_state)
+        return run(train_state.params, train_state.state, data)
+
+    evaluated.traceable = True  # pyright: ignore[reportFunctionMemberAccess]: `fit` may look at it by `eval_shape`
+    return evaluated
 
 
 def _over_batches(means: Callable, batches: Callable) -> Callable[[TrainState], dict[str, jax.Array]]:
     means = jax.jit(means)
 
     def run(train_state):
+        check_train_state("evaluate", train_state)
         total, n = None, 0
-        for batch in batches():
-            batch = on_device(batch)
-            size = examples(batch)
-            part = jax.tree.map(
-                lambda value, size=size: value * size, means(train_state.params, train_state.state, batch)
-            )
-            total, n = part if total is None else jax.tree.map(jnp.add, total, part), n + size
-        if total is None:
-            raise ValueError("evaluate: the iterable has no batches (left): it must be one that can be iterated again")
-        return jax.tree.map(lambda value: value / n, total)
+        with jax.transfer_guard("allow"):  # batches come from the host
+            for batch in batches():
+                size = examples(batch)
+                part = means(train_state.params, train_state.state, on_device(batch))
+                part = jax.tree.map(lambda value, size=size: value * size, part)
+                total, n = part if total is None else jax.tree.map(jnp.add, total, part), n + size
+            if total is None:
+                raise ValueError(
+                    "evaluate: the iterable has no batches (left): it must be one that can be iterated again"
+                )
+            return jax.tree.map(lambda value: value / n, total)
 
     return run

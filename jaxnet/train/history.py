@@ -1,46 +1,82 @@
-"""The history of a training: from the metrics of single steps to records, and records to files."""
+"""The history of a training: from the metrics of single steps to records, and records to arrays."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["early_stopping", "time_budget", "write_csv", "write_jsonl"]
+__all__ = ["History", "New", "Record", "columns_of", "records_of"]
 
 Record = dict[str, float]
 """What is known at one step: 'step', 'epoch', the mean of each metric since the record before, 'seconds' and more."""
+
+FIXED = ("step", "epoch", "samples_per_second", "seconds")
+"""The entries of every record that are no metrics."""
+
+
+class New(NamedTuple):
+    """A record that is complete now.
+
+    Attributes:
+      record: with the means since the record before.
+      summary: if an epoch or an evaluation ends with it, a record with the means since the last one of these.
+    """
+
+    record: Record
+    summary: Record | None
 
 
 class History:
     """Gather metrics, step by step, and cut them into records.
 
-    Args: next_cut: the first step after this one at which a record ends; epoch: the number of the epoch that a step is in.
-    Attributes: records; pending: the metrics of the steps since the last record, by name [steps].
+    Args:
+      next_cut: the first step after this one at which a record ends.
+      epoch: the number of the epoch that a step is in.
+      ends: (a step, a later one) -> whether an epoch or an evaluation ends between them, which makes a summary.
+
+    Attributes:
+      records: all complete records.
+      evaluations: the summaries that were evaluated, with what the evaluation gave.
+      pending: the metrics of the steps since the last record, by name [steps].
+      sums, weight: of the records since the last summary: the sum of value times weight by metric, and the sum of weights.
     """
 
-    def __init__(self, next_cut: Callable[[int], int], epoch: Callable[[int], int]):
-        self.next_cut, self.epoch = next_cut, epoch
+    def __init__(
+        self,
+        next_cut: Callable[[int], int],
+        epoch: Callable[[int], int],
+        ends: Callable[[int, int], bool] = lambda before, after: False,
+    ):
+        self.next_cut, self.epoch, self.ends = next_cut, epoch, ends
         self.records: list[Record] = []
+        self.evaluations: list[Record] = []
         self.pending: dict[str, np.ndarray] = {}
+        self.sums: dict[str, float] = {}
+        self.weight = 0.0
         self.step, self.seconds, self.samples = 0, 0.0, 0.0
+        # Where the last summary ended: its step, seconds, and the samples since then that are in records.
+        self.since = {"step": 0, "seconds": 0.0, "samples": 0.0}
+
+    def begin(self, step: int) -> None:
+        """Start at this step."""
+        self.step = self.since["step"] = step
 
     def add(
         self, n: int, metrics: Mapping[str, np.ndarray], seconds: float, samples: int, *, cut: bool = False
-    ) -> list[Record]:
+    ) -> list[New]:
         """Take in the metrics [n] of the next n steps; returns the records that are now complete.
 
-        Args: seconds, samples: of all n steps together; cut: end a record after the last of them in any case.
+        Args:
+          n: the number of steps.
+          metrics: by name, [n].
+          seconds, samples: of all n steps together.
+          cut: end a record, and a summary, after the last of them in any case.
         """
-        metrics = {
-            name: np.asarray(values, np.float64) for name, values in metrics.items()
-        }  # at once: records are many
+        # All at once, since records may be many.
+        metrics = {name: np.asarray(values, np.float64) for name, values in metrics.items()}
         first, new, start = self.step, [], 0
         while start < n:
             due = self.next_cut(self.step)
@@ -49,144 +85,115 @@ class History:
                 part = values[start:end]
                 self.pending[name] = np.concatenate([self.pending[name], part]) if name in self.pending else part
             share = (end - start) / n
-            self.step, self.seconds, self.samples = (
-                first + end,
-                self.seconds + seconds * share,
-                self.samples + samples * share,
-            )
-            if self.step == due or (cut and end == n):
-                new.append(self.preview())
-                self.records.append(new[-1])
-                self.pending, self.samples = {}, 0.0
+            self.step = first + end
+            self.seconds += seconds * share
+            self.samples += samples * share
+            at_end = cut and end == n
+            if self.step == due or at_end:
+                new.append(self._complete(at_end))
             start = end
         return new
 
-    def preview(self) -> Record:
-        """What a record would say that ended now."""
-        values = self.pending.copy()
-        skipped, weights = values.get("skipped"), values.pop("weight", None)
-        if skipped is not None:
-            weights = np.where(skipped > 0, 0.0, 1.0 if weights is None else weights)
+    def _complete(self, cut: bool) -> New:
+        before = self.records[-1] if self.records else self.since
+        sums, weight = self._pending_sums()
+        record, summary = self._record(sums, weight, self.samples, self.seconds - before["seconds"]), None
+        self._join(sums, weight)
+        if cut or self.ends(int(before["step"]), self.step):
+            summary = self._record(self.sums, self.weight, self.since["samples"], self.seconds - self.since["seconds"])
+            self.sums, self.weight = {}, 0.0
+            self.since = {"step": self.step, "seconds": self.seconds, "samples": 0.0}
+        self.records.append(record)
+        return New(record, summary)
+
+    def summary(self) -> Record:
+        """The means since the last summary, over whole records and what is pending."""
+        sums, weight = self._pending_sums()
+        sums = {name: self.sums.get(name, 0.0) + x for name, x in (sums or dict.fromkeys(self.sums, 0.0)).items()}
+        samples, seconds = self.since["samples"] + self.samples, self.seconds - self.since["seconds"]
+        return self._record(sums, self.weight + weight, samples, seconds)
+
+    def _pending_sums(self) -> tuple[dict[str, float], float]:
+        """Of what is pending: the sum of value times weight by metric, and the sum of the weights.
+
+        A value without weight does not count, even if it is NaN. Skipped steps have no weight; they are counted.
+        """
+        values, n = self.pending, float(next(map(len, self.pending.values()), 0))
+        if "weight" not in values and "skipped" not in values:
+            return {name: float(np.add.reduce(x)) for name, x in values.items()}, n
+        values = values.copy()
+        weights = values.pop("weight", np.ones(int(n)))
+        skipped = values.get("skipped", np.zeros(int(n)))
+        weights = np.where(skipped > 0, 0.0, weights)
+        sums = {name: float((np.where(weights > 0, x, 0.0) * weights).sum()) for name, x in values.items()}
+        if "skipped" in values:
+            sums["skipped"] = float(skipped.sum())
+        return sums, float(weights.sum())
+
+    def _join(self, sums: Mapping[str, float], weight: float) -> None:
+        """Put what was pending among the sums."""
+        for name, x in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + x
+        self.weight += weight
+        self.since["samples"] += self.samples
+        self.pending, self.samples = {}, 0.0
+
+    def _record(self, sums: Mapping[str, float], weight: float, samples: float, seconds: float) -> Record:
         record: Record = {"step": self.step, "epoch": self.epoch(self.step)}
-        for name, x in sorted(values.items(), key=lambda item: item[0] != "loss"):
-            record[name] = _mean(x, weights) if name != "skipped" else float(x.sum())
-        before = self.records[-1]["seconds"] if self.records else 0.0
-        record["samples_per_second"] = self.samples / max(self.seconds - before, 1e-9)
-        return record | {"seconds": self.seconds}
+        if "loss" in sums:
+            record["loss"] = math.nan
+        for name, x in sums.items():
+            record[name] = x / weight if weight else math.nan
+        if "skipped" in sums:
+            record["skipped"] = sums["skipped"]
+        record["samples_per_second"] = samples / max(seconds, 1e-9)
+        record["seconds"] = self.seconds
+        return record
 
-    def state(self) -> dict[str, Any]:
-        """All of it as plain numbers, lists and dicts."""
-        pending = {name: [float(x) for x in values] for name, values in self.pending.items()}
-        names = ("records", "step", "seconds", "samples")
-        return {name: getattr(self, name) for name in names} | {"pending": pending}
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All of it, to be saved: (plain numbers, lists and dicts; a tree of arrays, for what grows)."""
+        numbers = {name: getattr(self, name) for name in ("step", "seconds", "samples", "sums", "weight", "since")}
+        arrays = {
+            "records": columns_of(self.records),
+            "evaluations": columns_of(self.evaluations),
+            "pending": {name: np.asarray(values, np.float64) for name, values in self.pending.items()},
+        }
+        return numbers, arrays
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        for name in ("records", "step", "seconds", "samples"):
-            setattr(self, name, state[name])
-        self.pending = {name: np.asarray(values, np.float64) for name, values in state["pending"].items()}
-
-
-def _mean(x: np.ndarray, weights: np.ndarray | None) -> float:
-    """The mean; what has no weight does not count even if it is NaN. NaN where nothing counts."""
-    if weights is None:
-        return float(np.add.reduce(x)) / len(x)
-    return float((np.where(weights > 0, x, 0.0) * weights).sum() / weights.sum()) if weights.any() else math.nan
-
-
-def best_of(rule: str) -> tuple[str, Callable[[float, float], bool]]:
-    """What 'min test_loss' or 'max test_accuracy' means: (name, whether a first value is better than a second)."""
-    sense, _, name = rule.partition(" ")
-    if sense not in ("min", "max") or not name or " " in name:
-        raise ValueError(f"'min' or 'max' and the name of a metric, as in 'max test_accuracy', got {rule!r}")
-    return name, (lambda a, b: a < b) if sense == "min" else (lambda a, b: a > b)
-
-
-def early_stopping(rule: str, patience: int) -> Callable[[Sequence[Record]], str | None]:
-    """A condition for `fit(stop=...)`: the metric has not improved for `patience` values.
-
-    Args: rule: 'min test_loss', 'max test_accuracy' or the like.
-    Source: Prechelt, "Early Stopping - But When?", 1998.
-    """
-    name, better = best_of(rule)
-    if patience < 1:
-        raise ValueError(f"early_stopping: patience must be at least 1, got {patience}")
-
-    def stop(history):
-        values = [record[name] for record in history if name in record]
-        best = 0
-        for i, value in enumerate(values):
-            if better(value, values[best]) or math.isnan(values[best]):
-                best = i
-        since = len(values) - 1 - best
-        return f"{rule} has not improved for {since} values" if since >= patience else None
-
-    stop.metric = name  # pyright: ignore[reportFunctionMemberAccess]: `fit` checks that there is one
-    return stop
-
-
-def time_budget(seconds: float) -> Callable[[Sequence[Record]], str | None]:
-    """A condition for `fit(stop=...)`: so many seconds of training are over (compiling and evaluating not counted)."""
-    return lambda history: f"{seconds:g} s are over" if history and history[-1]["seconds"] >= seconds else None
-
-
-def write_jsonl(path: str | os.PathLike) -> Callable[[Record], None]:
-    """A callback that appends each record to a file, one JSON object a line. What is not finite is written as null.
-
-    A run that is resumed goes on in the same file: lines of steps that are done again are taken out first.
-    """
-    path, begun = os.fspath(path), False
-
-    def write(record):
-        nonlocal begun
-        if not begun:
-            _replace(path, "".join(line for line in _lines(path) if json.loads(line)["step"] < record["step"]))
-            begun = True
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        with open(path, "a") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
-
-    return write
-
-
-def write_csv(path: str | os.PathLike) -> Callable[[Record], None]:
-    """A callback that writes each record as a row of a table, and resumes as `write_jsonl`; a new metric adds a column."""
-    path, rows, columns = os.fspath(path), None, []
-
-    def write(record):
-        nonlocal rows
-        begin = rows is None
-        if rows is None:
-            rows = [row for row in csv.DictReader(_lines(path)) if float(row["step"]) < record["step"]]
-            columns.extend(rows[0] if rows else [])
-        rows.append({name: str(value) for name, value in record.items()})
-        new = [name for name in record if name not in columns]
-        if begin or new:
-            columns.extend(new)
-            _replace(path, _table([{name: name for name in columns}, *rows], columns))
+    def restore(self, numbers: Mapping[str, Any], arrays: Mapping[str, Any] | None) -> None:
+        """Take over what `state` gave. Older files have the records among the numbers, and no arrays."""
+        self.step, self.seconds, self.samples = numbers["step"], numbers["seconds"], numbers["samples"]
+        if arrays is None:
+            self.records, pending = list(numbers["records"]), numbers["pending"]
+            # An evaluation's values stand behind the last entry that every record has.
+            self.evaluations = [dict(record) for record in self.records if list(record)[-1] != "seconds"]
         else:
-            with open(path, "a") as file:
-                file.write(_table(rows[-1:], columns))
-
-    return write
-
-
-def _table(rows: Sequence[Mapping[str, str]], columns: list[str]) -> str:
-    text = io.StringIO()
-    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
-    return text.getvalue()
+            self.records, self.evaluations = records_of(arrays["records"]), records_of(arrays["evaluations"])
+            pending = arrays["pending"]
+        self.pending = {name: np.asarray(values, np.float64) for name, values in pending.items()}
+        self.sums, self.weight = dict(numbers.get("sums", {})), numbers.get("weight", 0.0)
+        self.since = dict(numbers.get("since", {"step": self.step, "seconds": self.seconds, "samples": 0.0}))
 
 
-def _lines(path: str) -> list[str]:
-    """The complete lines of a file, none if there is no file; the last may have been cut off."""
-    if not os.path.exists(path):
-        return []
-    with open(path) as file:
-        return [line for line in file if line.endswith("\n")]
+def columns_of(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Records as arrays, which a file holds far better than text: {'columns': {name: [n]}, 'has': {name: bool [n]}}.
+
+    'has' tells which records have an entry; names that all records have are left out of it.
+    """
+    names = list(dict.fromkeys(name for record in records for name in record))
+    columns, has = {}, {}
+    for name in names:
+        values = [record.get(name) for record in records]
+        dtype = np.int64 if name in ("step", "epoch") else np.float64
+        columns[name] = np.array([0 if value is None else value for value in values], dtype)
+        if None in values:
+            has[name] = np.array([value is not None for value in values])
+    return {"columns": columns, "has": has}
 
 
-def _replace(path: str, text: str) -> None:
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
+def records_of(table: Mapping[str, Any]) -> list[Record]:
+    """The records that `columns_of` was given."""
+    columns = {name: np.asarray(column).tolist() for name, column in table["columns"].items()}
+    has = {name: np.asarray(column).tolist() for name, column in table["has"].items()}
+    rows = range(len(next(iter(columns.values()), ())))
+    return [{name: column[i] for name, column in columns.items() if name not in has or has[name][i]} for i in rows]

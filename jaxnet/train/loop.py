@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxnet import tree
-from jaxnet.train.order import Order, shuffle
-from jaxnet.train.step import TrainState, examples, weighted
+from jaxnet.checks import size_of
+from jaxnet.train.batch import Uneven, examples
+from jaxnet.train.order import Order, check_order, shuffle
+from jaxnet.train.step import TrainState, check_train_state
 
 __all__ = ["train_epoch", "train_steps"]
 
@@ -20,32 +21,40 @@ __all__ = ["train_epoch", "train_steps"]
 def train_steps(
     step: Callable, batch_size: int, steps: int, *, order: Order | None = shuffle, drop_last: bool = True
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
-    """Many steps over data in memory as one pure function (train_state, data) -> (train_state, metrics [steps]).
+    """Make one pure function (train_state, data) -> (train_state, metrics [steps]) of many steps over data in memory.
 
     Which batch a step sees follows from `train_state.step` and the key alone: any chunks of the same run see the same
     batches.
 
     Args:
       step: (train_state, batch) -> (train_state, metrics), as from `train_step`.
-      batch_size: examples a step.
+      batch_size: examples per step.
       steps: how many; `jax.jit` the result, once, and call it again and again.
-      order: the rows of an epoch: `shuffle` (another order each epoch), `balanced(labels)`, a function of your own, or None
-        for the data as it stands.
-      drop_last: leave out the len(data) % batch_size examples that come last in an epoch; if False, they make a batch of
-        their own, padded with examples of weight 0 (all batches are then `Weighted`).
+      order: the rows of an epoch: `shuffle` (another order each epoch), `balanced(labels)`, a function of yours, or
+        None for the data as it stands.
+      drop_last: leave out the n % batch_size examples that come last in an epoch. If False they are a batch of their
+        own, with its true size: the program then holds the step a second time, metrics must not have a shape that
+        depends on the size of the batch, and a metric 'weight' counts the examples. Under `jax.vmap` with different
+        values of `train_state.step` both forms of the step are computed and one is kept.
 
-    Raises: ValueError for empty data, leaves of unequal length, or a batch larger than the data; TypeError if the step
-    changes the structure, a shape or a dtype of the train state.
+    Returns:
+      The function of many steps.
+
+    Raises:
+      ValueError: when it is traced: data that is empty or has leaves of unequal length, a batch larger than the data,
+        rows of `order` that are out of range; for sizes that are not positive, at once.
+      TypeError: when it is traced: the step changes the structure, a shape or a dtype of the train state.
     """
-    if steps < 1:
-        raise ValueError(f"train_steps: steps must be at least 1, got {steps}")
+    steps = _steps_of("train_steps: steps", steps)
 
     def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
+        check_train_state("train_steps", train_state)
         data = jax.tree.map(jnp.asarray, data)
         plan = planned(train_state, examples(data), steps, batch_size, order, drop_last)
+        one = on_uneven(step)
 
         def body(train_state, rows):
-            new, metrics = step(train_state, take(data, rows))
+            new, metrics = one(train_state, take(data, rows))
             check_same(train_state, new)
             return new, metrics
 
@@ -57,7 +66,10 @@ def train_steps(
 def train_epoch(
     step: Callable, batch_size: int, *, order: Order | None = shuffle, drop_last: bool = True
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
-    """One pass over data in memory as one pure function: `train_steps` with as many steps as an epoch has batches."""
+    """Make `train_steps` with as many steps as an epoch has batches: one pass over data in memory.
+
+    Args, errors and the result are those of `train_steps`.
+    """
 
     def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
         steps = steps_per_epoch(examples(data), batch_size, drop_last=drop_last)
@@ -67,32 +79,81 @@ def train_epoch(
 
 
 def steps_per_epoch(n: int, batch_size: int, *, drop_last: bool = True) -> int:
-    """Batches in n examples. Raises ValueError if there is none."""
-    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+    """Count the batches in n examples.
+
+    Raises:
+      ValueError: there is none, or the batch size is not a positive int.
+    """
+    batch_size = size_of("batch_size", batch_size)
     if batch_size > n:
         raise ValueError(f"batch_size {batch_size} is larger than the data, {n} examples; use at most {n}")
     return n // batch_size if drop_last else -(-n // batch_size)
 
 
-def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order: Order | None, drop_last: bool) -> Any:
-    """Which rows the next steps take: int32 [steps, B], and their weights [steps, B] if the last batch is padded.
+def _steps_of(what: str, steps: Any) -> int:
+    steps = size_of(what, steps)
+    if steps >= 2**31:
+        raise ValueError(f"{what} must be less than 2**31, since steps are counted in int32, got {steps}")
+    return steps
 
-    None where every step takes all rows, whose order is all one.
+
+def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order: Order | None, drop_last: bool) -> Any:
+    """Plan which rows the next steps take: int32 [steps, B], `Uneven` if the last batch of an epoch is shorter.
+
+    None where every step takes all rows, whose order does not matter.
     """
     epoch_steps = steps_per_epoch(n, batch_size, drop_last=drop_last)
-    if batch_size == n and drop_last and (order is None or order is shuffle):
+    rest = 0 if drop_last else n % batch_size
+    if batch_size == n and (order is None or order is shuffle):
         return None
+    check_order(order, n, batch_size)
     key = jax.random.fold_in(_threefry(train_state.key), _ORDER)
 
     def rows_of(count):
         epoch, batch = jnp.divmod(count, epoch_steps)
         positions = batch * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-        inside = jnp.minimum(positions, n - 1)
-        rows = inside if order is None else order(key, n, epoch, inside)
-        return rows if drop_last else (rows, (positions < n).astype(jnp.float32))
+        if rest:
+            positions = jnp.minimum(positions, n - 1)
+        rows = positions if order is None else order(key, n, epoch, positions)
+        return Uneven(rows, batch == epoch_steps - 1, rest) if rest else rows
 
     return jax.vmap(rows_of)(train_state.step + jnp.arange(steps, dtype=jnp.int32))
+
+
+def on_uneven(step: Callable) -> Callable:
+    """Make a step that takes `Uneven` batches, too, each with its true size."""
+    traced = jax.jit(step, inline=True)  # once for each size: for its shapes and in the branch
+
+    def run(train_state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+        if not isinstance(batch, Uneven):
+            return step(train_state, batch)
+
+        def of(examples_of, train_state):
+            examples = examples_of()
+            new, metrics = traced(train_state, examples)
+            size = len(jax.tree.leaves(examples)[0])
+            return new, {"weight": jnp.float32(size), **metrics} if isinstance(metrics, dict) else metrics
+
+        whole, short = functools.partial(of, lambda: batch.batch), functools.partial(of, batch.short)
+        try:
+            shapes = [jax.eval_shape(f, train_state)[1] for f in (whole, short)]
+        except Exception as error:
+            error.add_note(f"with drop_last=False an epoch ends with a batch of {batch.rest} examples")
+            raise
+        if jax.tree.map(_spec, shapes[0]) != jax.tree.map(_spec, shapes[1]):
+            changed = [path for path, leaf in tree.flatten(shapes[0]).items() if _differs(leaf, shapes[1], path)]
+            raise ValueError(
+                f"drop_last=False: the metrics {changed} have another shape in the last batch, of {batch.rest} examples; "
+                "reduce them to scalars"
+            )
+        return jax.lax.cond(batch.last, short, whole, train_state)
+
+    return run
+
+
+def _differs(leaf: Any, others: Any, path: str) -> bool:
+    other = tree.flatten(others).get(path)
+    return other is None or _spec(other) != _spec(leaf)
 
 
 def _threefry(key: jax.Array) -> jax.Array:
@@ -125,14 +186,12 @@ _ORDER = 0x6F726465  # separates the keys of the data's order from those of the 
 
 
 def take(data: Any, rows: Any) -> Any:
-    """The batch that one row of a plan stands for."""
+    """Gather the batch that one row of a plan stands for."""
     if rows is None:
         return data
-    weights = None
-    if isinstance(rows, tuple):
-        rows, weights = rows
-    batch = jax.tree.map(lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), data)
-    return weighted(batch, weights)
+    if isinstance(rows, Uneven):
+        return Uneven(take(data, rows.batch), rows.last, rows.rest)
+    return jax.tree.map(lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), data)
 
 
 def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool = True) -> Callable:
@@ -146,7 +205,7 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
 
     Args: batches: (n, train_state, *inputs) -> (plan with leaves [size, ...], function from one of its rows to a batch).
     """
-    step = jax.jit(step, inline=True)  # traced once, for its shapes and in the loop
+    step = jax.jit(on_uneven(step), inline=True)  # traced once, for its shapes and in the loop
 
     def run(train_state: TrainState, good: jax.Array, first: jax.Array, n: jax.Array, *inputs: Any):
         plan, batch_of = batches(n, train_state, *inputs)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnet.checks import size_of
+
 __all__ = ["many"]
 
 
@@ -33,17 +35,19 @@ def many(run: Callable, *, how: str | int | None = None) -> Callable:
         floating-point result in the run (as a rule the parameters with the optimizer's state, which the training loop
         carries, or the largest activation) is at most 2 MiB and stays in the cache.
 
-    Returns: a function with the arguments of `run`, every leaf with a leading axis of members [M, ...], and its results stacked
-    the same way.
+    Returns:
+      A function with the arguments of `run`, every leaf with a leading axis of members [M, ...], and its results stacked
+      the same way.
 
-    Raises: ValueError for another `how`; by the function that is returned, for leaves without a common leading axis.
+    Raises:
+      ValueError: another `how`; from the function that is returned, leaves without a common leading axis.
 
     Source: `python benchmarks/ensembles.py`, on one CPU core, 256 members from 2-2-1 to 784-256-128-10 (benchmarks/README.md has
     the table): in units of the fastest form's time of each case, this choice takes at most 1.10, "vmap" 4.55, "map" 3.06,
     4 1.36 and 16 1.91. On accelerators `vmap` is the usual choice; nothing was measured there.
     """
-    if how not in ("vmap", "map", None) and not (type(how) is int and how >= 1):
-        raise ValueError(f"many: how must be 'vmap', 'map', None or a positive int, got {how!r}")
+    if not (how is None or isinstance(how, str) and how in ("vmap", "map")):
+        how = size_of("many: how must be 'vmap', 'map' or None, or else it", how)
 
     def one(member):
         args, kwargs = member
@@ -56,7 +60,7 @@ def many(run: Callable, *, how: str | int | None = None) -> Callable:
         if how == "vmap":
             return jax.vmap(one)(members)
         if how is not None:
-            return _in_blocks(one, members, 1 if how == "map" else min(int(how), count))
+            return _in_blocks(one, members, 1 if how == "map" else min(how, count))
         block = _block(one, members, count)
         return lax.platform_dependent(members, cpu=lambda xs: _in_blocks(one, xs, block), default=jax.vmap(one))
 
@@ -112,6 +116,6 @@ def _members(members: Any) -> int:
         raise ValueError(
             "many: all arguments must have one leading axis, of one member or more, got the shapes "
             + (", ".join(f"{shape} of '{path}'" for path, shape in shapes.items()) or "of no arrays at all")
-            + "; let `run` close over what all members share, and give every member its part of the rest"
+            + "; let `run` close over what all members share, and give every member its part of the rest, as arrays"
         )
     return counts.pop()[0]

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnet import tree
+from jaxnet.checks import size_of
 
 __all__ = ["Averaged", "Guarded", "average", "averaged", "by_path", "freeze", "guarded"]
 
@@ -98,6 +100,9 @@ def average(train_state: Any) -> Any:
     return jax.tree.map(lambda a, w: a.astype(w.dtype), found.params, train_state.params)
 
 
+_LARGEST_SCALE = 2.0**127  # the largest power of two in float32
+
+
 class Guarded(NamedTuple):
     """The state of `guarded`.
 
@@ -124,18 +129,20 @@ def guarded(optimizer: Any, *, limit: int = 10, loss_scale: float | None = None,
     applied. `train_step` counts the steps skipped in its metrics ('skipped').
 
     Args:
-      loss_scale: for float16, whose gradients underflow: the loss is multiplied by so much and the gradients divided by
-        it, e.g. 2.0**15. The scale is halved at each step skipped and doubled after `interval` steps without one.
+      optimizer: an optax transformation, a learning rate, or a schedule.
+      limit: more skipped steps in a row than this are an error.
+      loss_scale: for float16, whose gradients underflow: the loss is multiplied by this and the gradients divided by it,
+        e.g. 2.0**15. The scale is halved at each skipped step, down to 1 (or `loss_scale`, if that is smaller), and
+        doubled after `interval` steps without one, up to 2.0**127.
+      interval: steps after which the scale is doubled.
 
     Source of the scaling: Micikevicius et al., "Mixed Precision Training", ICLR 2018.
     """
     import optax
 
-    if limit < 0 or interval < 1 or (loss_scale is not None and loss_scale <= 0):
-        raise ValueError(
-            "guarded: limit must be at least 0, interval at least 1 and loss_scale positive, "
-            f"got {limit}, {interval} and {loss_scale}"
-        )
+    limit, interval = size_of("guarded: limit", limit, 0), size_of("guarded: interval", interval)
+    if loss_scale is not None and not 0 < loss_scale <= _LARGEST_SCALE:
+        raise ValueError(f"guarded: loss_scale must be in (0, 2**127], got {loss_scale}")
     inner = optax.with_extra_args_support(as_optax(optimizer))
 
     def init(params):
@@ -150,7 +157,9 @@ def guarded(optimizer: Any, *, limit: int = 10, loss_scale: float | None = None,
         scale, clean = state.scale, jnp.where(good, state.clean + 1, 0)
         if loss_scale is not None:
             grown = clean >= interval
-            scale = jnp.where(good, jnp.where(grown, scale * 2, scale), jnp.maximum(scale / 2, 1.0))
+            lower = jnp.minimum(scale, jnp.maximum(scale / 2, 1.0))
+            upper = jnp.where(grown, jnp.minimum(scale * 2, _LARGEST_SCALE), scale)
+            scale = jnp.where(good, upper, lower)
             clean = jnp.where(grown, 0, clean)
         skipped = jnp.where(good, 0, state.skipped + 1)
         return updates, Guarded(inner_state, scale, clean, skipped, state.in_all + jnp.where(good, 0, 1), state.limit)
@@ -158,10 +167,84 @@ def guarded(optimizer: Any, *, limit: int = 10, loss_scale: float | None = None,
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def check_optimizer(what: str, optimizer: Any) -> None:
+    """Raise TypeError unless this is an optax transformation, a learning rate, or a schedule of the step."""
+    if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
+        return
+    wanted = "an optax transformation such as optax.adam(1e-3), a learning rate, or a schedule of the step"
+    if isinstance(optimizer, str):
+        raise TypeError(f"{what}: the optimizer is {wanted}, got the text {optimizer!r}; names are not looked up")
+    if hasattr(optimizer, "param_groups") and not isinstance(optimizer, type):
+        raise TypeError(f"{what}: the optimizer is {wanted}, got PyTorch's {type(optimizer).__name__}")
+    if _is_rate(optimizer):
+        return
+    if callable(optimizer) and not isinstance(optimizer, type):
+        try:
+            made = optimizer(jnp.int32(0))
+        except Exception:
+            made = None
+        if _is_rate(made):
+            return
+        name = getattr(optimizer, "__name__", "it")
+        raise TypeError(
+            f"{what}: the optimizer is {wanted}, got the function {name}, whose value at step 0 is no number; if it "
+            f"makes optimizers, call it: {name}(1e-3)"
+        )
+    kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
+    raise TypeError(f"{what}: the optimizer is {wanted}, got {kind}")
+
+
+def _is_rate(x: Any) -> bool:
+    kinds = int | float | np.number | np.ndarray | jax.Array
+    return isinstance(x, kinds) and not isinstance(x, bool) and np.ndim(x) == 0 and not jnp.iscomplexobj(x)
+
+
+def check_state(what: str, optimizer: Any, params: Any, opt: Any) -> None:
+    """Raise ValueError unless a train state's `opt` is what this optimizer makes of these parameters."""
+    if not hasattr(optimizer, "init"):
+        wanted: Any = ()
+    else:
+        try:
+            wanted = jax.eval_shape(optimizer.init, params)
+        except Exception:  # of an optimizer that cannot be traced nothing is known
+            return
+    if jax.tree.structure(wanted) != jax.tree.structure(opt):
+        raise ValueError(
+            f"{what}: the train state was made with another optimizer, or for other parameters: its `opt` is "
+            f"{_describe(opt)}, this optimizer's is {_describe(wanted)}; give the same optimizer to train_state and "
+            "train_step, or begin anew with train_state(params, optimizer, key)"
+        )
+    for path, a, b in zip(tree.paths(wanted), jax.tree.leaves(wanted), jax.tree.leaves(opt), strict=True):
+        if a.shape != jnp.shape(b):
+            raise ValueError(
+                f"{what}: the optimizer's state was made for other parameters: 'opt/{path}' has the shape "
+                f"{list(jnp.shape(b))}, these parameters need {list(a.shape)}; begin anew with train_state(params, "
+                "optimizer, key)"
+            )
+
+
+def _describe(opt: Any) -> str:
+    """The state of an optimizer in words: the types of its parts and how many arrays there are."""
+    kinds = []
+
+    def visit(node: Any):
+        fields = getattr(node, "_fields", None)
+        if fields is not None and type(node).__name__ != "EmptyState":
+            kinds.append(f"{type(node).__name__}({', '.join(fields)})")
+        children = node.values() if isinstance(node, dict) else node if isinstance(node, tuple | list) else ()
+        for child in children:
+            visit(child)
+
+    visit(opt)
+    shown = " + ".join(dict.fromkeys(kinds)) or "empty, as for plain SGD"
+    return f"{shown} with {len(jax.tree.leaves(opt))} arrays" if jax.tree.leaves(opt) else shown
+
+
 def as_optax(optimizer: Any) -> Any:
     """A learning rate or schedule as plain SGD; an optax transformation as it is."""
     import optax
 
+    check_optimizer("optimizer", optimizer)
     return optimizer if hasattr(optimizer, "update") else optax.sgd(optimizer)
 
 

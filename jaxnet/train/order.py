@@ -39,10 +39,9 @@ def balanced(labels: Any) -> Order:
     if not labels.size:
         raise ValueError("balanced: there are no labels")
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    members = np.argsort(classes, kind="stable").astype(np.int32)
-    members = np.concatenate(
-        [np.random.default_rng(0).permutation(part) for part in np.split(members, counts.cumsum())]
-    )
+    # Within a class the examples are mixed by a hash of their rows, which no version of NumPy changes.
+    mixed = _hash(np.arange(len(labels), dtype=np.uint32) * np.uint32(0x9E3779B9) + np.uint32(1))
+    members = np.lexsort((mixed, classes)).astype(np.int32)
     starts = np.cumsum(counts) - counts
 
     def order(key, n, epoch, positions):
@@ -55,6 +54,7 @@ def balanced(labels: Any) -> Order:
         place = (first[group] + turn) % size[group]
         return jnp.asarray(members)[jnp.asarray(starts, jnp.int32)[group] + place]
 
+    order.in_range = True  # pyright: ignore[reportFunctionMemberAccess]: `check_order` need not look
     return order
 
 
@@ -83,7 +83,41 @@ def shuffled(key: jax.Array, n: int, positions: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, rounds, turn, positions.astype(jnp.int32))
 
 
-def _hash(h: jax.Array) -> jax.Array:
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+def _hash(h: Any) -> Any:
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
     return h ^ (h >> 16)
+
+
+def check_order(order: Order | None, n: int, batch_size: int) -> None:
+    """Raise unless the rows that a user's order gives are integers within 0 .. n-1.
+
+    It is asked for the first three epochs, with a key of no run: gathering in a compiled loop cannot raise, and takes
+    the nearest row instead. An order that depends on traced values is not asked.
+    """
+    if order is None or order is shuffle or getattr(order, "in_range", False):
+        return
+    spec = jax.eval_shape(
+        lambda epoch, positions: order(jax.random.key(0), n, epoch, positions),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    )
+    if getattr(spec, "shape", None) != (batch_size,) or not jnp.issubdtype(spec.dtype, jnp.integer):
+        raise ValueError(f"order: must return integers [{batch_size}], one row per position, got {spec}")
+    for epoch in range(3):
+        for positions in _asked(n, batch_size):
+            try:
+                with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+                    rows = np.asarray(order(jax.random.key(0), n, jnp.int32(epoch), jnp.asarray(positions)))
+            except jax.errors.JAXTypeError:
+                return
+            if rows.min() < 0 or rows.max() >= n:
+                wrong = int(rows[(rows < 0) | (rows >= n)][0])
+                raise ValueError(f"order: rows must be within 0 .. {n - 1}, got {wrong} in epoch {epoch}")
+
+
+def _asked(n: int, batch_size: int) -> list[np.ndarray]:
+    """Positions to try an order at, in batches: all of them in small data, else some from everywhere."""
+    count = n // batch_size
+    chosen = np.unique(np.linspace(0, count - 1, min(count, 8)).astype(np.int64)) * batch_size
+    return [np.arange(start, start + batch_size, dtype=np.int32) for start in [*chosen, n - batch_size]]

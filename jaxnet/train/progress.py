@@ -3,80 +3,191 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sys
-from collections.abc import Mapping
+import textwrap
+import threading
+import time
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxnet.train.history import FIXED
 
 __all__ = ["Progress"]
 
-_HIDDEN = ("step", "epoch", "seconds", "samples_per_second")
+QUIET = 30.0  # seconds after which a line comes in any case where there is no terminal
+PATIENCE = 5.0  # seconds of work that is not training after which a line says so where there is no terminal
+LINES = 1000  # evaluations up to which each has a line
 
 
 class Progress:
-    """Show how a run goes: a line rewritten in place on a terminal, one plain line an epoch elsewhere, nothing if `show=False`.
+    """Show how a run goes: a line rewritten in place on a terminal, plain lines elsewhere, nothing if `show=False`.
 
-    Where there are more than 100 epochs, or none, about 100 lines stay.
+    A line stays for each evaluation, or without them for each epoch. If there are more than 100 epochs, or none, about
+    100 lines stay. The numbers of such a line are means over the epoch, or since the evaluation before.
+
+    Args:
+      total: the last step, if it is known.
+      epoch_steps: steps per epoch, if that is known.
+      step: where the run begins.
+      show: False to be silent.
+      evaluations: how many evaluations are expected; 0 if that is unknown.
     """
 
-    def __init__(self, total: int | None, epoch_steps: int | None, *, step: int = 0, show: bool | None = None):
-        self.total, self.stream = total, sys.stderr
+    def __init__(
+        self,
+        total: int | None,
+        epoch_steps: int | None,
+        *,
+        step: int = 0,
+        show: bool | None = None,
+        evaluations: int = 0,
+    ):
+        self.total, self.stream, self.epochs = total, sys.stderr, epoch_steps is not None
         self.show = show is not False and self.stream is not None
         self.terminal = False
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # a closed stream
+        # The stream may be closed.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             self.terminal = self.show and self.stream.isatty()  # pyright: ignore[reportOptionalMemberAccess]
         self.width = 0
         self.every = epoch_steps or 1
         if total is not None:
             self.every *= max(1, -(-total // (100 * self.every)))
         self.shown = step // self.every  # the multiple of `every` that has a line of its own
+        self.each = evaluations <= LINES
+        self.written = time.perf_counter()
 
-    def __call__(self, record: Mapping[str, float], *, partial: bool = False, last: bool = True) -> None:
-        """Show a record, or what will become one; it stays on a line of its own where a multiple of `every` is reached.
+    def __call__(
+        self, record: Mapping[str, float], *, partial: bool = False, last: bool = True, evaluated: bool = False
+    ) -> None:
+        """Show a record, or what will become one.
 
-        Where it is not the last of those that have come at once, the next would be written over it: it is left out.
+        Args:
+          partial: it is about a part of an epoch, and stays only if nothing has been written for a while.
+          last: False if another record follows at once, which would be written over it.
+          evaluated: it has an evaluation.
         """
         count = int(record["step"]) // self.every
-        stays = not partial and (count > self.shown or record["step"] == self.total)
+        crossed = count > self.shown and not (partial and self.epochs)
+        stays = crossed or record["step"] == self.total or (evaluated and self.each)
+        late = not self.terminal and time.perf_counter() - self.written > QUIET
         if stays:
             self.shown = count
-        if self.show and (stays or (self.terminal and last)):
-            self._write(self.line(record), newline=stays)
+        if self.show and (stays or late or (self.terminal and last)):
+            self._write(self.line(record), newline=stays or late)
 
     def note(self, text: str) -> None:
         """A line about something else."""
         if self.show:
-            self._write(text, newline=True)
+            lines = [text]
+            if self.terminal:
+                lines = textwrap.wrap(text, max(self._columns() - 1, 20), subsequent_indent="  ")
+            for line in lines:
+                self._write(line, newline=True)
+
+    @contextlib.contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Say that something other than training goes on: at once on a terminal, elsewhere if it takes long."""
+        timer = None
+        if self.show and self.terminal:
+            self._write(f"{what} ...", newline=False)
+        elif self.show:
+            timer = threading.Timer(PATIENCE, self.note, [f"{what} ..."])
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def line(self, record: Mapping[str, float]) -> str:
+        """The line of a record; on a terminal as much of it as fits."""
         step, seconds = int(record["step"]), record["seconds"]
-        values = [f"{name} {value:.4g}" for name, value in record.items() if name not in _HIDDEN]
         if self.total is None or step >= self.total:
-            time = f"{_clock(seconds)} in all"
+            left = f"{_clock(seconds)} in all"
         else:
-            time = f"{_clock(seconds / step * (self.total - step))} left"
+            left = f"{_clock(seconds / max(step, 1) * (self.total - step))} left"
         of = "" if self.total is None else f"/{self.total:,}"
-        epoch = [f"epoch {int(record['epoch'])}"] if record["epoch"] else []
-        return "  ".join(
-            [*epoch, f"step {step:,}{of}", *values, f"{record['samples_per_second']:,.0f} samples/s", time]
-        )
+        epoch = f"epoch {int(record['epoch'])}" if record["epoch"] else ""
+        values = [f"{name} {value:.4g}" for name, value in record.items() if name not in FIXED]
+        rate = f"{record['samples_per_second']:,.0f} samples/s"
+        parts = [epoch, f"step {step:,}{of}", *values, rate, left]
+        limit = self._columns() - 1 if self.terminal else None
+        if limit is not None:
+            parts = _fitting(parts, [rate, left, f"step {step:,}{of}", *values[1:]], limit)
+        return "  ".join(part for part in parts if part)
 
     def close(self) -> None:
         """Leave the cursor on a line of its own, whatever happened."""
         if self.show and self.terminal and self.width:
             self._write("", newline=True)
 
+    def _columns(self) -> int:
+        """The width of the terminal, as it is now."""
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            columns = os.get_terminal_size(self.stream.fileno()).columns  # pyright: ignore[reportOptionalMemberAccess]
+            if columns > 0:
+                return columns
+        return shutil.get_terminal_size().columns
+
     def _write(self, text: str, *, newline: bool) -> None:
         try:
             self._put(text, newline)
-        except (AttributeError, OSError, ValueError):  # nobody can read it any more: training goes on
+        except (AttributeError, OSError, ValueError):
+            # Nobody can read it any more, and training goes on.
             self.show = False
 
     def _put(self, text: str, newline: bool) -> None:
-        if self.terminal:
-            self.stream.write("\r" + text.ljust(self.width) + ("\n" if newline else ""))
-            self.width = 0 if newline else len(text)
-        else:
-            self.stream.write(text + "\n")
-        self.stream.flush()
+        stream: Any = self.stream
+        self.written = time.perf_counter()
+        if not self.terminal:
+            stream.write(_printable(text, stream) + "\n")
+            stream.flush()
+            return
+        columns = self._columns()
+        text = _cut(_printable(text, stream), columns - 1)
+        # A terminal that has been made narrower shows the last line on several rows.
+        rows = (self.width - 1) // columns if self.width else 0
+        up, narrower = f"\x1b[{rows}A" if rows else "", self.width >= columns
+        back = f"{up}\r\x1b[J" if narrower else "\r"
+        pad = " " * (0 if narrower else max(0, self.width - _width(text)))
+        stream.write(back + text + pad + ("\n" if newline else ""))
+        stream.flush()
+        # The padding wraps too, if the terminal is made narrower.
+        self.width = 0 if newline else _width(text) + len(pad)
+
+
+def _fitting(parts: list[str], order: list[str], limit: int) -> list[str]:
+    """The parts of a line that fit; what comes first in `order` is left out first."""
+    parts = [part for part in parts if part]
+    for part in order:
+        if _width("  ".join(parts)) <= limit:
+            break
+        if part in parts:
+            parts.remove(part)
+    return parts
+
+
+def _width(text: str) -> int:
+    """Columns that a text takes on a terminal: two for wide characters, none for combining ones."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _cut(text: str, limit: int) -> str:
+    """As much of a text as fits into so many columns."""
+    while text and _width(text) > max(limit, 1):
+        text = text[:-1]
+    return text
+
+
+def _printable(text: str, stream: Any) -> str:
+    """Names come from anywhere: no control characters for the terminal, and nothing that its encoding lacks."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _clock(seconds: float) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import importlib
-import queue
-import threading
+import hashlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
+from jaxnet.train.arrays import fitting, is_lazy, on_device, rows_of
+from jaxnet.train.batch import Uneven, check_weights
+from jaxnet.train.iterator_state import from_json, to_json
 from jaxnet.train.loop import planned
-from jaxnet.train.step import weighted
 
 __all__ = ["Stack", "is_lazy", "on_device", "stacks_of_iterable", "stacks_of_rows"]
 
 STACK = 32 << 20  # bytes of batches that go to the device at once
+HELD = 0.1  # seconds that a batch waits for others, so that they go to the device together
 PLAN = 1 << 19  # rows that there is room for in a compiled call: 2 MB
 
 
@@ -43,19 +44,6 @@ class Stack(NamedTuple):
     end: bool
 
 
-def is_lazy(leaf: Any) -> bool:
-    """Whether an array is to be read row by row instead of being put on the device: a memory map, or what only looks so."""
-    if isinstance(leaf, np.memmap):
-        return True
-    plain = isinstance(leaf, np.ndarray | np.generic | jax.Array | int | float | bool | list)
-    return not plain and all(hasattr(leaf, name) for name in ("shape", "dtype", "__getitem__"))
-
-
-def on_device(data: Any) -> Any:
-    """The tree as arrays on the device. Raises ValueError for an integer that JAX's 32 bits cannot hold."""
-    return tree.map_with_path(lambda path, leaf: jnp.asarray(_fitting(path, leaf)), data)
-
-
 def plan_size(batch_size: int) -> int:
     """Steps that there is room for in a compiled call."""
     return int(np.clip(PLAN // batch_size, 16, 1 << 17))
@@ -68,6 +56,7 @@ def stacks_of_rows(
 
     Args: next_cut: as in `stacks_of_iterable`; total: the last step; batching: as in `planned`.
     """
+    check_weights(data)
     size = _stack_size(sum(_row_bytes(leaf) for leaf in jax.tree.leaves(data)) * batching["batch_size"])
 
     class At(NamedTuple):
@@ -77,25 +66,37 @@ def stacks_of_rows(
     plan_from = jax.jit(lambda key, step: planned(At(key, step), n, size, **batching))  # pyright: ignore[reportArgumentType]
     while step < total:
         count = min(size, next_cut(step) - step)
-        plan = plan_from(key, jnp.int32(step))
-        plan = (
-            np.broadcast_to(np.arange(n, dtype=np.int32), (size, n)) if plan is None else jax.tree.map(np.asarray, plan)
-        )
-        rows, weights = plan if isinstance(plan, tuple) else (plan, None)
+        plan = jax.tree.map(np.asarray, plan_from(key, jnp.int32(step)))
+        if plan is None:
+            plan = np.broadcast_to(np.arange(n, dtype=np.int32), (size, n))
+        rows = plan.batch if isinstance(plan, Uneven) else plan
+        if rows[:count].min() < 0 or rows[:count].max() >= n:
+            raise ValueError(
+                f"order: rows must be within 0 .. {n - 1}, got {rows[:count].min()} .. {rows[:count].max()}"
+            )
 
         def read(path, leaf, rows=rows[:count], count=count):
-            values = _fitting(path, leaf[rows.reshape(-1)])
+            values = fitting(path, rows_of(path, leaf, rows.reshape(-1)))
             out = np.zeros((size, *rows.shape[1:], *values.shape[1:]), values.dtype)
             out[:count] = values.reshape(*rows.shape, *values.shape[1:])
             return out
 
-        batch = weighted(tree.map_with_path(read, data), weights)
-        yield Stack((jax.device_put(batch),), size, count, count * batching["batch_size"], {}, {}, False)
+        batch, samples = tree.map_with_path(read, data), count * batching["batch_size"]
+        if isinstance(plan, Uneven):
+            batch = Uneven(batch, plan.last, plan.rest)
+            samples -= int(plan.last[:count].sum()) * (batching["batch_size"] - plan.rest)
+        yield Stack((jax.device_put(batch),), size, count, samples, {}, {}, False)
         step += count
 
 
 def stacks_of_iterable(
-    data: Any, position: dict[str, Any], next_cut: Callable[[int], int], step: int
+    data: Any,
+    position: dict[str, Any],
+    next_cut: Callable[[int], int],
+    step: int,
+    *,
+    total: int | None = None,
+    epochs: int | None = None,
 ) -> Iterator[Stack]:
     """Batches of an iterable, as many of one kind as fit, put on the device together; passes follow each other.
 
@@ -106,98 +107,84 @@ def stacks_of_iterable(
         (Grain), or the iterable `state_dict` and `load_state_dict` (torchdata), the state is restored, else the
         batches that have been used are drawn again and passed over.
       next_cut: the first step after this one at which a stack has to end.
+      total, epochs: the step at which the run ends, or the number of passes: no batch behind it is drawn. At `total` a pass
+        whose length is not known may end without a stack that says so.
     Raises: ValueError for a pass without batches; whatever the iterable raises.
     """
     passes, since, anchor = position.get("passes", 0), position.get("skip", 0), position.get("state")
     reach = 1
     while True:
-        batches = _begun(data, passes, anchor, since)
+        batches = _begun(data, position, passes, anchor, since)
+        first = position.get("first") if since else None
+        length = _length_of(data)
+        drawn = since if anchor is None else None
         held, before, kind, size, room = [], {}, None, 0, 0
         after: dict[str, Any] = {}
-        while True:
-            if len(held) == room and (state := _state_of(data, batches)) is not None:
-                anchor, since = state, 0  # from here on, positions are counted from this state
-            try:
-                batch = next(batches, _END)
-            except Exception:
-                if held:  # what came before is not lost
-                    yield _stacked(held, size, before, {})
-                raise
-            if batch is _END:  # what draws at random may draw otherwise in the next pass
-                state = _state_of(data, None)
-                after = {"passes": passes + 1, "skip": 0, "state": state}
-            if held and (batch is _END or len(held) == room or _kind(batch) != kind):
-                yield _stacked(held, size, before, after)
-                step, held = step + len(held), []
-            if batch is _END:
-                break
-            if not held:
-                before = {"passes": passes, "skip": since, "state": anchor}
-                kind, size = _kind(batch), _stack_size(_bytes(batch))
-                room = min(size, reach, next_cut(step) - step)
-                reach *= 2  # the first steps do not wait for many batches
-            held.append(batch)
-            since += 1
+        begun = time.monotonic()
+        try:
+            while True:
+                # From here on, positions are counted from this state.
+                if len(held) == room and (state := _state_of(data, batches)) is not None:
+                    anchor, since = state, 0
+                try:
+                    if step + len(held) != total:
+                        batch = next(batches, _END)
+                    else:
+                        batch = _END if drawn is not None and drawn == length else _STOP
+                except Exception:
+                    # The batches before the error are not lost.
+                    if held:
+                        yield _stacked(held, size, before, {})
+                    raise
+                if batch is _END:
+                    # An iterable that draws at random may draw otherwise in the next pass.
+                    state = _state_of(data, None)
+                    after = {"passes": passes + 1, "skip": 0, "state": state}
+                # Batches that come slowly are not held back until there are many.
+                full = len(held) == room or time.monotonic() - begun > HELD
+                if held and (batch is _END or batch is _STOP or full or _kind(batch) != kind):
+                    yield _stacked(held, size, before, after)
+                    step, held = step + len(held), []
+                if batch is _STOP or (batch is _END and step == total):
+                    return
+                if batch is _END:
+                    break
+                if not held:
+                    if anchor is None and since == 0:
+                        first = _digest(batch)
+                    before = {"passes": passes, "skip": since, "state": anchor, "first": first}
+                    kind, size = _kind(batch), _stack_size(_bytes(batch))
+                    room = min(size, reach, next_cut(step) - step)
+                    # The first steps do not wait for many batches.
+                    reach *= 2
+                    begun = time.monotonic()
+                held.append(batch)
+                since += 1
+                drawn = None if drawn is None else drawn + 1
+        finally:
+            # A generator runs its `finally` now, not when it happens to be collected.
+            if close := getattr(batches, "close", None):
+                close()
         if not before and not position:
-            raise ValueError("data: the iterable has no batches")
-        if batches is data:
+            text = "data: the iterable has no batches"
+            if batches is data:
+                text += "; an iterator can be used once, and this one is used up: make a new one, or give a list or a function"
+            raise ValueError(text)
+        if batches is data or passes + 1 == epochs:
             return
         passes, since, anchor, position = passes + 1, 0, None, {}
 
 
-class Prefetch:
-    """Run an iterator in a thread, at most `depth` items ahead. What it raises is raised here, in its place.
-
-    Args: abandoned: while an item is waited for, whether to wait no longer; then the iteration ends.
-    """
-
-    def __init__(self, items: Iterator, abandoned: Callable[[], Any] = lambda: False, depth: int = 2):
-        self.queue: queue.Queue = queue.Queue(depth)
-        self.abandoned, self.closed = abandoned, threading.Event()
-        x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]: of this thread
-        self.thread = threading.Thread(target=self._fill, args=(items, x64), daemon=True, name="jaxnet-prefetch")
-        self.thread.start()
-
-    def _fill(self, items, x64):
-        try:
-            with jax.enable_x64(x64):
-                for item in items:
-                    if not self._put((item, None)):
-                        return
-            self._put((None, StopIteration()))
-        except BaseException as error:
-            self._put((None, error))
-
-    def _put(self, item) -> bool:
-        while not self.closed.is_set():
-            try:
-                self.queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        while True:
-            try:
-                item, error = self.queue.get(timeout=0.1)
-                break
-            except queue.Empty:
-                if self.abandoned():
-                    raise StopIteration from None
-        if error is not None:
-            raise error
-        return item
-
-    def close(self) -> None:
-        self.closed.set()
-        self.thread.join(2)  # it may be waiting for its source
+def _length_of(data: Any) -> int | None:
+    """How many batches a pass has, if the iterable says so."""
+    try:
+        return None if callable(data) else len(data)
+    except (TypeError, NotImplementedError):
+        return None
 
 
-_END = object()
+_END = object()  # of a pass
+_STOP = object()  # of the run, whether or not the pass ends too
 
 
 def _stacked(batches: list, size: int, before: dict, after: dict) -> Stack:
@@ -207,9 +194,11 @@ def _stacked(batches: list, size: int, before: dict, after: dict) -> Stack:
             out[i] = leaf
         return out
 
-    fitting = [tree.map_with_path(_fitting, batch) for batch in batches]
-    inputs = jax.device_put(jax.tree.map(stack, *fitting))
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(fitting[0])]
+    arrays = [tree.map_with_path(fitting, batch) for batch in batches]
+    for batch in arrays:
+        check_weights(batch, some=False)
+    inputs = jax.device_put(jax.tree.map(stack, *arrays))
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(arrays[0])]
     samples = max((shape[0] for shape in shapes if shape), default=1)
     return Stack((inputs,), size, len(batches), len(batches) * samples, before, after, bool(after))
 
@@ -231,39 +220,62 @@ def _stack_size(batch_bytes: int) -> int:
     return int(np.clip(STACK // max(batch_bytes, 1), 1, 64))
 
 
-def _fitting(path: str, leaf: Any) -> Any:
-    """The leaf as JAX will hold it, with 64-bit integers checked before they are cut to 32."""
-    if isinstance(leaf, jax.Array):
-        return leaf
-    array = np.asarray(leaf)
-    if array.dtype.kind not in "biufcV":
-        raise TypeError(f"data: '{path}' must hold numbers, got {array.dtype}; encode it first")
-    wanted = jax.dtypes.canonicalize_dtype(array.dtype)
-    if array.dtype.kind in "iu" and wanted != array.dtype and array.size:
-        low, high, info = array.min(), array.max(), np.iinfo(wanted)
-        if low < info.min or high > info.max:
-            worst = low if low < info.min else high
-            raise ValueError(
-                f"data: '{path}' holds {worst}, which {array.dtype} can and {wanted} cannot; JAX would wrap it around: "
-                "use smaller numbers, or set jax_enable_x64"
-            )
-    return array.astype(wanted, copy=False)
+def _begun(data: Any, position: dict[str, Any], passes: int, state: Any, skip: int) -> Iterator:
+    """The iterator of a pass, taken to a position in it.
 
-
-def _begun(data: Any, passes: int, state: Any, skip: int) -> Iterator:
-    """The iterator of a pass, taken to a position in it."""
+    Raises:
+      ValueError: a run goes on from `position`, and the iterable does not give what it gave before.
+    """
     if state is not None:
-        state = _from_json(state)
+        state = from_json(state)
         if hasattr(data, "load_state_dict"):
             data.load_state_dict(state)
     iterable: Any = data(passes) if callable(data) else data
     batches: Any = iter(iterable)
     if state is not None and not hasattr(data, "load_state_dict"):
         batches.set_state(state)
-    for _ in range(skip):
-        if next(batches, _END) is _END:
+    first = position.get("first") if state is None else None
+    plain = state is None and not callable(data) and batches is not data and _saves_nothing(data, batches)
+    if plain and position and passes and skip == 0:
+        return _checked_pass(data, batches, passes)
+    for i in range(skip):
+        batch = next(batches, _END)
+        if batch is _END:
             raise ValueError(f"data: the run had used {skip} batches of this pass, and now there are fewer")
+        if i == 0 and first is not None and _digest(batch) != first:
+            raise ValueError(_OTHER_ORDER.format(passes + 1))
     return batches
+
+
+def _checked_pass(data: Any, batches: Iterator, passes: int) -> Iterator:
+    """The batches of a later pass. Its order is known only if every pass has the same, so the first two are compared."""
+    batch, other = next(batches, _END), next(iter(data), _END)
+    if batch is not _END and other is not _END and _digest(batch) != _digest(other):
+        raise ValueError(_OTHER_ORDER.format(passes + 1))
+    if batch is not _END:
+        yield batch
+    yield from batches
+
+
+_OTHER_ORDER = (
+    "data: pass {} does not begin with the batch that the interrupted run saw, or may not: the iterable takes another order "
+    "whenever it is iterated, and its order is not saved. To go on from a checkpoint, give a function (number of the pass) "
+    "-> iterable, which seeds its order with that number, or a loader with state_dict and load_state_dict"
+)
+
+
+def _saves_nothing(data: Any, batches: Any) -> bool:
+    return not hasattr(data, "load_state_dict") and not hasattr(batches, "set_state")
+
+
+def _digest(batch: Any) -> str:
+    """A digest of the numbers of a batch, by which it is known again."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path, leaf in tree.flatten(batch).items():
+        array = np.asarray(fitting(path, leaf))
+        digest.update(f"{path} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _state_of(data: Any, batches: Any) -> Any:
@@ -274,43 +286,4 @@ def _state_of(data: Any, batches: Any) -> Any:
         state = batches.get_state()
     else:
         return None
-    return _to_json(state)
-
-
-def _to_json(x: Any) -> Any:
-    """What iterators keep in their states, as JSON can hold it; what JSON cannot is an object with one entry, its kind."""
-    if x is None or isinstance(x, bool | int | float | str):
-        return x
-    if isinstance(x, list):
-        return [_to_json(y) for y in x]
-    if isinstance(x, tuple):
-        return {"tuple": [_to_json(y) for y in x]}
-    if isinstance(x, dict):
-        return {"dict": [[_to_json(key), _to_json(y)] for key, y in x.items()]}
-    if isinstance(x, bytes):
-        return {"bytes": base64.b64encode(x).decode()}
-    if isinstance(x, np.ndarray | np.generic) or type(x).__module__ == "torch":
-        array = np.asarray(x)
-        if array.dtype.kind in "biufc":
-            kind = "array" if isinstance(x, np.ndarray | np.generic) else "tensor"
-            return {kind: [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode()]}
-    raise TypeError(f"data: the iterator's state holds a {type(x).__name__}, which a checkpoint cannot keep")
-
-
-def _from_json(x: Any) -> Any:
-    if isinstance(x, list):
-        return [_from_json(y) for y in x]
-    if not isinstance(x, dict):
-        return x
-    ((kind, content),) = x.items()
-    if kind == "bytes":
-        return base64.b64decode(content)
-    if kind == "tuple":
-        return tuple(_from_json(y) for y in content)
-    if kind == "dict":
-        return {_from_json(key): _from_json(y) for key, y in content}
-    dtype, shape, data = content
-    array = np.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
-    if kind == "array":
-        return array
-    return importlib.import_module("torch").from_numpy(array)
+    return to_json(state)

@@ -2,165 +2,112 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxnet.train.optimizers import Guarded, find, keep
+from jaxnet.checks import size_of
+from jaxnet.train.batch import Weighted, check_shape, examples, unweighted
+from jaxnet.train.optimizers import Guarded, check_optimizer, check_state, find, keep
+from jaxnet.train.pairs import refuse_pairs
+from jaxnet.train.state import TrainState, check_params, check_train_state, sgd, train_state
 
-__all__ = ["TrainState", "Weighted", "augmented", "sgd", "train_state", "train_step"]
-
-
-class TrainState(NamedTuple):
-    """All that training carries from step to step: one pytree, to be saved, restored or mapped over as a whole.
-
-    Attributes:
-      params: the network's parameters.
-      state: the network's state, {} where it has none.
-      opt: the optimizer's state, () for plain SGD.
-      key: PRNG key of the run; it never changes, every random number is drawn from it and the step.
-      step: steps done, int32 []; the epoch and the position in its order follow from it.
-    """
-
-    params: Any
-    state: Any
-    opt: Any
-    key: jax.Array
-    step: jax.Array
-
-
-class Weighted(NamedTuple):
-    """Examples and how much each counts: as data for training, or as one batch.
-
-    Attributes:
-      batch: what the loss is given, leaves [B, ...].
-      weights: float [B], at least 0; the mean of a value is sum(w x) / sum(w). The padding of a last batch has weight 0.
-    """
-
-    batch: Any
-    weights: Any
-
-
-def unweighted(batch: Any) -> tuple[Any, Any]:
-    """A batch as (examples, their weights); None where it has no weights."""
-    return (batch.batch, batch.weights) if isinstance(batch, Weighted) else (batch, None)
-
-
-def weighted(batch: Any, weights: Any) -> Any:
-    """The batch with these weights, times its own if it has some; as it is if the weights are None."""
-    if weights is None:
-        return batch
-    batch, own = unweighted(batch)
-    return Weighted(batch, weights if own is None else own * weights.astype(own.dtype))
-
-
-def sgd(params: Any, grads: Any, lr: Any) -> Any:
-    """Plain gradient descent, w <- w - lr * dL/dw, for trees of equal structure. The dtype of w is kept.
-
-    >>> sgd({"w": 1.0}, {"w": 0.5}, 0.1)
-    {'w': 0.95}
-    """
-    return jax.tree.map(lambda w, g: w - _like(lr, w) * g, params, grads)
-
-
-def train_state(params: Any, optimizer: Any, key: jax.Array, *, state: Any = None) -> TrainState:
-    """The start of a run.
-
-    Args:
-      optimizer: an optax transformation, or a learning rate (a number, or an optax schedule of the step) for plain SGD.
-      key: PRNG key; the order of the data and the noise in training follow from it.
-      state: of a stateful network, `net.init_state(*inputs)`.
-    """
-    opt = optimizer.init(params) if hasattr(optimizer, "init") else ()
-    return TrainState(params, {} if state is None else state, opt, key, jnp.int32(0))
+__all__ = ["TrainState", "Weighted", "augmented", "check_train_state", "examples", "sgd", "train_state", "train_step"]
 
 
 def train_step(
     loss: Callable, optimizer: Any, *, accumulate: int = 1
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
-    """A pure step (train_state, batch) -> (train_state, metrics) from a loss and an optimizer.
+    """Make a pure step (train_state, batch) -> (train_state, metrics) from a loss and an optimizer.
+
+    The step works as it is under `jax.jit`, `jax.lax.scan` and `jax.vmap`. Its metrics are those of the loss, and
+    'loss' itself. With weights all means are weighted, and their sum is the metric 'weight'. With a `guarded`
+    optimizer a step that is not finite changes nothing and counts in the metric 'skipped'.
 
     Args:
-      loss: `loss(params, batch)` -> the loss, or (loss, metrics), metrics being a dict. The loss and each metric are a
-        scalar, or one value an example [B], of which the step takes the mean (a scalar metric stays as it is). It names
-        `key` among its parameters if it draws random numbers, and `state` if the network is stateful: then it returns
-        (loss, new_state) or (loss, new_state, metrics).
-      optimizer: as in `train_state`.
-      accumulate: compute the gradient in so many equal parts of the batch, one after the other, in the memory of one:
-        the same step to rounding (up to batch statistics and random numbers, which each part has of its own).
+      loss: `loss(params, batch)` -> value or (value, metrics), metrics being a dict. The value and each metric are a
+        scalar, or one number per example [B], of which the step takes the mean; a scalar metric stays as it is. If
+        examples count differently, or not at all, return `Weighted(values [B], weights [B])` as the value: the mean
+        is then sum(w x) / sum(w), for the metrics as well. A `Weighted` batch multiplies its weights in, and needs
+        values [B]. The loss names `key` among its parameters if it draws random numbers, and `state` if the network
+        is stateful; then it returns (value, new_state) or (value, new_state, metrics).
+      optimizer: as in `train_state`, the same one.
+      accumulate: compute the gradient in this many equal parts of the batch, one after the other, in the memory of
+        one. The step is the same to rounding if the loss returns one number per example, or `Weighted`. A loss that
+        takes a mean of its own, over tokens under a mask for example, is averaged over the parts as if each had the
+        same weight. Batch statistics and random numbers differ per part in any case.
 
-    The metrics are those of the loss, and 'loss' itself. The step is for `jax.jit`, `jax.lax.scan`, `jax.vmap` as it is.
-    Where the batch is `Weighted` the loss must be one value an example, and all means are weighted ones; their sum of
-    weights is the metric 'weight'. With a `guarded` optimizer a step that is not finite changes nothing and counts in
-    the metric 'skipped'.
+    Returns:
+      The step.
 
-    Raises, when it is traced: ValueError if the loss is neither a scalar nor one value an example, if the batch does not
-    divide, if prediction and target of shapes [B, 1] and [B] are subtracted; TypeError if the loss returns something else
-    than the above.
+    Raises:
+      ValueError: when it is traced: a value of another shape, a batch that does not divide, an operation that pairs
+        all examples by broadcasting (see `all_pairs`), a train state made with another optimizer.
+      TypeError: when it is traced: a loss that returns something else, parameters that are not real floats.
     """
     wanted = {"key", "state"} & set(inspect.signature(loss).parameters)
-    if accumulate < 1:
-        raise ValueError(f"train_step: accumulate must be at least 1, got {accumulate}")
+    accumulate = size_of("train_step: accumulate", accumulate)
+    check_optimizer("train_step", optimizer)
 
-    def objective(params, batch, state, key, shares, scale):
-        """This part's contribution to the mean over the whole batch."""
+    def call_loss(batch, params, state, key):
         offered = {"state": state, "key": key}
-        with _crossing_refused(batch):
-            outputs = loss(params, batch, **{name: offered[name] for name in wanted})
-        value, new_state, metrics = _parts(outputs, state, stateful="state" in wanted)
-        if shares is not None and jnp.ndim(value) == 0:
-            raise ValueError(
-                "train_step: with weights, or a padded last batch, the loss must be one value an example [B], got a "
-                "scalar; return it before its mean is taken"
-            )
-        metrics = {name: _mean(name, metric, batch, shares) / accumulate for name, metric in metrics.items()}
-        value = _mean("loss", value, batch, shares) / accumulate
-        return value if scale is None else value * scale.astype(value.dtype), (new_state, {**metrics, "loss": value})
+        return loss(params, batch, **{name: offered[name] for name in wanted})
+
+    def objective(params, batch, weights, state, key, scale):
+        """The mean over this part, and beside it (new state, metrics, sum of weights)."""
+        value, new_state, metrics = _parts(call_loss(batch, params, state, key), state, stateful="state" in wanted)
+        value, weights = _weighing(value, weights, batch)
+        means = {name: _mean(name, metric, batch, weights) for name, metric in {**metrics, "loss": value}.items()}
+        total = jnp.float32(1) if weights is None else weights.sum()
+        value = means["loss"] if scale is None else means["loss"] * scale.astype(means["loss"].dtype)
+        if weights is not None:
+            means["weight"] = total
+        return value, (new_state, means, total)
 
     differentiate = jax.value_and_grad(objective, has_aux=True)
 
     def gradients(params, batch, state, key, scale):
         batch, weights = unweighted(batch)
-        total = shares = None
-        if weights is not None:
-            weights = jnp.asarray(weights, jnp.result_type(weights, jnp.float32))
-            total = jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
-            shares = weights / total * accumulate
         if accumulate == 1:
-            (_, (state, metrics)), grads = differentiate(params, batch, state, key, shares, scale)
-        else:
-            parts = jax.tree.map(lambda leaf: _in_parts(leaf, accumulate), (batch, shares))
+            (_, (state, metrics, _)), grads = differentiate(params, batch, weights, state, key, scale)
+            return grads, state, metrics
+        parts = jax.tree.map(lambda leaf: _in_parts(leaf, accumulate), (batch, weights))
 
-            def add(carry, part):
-                (state, *sums), (i, (batch, shares)) = carry, part
-                part_key = jax.random.fold_in(key, i)
-                (_, (state, metrics)), grads = differentiate(params, batch, state, part_key, shares, scale)
-                return (state, *jax.tree.map(lambda a, b: a + b.astype(a.dtype), tuple(sums), (metrics, grads))), None
+        def add(carry, part):
+            (state, total, sums), (i, part) = carry, part
+            part_key = jax.random.fold_in(key, i)
+            (_, (state, metrics, weight)), grads = differentiate(params, *part, state, part_key, scale)
+            sums = jax.tree.map(lambda a, b: a + weight.astype(a.dtype) * b.astype(a.dtype), sums, (metrics, grads))
+            return (state, total + weight, sums), None
 
-            first = jax.tree.map(lambda leaf: leaf[0], parts)
-            shapes = jax.eval_shape(lambda: differentiate(params, first[0], state, key, first[1], scale))
-            wide = (shapes[0][1][1], shapes[1])
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), wide)
-            (state, *sums), _ = jax.lax.scan(add, (state, *zeros), (jnp.arange(accumulate), parts))
-            metrics, grads = jax.tree.map(lambda a, like: a.astype(like.dtype), tuple(sums), wide)
-        if total is not None:
+        first = jax.tree.map(lambda leaf: leaf[0], parts)
+        (_, (_, *shapes)), grads = jax.eval_shape(lambda: differentiate(params, *first, state, key, scale))
+        like = (shapes[0], grads)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), like)
+        (state, total, sums), _ = jax.lax.scan(
+            add, (state, jnp.zeros_like(shapes[1]), zeros), (jnp.arange(accumulate), parts)
+        )
+        divisor = jnp.where(total == 0, 1, total)
+        metrics, grads = jax.tree.map(lambda a, x: (a / divisor.astype(a.dtype)).astype(x.dtype), sums, like)
+        if "weight" in metrics:
             metrics["weight"] = total
         return grads, state, metrics
 
     def step(train_state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+        check(train_state, batch)
         params, state, opt, key, count = train_state
         guard = find(opt, Guarded)
         scale = None if guard is None else guard.scale
         grads, new_state, metrics = gradients(params, batch, state, key_of(train_state), scale)
         if guard is not None:
-            blame = jnp.where(jnp.isfinite(metrics["loss"]), 1, jnp.nan) / guard.scale
-            grads = jax.tree.map(lambda g: g * blame.astype(g.dtype), grads)
+            blame = jnp.where(jnp.isfinite(metrics["loss"]), guard.scale, jnp.nan)
+            grads = jax.tree.map(
+                lambda g: (g / blame.astype(jnp.promote_types(g.dtype, blame.dtype))).astype(g.dtype), grads
+            )
         if hasattr(optimizer, "init"):
             import optax
 
@@ -175,12 +122,30 @@ def train_step(
             metrics["skipped"] = jnp.where(taken, 0.0, 1.0)
         return TrainState(params, new_state, opt, key, count + 1), metrics
 
+    checked = set()
+
+    def check(train_state, batch):
+        """Look for what would train on nonsense, once for each kind of arguments: an error is never remembered."""
+        check_train_state("train_step", train_state)
+        if (kind := _kind((train_state[:3], batch))) in checked:
+            return
+        params, state, opt, key, _ = train_state
+        check_params("train_step", params)
+        check_state("train_step", optimizer, params, opt)
+        batch, weights = unweighted(batch)
+        sizes = _sizes(batch)
+        if weights is not None:
+            check_shape("train_step: the weights of a batch", weights, max(sizes, default=0))
+        part = jax.tree.map(lambda leaf: _one_part(leaf, accumulate), batch)
+        refuse_pairs("train_step: the loss", call_loss, part, params, state, key)
+        checked.add(kind)
+
     def key_of(train_state):
         return jax.random.fold_in(train_state.key, train_state.step)
 
     def value_of(train_state, batch):
         batch, weights = unweighted(batch)
-        return objective(train_state.params, batch, train_state.state, key_of(train_state), weights, None)[0]
+        return objective(train_state.params, batch, weights, train_state.state, key_of(train_state), None)[0]
 
     def gradients_of(train_state, batch):
         return gradients(train_state.params, batch, train_state.state, key_of(train_state), None)[0]
@@ -190,23 +155,41 @@ def train_step(
 
 
 def augmented(step: Callable, change: Callable[[jax.Array, Any], Any]) -> Callable:
-    """The same step on a batch that was changed at random first: `change(key, batch) -> batch`, a pure function.
+    """Make the step that changes its batch at random first: `change(key, batch) -> batch`, a pure function.
 
     The key follows from the run's key and the step, so that each step draws its own and a resumed run draws the same.
+    Every `augmented` around another one, and the step itself, draws from a key of its own. The outermost change comes
+    first.
+
+    Args:
+      step: (train_state, batch) -> (train_state, metrics), as from `train_step`.
+      change: is given the examples of a `Weighted` batch without their weights.
+
+    Returns:
+      The step on changed batches.
     """
 
-    def changed(train_state, batch):
-        key = jax.random.fold_in(jax.random.fold_in(train_state.key, _CHANGE), train_state.step)
-        batch, weights = unweighted(batch)
-        return weighted(change(key, batch), weights)
-
     def on_changed(f):
-        return lambda train_state, batch: f(train_state, changed(train_state, batch))
+        def run(train_state, batch):
+            own, inner = (jax.random.fold_in(train_state.key, purpose) for purpose in (_CHANGE, _INSIDE))
+            batch, weights = unweighted(batch)
+            batch = change(jax.random.fold_in(own, train_state.step), batch)
+            return f(train_state._replace(key=inner), batch if weights is None else Weighted(batch, weights))
 
-    return _parts_of_step(on_changed(step), **{name: on_changed(f) for name, f in getattr(step, "parts", {}).items()})
+        return run
+
+    inside = on_changed(step)
+
+    def changed(train_state, batch):
+        check_train_state("augmented", train_state)
+        new, metrics = inside(train_state, batch)
+        return new._replace(key=train_state.key), metrics
+
+    return _parts_of_step(changed, **{name: on_changed(f) for name, f in getattr(step, "parts", {}).items()})
 
 
-_CHANGE = 0x63686E67  # separates the keys of the changes from those of the steps, which are small numbers
+# These separate the keys of a change, and of the step inside it, from those of the steps, which are small numbers.
+_CHANGE, _INSIDE = 0x63686E67, 0x696E7369
 
 
 def _parts_of_step(step: Any, **parts: Callable) -> Callable:
@@ -215,32 +198,14 @@ def _parts_of_step(step: Any, **parts: Callable) -> Callable:
     return step
 
 
-def examples(data: Any) -> int:
-    """The length of the leading axis that all leaves share.
-
-    Raises: ValueError where there is no such length, or it is zero.
-    """
-    lengths = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not jnp.shape(leaf):
-            raise ValueError(f"data: every leaf needs a leading axis of examples, '{name}' is a scalar")
-        lengths[name] = jnp.shape(leaf)[0]
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"data: all leaves must have as many examples, got {lengths}")
-    if not lengths or not max(lengths.values()):
-        raise ValueError("data: there are no examples")
-    return max(lengths.values())
-
-
-def _like(x, w):
-    """A learning rate in the dtype of the weight, so that float32 weights stay float32 beside a float64 rate."""
-    return jnp.asarray(x, w.dtype) if hasattr(w, "dtype") else x
+def _kind(args: Any) -> Any:
+    leaves, structure = jax.tree.flatten(args)
+    return structure, tuple((np.shape(leaf), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves)
 
 
 def _parts(outputs: Any, state: Any, *, stateful: bool) -> tuple[Any, Any, Mapping]:
     """What a loss returned as (value, state, metrics)."""
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs if isinstance(outputs, tuple) and not isinstance(outputs, Weighted) else (outputs,)
     value, *rest = outputs
     if stateful and not rest:
         raise TypeError("train_step: a loss with `state` returns (value, new_state) or (value, new_state, metrics)")
@@ -259,19 +224,48 @@ def _parts(outputs: Any, state: Any, *, stateful: bool) -> tuple[Any, Any, Mappi
     return value, state, metrics
 
 
-def _mean(name: str, value: Any, batch: Any, shares: jax.Array | None) -> jax.Array:
-    """The (weighted) mean of one value an example; a scalar is one already."""
+def _weighing(value: Any, weights: Any, batch: Any) -> tuple[Any, Any]:
+    """The value of a loss and the weights of its examples, those of the batch times its own; None if it has none."""
+    own = None
+    if isinstance(value, Weighted):
+        value, own = value
+        if np.ndim(value) != 1:
+            raise ValueError(
+                f"train_step: a Weighted loss has one number per example [B], got shape {list(np.shape(value))}"
+            )
+        check_shape("train_step: the weights of the loss", own, np.shape(value)[0])
+    if weights is None and own is None:
+        return value, None
+    if not np.ndim(value):
+        raise ValueError(
+            "train_step: with weights the loss must be one value per example [B], got a scalar; return it before its "
+            "mean is taken"
+        )
+    factors = [jnp.asarray(w, jnp.result_type(w, jnp.float32)) for w in (weights, own) if w is not None]
+    weights = jax.lax.stop_gradient(factors[0] * factors[1] if len(factors) == 2 else factors[0])
+    # Weights that have no meaning make a loss that is not finite, since a traced value cannot raise.
+    return value, jnp.where((weights >= 0).all() & jnp.isfinite(weights.sum()), weights, jnp.nan)
+
+
+def _mean(name: str, value: Any, batch: Any, weights: jax.Array | None) -> jax.Array:
+    """The (weighted) mean of one value per example; a scalar is one already."""
     value = jnp.asarray(value)
+    what = "the loss" if name == "loss" else f"metric '{name}'"
+    if jnp.iscomplexobj(value):
+        raise TypeError(f"train_step: {what} must be real, got {value.dtype}")
     sizes = _sizes(batch)
     if not value.ndim:
-        return value
+        return value if jnp.issubdtype(value.dtype, jnp.inexact) else value.astype(jnp.float32)
     if value.ndim > 1 or len(value) not in sizes:
-        what = "the loss" if name == "loss" else f"metric '{name}'"
         raise ValueError(
-            f"train_step: {what} must be a scalar or one value an example {[*sizes]}, got shape {value.shape}; take its mean"
+            f"train_step: {what} must be a scalar or one value per example {[*sizes]}, got shape {value.shape}; take its "
+            "mean"
         )
     value = jnp.asarray(value, jnp.result_type(value, jnp.float32))
-    return value.mean() if shares is None else (value * shares.astype(value.dtype)).sum()
+    if weights is None:
+        return value.mean()
+    shares = weights / jnp.maximum(weights.sum(), jnp.finfo(weights.dtype).tiny)
+    return (value * shares.astype(value.dtype)).sum()
 
 
 def _sizes(batch: Any) -> set[int]:
@@ -280,31 +274,17 @@ def _sizes(batch: Any) -> set[int]:
 
 
 def _in_parts(leaf: jax.Array, parts: int) -> jax.Array:
+    return leaf.reshape(parts, _part(leaf, parts), *leaf.shape[1:])
+
+
+def _one_part(leaf: Any, parts: int) -> Any:
+    """The spec of one part of a batch; what has no leading axis is as it is."""
+    if not getattr(leaf, "ndim", 0):
+        return leaf
+    return jax.ShapeDtypeStruct((_part(leaf, parts), *leaf.shape[1:]), leaf.dtype)
+
+
+def _part(leaf: Any, parts: int) -> int:
     if leaf.shape[0] % parts:
         raise ValueError(f"train_step: a batch of {leaf.shape[0]} does not divide into accumulate={parts} equal parts")
-    return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])
-
-
-@contextlib.contextmanager
-def _crossing_refused(batch: Any) -> Iterator[None]:
-    """Refuse [B, 1] - [B], which broadcasts to all pairs [B, B] and trains on nonsense."""
-    if jax.config.jax_numpy_rank_promotion != "allow":  # pyright: ignore[reportAttributeAccessIssue]
-        yield
-        return
-    with warnings.catch_warnings(record=True) as caught, jax.numpy_rank_promotion("warn"):
-        warnings.simplefilter("always")
-        yield
-    sizes = _sizes(batch) - {1}
-    for warning in caught:
-        text = str(warning.message)
-        if "automatic rank promotion" not in text:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        elif found := re.search(
-            r"for subtract on shapes \((\d+), 1\) \((\d+),\)|subtract on shapes \((\d+),\) \((\d+), 1\)", text
-        ):
-            a, b = (int(n) for n in found.groups() if n)
-            if a == b and a in sizes:
-                raise ValueError(
-                    f"train_step: the loss subtracts [{a}, 1] and [{a}], which makes [{a}, {a}], all pairs; give both "
-                    f"one shape (x[:, 0] or y[:, None]), or write y[None, :] if all pairs are meant"
-                )
+    return leaf.shape[0] // parts

@@ -1,0 +1,27 @@
+"""The user's metadata: what JSON holds exactly."""
+
+import json
+from typing import Any
+
+from jaxnet.checkpoint.format import CheckpointError
+
+
+def exact_json(file: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata; CheckpointError if they would not come back from JSON as they are."""
+
+    def depth(x):
+        branches = x.values() if isinstance(x, dict) else x
+        return 1 + max(map(depth, branches), default=0) if isinstance(x, dict | list) else 0
+
+    try:
+        if (
+            isinstance(metadata, dict)
+            and json.loads(json.dumps(metadata, allow_nan=False)) == metadata
+            and depth(metadata) <= 100
+        ):
+            return metadata
+        reason = "it does not come back from JSON as it was, or is nested deeper than 100 levels"
+    except (TypeError, ValueError, RecursionError, OverflowError) as e:
+        reason = str(e)
+    text = "metadata must be a dict of str keys with str, int, float, bool, None, lists and dicts inside"
+    raise CheckpointError(file, None, f"{text} (no tuples, NaN, infinities, arrays or NumPy numbers): {reason}")

@@ -1,0 +1,13 @@
+"""Parameters of other libraries: PyTorch, Flax, Haiku, Equinox and Keras, from files and from memory.
+
+    variables = from_torch("net.pt", like={"params": params, "state": state}, rename={"features": "body"})
+
+Every function speaks of the variables of a network as `{"params": params, "state": state}`. docs/checkpoints.md has the
+table of names and layouts.
+"""
+
+from jaxnet.interop.jax_libraries import from_equinox, from_flax, from_haiku
+from jaxnet.interop.keras_model import from_keras
+from jaxnet.interop.torch_state import from_torch, to_torch
+
+__all__ = ["from_equinox", "from_flax", "from_haiku", "from_keras", "from_torch", "to_torch"]

@@ -1,0 +1,158 @@
+"""Parameters of the other libraries for JAX, whose containers are pytrees: Flax, Haiku, Equinox."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxnet.interop.collect import by_path, flat
+from jaxnet.interop.convert import STATE, Convention, Rename, convert
+
+__all__ = ["from_equinox", "from_flax", "from_haiku"]
+
+FLAX = Convention({})
+HAIKU = Convention(
+    {"w": "kernel", "b": "bias", "offset": "bias", "embeddings": "embedding"}
+    | {f"{name}_ema/{kind}": name if kind == "average" else None for name in STATE for kind in ("average", "hidden")},
+    broadcast=True,
+)
+EQUINOX = Convention({}, features_first=True, broadcast=True)
+
+
+def from_flax(
+    variables: Any,
+    like: Any = None,
+    *,
+    rename: Rename = None,
+    only: str | Iterable[str] | None = None,
+    strict: bool = True,
+    cast: bool = False,
+) -> Any:
+    """Take the variables of a Flax network, whose names and layouts are ours: `kernel`, `bias`, `scale`, `embedding`.
+
+    Of Linen's collections `params` and `batch_stats` are taken. What is called `mean` or `var` becomes state, unless
+    `like` says otherwise; random keys are left out, as are integers that `like` does not have.
+
+    Args:
+      variables: what Linen's `init` returns, or an NNX module or `nnx.state(module)`.
+      like: as in `from_torch`.
+      rename: {path of a module or parameter in Flax, without the collection: path here}, or a function.
+      only: as in `from_torch`.
+      strict: as in `from_torch`.
+      cast: as in `from_torch`.
+
+    Returns:
+      As `from_torch`.
+
+    Raises:
+      CheckpointError, ValueError: as `from_torch`.
+    """
+    file = "the variables of Flax"
+    if isinstance(variables, Mapping) and "params" in variables:
+        leaves, statistics = (by_path(file, flat(variables.get(name)), str) for name in ("params", "batch_stats"))
+        if both := sorted(leaves.keys() & statistics.keys()):
+            raise ValueError(f"the variables of Flax have '{both[0]}' in params and in batch_stats: rename one of them")
+        leaves |= statistics
+    else:
+        leaves = by_path(file, flat(variables), lambda name: name.removesuffix("/value"))
+    return convert(file, leaves, FLAX, like, rename=rename, only=only, strict=strict, cast=cast)
+
+
+def from_haiku(
+    params: Any,
+    state: Any = None,
+    like: Any = None,
+    *,
+    rename: Rename = None,
+    only: str | Iterable[str] | None = None,
+    strict: bool = True,
+    cast: bool = False,
+) -> Any:
+    """Take the parameters, and the state, of a Haiku network.
+
+    | Haiku | here |
+    |---|---|
+    | `w`, `b` | `kernel`, `bias` |
+    | `scale`, `offset` | `scale`, `bias`, without axes of size 1 |
+    | `embeddings` | `embedding` |
+    | `mean_ema/average`, `var_ema/average` in the state | `mean`, `var`, in `state` |
+    | a step `~` in the name of a module: `mlp/~/linear_0` | left out: `mlp/linear_0` |
+
+    Args:
+      params: what Haiku's `init` returns.
+      state: what Haiku's `init` returns beside it, if the network has state.
+      like: as in `from_torch`.
+      rename: {path of a module or parameter in Haiku, without '~': path here}, or a function.
+      only: as in `from_torch`.
+      strict: as in `from_torch`.
+      cast: as in `from_torch`.
+
+    Returns:
+      As `from_torch`.
+
+    Raises:
+      CheckpointError, ValueError: as `from_torch`.
+    """
+    file = "the parameters of Haiku"
+    leaves = by_path(file, [*flat(params), *flat(state)], lambda name: "/".join(s for s in name.split("/") if s != "~"))
+    return convert(file, leaves, HAIKU, like, rename=rename, only=only, strict=strict, cast=cast)
+
+
+def from_equinox(
+    model: Any,
+    state: Any = None,
+    like: Any = None,
+    *,
+    rename: Rename = None,
+    only: str | Iterable[str] | None = None,
+    strict: bool = True,
+    cast: bool = False,
+) -> Any:
+    """Take the parameters of an Equinox model and, from its state, the averages of batch norms.
+
+    Names and layouts are those of PyTorch (`from_torch` has the table); vectors lose axes of size 1. A batch norm of
+    mode "batch" has its averages corrected for their start at zero, as it does itself when it is used. A dense layer
+    behind a flattened convolution needs its inputs reordered, too.
+
+    Args:
+      model: a module.
+      state: its `equinox.nn.State`, if there is one.
+      like: as in `from_torch`.
+      rename: {path of a module or array in the model, as in 'layers/0': path here}, or a function.
+      only: as in `from_torch`.
+      strict: as in `from_torch`.
+      cast: as in `from_torch`.
+
+    Returns:
+      As `from_torch`.
+
+    Raises:
+      CheckpointError, ValueError: as `from_torch`.
+    """
+    file = "the model of Equinox"
+    leaves = by_path(file, [*flat(model), *(_averages(model, state) if state is not None else [])], str)
+    return convert(file, leaves, EQUINOX, like, rename=rename, only=only, strict=strict, cast=cast)
+
+
+def _averages(model: Any, state: Any) -> list[tuple[str, Any]]:
+    """The mean and var of each batch norm in a model of Equinox, with their paths."""
+    import jax
+    import jax.numpy as jnp
+
+    def is_norm(x):
+        return hasattr(x, "batch_state_index") and hasattr(x, "ema_state_index")
+
+    result = []
+    for path, norm in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_norm):
+        if is_norm(norm):
+            if norm.ema_state_index is not None:
+                averages = state.get(norm.ema_state_index)
+            else:
+                count = state.get(norm.batch_counter)
+                # The share of batches in the average; the rest is the zero at the start.
+                share = jnp.where(count == 0, 1, 1 - norm.momentum**count)
+                averages = [x / jnp.broadcast_to(share, x.shape) for x in state.get(norm.batch_state_index)]
+            for name, x in zip(STATE, averages, strict=True):
+                steps = (*path, jax.tree_util.GetAttrKey(name))
+                result.append((jax.tree_util.keystr(steps, simple=True, separator="/"), x))
+    return result

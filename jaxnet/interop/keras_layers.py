@@ -1,0 +1,92 @@
+"""What Keras calls the arrays of a layer, and the layouts that are not ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxnet.interop.collect import Refused
+
+__all__ = ["Weights", "kind_of_class", "named", "placed"]
+
+# The order in which a layer stores its arrays. Those at the end may be missing (bias), those of NORMS in the middle, too.
+KERNEL = ("kernel", "bias")
+ORDERS: dict[str, tuple[str, ...]] = {
+    **{f"conv{rank}d{end}": KERNEL for rank in (1, 2, 3) for end in ("", "_transpose")},
+    **{f"depthwise_conv{rank}d": KERNEL for rank in (1, 2)},
+    **{f"separable_conv{rank}d": ("depthwise_kernel", "pointwise_kernel", "bias") for rank in (1, 2)},
+    **{kind: KERNEL for kind in ("dense", "einsum_dense")},
+    # The children of an attention layer.
+    **{f"{child}_dense": KERNEL for child in ("query", "key", "value", "output")},
+    **{f"{kind}_cell": ("kernel", "recurrent_kernel", "bias") for kind in ("lstm", "gru", "simple_rnn")},
+    "embedding": ("embeddings",),
+    "rms_normalization": ("scale",),
+    "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
+    "layer_normalization": ("gamma", "beta"),
+    "group_normalization": ("gamma", "beta"),
+    "normalization": ("mean", "variance", "count"),
+}
+CODES = ("int8", "uint8")  # the dtypes of quantized kernels; two codes of int4 share a byte
+NORMS = ("batch_normalization", "layer_normalization", "group_normalization")
+
+
+class Weights(NamedTuple):
+    """The arrays of one layer by name, the names of the layers above it with its own, and its class as in ORDERS."""
+
+    path: tuple[str, ...]
+    kind: str
+    arrays: dict[str, Any]
+
+
+def kind_of_class(name: str) -> str:
+    """The key in ORDERS of a class, of a group in a file (`conv2d_1`) or of a layer that nobody has named; '' if unknown."""
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    name = re.sub("([a-z])([A-Z])", r"\1_\2", name).lower().lstrip("_")
+    name = name if name in ORDERS else re.sub(r"_\d+$", "", name)
+    return name if name in ORDERS else ""
+
+
+def named(kind: str, arrays: list[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a layer by name, from their order; by number if it is not known which they are."""
+    order = ORDERS.get(kind, ())
+    if kind in NORMS:
+        present = [name for name, option in (("gamma", "scale"), ("beta", "center")) if options.get(option, True)]
+        order = (*present, *order[2:])
+        if len(arrays) < len(order) and not options:
+            # Of gamma and beta at most one is here, and nothing says which.
+            rest = ORDERS[kind][2:]
+            order = (*map(str, range(len(arrays) - len(rest))), *rest)
+    names = order if len(arrays) <= len(order) else ()
+    return {names[i] if names else str(i): x for i, x in enumerate(arrays)}
+
+
+def placed(layer: Weights) -> list[tuple[str, Any]]:
+    """The arrays of a layer with their names and in our layout; the rest of the names is in `keras_model.KERAS`."""
+    arrays = dict(layer.arrays)
+    for name in [
+        name for name, x in arrays.items() if str(x.dtype).removeprefix("torch.") in CODES and len(x.shape) > 1
+    ]:
+        text = (
+            f"a quantized layer holds codes ({arrays[name].dtype}), not values: save the model before model.quantize()"
+        )
+        arrays[name] = Refused(text)
+    if "pointwise_kernel" in arrays:
+        names = {
+            "depthwise_kernel": "depthwise/kernel",
+            "pointwise_kernel": "pointwise/kernel",
+            "bias": "pointwise/bias",
+        }
+        arrays = {names.get(name, name): x for name, x in arrays.items()}
+        return [(name, _depthwise(x) if name == "depthwise/kernel" else x) for name, x in arrays.items()]
+    # Keras 2 called this array of a depthwise convolution another name.
+    if "depthwise_kernel" in arrays:
+        arrays["kernel"] = _depthwise(arrays.pop("depthwise_kernel"))
+    elif layer.kind.startswith("depthwise_conv") and "kernel" in arrays:
+        arrays["kernel"] = _depthwise(arrays["kernel"])
+    return list(arrays.items())
+
+
+def _depthwise(x: Any) -> Any:
+    """[*window, C, M] as [*window, 1, C * M]: output C * M of one group of one channel each, in the same order."""
+    return x if isinstance(x, Refused) else x.reshape(*x.shape[:-2], 1, x.shape[-2] * x.shape[-1])

@@ -1,0 +1,106 @@
+"""Weights of Keras, from files and from models in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.interop.collect import by_path
+from jaxnet.interop.convert import Convention, Rename, convert
+from jaxnet.interop.keras_file import read_layers
+from jaxnet.interop.keras_layers import Weights, kind_of_class, placed
+
+__all__ = ["from_keras"]
+
+KERAS = Convention(
+    {"embeddings": "embedding", "gamma": "scale", "beta": "bias", "moving_mean": "mean"}
+    | {"moving_variance": "var", "variance": "var"}
+)
+
+
+def from_keras(
+    source: Any,
+    like: Any = None,
+    *,
+    rename: Rename = None,
+    only: str | Iterable[str] | None = None,
+    strict: bool = True,
+    cast: bool = False,
+) -> Any:
+    """Read the weights of a Keras model.
+
+        variables = from_keras("net.keras", like={"params": params, "state": state}, rename={"conv2d": "stem"})
+
+    | Keras | here |
+    |---|---|
+    | `kernel`, `bias` | the same, as they are |
+    | `kernel` [*window, C, M] of a depthwise convolution | `kernel` [*window, 1, C * M], of `conv(C * M, window, groups=C)` |
+    | a separable convolution | `depthwise/kernel`, `pointwise/kernel` and `pointwise/bias`: two in a `chain` |
+    | `embeddings` | `embedding` |
+    | `gamma`, `beta` of a normalization | `scale`, `bias` |
+    | `moving_mean`, `moving_variance` | `mean`, `var`, in `state` |
+    | other names (recurrent layers, attention) | the same, as they are |
+    | the optimizer, integers (seeds, counters) | left out |
+
+    Paths are the names of layers, of nested models one below the other: `encoder/conv2d/kernel`. A `*.weights.h5` file has
+    no names of arrays: they follow from the class of the layer, if the file tells it, and are numbers otherwise
+    (`my_layer/0`), as is the one of `gamma` and `beta` that a layer has alone. `rename` says what they are.
+
+    The kernel of a transposed convolution comes as it is, [*window, out, in]. Norms of Keras have an epsilon of 1e-3, here
+    it is 1e-5: say `batch_norm(eps=1e-3)` and `layer_norm(eps=1e-3)`.
+
+    Args:
+      source: a `.keras` file, a `.weights.h5` or an old `.h5` file, told by their first bytes, not by name; or a model
+        of Keras 3 that has been built, whatever its backend.
+      like: as in `from_torch`.
+      rename: {path of a layer or array in Keras: path here}, or a function.
+      only: as in `from_torch`.
+      strict: as in `from_torch`.
+      cast: as in `from_torch`.
+
+    Returns:
+      {"params": ..., "state": ...}, or what `like` has of these. Nothing shares memory with the source.
+
+    Raises:
+      CheckpointError: the file is damaged, is not Keras's, links to other files, is compressed or announces more than it
+        holds; or it is not what was asked for (all differences in one error).
+      ImportError: a file needs h5py, which is the extra `jaxnet[keras]`.
+      TypeError: `source` is neither a path nor a model of Keras 3.
+      ValueError: `like` is something else than variables.
+      OSError: the file cannot be opened.
+    """
+    if isinstance(source, (str, bytes, os.PathLike)):
+        file, layers = os.fsdecode(source), read_layers(source)
+    else:
+        file = "the model of Keras"
+        layers = _layers(file, source)
+    pairs = [("/".join((*layer.path, name)), x) for layer in layers for name, x in placed(layer)]
+    return convert(file, by_path(file, pairs, str), KERAS, like, rename=rename, only=only, strict=strict, cast=cast)
+
+
+def _layers(file: str, model: Any) -> list[Weights]:
+    """The layers of a model in memory that have weights of their own, each under the names of all above it."""
+    if not (hasattr(model, "_layers") and hasattr(model, "_trainable_variables")):
+        what = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise TypeError(f"from_keras needs a path or a model of Keras 3, got a {what}: give model.save()'s file")
+    if not model.built:
+        text = "it has not been built, so that it has no weights: call it once, or model.build(input_shape)"
+        raise CheckpointError(file, None, text)
+    found, seen = [], set()
+
+    def visit(layer: Any, path: tuple[str, ...]) -> None:
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        variables = [*layer._trainable_variables, *layer._non_trainable_variables]
+        kinds = [kind_of_class(base.__name__) for base in type(layer).__mro__]
+        arrays = by_path(file, [("/".join((*path, v.name)), v) for v in variables], str)
+        own = {name.rpartition("/")[2]: v.value for name, v in arrays.items()}
+        found.append(Weights(path, next(filter(None, kinds), ""), own))
+        for child in getattr(layer, "layers", None) or layer._layers:
+            visit(child, (*path, child.name))
+
+    visit(model, ())
+    return found

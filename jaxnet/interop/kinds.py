@@ -1,0 +1,127 @@
+"""Files of other libraries, told by their first bytes, and archives in which nothing is announced that is not there."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from typing import BinaryIO, Literal
+
+from jaxnet.checkpoint.file import opened
+from jaxnet.checkpoint.format import RESTORE, CheckpointError
+
+__all__ = ["check_archive", "kind_of", "kind_of_file", "refused_kind"]
+
+Kind = Literal["safetensors", "torch", "keras"]
+
+HDF5 = b"\x89HDF\r\n\x1a\n"
+PICKLE = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
+FOLDER = 0x10  # in the attributes of a zip record
+ENCRYPTED = 0x2041  # in its flags: of all three kinds
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!")
+
+
+def kind_of(path: str | os.PathLike[str]) -> Kind:
+    """What has written a file: "safetensors" (also jaxnet's own), "torch" (`torch.save`) or "keras".
+
+    The name does not count, only the first bytes do.
+
+    Raises:
+      CheckpointError: it is none of these.
+      OSError: the file cannot be opened.
+    """
+    with opened(path) as (file, fd, size):
+        return kind_of_file(file, fd, size)
+
+
+def kind_of_file(file: str, fd: int, size: int) -> Kind:
+    """`kind_of` for an open file."""
+    first = os.pread(fd, 512, 0)
+    # The JSON of a header begins at byte 8. So safetensors come first: the length before it may look like anything.
+    if first[8:9] == b"{":
+        return "safetensors"
+    if first.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return _kind_of_archive(file, fd)
+    if any(os.pread(fd, len(HDF5), start) == HDF5 for start in (0, 512, 1024, 2048)):
+        return "keras"
+    if first.startswith(PICKLE):
+        return "torch"
+    raise CheckpointError(file, None, f"{_unknown(first)}; expected safetensors, torch.save or Keras")
+
+
+def check_archive(file: str, archive: BinaryIO, size: int) -> list[str]:
+    """The names in a zip archive; CheckpointError unless every record is stored as it is, with the right CRC-32.
+
+    So nothing takes more memory than the file takes on the disk, and no damage goes unseen: torch looks at no checksum.
+    """
+    try:
+        with zipfile.ZipFile(archive) as content:
+            records = content.infolist()
+            _check_records(file, records, size)
+            for record in records:
+                with content.open(record) as data:
+                    while data.read(1 << 20):
+                        pass
+    except CheckpointError:
+        raise
+    except Exception as e:  # Damage shows in errors of many kinds.
+        text = f"torch cannot read it as tensors alone, nor Keras: its zip archive is damaged ({e}); {RESTORE}"
+        if "CRC" in str(e):
+            text += " (or it was saved with torch.serialization.set_crc32_options(False): save it again without)"
+        raise CheckpointError(file, None, text) from e
+    return [record.filename for record in records]
+
+
+def refused_kind(kind: Kind) -> str:
+    """What to call for a file of this kind."""
+    names = {"safetensors": "a safetensors file", "torch": "a file of torch.save", "keras": "a file of Keras"}
+    return f"it is {names[kind]}: read it with {'from_keras' if kind == 'keras' else 'from_torch'}"
+
+
+def _kind_of_archive(file: str, fd: int) -> Kind:
+    try:
+        with os.fdopen(os.dup(fd), "rb") as raw, zipfile.ZipFile(raw) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except Exception as e:
+        text = f"torch cannot read it as tensors alone, nor Keras: its zip archive is damaged or cut off ({e})"
+        raise CheckpointError(file, None, f"{text}; {RESTORE}") from e
+    if "constants.pkl" in names:
+        text = "it is a TorchScript program: open it with torch.jit.load where it can be trusted"
+        raise CheckpointError(file, None, f"{text}, and save its state_dict()")
+    if "data.pkl" in names:
+        return "torch"
+    if {"config.json", "metadata.json"} <= names:
+        return "keras"
+    if names and all(name.endswith(".npy") for name in names):
+        text = "it is an archive of NumPy: from_torch(dict(numpy.load(file))) takes its arrays"
+        raise CheckpointError(file, None, text)
+    raise CheckpointError(file, None, "it is a zip archive, but neither of torch.save nor of Keras: unpack it first")
+
+
+def _check_records(file: str, records: list[zipfile.ZipInfo], size: int) -> None:
+    for record in records:
+        packed = record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
+        # torch takes a record with the attribute of a folder for an array, and hands out memory that it never filled.
+        if record.is_dir() or record.external_attr & FOLDER:
+            raise CheckpointError(file, record.filename, f"the record is marked as a folder; {RESTORE}")
+        if packed or record.flag_bits & ENCRYPTED:
+            text = "the record is compressed or encrypted, expected bytes as they are (what torch.save and Keras write)"
+            raise CheckpointError(file, record.filename, f"{text}: write it again, or unpack it yourself")
+    names = [record.filename for record in records]
+    if len(set(names)) < len(names):
+        name = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(file, name, f"the archive has two records of this name; {RESTORE}")
+    if (total := sum(record.file_size for record in records)) > size:
+        text = f"the records of the archive announce {total:,} bytes, the file has {size:,}; {RESTORE}"
+        raise CheckpointError(file, None, text)
+
+
+def _unknown(first: bytes) -> str:
+    if not first:
+        return "torch cannot read it as tensors alone, nor can anything else: it is empty"
+    if first.startswith(COMPRESSED):
+        return "it is compressed as a whole: unpack it first"
+    if first[257:262] == b"ustar":
+        return "it is a tar archive: unpack it first (torch no longer reads those that it wrote before version 0.2)"
+    if first.startswith(b"version https://git-lfs"):
+        return "it is the pointer that Git LFS leaves instead of a file: fetch the file, `git lfs pull`"
+    return f"its first bytes are {first[:16]!r}, those of no kind of file that holds parameters"

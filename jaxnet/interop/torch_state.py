@@ -1,0 +1,220 @@
+"""State dicts of PyTorch, from files, from memory, and back."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxnet.checkpoint import match
+from jaxnet.checkpoint.file import opened
+from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.lazy import lazy
+from jaxnet.interop.collect import Refused, by_path, collect, to_numpy
+from jaxnet.interop.convert import STATE, Convention, Rename, convert, merged, unstacked
+from jaxnet.interop.kinds import check_archive, kind_of_file, refused_kind
+
+__all__ = ["from_torch", "read_tensors", "renamed_tensors", "to_torch"]
+
+TORCH = Convention({f"running_{name}": name for name in STATE}, features_first=True)  # and `weight`: see convert
+TO_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight"} | {n: f"running_{n}" for n in STATE}
+
+# A tensor of a file may repeat its bytes, as an expanded or a tied one does, up to so many times the file's size.
+REPEATED = 64
+
+
+def from_torch(
+    source: Any,
+    like: Any = None,
+    *,
+    rename: Rename = None,
+    only: str | Iterable[str] | None = None,
+    strict: bool = True,
+    cast: bool = False,
+) -> Any:
+    """Read a PyTorch state dict.
+
+        variables = from_torch("net.pt", like={"params": params, "state": state}, rename={"features": "body"})
+
+    | PyTorch | here |
+    |---|---|
+    | `weight` [out, in, *window] of linear maps and convolutions | `kernel` [*window, in, out] |
+    | `weight` of an embedding | `embedding`, as it is |
+    | `weight` of a normalization (any vector) | `scale` |
+    | `running_mean`, `running_var` | `mean`, `var`, in `state` |
+    | `bias`, other names | the same, as they are |
+    | integers (`num_batches_tracked`) | left out, unless `like` has them |
+
+    The name of the target decides, not the shape, which cannot tell a square matrix from its transpose. A `weight` that
+    is a matrix goes to an `embedding` if `like` has one there, or if `rename` names it in full: {"wte.weight":
+    "wte/embedding"}; else it is a kernel.
+
+    A convolution there is [N, C, H, W]: a dense layer that follows a flattened one expects its inputs in the order
+    C, H, W, not H, W, C. docs/checkpoints.md shows how to reorder it.
+
+    Args:
+      source: a safetensors file; a file of `torch.save`, which torch opens with `weights_only=True`, so that nothing in
+        it is executed; or a dict of tensors or arrays. The first bytes of a file tell its kind, not its name. Names in
+        dicts, lists, tuples, namedtuples and dataclasses, as in training checkpoints, are joined by '.': the second of
+        two models in a list is `models.1`.
+      like: the variables to fill, {"params": params, "state": state} of arrays or `jax.ShapeDtypeStruct`s, as in
+        `load`; "state" may be missing. Numbered modules (`blocks.0`, `blocks.1`, ...) are stacked if `like` has one
+        with a leading axis, as `repeat` makes it. Without it, the modules are nested dicts by their own names.
+      rename: {module or tensor of the source: path in the variables, without "params" and "state"}, of which the longest
+        that fits counts: {"state_dict.module": "", "layer1.0": "stage1/first"}; or a function from path to path. Old
+        names may have '.' or '/' between steps; a function is given '/'.
+      only: a pattern of paths as in `load`, or several, each of which must match something: only these arrays are
+        taken, and `like` is the part of the variables that holds them. A pattern speaks of the new paths or, if it
+        matches none, of those of the source: only="model" reads one entry of a training checkpoint.
+      strict: False (with `like`) to leave out the arrays that `like` lacks. What `like` has must be found all the same.
+      cast: as in `load`.
+
+    Returns:
+      {"params": ..., "state": ...}, or what `like` has of these. Nothing shares memory with the source.
+
+    Raises:
+      CheckpointError: the file is damaged, holds more than tensors, or is not what was asked for (all differences in
+        one error, with guesses at what has been renamed); a tensor has no values in order (sparse, quantized, meta), by
+        its path.
+      ImportError: the file needs torch, from 2.6 on, which is the extra `jaxnet[torch]`.
+      ValueError: `like` is something else than variables, or has one path in both parts.
+      OSError: the file cannot be opened.
+    """
+    if isinstance(source, (str, bytes, os.PathLike)):
+        file, tensors = os.fsdecode(source), read_tensors(source)
+    else:
+        file = "the state dict"
+        tensors = collect(file, source)
+    leaves, rename = _slashed(file, tensors, rename)
+    return convert(file, leaves, TORCH, like, rename=rename, only=_slashed_patterns(only), strict=strict, cast=cast)
+
+
+def to_torch(
+    variables: Mapping[str, Any], *, rename: Rename = None, stacked: str | Iterable[str] = ()
+) -> dict[str, Any]:
+    """Make a PyTorch state dict: the inverse of `from_torch`, exact.
+
+        save("net.safetensors", to_torch(variables, rename={"body": "features"}))
+
+    writes a file for `model.load_state_dict(safetensors.torch.load_file("net.safetensors"))`.
+
+    Args:
+      variables: {"params": params, "state": state}; "state" may be missing.
+      rename: {path in the variables, without "params" and "state": module or tensor of the state dict}, of which the
+        longest that fits counts, or a function from path to path. New names may have '.' or '/' between steps.
+      stacked: paths of nodes that `repeat` has stacked, which become numbered modules: "blocks" gives `blocks.0`, ...
+        They must be named, since a stack of matrices and the kernel of a convolution look alike.
+
+    Returns:
+      NumPy arrays by name. There is no `num_batches_tracked`; `load_state_dict` does without it.
+
+    Raises:
+      ValueError: `variables` are something else, or what is `stacked` is not.
+      CheckpointError: two arrays would have one name, or one has no values.
+    """
+    from jaxnet.checkpoint import arrays
+
+    file = "the variables"
+    nodes, leaves, whole = merged(file, "variables", variables, arrays.describe)
+    if odd := [name for name, node in nodes.items() if node.kind not in ("jax", "numpy", "numpy_scalar")]:
+        raise ValueError(f"variables must be arrays of numbers: '{whole[odd[0]]}' is of kind {nodes[odd[0]].kind}")
+    leaves = {name: to_numpy(file, whole[name], x) for name, x in leaves.items()}
+    for path in [stacked] if isinstance(stacked, str) else stacked:
+        leaves = unstacked(leaves, path)
+    names = match.renamed(file, leaves, rename or {})
+    result = {}
+    for name, path in names.items():
+        last, x = name.rpartition("/")[2], leaves[name]
+        if last == "kernel" and x.ndim > 1:
+            x = x.transpose(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2))
+        # Else the rename names the tensor in full.
+        if path[-1:] == (last,):
+            path = (*path[:-1], TO_TORCH.get(last, last))
+        new = ".".join(path).replace("/", ".")
+        if new in result:
+            raise CheckpointError(file, name, f"another leaf is called '{new}' too: give one another name by `rename`")
+        result[new] = x.copy(order="C")
+    return result
+
+
+def read_tensors(path: str | os.PathLike[str] | bytes) -> dict[str, Any]:
+    """All arrays of a state dict in a file, by name, in the order of the file; see `from_torch` for kinds of files."""
+    with opened(path) as (file, fd, size):  # pyright: ignore[reportArgumentType]
+        kind = kind_of_file(file, fd, size)
+        if kind == "torch":
+            return _collected(file, _loaded(file, fd, size), size)
+        if kind == "keras":
+            raise CheckpointError(file, None, refused_kind(kind))
+    with lazy(file) as leaves:
+        return {name: leaves[name] for name in leaves if hasattr(leaves[name], "dtype")}
+
+
+def renamed_tensors(path: str | os.PathLike[str], rename: Rename) -> dict[str, Any]:
+    """All arrays of a state dict in a file, as they are, by their new names with '.' between steps."""
+    file = os.fsdecode(path)
+    tensors, rename = _slashed(file, read_tensors(path), rename)
+    names = match.renamed(file, tensors, rename or {})
+    return {".".join(path).replace("/", "."): to_numpy(file, name, tensors[name]) for name, path in names.items()}
+
+
+def _loaded(file: str, fd: int, size: int) -> Any:
+    """What torch reads from a file, as tensors alone."""
+    torch = _torch(file)
+    with os.fdopen(os.dup(fd), "rb") as source:
+        if os.pread(fd, 2, 0) == b"PK":
+            check_archive(file, source, size)
+        source.seek(0)
+        try:
+            return torch.load(source, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as e:  # Damage shows in errors of many kinds.
+            raise CheckpointError(file, None, _refusal(e)) from e
+
+
+def _torch(file: str) -> Any:
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        text = "needs torch to be opened: pip install 'jaxnet[torch]', or save it as safetensors where torch is"
+        raise ImportError(f"{file}: {text}") from e
+    # CVE-2025-32434: before 2.6, files could run code in spite of weights_only=True.
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise ImportError(f"{file}: torch {torch.__version__} does not open files safely; from 2.6 on it does: upgrade")
+    return torch
+
+
+def _refusal(error: Exception) -> str:
+    text = "torch cannot read it as tensors alone (weights_only=True)"
+    if other := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+        text += (
+            f": it holds an object of {other[1]}; save model.state_dict() alone, best as safetensors, or, if you trust"
+        )
+        return f"{text} the file, read it inside `with torch.serialization.safe_globals([{other[1]}])`"
+    text += ": it is damaged, or holds objects of other classes; save model.state_dict() alone, best as safetensors."
+    return f"{text} {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _collected(file: str, content: Any, size: int) -> dict[str, Any]:
+    """The tensors of a file, if they take no more memory than its size can explain."""
+    tensors = collect(file, content)
+    sizes = {name: x.nbytes for name, x in tensors.items() if not isinstance(x, Refused)}
+    if (total := sum(sizes.values())) > (limit := REPEATED * size + (64 << 20)):
+        name = max(sizes, key=lambda name: sizes[name])
+        text = f"the tensors take {total:,} bytes, of which this one takes {sizes[name]:,}; at most {limit:,} are read from"
+        raise CheckpointError(file, name, f"{text} a file of {size:,} bytes: save expanded tensors as they are needed")
+    return tensors
+
+
+def _slashed(file: str, tensors: dict[str, Any], rename: Rename) -> tuple[dict[str, Any], Rename]:
+    """The tensors of a state dict by path, and the renames in paths, of which they may give the old ones with '.'."""
+    if isinstance(rename, dict):
+        rename = {old.replace(".", "/"): new for old, new in rename.items()}
+    return by_path(file, tensors.items(), lambda name: name.replace(".", "/")), rename
+
+
+def _slashed_patterns(only: str | Iterable[str] | None) -> str | list[str] | None:
+    if only is None or isinstance(only, str):
+        return only and only.replace(".", "/")
+    return [pattern.replace(".", "/") for pattern in only]

@@ -1,0 +1,221 @@
+"""What `fit` is given, checked before the first step: the error names the argument, the received value and the remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxnet.train.feed import LIMIT
+from jaxnet.train.history import FIXED
+from jaxnet.train.rules import best_of
+from jaxnet.train.step import TrainState
+
+__all__ = [
+    "check_arrays",
+    "check_evaluation",
+    "check_functions",
+    "check_iterable",
+    "check_length",
+    "check_names",
+    "check_start",
+    "evaluated",
+]
+
+
+def check_start(step: Any, train_state: Any) -> None:
+    """Raise TypeError unless these are a step and a train state."""
+    if isinstance(step, TrainState) or not callable(step):
+        text = "fit: step must be a function (train_state, batch) -> (train_state, metrics)"
+        raise TypeError(f"{text}, as train_step(loss, optimizer) makes it; got {_describe(step)}")
+    if isinstance(train_state, TrainState) or all(hasattr(train_state, name) for name in TrainState._fields):
+        return
+    hint = ""
+    if callable(train_state):
+        hint = "; call it: train_state(params, optimizer, key)"
+    elif isinstance(train_state, Mapping):
+        hint = "; these look like parameters: train_state(params, optimizer, jax.random.key(0)) makes a train state of them"
+    raise TypeError(
+        f"fit: train_state must be what train_state(params, optimizer, key) returns, got {_describe(train_state)}{hint}"
+    )
+
+
+def check_length(total: int | None) -> None:
+    """Raise ValueError for more steps than the counter of a train state can hold."""
+    if total is not None and total > LIMIT:
+        raise ValueError(f"fit: steps are counted in int32: at most {LIMIT:,} in all, got {total:,}")
+
+
+def check_functions(evaluate: Any, best: str | None, stop: Any, callbacks: Any) -> None:
+    """Raise unless these arguments of `fit` can be called as `fit` calls them."""
+    if best is not None:
+        best_of(best)
+        if evaluate is None:
+            raise ValueError(f"fit: best={best!r} looks at what `evaluate` returns; pass that, too")
+    if evaluate is not None:
+        _check_call("evaluate", evaluate, "a function (train_state) -> dict of numbers")
+    if stop is not None:
+        _check_call("stop", stop, "a function (history) -> bool or a reason, as early_stopping(...) makes it")
+    if callable(callbacks) or isinstance(callbacks, str | Mapping) or not isinstance(callbacks, Iterable):
+        raise TypeError(
+            f"fit: callbacks must be a list of functions, got {_describe(callbacks)}; write callbacks=[...]"
+        )
+    for i, callback in enumerate(callbacks):
+        _check_call(f"callbacks[{i}]", callback, "a function (record)")
+
+
+def check_names(metrics: Iterable[str], evaluated: Iterable[str], stop: Any, metric: str | None) -> None:
+    """Raise unless the names that others look at are among those that a record will have.
+
+    Args:
+      metrics: the metrics that the step returns.
+      evaluated: the names of what `evaluate` returns.
+      stop: the condition, which may look at a metric.
+      metric: by which a store of checkpoints keeps the best steps.
+    """
+    own = {*FIXED, *metrics} - {"weight"}
+    if clash := own & set(evaluated):
+        raise ValueError(f"fit: evaluate returns {sorted(clash)}, names that the record has already; use others")
+    known = own | set(evaluated)
+    name = getattr(stop, "metric", None)
+    if name and name not in known:
+        raise KeyError(f"fit: no record has '{name}', on which it is to stop; there are {sorted(known)}")
+    if metric and metric not in known:
+        raise KeyError(f"fit: the store keeps the best by '{metric}', and no record has it; there are {sorted(known)}")
+
+
+def evaluated(evaluate: Callable, train_state: TrainState, best: str | None) -> tuple[str, ...] | None:
+    """The names of what an evaluation of the train state returns, checked; None if that cannot be told.
+
+    A function that JAX can trace without running it is only traced. Any other is called once.
+    """
+    try:
+        if hasattr(evaluate, "lower") or getattr(evaluate, "traceable", False):
+            values = jax.eval_shape(evaluate, train_state)
+        else:
+            values = evaluate(train_state)
+    except LookupError:
+        # A table of values by step may have no entry for the start.
+        return None
+    return tuple(check_evaluation(values, best))
+
+
+def check_evaluation(values: Any, best: str | None) -> Mapping[str, Any]:
+    """What `evaluate` returned, if it is a dict of numbers that has what `best` looks at."""
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"fit: evaluate must return a dict of numbers by name, got {_describe(values)}; write for instance "
+            "{'test_accuracy': value}"
+        )
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise TypeError(f"fit: what evaluate returns must have names that are strings, got {name!r}")
+        if np.ndim(value) if not hasattr(value, "ndim") else value.ndim:
+            raise ValueError(f"fit: what evaluate returns as '{name}' must be a number, got shape {np.shape(value)}")
+        dtype = getattr(value, "dtype", None) or np.result_type(type(value))
+        if not (jax.numpy.issubdtype(dtype, np.number) or jax.numpy.issubdtype(dtype, np.bool_)):
+            raise TypeError(f"fit: what evaluate returns as '{name}' must be a number, got {_describe(value)}")
+    if best is not None and (name := best_of(best)[0]) not in values:
+        raise KeyError(f"fit: best={best!r}, but `evaluate` returns {sorted(values)}")
+    return values
+
+
+def check_arrays(data: Any) -> None:
+    """Raise TypeError for data that goes with `batch_size`, but is no pytree of arrays."""
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"fit: with batch_size the data is arrays, got a {type(data).__name__}, which is used up as it is read; without "
+            "batch_size its items are the batches, or collect its examples first: np.stack(list(data))"
+        )
+    if callable(data) and not hasattr(data, "shape") or _is_loader(data):
+        raise TypeError(
+            f"fit: with batch_size the data is arrays, got {_describe(data)}; without batch_size it is taken as an iterable "
+            "of batches"
+        )
+    _check_lists("", data)
+
+
+def _check_lists(path: str, data: Any) -> None:
+    where = f" in '{path}'" if path else ""
+    if isinstance(data, list) and data:
+        if all(isinstance(x, tuple | dict) and len(x) == len(data[0]) for x in data) and len(data) > 1:
+            raise TypeError(
+                f"fit: the data{where} is a list of {len(data)} examples, each {_describe(data[0])}; fit takes one array "
+                "per part: tuple(np.stack(part) for part in zip(*data))"
+            )
+        if all(np.ndim(x) == 0 for x in data if not isinstance(x, list | tuple | dict)) and not isinstance(
+            data[0], list | tuple | dict
+        ):
+            raise TypeError(
+                f"fit: the data{where} is a list of {len(data)} numbers; make it an array: np.asarray(data)"
+            )
+        shapes = {np.shape(x) for x in data} if all(hasattr(x, "shape") for x in data) else set()
+        if len(data) > 2 and len(shapes) == 1:
+            raise TypeError(
+                f"fit: the data{where} is a list of {len(data)} arrays of shape {shapes.pop()}; make it one array of "
+                f"{len(data)} examples: np.stack(data)"
+            )
+        if isinstance(data[0], list):
+            raise TypeError(f"fit: the data{where} is a list of lists; make it an array: np.asarray(data)")
+    if isinstance(data, Mapping):
+        parts = data.items()
+    elif isinstance(data, list | tuple):
+        parts = enumerate(data)
+    else:
+        return
+    for name, part in parts:
+        _check_lists(f"{path}/{name}" if path else str(name), part)
+
+
+def check_iterable(data: Any) -> None:
+    """Raise TypeError for data that goes without `batch_size`, but is no iterable of batches."""
+    arrays = isinstance(data, dict | tuple) or hasattr(data, "shape")
+    if arrays or isinstance(data, str | bytes) or not (isinstance(data, Iterable) or callable(data)):
+        raise TypeError(
+            f"fit: without batch_size the data is an iterable of batches, got {type(data).__name__}; "
+            "for arrays say batch_size"
+        )
+    if isinstance(data, list) and data and isinstance(data[0], tuple) and len(data[0]) > 1:
+        if np.ndim(data[0][-1]) == 0 and not isinstance(data[0][-1], str | Mapping | tuple | list):
+            raise TypeError(
+                f"fit: without batch_size each item is a batch, and this list of {len(data)} holds single examples: "
+                f"{_describe(data[0])}; make it arrays, tuple(np.stack(part) for part in zip(*data)), and say batch_size"
+            )
+
+
+def _is_loader(data: Any) -> bool:
+    """Whether this yields batches and is nothing that JAX takes for a container or an array."""
+    leaf = jax.tree.leaves(data)[:1] == [data] if not isinstance(data, list | tuple | dict) else False
+    return leaf and not hasattr(data, "shape") and hasattr(data, "__iter__") and not isinstance(data, str)
+
+
+def _check_call(name: str, function: Any, what: str) -> None:
+    if not callable(function):
+        raise TypeError(f"fit: {name} must be {what}, got {_describe(function)}")
+    with contextlib.suppress(ValueError):  # a built-in without a signature
+        signature = inspect.signature(function)
+        try:
+            signature.bind(None)
+        except TypeError:
+            text = f"fit: {name} must be {what}, got {_describe(function)}{signature}"
+            raise TypeError(f"{text}, which cannot be called with one argument") from None
+
+
+def _describe(x: Any) -> str:
+    """A value in a few words."""
+    if isinstance(x, Mapping):
+        return f"a dict with {', '.join(map(repr, list(x)[:4]))}" + (" ..." if len(x) > 4 else "")
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
+    if type(x) is tuple:
+        return f"({', '.join(_describe(part) for part in x[:4])})"
+    if callable(x) and hasattr(x, "__qualname__"):
+        return f"the function {x.__qualname__}"
+    if isinstance(x, Sequence) and not isinstance(x, str):
+        return f"a {type(x).__name__} of {len(x)}"
+    text = repr(x)
+    return f"{type(x).__name__} {text if len(text) < 60 else text[:57] + '...'}"

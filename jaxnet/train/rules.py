@@ -1,0 +1,69 @@
+"""Rules over the history of a training: which value is better, and when to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["Best", "best_of", "early_stopping", "time_budget"]
+
+
+class Best(NamedTuple):
+    """The best evaluation so far: its value and step, and the parameters and state that it was of."""
+
+    value: float
+    step: int
+    params: Any
+    state: Any
+
+
+def best_of(rule: str) -> tuple[str, Callable[[float, float], bool]]:
+    """The parts of a rule like 'min test_loss': (name, whether a first value is better than a second).
+
+    NaN is never better than another value, and every number is better than NaN.
+    """
+    sense, _, name = rule.partition(" ") if isinstance(rule, str) else ("", "", "")
+    if sense not in ("min", "max") or not name or " " in name:
+        raise ValueError(f"'min' or 'max' and the name of a metric, as in 'max test_accuracy', got {rule!r}")
+
+    def better(a: float, b: float) -> bool:
+        if math.isnan(a) or math.isnan(b):
+            return math.isnan(b) and not math.isnan(a)
+        return a < b if sense == "min" else a > b
+
+    return name, better
+
+
+def early_stopping(rule: str, patience: int) -> Callable[[Sequence[Mapping[str, float]]], str | None]:
+    """A condition for `fit(stop=...)`: the metric has not improved for `patience` values. NaN is no improvement.
+
+    Args:
+      rule: 'min test_loss', 'max test_accuracy' or the like.
+      patience: the number of values without an improvement after which the run stops.
+
+    Source: Prechelt, "Early Stopping - But When?", 1998.
+    """
+    name, better = best_of(rule)
+    if patience < 1:
+        raise ValueError(f"early_stopping: patience must be at least 1, got {patience}")
+
+    def stop(history):
+        values = [record[name] for record in history if name in record]
+        best = 0
+        for i, value in enumerate(values):
+            if better(value, values[best]):
+                best = i
+        since = len(values) - 1 - best
+        return f"{rule} has not improved for {since} values" if since >= patience else None
+
+    # `fit` reads this attribute to check that there is such a metric.
+    stop.metric = name  # pyright: ignore[reportFunctionMemberAccess]
+    return stop
+
+
+def time_budget(seconds: float) -> Callable[[Sequence[Mapping[str, float]]], str | None]:
+    """A condition for `fit(stop=...)`: so many seconds of training are over (compiling and evaluating not counted)."""
+    if isinstance(seconds, str) or not float(seconds) >= 0:
+        raise ValueError(f"time_budget: seconds must be a number of at least 0, got {seconds!r}")
+    return lambda history: f"{seconds:g} s are over" if history and history[-1]["seconds"] >= seconds else None

@@ -1,0 +1,328 @@
+"""The host loop over compiled calls: what one wants to see, keep and decide in between."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnet.train import inputs, source
+from jaxnet.train.clock import Clock
+from jaxnet.train.diagnose import NonFiniteError, explain
+from jaxnet.train.feed import Feed
+from jaxnet.train.history import History, New
+from jaxnet.train.interrupt import Interrupted
+from jaxnet.train.keeper import Keeper
+from jaxnet.train.optimizers import Guarded, find
+from jaxnet.train.programs import Programs
+from jaxnet.train.progress import Progress
+from jaxnet.train.rules import Best, best_of
+from jaxnet.train.saved import save
+from jaxnet.train.schedule import Schedule
+from jaxnet.train.step import TrainState
+
+__all__ = ["Looks", "Run", "copied"]
+
+CALL = 0.3  # seconds that a compiled call should take at most: how long Ctrl-C waits
+QUICK = (
+    0.02  # seconds of a call below which the host waits for it, since it could not tell its end from that of the next
+)
+SOON = 5.0  # seconds of training after which the state is saved for the first time, if no epoch has ended before
+
+
+class Looks(NamedTuple):
+    """What the caller of `fit` wants to do with the state and the records in between; see there."""
+
+    evaluate: Callable | None
+    best: str | None
+    stop: Callable | None
+    callbacks: Sequence[Callable]
+
+
+class _Pending(NamedTuple):
+    """A call that has been sent to the device."""
+
+    stack: source.Stack
+    first: int
+    n: int
+    outputs: tuple
+
+
+class Run:
+    """A training under way: the state, what is known of it, and what has been sent to the device."""
+
+    def __init__(
+        self, train_state: TrainState, feed: Feed, programs: Programs, looks: Looks, schedule: Schedule, keeper: Keeper
+    ):
+        self.feed, self.programs, self.looks, self.schedule, self.keeper = feed, programs, looks, schedule, keeper
+        self.current: TrainState = jax.tree.map(copied, train_state)
+        self.history = History(schedule.next_record, self.epoch, schedule.ends_between)
+        self.history.begin(int(train_state.step))
+        self.best: Best | None = None
+        self.stopped: str | None = None
+        # For an iterable: the position in it, and the passes that are over.
+        self.position: dict[str, Any] = {}
+        self.passes = 0
+        guard = find(train_state.opt, Guarded)
+        self.limit, self.in_a_row = None if guard is None else int(guard.limit), 0
+        self.good = jnp.bool_(True)
+        self.clock = Clock()
+        self.pace, self.quick = 1, True  # steps per call; whether calls are too short to be sent ahead
+        self.credit = 0.0  # seconds that belong to the pending call, and have passed already
+        self.started = self.spoiled = self.ended = False
+        self.pending: _Pending | None = None
+        self.feeding: Any = None
+
+    def epoch(self, step: int) -> int:
+        """The number of the epoch that a step is in, from 1 on."""
+        return -(-step // self.feed.epoch_steps) if self.feed.epoch_steps else self.passes + 1
+
+    def passed(self) -> bool:
+        """Whether an iterable has been passed over as often as was asked for."""
+        return self.feed.epochs is not None and self.passes >= self.feed.epochs
+
+    def done(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.passed() or (self.feed.total is not None and self.history.step >= self.feed.total)
+
+    # The loop
+
+    def go(self, flag: Interrupted, show: Progress, save_every: float) -> None:
+        """Train to the end, or until something stops the run."""
+        self._ask_to_stop()
+        if self.stopped or self.done():
+            return
+        abandoned = functools.partial(getattr, flag, "name")
+        self.feeding = self.feed.stacks(
+            self.current, self.history.step, self.position, self.schedule.next_look, abandoned
+        )
+        saves = _Saves(self.keeper, save_every, self.history.step, self.feed.epoch_steps)
+        ahead = self.history.step
+        while not (self.stopped or flag.name or self.passed() or ahead == self.feed.total):
+            stack = next(self.feeding, None)
+            if stack is None:
+                self.ended = not flag.name
+                break
+            first = 0
+            while first < stack.n and not self.stopped and not flag.name:
+                n = min(stack.n - first, stack.size, self.pace, saves.room(ahead))
+                self._train(stack, first, n, show)
+                first, ahead = first + n, ahead + n
+                looking = (stack.end and first == stack.n) or ahead == self.schedule.next_look(ahead - 1)
+                due = saves.due(ahead, looking, looking and self.looks.evaluate is not None)
+                if looking or due or self.quick or self.looks.stop is not None:
+                    self._receive_pending(show)
+                if due:
+                    self._save()
+                    saves.done()
+        self._receive_pending(show)
+        self.stopped = self.stopped or flag.name or ("the data ended" if self.ended and not self.passed() else None)
+        if self.keeper and self.started:
+            self._save()
+            self.keeper.wait()
+
+    def settle(self, error: Exception) -> None:
+        """Bring what is known of the run up to its state, after an error."""
+        if self.pending is not None and not isinstance(error, NonFiniteError):
+            self._receive_pending(None)
+
+    def close(self) -> None:
+        """Let go of the data."""
+        if hasattr(self.feeding, "close"):
+            self.feeding.close()
+
+    def _save(self) -> None:
+        with self.clock.excluded():
+            save(self, self.keeper)
+
+    def _train(self, stack: source.Stack, done: int, n: int, show: Progress) -> None:
+        """Send n steps to the device, and take in what the call before has returned."""
+        program, first = self.programs.get(stack.size, stack.inputs), self.feed.first(done)
+        if program is None:
+            self._receive_pending(show)
+            with self.clock.excluded():
+                program = self._prepare(stack, show)
+        if not self.started:
+            self.clock.lap()
+        self.current, self.good, *outputs = program(
+            self.current, self.good, np.int32(first), np.int32(n), *stack.inputs
+        )
+        self.started = True
+        # The call before is received while the device works on this one.
+        waiting, self.pending = self.pending, _Pending(stack, done, n, (self.good, *outputs))
+        if waiting is not None:
+            self._receive(waiting, show)
+
+    def _prepare(self, stack: source.Stack, show: Progress) -> Callable:
+        """Compile the program for such a stack; before the first one, check what can be checked."""
+        begin = time.perf_counter()
+        with show.busy("compiling"):
+            traced = self.programs.trace(stack.size, stack.inputs, self.current, self.good)
+            traced_in = time.perf_counter() - begin
+            if not self.started:
+                self._check()
+            line = self.programs.compile(stack.size, stack.inputs, traced, traced_in)
+        show.note(line)
+        if not self.started and self.programs.expected not in (None, self.programs.digest):
+            show.note("the step is not that of the run before: another learning rate, loss or network")
+        program = self.programs.get(stack.size, stack.inputs)
+        assert program is not None
+        return program
+
+    def _check(self) -> None:
+        evaluate, best, stop, _ = self.looks
+        names = None if evaluate is None else inputs.evaluated(evaluate, self.current, best)
+        if evaluate is None or names is not None:
+            inputs.check_names(self.programs.metrics or (), names or (), stop, self.keeper.metric)
+
+    def _receive_pending(self, show: Progress | None) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self._receive(pending, show)
+
+    def _receive(self, call: _Pending, show: Progress | None) -> None:
+        """Wait for a call, and take in what it returned; without `show`, tell nobody."""
+        good, metrics = call.outputs
+        metrics = {name: np.asarray(values)[: call.n] for name, values in metrics.items()}
+        good, seconds = bool(good), self.clock.lap() + self.credit
+        self.credit = 0.0
+        if self.pending is not None and self.pending.outputs[0].is_ready():
+            # Both calls are over, and the host cannot tell when the first was: they share the time by their steps.
+            self.credit = seconds * self.pending.n / (call.n + self.pending.n)
+            seconds -= self.credit
+        if not good:
+            raise self._broken(call)
+        end = call.stack.end and call.first + call.n == call.stack.n
+        samples = call.stack.samples * call.n // call.stack.n
+        before = call.stack.before
+        if before:
+            # The pass that the stack belongs to, which a resumed run may have found to be over.
+            self.passes = before["passes"]
+        new = self.history.add(call.n, metrics, seconds, samples, cut=end)
+        self.position = before and {**before, "skip": before["skip"] + call.first + call.n}
+        if end:
+            self.passes += 1
+            self.position = call.stack.after
+        if self.looks.evaluate is not None and self._evaluation_is_due(end):
+            with self.clock.excluded():
+                self._evaluate(new[-1])
+        # A call that took long tells how many steps the next may have; a short one may have been all overhead.
+        self.pace = int(np.clip(CALL * call.n / max(seconds, 1e-9), 1, 8 * call.n))
+        self.quick = seconds < QUICK
+        if show is None:
+            return
+        self._tell(new, show)
+        self._check_skipped(metrics)
+
+    def _evaluation_is_due(self, end: bool) -> bool:
+        every, step = self.schedule.evaluate_every, self.history.step
+        return step % every == 0 if every else end or step == self.feed.total
+
+    def _tell(self, new: Sequence[New], show: Progress) -> None:
+        evaluated = self.history.evaluations[-1] if self.history.evaluations else None
+        if evaluated is not None and evaluated["step"] != self.history.step:
+            evaluated = None
+        for record, summary in new:
+            if summary is not None:
+                show(summary, evaluated=summary is evaluated, last=record is new[-1].record)
+            for callback in self.looks.callbacks:
+                callback(dict(record))
+        if not new or new[-1].summary is None:
+            ended = self.history.step == self.feed.total
+            show(evaluated or self.history.summary(), partial=not ended, evaluated=evaluated is not None)
+        if new:
+            self._ask_to_stop()
+
+    def _ask_to_stop(self) -> None:
+        stop, records = self.looks.stop, self.history.records
+        if stop is None or not records:
+            return
+        if reason := stop(records):
+            self.stopped = reason if isinstance(reason, str) else "the condition held"
+
+    def _evaluate(self, new: New) -> None:
+        assert self.looks.evaluate is not None
+        evaluated = inputs.check_evaluation(self.looks.evaluate(self.current), self.looks.best)
+        values = {name: float(value) for name, value in evaluated.items()}
+        inputs.check_names(new.record, values, None, None)
+        new.record.update(values)
+        # At the end of a run in the middle of an epoch: the means go on if the run is prolonged.
+        summary = self.history.summary() if new.summary is None else new.summary
+        summary.update(values)
+        self.history.evaluations.append(summary)
+        if (name := getattr(self.looks.stop, "metric", None)) and name not in new.record:
+            raise KeyError(f"fit: no record has '{name}', on which it is to stop; there are {sorted(new.record)}")
+        if self.looks.best is not None:
+            name, better = best_of(self.looks.best)
+            if self.best is None or better(values[name], self.best.value):
+                params, state = jax.tree.map(copied, (self.current.params, self.current.state))
+                self.best = Best(values[name], int(new.record["step"]), params, state)
+
+    def _check_skipped(self, metrics: dict[str, np.ndarray]) -> None:
+        if self.limit is None:
+            return
+        for i, skipped in enumerate(metrics["skipped"]):
+            self.in_a_row = self.in_a_row + 1 if skipped else 0
+            if self.in_a_row > self.limit:
+                # What is in the file is better than a state that skips all steps.
+                self.spoiled = True
+                at = self.history.step - len(metrics["skipped"]) + i
+                raise NonFiniteError(
+                    f"fit: {self.in_a_row} steps in a row were not finite, up to step {at}, and were skipped; "
+                    f"the limit is {self.limit}. A smaller learning rate may help",
+                    at,
+                    (),
+                    self.current,
+                    self.history.records,
+                )
+
+    def _broken(self, call: _Pending) -> NonFiniteError:
+        """What happened in a call whose numbers are not finite, by doing it again one step at a time."""
+        batch_of = jax.jit(self.feed.batch_of)
+        batches = (
+            lambda train_state, i=i: batch_of(train_state, jnp.int32(i), *call.stack.inputs)
+            for i in range(call.first, call.first + call.n)
+        )
+        return explain(self.programs.step, self.current, batches, self.history.records, getattr(self.feed, "data", None))
+
+
+class _Saves:
+    """When a run is to be saved while it goes on: as soon as there is something to lose, and then every so many seconds."""
+
+    def __init__(self, keeper: Keeper, every: float, step: int, epoch_steps: int | None):
+        self.keeper, self.every, self.at = keeper, every, time.perf_counter()
+        self.first_epoch = None if epoch_steps is None else (step // epoch_steps + 1) * epoch_steps
+        self.none = True
+
+    def due(self, step: int, looking: bool, evaluating: bool) -> bool:
+        if not self.keeper:
+            return False
+        seconds = time.perf_counter() - self.at
+        over = self.first_epoch is not None and step >= self.first_epoch
+        first = self.none and (seconds > SOON or evaluating or over)
+        return first or seconds > self.every or (looking and self.keeper.metric is not None)
+
+    def room(self, step: int) -> int:
+        """How many steps the next call may have, so that the first epoch ends with a call."""
+        if not self.keeper or not self.none or self.first_epoch is None:
+            return 1 << 30
+        return max(self.first_epoch - step, 1)
+
+    def done(self) -> None:
+        self.none, self.at = False, time.perf_counter()
+
+
+def copied(leaf: Any) -> jax.Array:
+    """A leaf of a train state as an array of its own, strongly typed, on the device where it is."""
+    leaf = jnp.asarray(leaf, getattr(leaf, "dtype", None))
+    if getattr(leaf, "weak_type", False):
+        # A run that is cut and resumed has no weak types any more, and must have the same bits.
+        leaf = jax.lax.convert_element_type(leaf, leaf.dtype)
+    where = leaf.sharding if leaf.committed else None
+    # Unlike jnp.array(copy=True), this compiles nothing.
+    return jax.device_put(leaf, where, may_alias=False)

@@ -1,0 +1,116 @@
+"""What a checkpoint holds of a run: the state, the history, the position in the data, and what identifies the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxnet.train import identity
+from jaxnet.train.keeper import Found, Keeper
+from jaxnet.train.rules import Best
+
+if TYPE_CHECKING:
+    from jaxnet.checkpoint import Info
+    from jaxnet.train.run import Run
+
+__all__ = ["Found", "restore", "save", "step_changed", "template_of"]
+
+
+def save(run: Run, keeper: Keeper) -> None:
+    """Write the run as it is now."""
+    numbers, arrays = run.history.state()
+    best = None if run.best is None else run.best._asdict()
+    text = {
+        "history": numbers,
+        "position": run.position,
+        "passes": run.passes,
+        "in_a_row": run.in_a_row,
+        "facts": run.feed.facts,
+        "total": run.feed.total,
+        "best": run.looks.best,
+        "step_digest": run.programs.digest,
+    }
+    step, records = run.history.step, run.history.records
+    record = records[-1] if records and records[-1]["step"] == step else None
+    keeper.save(step, {"train_state": run.current, "best": best, "history": arrays}, record, {"fit": json.dumps(text)})
+
+
+def template_of(run: Run) -> Callable[[Info], Any]:
+    """A function from a file's header to the tree that `restore` needs of it. It raises if the file is of another run."""
+
+    def template(info: Info) -> Any:
+        from jaxnet.checkpoint.format import Misfit
+
+        remedy = "name another file, or delete this one to begin anew"
+        if "fit" not in info.metadata:
+            raise Misfit(info.path, None, f"not written by `fit`: {remedy}")
+        text = json.loads(info.metadata["fit"])
+        if differences := identity.changed(text["facts"], run.feed.facts):
+            raise ValueError(
+                f"fit: {info.path} is of a run with {differences}; to go on from it, use the same data and batch size, order and "
+                f"key; else {remedy}"
+            )
+        leaves = {leaf.path: (leaf.dtype, leaf.shape) for leaf in info.leaves}
+        state = {p.removeprefix("train_state/"): x for p, x in leaves.items() if p.startswith("train_state/")}
+        if differences := identity.tree_differences(run.current, state):
+            raise Misfit(info.path, None, f"of another network or optimizer: {differences}. For this one, {remedy}")
+        best = None
+        if "best/value" in info.scalars:
+            best = Best(0.0, 0, run.current.params, run.current.state)._asdict()
+        like = {"train_state": run.current, "best": best}
+        if "records" in text["history"]:
+            return like
+        return like | {"history": _arrays(info)}
+
+    return template
+
+
+def _arrays(info: Info) -> Any:
+    """The history's arrays as a file has them: abstract ones would become arrays of JAX."""
+    from jaxnet.checkpoint.structure import leaf_path
+
+    found = {leaf_path(leaf.path)[1:]: leaf for leaf in info.leaves if leaf.path.startswith("history/")}
+    tree: Any = {"records": {"columns": {}, "has": {}}, "evaluations": {"columns": {}, "has": {}}, "pending": {}}
+    for path, leaf in found.items():
+        *nodes, name = path
+        place = tree
+        for node in nodes:
+            place = place[node]
+        place[name] = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+    return tree
+
+
+def restore(run: Run, found: Found) -> list[str]:
+    """Take over what a checkpoint holds; returns what is to be said about it."""
+    from jaxnet.train.run import copied
+
+    text = json.loads(found.metadata["fit"])
+    run.current = jax.tree.map(copied, found.tree["train_state"])
+    run.history.restore(text["history"], found.tree.get("history"))
+    run.position, run.passes, run.in_a_row = text["position"], text["passes"], text["in_a_row"]
+    run.programs.expected = text.get("step_digest")
+    notes = []
+    if found.tree["best"] is not None:
+        rule, before = run.looks.best, text.get("best")
+        if rule and before and rule != before:
+            notes.append(f"the best so far was by '{before}' and is now by '{rule}': it is looked for anew")
+        else:
+            run.best = Best(**found.tree["best"])
+    return notes
+
+
+def step_changed(run: Run, found: Found) -> bool:
+    """Whether the step is another one than in the run that wrote the checkpoint, as far as can be told without data."""
+    if run.feed.epoch_steps is None or run.programs.expected is None:
+        return False
+    stacks: Any = run.feed.stacks(run.current, 0, {}, lambda step: step + 1, lambda: False)
+    try:
+        stack = next(stacks)
+        run.programs.trace(stack.size, stack.inputs, run.current, run.good)
+    finally:
+        stacks.close()
+    return run.programs.digest != run.programs.expected

@@ -1,0 +1,68 @@
+"""Where in a run something is due: records, evaluations, the end."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Schedule", "default_record_every"]
+
+
+class Schedule(NamedTuple):
+    """When the host wants something of a run.
+
+    Attributes:
+      total: the last step; None if only the data can tell.
+      epoch_steps: steps per epoch; None if only the data can tell.
+      record_every: steps per record.
+      evaluate_every: steps per evaluation; None if there is none, or if it is due at the end of each pass.
+      cut_epochs: whether a record ends with each epoch.
+      asked: whether a condition to stop is asked after each record.
+    """
+
+    total: int | None
+    epoch_steps: int | None
+    record_every: int
+    evaluate_every: int | None
+    cut_epochs: bool
+    asked: bool
+
+    def next_record(self, step: int) -> int:
+        """The first step after this one at which a record ends."""
+        ends = [_after(step, self.record_every), self.next_look(step)]
+        if self.cut_epochs and self.epoch_steps:
+            ends.append(_after(step, self.epoch_steps))
+        return min(ends)
+
+    def next_look(self, step: int) -> int:
+        """The first step after this one at which the host wants to look at the state."""
+        ends = [step + (1 << 30) if self.total is None else max(self.total, step + 1)]
+        if self.evaluate_every:
+            ends.append(_after(step, self.evaluate_every))
+        if self.asked:
+            # Asked at the same steps wherever calls would end.
+            ends.append(_after(step, self.record_every))
+        return min(ends)
+
+    def ends_between(self, before: int, after: int) -> bool:
+        """Whether an evaluation (without one, an epoch) ends after the first step and not after the second."""
+        every = self.evaluate_every or self.epoch_steps
+        return every is not None and after // every > before // every
+
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations there will be, if that is known; else 0."""
+        return self.total // self.evaluate_every if self.total and self.evaluate_every else 0
+
+
+def default_record_every(epoch_steps: int | None, total: int | None) -> int:
+    """About 100 steps, a divisor of the epoch if there is one up to 1,000; more where that would be more than 1,000 records."""
+    every = 100
+    if epoch_steps is not None:
+        divisors = [d for d in range(min(50, epoch_steps), min(1000, epoch_steps) + 1) if epoch_steps % d == 0]
+        every = min(divisors, key=lambda d: abs(d - 100), default=every)
+    return every * max(1, -(-(total or 0) // (1000 * every)))
+
+
+def _after(step: int, every: int) -> int:
+    """The first multiple of `every` after a step."""
+    return (step // every + 1) * every

@@ -1,0 +1,113 @@
+"""The state of a training, and plain gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxnet import tree
+from jaxnet.train.optimizers import check_optimizer
+
+__all__ = ["TrainState", "check_params", "check_train_state", "sgd", "train_state"]
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step: one pytree, to be saved, restored or mapped over as a whole.
+
+    Attributes:
+      params: the network's parameters.
+      state: the network's state, {} if it has none.
+      opt: the optimizer's state, () for plain SGD.
+      key: PRNG key of the run; it never changes, every random number is drawn from it and the step.
+      step: steps done, int32 []; the epoch and the position in its order follow from it.
+    """
+
+    params: Any
+    state: Any
+    opt: Any
+    key: jax.Array
+    step: jax.Array
+
+
+def sgd(params: Any, grads: Any, lr: Any) -> Any:
+    """Plain gradient descent, w <- w - lr * dL/dw, for trees of equal structure. The dtype of w is kept.
+
+    Raises:
+      TypeError: a parameter is complex or an integer array.
+
+    Example:
+      >>> sgd({"w": 1.0}, {"w": 0.5}, 0.1)
+      {'w': 0.95}
+    """
+    if any(jnp.iscomplexobj(leaf) or not _is_float(leaf) for leaf in jax.tree.leaves((params, grads))):
+        check_params("sgd", params)
+        check_params("sgd: gradients", grads)
+    return jax.tree.map(lambda w, g: w - _like(lr, w) * g, params, grads)
+
+
+def train_state(params: Any, optimizer: Any, key: jax.Array, *, state: Any = None) -> TrainState:
+    """Start a run.
+
+    Args:
+      params: the network's parameters, a pytree of float arrays.
+      optimizer: an optax transformation, or a learning rate (a number, or an optax schedule of the step) for plain SGD.
+      key: PRNG key; the order of the data and the noise in training follow from it.
+      state: of a stateful network, `net.init_state(*inputs)`.
+
+    Returns:
+      The train state in front of step 0.
+
+    Raises:
+      TypeError: parameters that are not real floats, something that is not an optimizer, or no PRNG key.
+    """
+    check_optimizer("train_state", optimizer)
+    check_params("train_state", params)
+    if not _is_key(key):
+        raise TypeError(f"train_state: key must be a PRNG key such as jax.random.key(0), got {_brief(key)}")
+    with jax.transfer_guard("allow"):  # the counters of the optimizer and of the steps go to the device
+        opt = optimizer.init(params) if hasattr(optimizer, "init") else ()
+        return TrainState(params, {} if state is None else state, opt, key, jnp.int32(0))
+
+
+def check_train_state(what: str, train_state: Any) -> None:
+    """Raise TypeError unless this is a train state."""
+    if not all(hasattr(train_state, name) for name in TrainState._fields):
+        raise TypeError(
+            f"{what}: needs a train state, as train_state(params, optimizer, key) makes it, got {_brief(train_state)}"
+        )
+
+
+def check_params(what: str, params: Any) -> None:
+    """Raise TypeError for parameters that are not real floating-point numbers."""
+    for path, leaf in tree.flatten(params).items():
+        dtype = jnp.result_type(leaf) if isinstance(leaf, int | float | complex) else getattr(leaf, "dtype", type(leaf))
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{what}: '{path}' is {dtype}, parameters are real; keep the real and the imaginary part as two of them"
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{what}: '{path}' is {_brief(leaf)}, parameters are floats; cast it, or keep it in the state"
+            )
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, int | float) or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _is_key(key: Any) -> bool:
+    dtype = getattr(key, "dtype", None)
+    return dtype is not None and (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32)
+
+
+def _brief(x: Any) -> str:
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
+    return f"{type(x).__name__} {x!r}" if isinstance(x, int | float | str) else f"a {type(x).__name__}"
+
+
+def _like(x, w):
+    """A learning rate in the dtype of the weight, so that float32 weights stay float32 beside a float64 rate."""
+    return jnp.asarray(x, w.dtype) if hasattr(w, "dtype") else x
