@@ -313,7 +313,7 @@ def torch(feed=FEED, *, channels_last=False, loader=False):
     )
     x, y = torch.tensor(feed.x.transpose(0, 3, 1, 2)), torch.tensor(feed.y, dtype=torch.long)
     if channels_last:
-        net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     feed = feed._replace(x=x, y=y)
     parameters = list(net.parameters())
     with torch.no_grad():

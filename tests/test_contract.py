@@ -452,5 +452,5 @@ def test_parallel_and_scan_and_param_check_their_sizes():
                 make(wrong)
     with pytest.raises(ValueError, match="scan: axis must be an int of at least 0, got -1"):
         scan(dense(2), axis=-1)
-    assert param((np.int64(2),), jax.nn.initializers.ones).init(key()).shape == (2,)
+    assert param((np.int64(2),), jax.nn.initializers.ones).init(key()).shape == (2,)  # pyright: ignore[reportArgumentType]
     assert repr(parallel(dense(2), merge=jnp.add)).startswith("parallel(")

@@ -148,7 +148,7 @@ def test_parameters_and_state_may_be_numpy_arrays(case, train):
     for inputs in (case.data(), jax.tree.map(np.asarray, case.data())):
         expected = use(params, state, inputs)
         for function in (use, jax.jit(use)):
-            actual = function(*given, inputs)
+            actual = function(*given, inputs)  # pyright: ignore[reportCallIssue]
             tolerance = 2e-2 if "differences" in case.exempt else 1e-5
             close(actual[0], expected[0], rtol=tolerance, atol=tolerance)
             close(actual[1], expected[1], rtol=tolerance, atol=tolerance)

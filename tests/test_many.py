@@ -182,7 +182,7 @@ def test_arguments_without_a_common_leading_axis_are_named():
 
 
 def test_a_size_of_numpy_is_a_how():
-    np.testing.assert_array_equal(many(lambda x: x + 1, how=np.int64(2))(jnp.arange(5)), np.arange(5) + 1)
+    np.testing.assert_array_equal(many(lambda x: x + 1, how=np.int64(2))(jnp.arange(5)), np.arange(5) + 1)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("how", ["pmap", 0, -1, 2.0, True, np.bool_(True)])

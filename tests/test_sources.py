@@ -413,9 +413,9 @@ FORMS = list(in_other_libraries()[1])
 def test_arrays_of_other_libraries_are_read_by_position(form):
     numbers, forms = in_other_libraries()
     column, settings = forms[form], {"batch_size": 4, "epochs": 2}
-    expected, _ = watched(numbers, **settings)
-    assert watched(column, **settings)[0] == expected
-    assert watched({"x": column}, **settings)[0] == expected
+    expected, _ = watched(numbers, **settings)  # pyright: ignore[reportArgumentType]
+    assert watched(column, **settings)[0] == expected  # pyright: ignore[reportArgumentType]
+    assert watched({"x": column}, **settings)[0] == expected  # pyright: ignore[reportArgumentType]
     weighted = fit(
         train_step(lambda w, x: w * x, 1.0),
         train_state(jnp.float32(0), 1.0, key0()),
@@ -442,7 +442,7 @@ def test_labels_of_pandas_balance_by_position():
 
 def test_arrays_that_cannot_be_read_are_named_with_a_remedy():
     torch = pytest.importorskip("torch")
-    masked = np.ma.masked_array(np.arange(4.0), mask=[0, 1, 0, 0])
+    masked = np.ma.masked_array(np.arange(4.0), mask=[0, 1, 0, 0])  # pyright: ignore[reportArgumentType, reportCallIssue]
     for data, text in [
         (
             {"x": torch.ones(4, requires_grad=True)},
@@ -517,7 +517,7 @@ def test_windows_of_a_dataset_of_h5py(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 50, 100)
     with h5py.File(tmp_path / "tokens.h5", "w") as file:
         file["tokens"] = tokens
-        windows, rows = Windows(file["tokens"], np.int64(9), stride=4), np.array([3, 0, -1, 3])
+        windows, rows = Windows(file["tokens"], np.int64(9), stride=4), np.array([3, 0, -1, 3])  # pyright: ignore[reportArgumentType]
         np.testing.assert_array_equal(windows[rows], Windows(tokens, 9, stride=4)[rows])
         mask = np.arange(len(windows)) % 2 == 1
         np.testing.assert_array_equal(windows[mask], Windows(tokens, 9, stride=4)[1::2])
@@ -526,7 +526,7 @@ def test_windows_of_a_dataset_of_h5py(tmp_path):
         windows[np.array([0.5])]
     for wrong in (True, 2.5, 0):
         with pytest.raises(ValueError, match="Windows: length must be a positive int"):
-            Windows(tokens, wrong)
+            Windows(tokens, wrong)  # pyright: ignore[reportArgumentType]
 
 
 def test_an_array_with_other_rules_for_rows_is_named():
@@ -607,5 +607,5 @@ def test_a_nan_in_the_data_is_named_by_leaf_and_row(kind):
     step = train_step(lambda w, batch: (w * batch["images"]).sum(-1), 0.1)
     data, settings = ({"images": images}, {"batch_size": 4}) if kind == "memory" else ([{"images": images}], {})
     with pytest.raises(NonFiniteError, match=r"The cause is in the data: 'images' holds NaN in row 7 of the") as caught:
-        fit(step, train_state(jnp.float32(1), 0.1, key0()), data, epochs=1, progress=False, **settings)
+        fit(step, train_state(jnp.float32(1), 0.1, key0()), data, epochs=1, progress=False, **settings)  # pyright: ignore[reportArgumentType]
     assert "learning rate" not in str(caught.value)

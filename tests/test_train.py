@@ -566,7 +566,7 @@ def test_settings_that_make_no_sense_are_named():
         guarded(0.1, loss_scale=0)
     for settings in ({"limit": -1}, {"interval": 0}, {"interval": 2.5}, {"limit": True}):
         with pytest.raises(ValueError, match="guarded: (limit|interval) must be"):
-            guarded(0.1, **settings)
+            guarded(0.1, **settings)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("factor", [1.0, 1000.0])
@@ -731,9 +731,9 @@ def test_parameters_and_numbers_in_place_of_states_and_keys_are_named():
 
 
 def test_sizes_are_whole_positive_and_fit_into_int32():
-    step = train_step(mean_square, 0.1, accumulate=np.int64(2))
+    step = train_step(mean_square, 0.1, accumulate=np.int64(2))  # pyright: ignore[reportArgumentType]
     start, data = train_state(params_of(), 0.1, key0()), regression()
-    _, metrics = jax.jit(train_steps(step, np.int64(4), np.int32(3)))(start, data)
+    _, metrics = jax.jit(train_steps(step, np.int64(4), np.int32(3)))(start, data)  # pyright: ignore[reportArgumentType]
     assert metrics["loss"].shape == (3,)
     for wrong in (0, -1, 2.0, True, "3"):
         with pytest.raises(ValueError, match="train_steps: steps must be a positive int"):
