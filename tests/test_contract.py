@@ -454,3 +454,41 @@ def test_parallel_and_scan_and_param_check_their_sizes():
         scan(dense(2), axis=-1)
     assert param((np.int64(2),), jax.nn.initializers.ones).init(key()).shape == (2,)  # pyright: ignore[reportArgumentType]
     assert repr(parallel(dense(2), merge=jnp.add)).startswith("parallel(")
+
+
+TRACES: list[int] = []
+WIDTH = 4
+
+
+def made_block(factor: float = 1.0):
+    @wire(a=dense(4))
+    def body(f, x):
+        TRACES.append(WIDTH)
+        return factor * f.a(x[..., :WIDTH])
+
+    return body
+
+
+def test_equal_bodies_of_one_network_are_traced_once(monkeypatch):
+    """Bodies with the same code and equal values around it; a global that changes counts from the next `init` on."""
+    monkeypatch.setitem(globals(), "TRACES", [])
+    params = chain(*[made_block() for _ in range(6)]).init(key(), X)
+    assert TRACES == [4] and len({id(params[str(i)]["a"]["kernel"]) for i in range(6)}) == 6
+    kernels = np.stack([params[str(i)]["a"]["kernel"] for i in range(6)])
+    assert len(np.unique(kernels.reshape(6, -1), axis=0)) == 6
+    TRACES.clear()
+    chain(*[made_block(float(i)) for i in range(3)], made_block(1), made_block(True)).init(key(), X)
+    assert TRACES == [4] * 5  # 1.0, 1 and True are not the same
+    monkeypatch.setitem(globals(), "WIDTH", 3)
+    narrow = chain(made_block()).init(key(), X)
+    assert narrow["0"]["a"]["kernel"].shape == (3, 4)
+
+
+def test_bodies_around_values_that_cannot_be_hashed_are_traced_each():
+    seen = []
+
+    def noted(factors):
+        return wire(a=dense(4))(lambda f, x: (seen.append(factors), factors[0] * f.a(x))[1])
+
+    chain(noted([1.0]), noted([2.0])).init(key(), X)
+    assert seen == [[1.0], [2.0]]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,9 +26,12 @@ __all__ = [
     "key_spec",
     "memoised",
     "remember",
+    "shared",
+    "shared_traces",
     "specs_of",
     "stand_in",
     "trace_state",
+    "twin_of",
 ]
 
 
@@ -61,6 +67,60 @@ def memoised(layer: Layer, subject: str, compute: Callable[[], Any], train: bool
     if question not in results:
         results[question] = compute()
     return results[question]
+
+
+@contextlib.contextmanager
+def shared_traces() -> Iterator[None]:
+    """While it is open, equal functions share their traces: 24 blocks that one function makes cost the trace of one.
+
+    The outermost call of `init` opens it. Afterwards the traces are forgotten: what a function computes also follows
+    from global variables, which may have changed by the next call.
+    """
+    if _SHARED.get() is not None:
+        yield
+        return
+    token = _SHARED.set({})
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def shared(
+    twin: Any, layer: Layer, subject: str, compute: Callable[[], Any], train: bool, inputs: Any, named: Any
+) -> Any:
+    """`memoised`, with the results of other layers whose `twin` is equal as far as traces are shared now."""
+
+    def look_up():
+        known = _SHARED.get()
+        if known is None or twin is None:
+            return compute()
+        question = twin, _question(layer, subject, train, inputs, named)
+        if question not in known:
+            known[question] = compute()
+        return known[question]
+
+    return memoised(layer, subject, look_up, train, inputs, named)
+
+
+def twin_of(fn: Any) -> Any:
+    """A value that is equal for functions which compute the same: the same code, with equal values around it; or None.
+
+    A function that closes over something that cannot be hashed has no twin.
+    """
+    if not isinstance(fn, types.FunctionType) or fn.__dict__:
+        return None
+    try:
+        values = (*(cell.cell_contents for cell in fn.__closure__ or ()), *(fn.__defaults__ or ()))
+        values += tuple((fn.__kwdefaults__ or {}).items())
+        twin = fn.__code__, id(fn.__globals__), tuple((type(value), value) for value in values)
+        hash(twin)
+    except (TypeError, ValueError):  # something that cannot be hashed, or a variable that has no value yet
+        return None
+    return twin
+
+
+_SHARED: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("shared traces", default=None)
 
 
 def remember(layer: Layer, subject: str, result: Any, inputs: Any, named: Any) -> None:

@@ -13,7 +13,18 @@ from jaxnet.core.checks import check_key, check_mode, check_names, check_state, 
 from jaxnet.core.contract import Carried, Layer, as_layer, call, name_of, no_params, run
 from jaxnet.core.definition import explain_call, param_specs
 from jaxnet.core.keys import SharedKey, fold, fold_all
-from jaxnet.core.specs import abstractly, as_jax, describe, memoised, specs_of, stand_in, trace_state
+from jaxnet.core.specs import (
+    abstractly,
+    as_jax,
+    describe,
+    memoised,
+    shared,
+    shared_traces,
+    specs_of,
+    stand_in,
+    trace_state,
+    twin_of,
+)
 
 __all__ = ["Calls", "compose", "output_specs", "tap", "wire"]
 
@@ -141,7 +152,9 @@ def compose(
 
     def recorded(train, inputs, named):
         inputs, named = specs_of((inputs, named))
-        return memoised(self, "record", lambda: record(train, *inputs, **named), train, inputs, named)
+        twin = twin_of(body) if computes else None
+        twin = None if twin is None else (twin, label, tuple(children.items()))
+        return shared(twin, self, "record", lambda: record(train, *inputs, **named), train, inputs, named)
 
     def call_body(f, inputs, named):
         try:
@@ -172,12 +185,13 @@ def compose(
     def init(key, *inputs, **named):
         check_key(label, key)
         params = {}
-        calls = child_inputs(inputs, named)
-        keys = fold_all(key, [name for name in calls if children[name].init is not no_params])
-        for name in keys:
-            args, kwargs = calls[name]
-            with scope(name):
-                params[name] = children[name].init(keys[name], *args, **kwargs)
+        with shared_traces():
+            calls = child_inputs(inputs, named)
+            keys = fold_all(key, [name for name in calls if children[name].init is not no_params])
+            for name in keys:
+                args, kwargs = calls[name]
+                with scope(name):
+                    params[name] = children[name].init(keys[name], *args, **kwargs)
         return {name: params[name] for name in children if not is_empty(params.get(name, {}))}
 
     def init_state(*inputs, key=None, **named):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxnet import ops
 from jaxnet.checks import size_of
-from jaxnet.core import Layer, describe, fold, interned, layer
+from jaxnet.core import Layer, describe, interned, layer
 from jaxnet.layers import initializers
 from jaxnet.layers.parameters import check_real
 from jaxnet.layers.spatial import (
@@ -84,7 +84,7 @@ def conv(
             if x.shape[-1] % groups:
                 raise ValueError(f"{label}: groups must divide the last axis, got groups={groups} and {describe(x)}")
         params = {"kernel": kernel_init(key, (*window, x.shape[-1] // groups, features), x.dtype)}
-        return params | {"bias": bias_init(fold(key, "bias"), (features,), x.dtype)} if bias else params
+        return params | {"bias": initializers.bias(bias_init, key, (features,), x.dtype)} if bias else params
 
     def fn(params, x):
         check_real(label, params)

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
 
-from jaxnet.core import is_threefry
+from jaxnet.core import fold, is_threefry
 
-__all__ = ["constant", "fan_in_normal", "lecun_normal", "ones", "zeros"]
+__all__ = ["bias", "fan_in_normal", "lecun_normal", "ones", "zeros"]
 
 SHORTEST, LONGEST, BLOCK = 2**16, 2**20, 2**12  # of the draws, in numbers
 
@@ -75,9 +75,10 @@ def fan_in_normal(key, shape: tuple[int, int], dtype):
     return _scaled_by_fan_in(own, NORMAL, key, shape, dtype, out_axis=0)
 
 
-def constant(initializer: Callable[..., Any]) -> bool:
-    """Whether an initialiser ignores its key."""
-    return initializer in (zeros, ones, jax.nn.initializers.zeros, jax.nn.initializers.ones)
+def bias(initializer: Callable[..., Any], key, shape: tuple[int, ...], dtype):
+    """A bias beside a kernel that takes the key itself: random ones are drawn with a key folded from it."""
+    constant = initializer in (zeros, ones, jax.nn.initializers.zeros, jax.nn.initializers.ones)
+    return initializer(key if constant else fold(key, "bias"), shape, dtype)
 
 
 def zeros(key, shape: tuple[int, ...], dtype):

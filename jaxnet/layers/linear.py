@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxnet.checks import size_of
-from jaxnet.core import Layer, check_input, fold, interned, layer
+from jaxnet.core import Layer, check_input, interned, layer
 from jaxnet.layers import initializers
 from jaxnet.layers.parameters import check_real
 from jaxnet.mixed import affine
@@ -44,7 +44,7 @@ def dense(
     def init(key, x):
         check_input(label, x)
         params = {"kernel": kernel_init(key, (x.shape[-1], units), x.dtype)}
-        return params | {"bias": bias_init(fold(key, "bias"), (units,), x.dtype)} if bias else params
+        return params | {"bias": initializers.bias(bias_init, key, (units,), x.dtype)} if bias else params
 
     def fn(params, x):
         check_real(label, params)
