@@ -23,6 +23,12 @@ EAGER = [(1, 1), (100, 37), (256, 256), (300, 255)]  # the last two are the shor
 each_random = pytest.mark.parametrize("ours", RANDOM, ids=lambda f: f.__name__)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_this_module():
+    """Other modules compile without optimizations, which rounds differently; JAX would find their programs again."""
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def one_key_for_two_draws():
     with jax.debug_key_reuse(False):  # which is what it takes to compare them
