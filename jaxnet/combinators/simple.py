@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnet.combinators.iterate import check_same
+from jaxnet.combinators.copies import check_same
 from jaxnet.core import Layer, abstractly, around, as_layer, compose, describe, interned, output_specs, specs_of
 from jaxnet.mixed import cast_floats, is_float, narrowed
 

@@ -6,7 +6,8 @@ from jaxnet.core.contract import Layer, as_layer, call, layer, no_params, param,
 from jaxnet.core.intern import interned
 from jaxnet.core.keys import SharedKey, fold, fold_all, fold_copies, is_threefry
 from jaxnet.core.specs import abstractly, describe, is_array, memoised, specs_of
-from jaxnet.core.wire import compose, output_specs, tap, wire
+from jaxnet.core.taps import tap
+from jaxnet.core.wire import compose, output_specs, wire
 
 __all__ = [
     "Layer",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, Protocol, overload
+from typing import Any, Protocol, overload
 
 import jax
 
-from jaxnet.core.checks import check_key, check_mode, check_names, check_state, closest, is_empty, scope
+from jaxnet.core.calls import Calls, Child
+from jaxnet.core.checks import check_key, check_mode, check_names, check_state, is_empty, scope
 from jaxnet.core.contract import Carried, Layer, as_layer, call, name_of, no_params, run
 from jaxnet.core.definition import explain_call, param_specs
 from jaxnet.core.keys import SharedKey, fold, fold_all
@@ -25,8 +25,9 @@ from jaxnet.core.specs import (
     trace_state,
     twin_of,
 )
+from jaxnet.core.taps import untapped
 
-__all__ = ["Calls", "compose", "output_specs", "tap", "wire"]
+__all__ = ["compose", "output_specs", "wire"]
 
 RESERVED = ("train", "key", "state", "params")
 
@@ -262,37 +263,6 @@ def compose(
     return self
 
 
-def tap(layer: Layer, plain: Layer, take: Callable[..., Any], note: Callable[[], Any]) -> Layer:
-    """A layer that also brings out `take((inputs, named), outputs)` of each call, at its own path.
-
-    Args:
-      layer: the layer that runs, with tapped layers inside or not.
-      plain: the layer without taps, which runs inside raw JAX transforms.
-      take: what is brought out.
-      note: called at each call, also at those of `plain`.
-    """
-
-    def apply(params, *inputs, state=None, key=None, train=False, **named):
-        note()
-        outputs, new, seen = run(layer, params, state, key, train, inputs, named)
-        taken = take((inputs, named), outputs)
-        return outputs, Carried(new, {"": (taken,)} | {path: value for path, value in seen.items()})
-
-    def apply_plain(*args, **named):
-        note()
-        return plain.apply(*args, **named)
-
-    noted = dataclasses.replace(plain, apply=apply_plain)
-    return dataclasses.replace(layer, apply=apply, tapped=True, plain=noted, children=plain.children)
-
-
-def untapped(layer: Layer) -> Layer:
-    """The layer that runs inside a raw JAX transform, which captured values cannot leave."""
-    if not layer.tapped or layer.plain is not None:
-        return layer.plain or layer
-    return layer.rebuild({name: untapped(child) for name, child in layer.children.items()})  # pyright: ignore[reportOptionalCall]
-
-
 def output_specs(layer: Layer, train: bool, *inputs: Any, **named: Any) -> Any:
     """The specs of a layer's outputs for these inputs, by abstract evaluation; memoised, without any computation."""
     if layer.outputs is not None:
@@ -306,58 +276,6 @@ def output_specs(layer: Layer, train: bool, *inputs: Any, **named: Any) -> Any:
         return call(layer, params, state, key, train, inputs, named)[0]
 
     return memoised(layer, "outputs", lambda: abstractly(evaluate)(*inputs, **named), train, inputs, named)
-
-
-class Calls:
-    """The children of a network as functions: the `f` in the body of `wire`."""
-
-    __slots__ = ("_call", "_children", "_key", "_label", "train")
-
-    def __init__(
-        self, label: str, children: Mapping[str, Layer], call_child: Callable[..., Any], train: bool, key: Any
-    ):
-        self._label, self._children, self._call, self.train, self._key = label, children, call_child, train, key
-
-    @property
-    def key(self) -> Any:
-        """A key for random numbers that the body itself draws; None in evaluation if `apply` was given none."""
-        if self._key is None and self.train:
-            raise ValueError(f"{self._label}: training draws random numbers: pass key= to apply")
-        if isinstance(self._key, SharedKey):
-            self._key.refuse()
-        return None if self._key is None else fold(self._key, "")
-
-    def __getitem__(self, name: str) -> Child:
-        if name not in self._children:
-            raise AttributeError(f"{self._label} has no child '{name}'{closest(name, self._children)}")
-        return Child(self._call, name, self._children[name])
-
-    __getattr__ = __getitem__
-
-    def __dir__(self) -> list[str]:
-        return [*self._children, "key", "train"]
-
-    def __repr__(self) -> str:
-        return f"the children of {self._label}: {', '.join(self._children) or 'none'}"
-
-
-class Child:
-    """A child as a function of its inputs, `f.a`."""
-
-    def __init__(self, call: Callable[..., Any], name: str, layer: Layer):
-        self._call, self._name, self._layer = call, name, layer
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        return self._call(self._name, *inputs, **named)
-
-    def __repr__(self) -> str:
-        return f"f.{self._name}: {self._layer!r}"
-
-    def _refuse(self, *_: Any) -> NoReturn:
-        raise TypeError(f"f.{self._name} is a layer and no array: call it, f.{self._name}(...)")
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
-    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = __getitem__ = __iter__ = _refuse
 
 
 def _check_parameters_fit(child: Layer, first: tuple[Any, Any], now: tuple[Any, Any]) -> None:

@@ -1,0 +1,113 @@
+"""What the iterating combinators share: checks, the part of one copy, and all copies stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnet.core import Layer, describe, fold_copies, is_array, is_threefry, specs_of
+
+__all__ = [
+    "check_same",
+    "check_stacked",
+    "copies_of_state",
+    "pair",
+    "part_of",
+    "recomputed",
+    "stacked",
+    "with_axis",
+    "without_axis",
+]
+
+
+def check_same(label: str, x: Any, y: Any, remedy: str) -> None:
+    """Raise ValueError unless two trees have the same structure, shapes and dtypes."""
+
+    def facts(tree):
+        return jax.tree.structure(tree), [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
+
+    if facts(x) != facts(y):
+        raise ValueError(f"{label}: the layer must return what it receives, {describe(x)}, got {describe(y)}; {remedy}")
+
+
+def check_stacked(label: str, n: int, tree: Any, what: str) -> None:
+    """Raise ValueError unless every leaf has a leading axis of n copies."""
+    for leaf in jax.tree.leaves(tree):
+        if jnp.ndim(leaf) == 0 or leaf.shape[0] != n:
+            raise ValueError(
+                f"{label}: leaves of params and state must be stacked, [{n}, ...], got {describe(leaf)}; "
+                f"they were made for another number of {what}"
+            )
+
+
+def pair(label: str, returns: str, result: Any) -> Any:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(f"{label}: {returns}, a pair, got {describe(result)}")
+    return result
+
+
+def recomputed(label: str, fn: Callable[..., Any], remat: Any, **options: Any) -> Callable[..., Any]:
+    """`fn` under `jax.checkpoint` if `remat` is True or a policy."""
+    if not isinstance(remat, bool) and not callable(remat):
+        raise TypeError(f"{label}: remat must be True, False or a policy of jax.checkpoint_policies, got {remat!r}")
+    policy: Any = None if isinstance(remat, bool) else remat
+    return jax.checkpoint(fn, policy=policy, **options) if remat else fn
+
+
+def part_of(label: str, n: int, tree: Any, what: str, axis: int = 0) -> Any:
+    """The specs of the part that one of n copies receives."""
+
+    def part(leaf):
+        if not is_array(leaf) or not -len(leaf.shape) <= axis < len(leaf.shape) or leaf.shape[axis] != n:
+            raise ValueError(
+                f"{label}: {what} is divided among the copies and must have {n} parts along axis {axis}, got {describe(leaf)}"
+            )
+        return without_axis(leaf, axis)
+
+    return jax.tree.map(part, specs_of(tree))
+
+
+def without_axis(spec: Any, axis: int) -> jax.ShapeDtypeStruct:
+    shape = list(spec.shape)
+    del shape[axis]
+    return jax.ShapeDtypeStruct(tuple(shape), spec.dtype)
+
+
+def with_axis(spec: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*spec.shape[:axis], size, *spec.shape[axis:]), spec.dtype)
+
+
+def copies_of_state(inner: Layer, key: Any, n: int, inputs: Any, named: Any) -> Any:
+    """The state of n copies. With a key each copy has its own random numbers."""
+    if key is not None:
+        return stacked(lambda key: inner.init_state(*inputs, key=key, **named), key, n)
+    state = inner.init_state(*inputs, **named)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *jnp.shape(leaf))), state)
+
+
+def stacked(make: Callable[[Any], Any], key: Any, n: int) -> Any:
+    """make(fold_in(key, i)) for each copy i, leaves stacked [n, ...].
+
+    A loop over copies runs the few programs that serve all shapes and compiles nothing for n copies. It is not open to
+    traced keys, to generators that draw differently under vmap, and to meshes, where arrays are placed by the program.
+    """
+    traced = isinstance(key, jax.core.Tracer) or not jax.sharding.get_abstract_mesh().empty
+    if traced or n > _LOOPED or not is_threefry(key):
+        return jax.vmap(make)(fold_copies(key, n))
+    copies = [make(jax.random.fold_in(key, i)) for i in range(n)]
+
+    def stack(*leaves):
+        if any(isinstance(leaf, jax.core.Tracer) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended) for leaf in leaves):
+            return jnp.stack(leaves)
+        where = leaves[0].sharding if getattr(leaves[0], "committed", False) else None
+        return jax.device_put(np.stack([np.asarray(leaf) for leaf in leaves]), where)
+
+    return jax.tree.map(stack, *copies)
+
+
+_LOOPED = 256  # copies up to which a loop is faster than a program for all

@@ -1,0 +1,134 @@
+"""Copies of a layer in series."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnet.checks import size_of
+from jaxnet.combinators.copies import check_same, check_stacked, copies_of_state, pair, part_of, recomputed, stacked
+from jaxnet.core import Layer, around, as_layer, check_key, fold_copies, interned, output_specs, specs_of
+
+__all__ = ["repeat"]
+
+KEEP = "only what keeps its shape can be repeated"
+
+
+@interned
+def repeat(
+    block: Any,
+    n: int,
+    *,
+    each: str | Sequence[str] = (),
+    collect: bool = False,
+    reverse: bool = False,
+    remat: bool | Callable[..., Any] = False,
+    unroll: int = 1,
+) -> Layer:
+    """Apply n copies of a block, each with its own parameters: x_{i+1} = f(params_i, x_i), i = 0 .. n-1.
+
+    One `jax.lax.scan` over stacked parameters (leaves [n, ...]), so that compile time does not grow with n. The first
+    input is carried from copy to copy; all copies receive the same further inputs, but for those named in `each`. Copy i
+    is initialised with `fold_in(key, i)`, and has its own key and state (leaves [n, ...]).
+
+    Args:
+      block: a layer or a plain function that keeps the shape and dtype of its first input.
+      n: the number of copies; 0 is the identity.
+      each: names of the named inputs of which each copy receives its own part, leaves [n, ...]: caches, rates, windows.
+      collect: the block returns (x, out); the result is then (x, outs) with the outs of all copies, leaves [n, ...].
+      reverse: run the copies from the last to the first, with the same parameters.
+      remat: recompute each block in the backward pass, so that memory is that of one block; or a policy as in
+        `jax.checkpoint`, which says what is stored all the same.
+      unroll: copies per loop iteration, as in `jax.lax.scan`.
+
+    Returns:
+      The layer, (x, *rest, **named) -> x, or (x, outs) with `collect`.
+
+    Raises:
+      ValueError: the block changes the shape or dtype of its first input; params, state or an input in `each` are not
+        stacked for n copies.
+
+    Example:
+      >>> blocks = repeat(lambda x, rate: x + rate, 3, each="rate")
+      >>> blocks.apply({}, jnp.zeros(()), rate=jnp.asarray([1.0, 2.0, 3.0]))
+      Array(6., dtype=float32)
+    """
+    block = as_layer(block, "repeat")
+    n = size_of("repeat: n", n, 0)
+    each = (each,) if isinstance(each, str) else tuple(each)
+    label = f"repeat[{n}]"
+    options: dict[str, Any] = dict(each=each, collect=collect, reverse=reverse, remat=remat, unroll=unroll)
+    if "train" in each or "key" in each or "state" in each:
+        raise ValueError(f"{label}: each copy has its own key and state already; each= names inputs, got {each}")
+
+    def one_copy(inputs, named):
+        """The specs of the inputs as one copy receives them."""
+        own = {name: part_of(label, n, named[name], f"'{name}'") for name in each if name in named}
+        return specs_of((inputs, named | own))
+
+    def init(key, *inputs, **named):
+        check_key(label, key)
+        inputs, named = one_copy(inputs, named)
+        if n == 0:
+            return {}
+        outputs_of_block(False, inputs, named)  # raises here, not in the first call
+        return stacked(lambda key: block.init(key, *inputs, **named), key, n)
+
+    def init_state(*inputs, key=None, **named):
+        inputs, named = one_copy(inputs, named)
+        return {} if n == 0 else copies_of_state(block, key, n, inputs, named)
+
+    def outputs_of_block(train, inputs, named):
+        """The specs of what one copy returns: (x, out), out None without `collect`."""
+        made = output_specs(block, train, *inputs, **named)
+        y, out = pair(label, "with collect the block returns (x, out)", made) if collect else (made, None)
+        check_same(label, inputs[0], y, KEEP)
+        return y, out
+
+    def outputs(train, *inputs, **named):
+        y, out = outputs_of_block(train, *one_copy(inputs, named))
+        more = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape), leaf.dtype), out)
+        return (y, more) if collect else y
+
+    def call(run, params, state, key, x, *rest, **named):
+        own = {name: named.pop(name) for name in each if name in named}
+        for name in own:
+            part_of(label, n, own[name], f"'{name}'")
+        check_stacked(label, n, (params, state), "copies")
+
+        def step(x, copy):
+            *copy, own = copy
+            y, state, seen = run(*copy, x, *rest, **named, **own)
+            y, out = pair(label, "with collect the block returns (x, out)", y) if collect else (y, None)
+            check_same(label, x, y, KEEP)
+            return y, (out, state, seen)
+
+        if n == 0:
+            return outputs_of_none(x, rest, named | own), state, {}
+        keys = None if key is None or not block.random else fold_copies(key, n)
+        copies = (params, state, keys, own)
+        # A scan needs no barrier against common subexpressions.
+        body = recomputed(label, step, remat, prevent_cse=False)
+        y, (out, state, seen) = jax.lax.scan(body, x, copies, length=n, reverse=reverse, unroll=unroll)
+        return ((y, out) if collect else y), state, seen
+
+    def outputs_of_none(x, rest, named):
+        if not collect:
+            return x
+        outs = outputs(False, x, *rest, **named)[1]
+        return x, jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), outs)
+
+    recomputed(label, lambda: None, remat)
+    return around(
+        block,
+        call,
+        label=label,
+        rebuild=lambda inner: repeat(inner, n, **options),
+        init=init,
+        init_state=init_state,
+        outputs=outputs,
+        repeats=n,
+    )

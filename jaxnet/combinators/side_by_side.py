@@ -1,0 +1,97 @@
+"""Copies of a layer side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxnet.checks import size_of
+from jaxnet.combinators.copies import check_stacked, copies_of_state, part_of, stacked, with_axis
+from jaxnet.core import Layer, around, as_layer, check_key, fold_copies, interned, is_array, output_specs, specs_of
+
+__all__ = ["vmap"]
+
+
+@interned
+def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) -> Layer:
+    """n copies of a layer side by side, each with its own parameters, key and state: y_i = f(params_i, x_i).
+
+    One `jax.vmap` over stacked parameters and state (leaves [n, ...]): experts, ensembles inside a network, heads. Copy i
+    is initialised with `fold_in(key, i)`.
+
+    Args:
+      inner: a layer or a plain function.
+      n: the number of copies.
+      in_axes: the axis of each input along which the copies take their parts, as in `jax.vmap`: one for all, or one per
+        input; None gives the whole input to every copy. Named inputs are divided along their first axis.
+
+    Returns:
+      The layer, x [n, ...] -> y [n, ...]. Leaves of the inputs that are no arrays are static and go to every copy.
+
+    Raises:
+      ValueError: params, state or a divided input are not stacked for n copies.
+
+    Example:
+      >>> vmap(lambda x: 2 * x, 3, in_axes=None).apply({}, jnp.ones(()))
+      Array([2., 2., 2.], dtype=float32)
+    """
+    inner = as_layer(inner, "vmap")
+    n = size_of("vmap: n", n)
+    label = f"vmap[{n}]"
+    in_axes = tuple(in_axes) if isinstance(in_axes, Sequence) else in_axes
+
+    def divided(inputs, named):
+        """All leaves, their structure, and the axis along which each is divided; None if it goes whole to every copy."""
+        each = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(inputs)
+        if len(each) != len(inputs):
+            raise ValueError(f"{label}: in_axes is for {len(each)} inputs, got {len(inputs)}")
+        axes = [a for a, x in zip(each, inputs, strict=True) for _ in jax.tree.leaves(x)]
+        leaves, tree = jax.tree.flatten((inputs, named))
+        axes += [0] * (len(leaves) - len(axes))
+        return leaves, tree, [axis if is_array(leaf) else None for leaf, axis in zip(leaves, axes, strict=True)]
+
+    def one_copy(inputs, named):
+        leaves, tree, axes = divided(specs_of(inputs), specs_of(named))
+        own = [x if a is None else part_of(label, n, x, "an input", a) for x, a in zip(leaves, axes, strict=True)]
+        return jax.tree.unflatten(tree, own)
+
+    def init(key, *inputs, **named):
+        check_key(label, key)
+        inputs, named = one_copy(inputs, named)
+        return stacked(lambda key: inner.init(key, *inputs, **named), key, n)
+
+    def init_state(*inputs, key=None, **named):
+        return copies_of_state(inner, key, n, *one_copy(inputs, named))
+
+    def outputs(train, *inputs, **named):
+        inputs, named = one_copy(inputs, named)
+        return jax.tree.map(lambda y: with_axis(y, 0, n), output_specs(inner, train, *inputs, **named))
+
+    def call(run, params, state, key, *inputs, **named):
+        one_copy(inputs, named)
+        check_stacked(label, n, (params, state), "copies")
+        leaves, tree, axes = divided(inputs, named)
+        mapped = [i for i, axis in enumerate(axes) if axis is not None]
+
+        def one(params, state, key, arrays):
+            filled = list(leaves)
+            for i, array in zip(mapped, arrays, strict=True):
+                filled[i] = array
+            inputs, named = jax.tree.unflatten(tree, filled)
+            return run(params, state, key, *inputs, **named)
+
+        keys = None if key is None or not inner.random else fold_copies(key, n)
+        arrays = [leaves[i] for i in mapped]
+        return jax.vmap(one, (0, 0, 0, [axes[i] for i in mapped]), axis_size=n)(params, state, keys, arrays)
+
+    return around(
+        inner,
+        call,
+        label=label,
+        rebuild=lambda new: vmap(new, n, in_axes=in_axes),
+        init=init,
+        init_state=init_state,
+        outputs=outputs,
+    )

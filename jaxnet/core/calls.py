@@ -1,0 +1,64 @@
+"""The children of a network as functions, as the body of `wire` sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from jaxnet.core.checks import closest
+from jaxnet.core.contract import Layer
+from jaxnet.core.keys import SharedKey, fold
+
+__all__ = ["Calls", "Child"]
+
+
+class Calls:
+    """The children of a network as functions: the `f` in the body of `wire`."""
+
+    __slots__ = ("_call", "_children", "_key", "_label", "train")
+
+    def __init__(
+        self, label: str, children: Mapping[str, Layer], call_child: Callable[..., Any], train: bool, key: Any
+    ):
+        self._label, self._children, self._call, self.train, self._key = label, children, call_child, train, key
+
+    @property
+    def key(self) -> Any:
+        """A key for random numbers that the body itself draws; None in evaluation if `apply` was given none."""
+        if self._key is None and self.train:
+            raise ValueError(f"{self._label}: training draws random numbers: pass key= to apply")
+        if isinstance(self._key, SharedKey):
+            self._key.refuse()
+        return None if self._key is None else fold(self._key, "")
+
+    def __getitem__(self, name: str) -> Child:
+        if name not in self._children:
+            raise AttributeError(f"{self._label} has no child '{name}'{closest(name, self._children)}")
+        return Child(self._call, name, self._children[name])
+
+    __getattr__ = __getitem__
+
+    def __dir__(self) -> list[str]:
+        return [*self._children, "key", "train"]
+
+    def __repr__(self) -> str:
+        return f"the children of {self._label}: {', '.join(self._children) or 'none'}"
+
+
+class Child:
+    """A child as a function of its inputs, `f.a`."""
+
+    def __init__(self, call: Callable[..., Any], name: str, layer: Layer):
+        self._call, self._name, self._layer = call, name, layer
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self._call(self._name, *inputs, **named)
+
+    def __repr__(self) -> str:
+        return f"f.{self._name}: {self._layer!r}"
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise TypeError(f"f.{self._name} is a layer and no array: call it, f.{self._name}(...)")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = __getitem__ = __iter__ = _refuse
