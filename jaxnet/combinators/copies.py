@@ -46,6 +46,7 @@ def check_stacked(label: str, n: int, tree: Any, what: str) -> None:
 
 
 def pair(label: str, returns: str, result: Any) -> Any:
+    """The two parts of what a layer returned. Raises ValueError if it is no pair."""
     if not isinstance(result, tuple) or len(result) != 2:
         raise ValueError(f"{label}: {returns}, a pair, got {describe(result)}")
     return result
@@ -73,12 +74,14 @@ def part_of(label: str, n: int, tree: Any, what: str, axis: int = 0) -> Any:
 
 
 def without_axis(spec: Any, axis: int) -> jax.ShapeDtypeStruct:
+    """The spec of one part along an axis."""
     shape = list(spec.shape)
     del shape[axis]
     return jax.ShapeDtypeStruct(tuple(shape), spec.dtype)
 
 
 def with_axis(spec: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
+    """The spec of `size` parts along a new axis."""
     return jax.ShapeDtypeStruct((*spec.shape[:axis], size, *spec.shape[axis:]), spec.dtype)
 
 

@@ -34,6 +34,7 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
       ValueError: params, state or a divided input are not stacked for n copies.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> vmap(lambda x: 2 * x, 3, in_axes=None).apply({}, jnp.ones(()))
       Array([2., 2., 2.], dtype=float32)
     """
