@@ -42,8 +42,8 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
     inner = as_layer(inner, "vmap")
     n = size_of("vmap: n", n)
     label = f"vmap[{n}]"
-    in_axes = tuple(in_axes) if isinstance(in_axes, list | tuple) else in_axes
-    for axis in in_axes if isinstance(in_axes, tuple) else (in_axes,):
+    given: Any = tuple(in_axes) if isinstance(in_axes, list | tuple) else in_axes
+    for axis in given if isinstance(given, tuple) else (given,):
         if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
             raise TypeError(
                 f"{label}: in_axes is an int or None, or a tuple of these with one per input, got {in_axes!r}"
@@ -51,12 +51,12 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
 
     def divided(inputs, named):
         """All leaves, their structure, and the axis along which each is divided; None if it goes whole to every copy."""
-        each = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(inputs)
+        each = given if isinstance(given, tuple) else (given,) * len(inputs)
         if len(each) != len(inputs):
             raise ValueError(f"{label}: in_axes is for {len(each)} inputs, got {len(inputs)}")
         axes = [a for a, x in zip(each, inputs, strict=True) for _ in jax.tree.leaves(x)]
         leaves, tree = jax.tree.flatten((inputs, named))
-        axes += [0 if isinstance(in_axes, tuple) else in_axes] * (len(leaves) - len(axes))
+        axes += [0 if isinstance(given, tuple) else given] * (len(leaves) - len(axes))
         return leaves, tree, [axis if is_array(leaf) else None for leaf, axis in zip(leaves, axes, strict=True)]
 
     def one_copy(inputs, named):
@@ -99,7 +99,7 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
         inner,
         call,
         label=label,
-        rebuild=lambda new: vmap(new, n, in_axes=in_axes),
+        rebuild=lambda new: vmap(new, n, in_axes=given),
         init=init,
         init_state=init_state,
         outputs=outputs,
@@ -107,7 +107,7 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
     )
 
 
-def _spread_as(keys: Any, mapped: list[tuple[Any, int]]) -> Any:
+def _spread_as(keys: Any, mapped: list[tuple[Any, Any]]) -> Any:
     """The keys of the copies, on a mesh with explicit axes sharded over the copies as the arrays are."""
     if keys is None:
         return None
