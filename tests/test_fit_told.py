@@ -440,9 +440,7 @@ def test_one_line_says_why_it_stopped_where_and_what_is_saved(tmp_path, capsys):
     told = capsys.readouterr().err
     assert run.stopped == "SIGINT"
     assert "SIGINT: finishing the running call; a second one ends the program at once" in told
-    text = (
-        f"stopped by SIGINT at step 3 of 9, saved in {file}; the same call goes on from there; Ctrl-C again within 10 s"
-    )
+    text = f"stopped by SIGINT at step 3 of 9, saved in {file}; Ctrl-C again within 10 s ends the program"
     assert text in told
     counting(steps=9, stop=lambda history: "enough", record_every=2, progress=None)
     assert "stopped at step 2 of 9: enough" in capsys.readouterr().err

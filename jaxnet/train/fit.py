@@ -20,10 +20,11 @@ from jaxnet.train.keeper import Keeper
 from jaxnet.train.order import Order, shuffle
 from jaxnet.train.programs import Programs, ordinary
 from jaxnet.train.progress import Progress
-from jaxnet.train.rules import Best
+from jaxnet.train.rules import Best, best_of
 from jaxnet.train.run import Looks, Run
 from jaxnet.train.schedule import Schedule, default_record_every
 from jaxnet.train.step import TrainState
+from jaxnet.train.writers import begin_all
 
 if TYPE_CHECKING:
     from jaxnet.checkpoint import Checkpoints
@@ -62,6 +63,11 @@ class Result(_Result):
         # A program that asks decides itself what a signal means for what comes next.
         handled()
         return self[3]
+
+    def __repr__(self) -> str:
+        # The arrays of a train state would fill screens.
+        best = None if self.best is None else f"{self.best.value:.6g} at step {self.best.step}"
+        return f"Result(step={int(self.train_state.step)}, records={len(self.history)}, best={best}, stopped={self[3]!r})"
 
     @property
     def exit_code(self) -> int:
@@ -161,10 +167,16 @@ def fit(
         schedule = Schedule(feed.total, feed.epoch_steps, every, evaluate_every, cut_epochs, stop is not None)
         programs = Programs(step, feed, check_finite, digests=bool(keeper))
         run = Run(train_state, feed, programs, looks, schedule, keeper)
-        found = keeper.newest(saved.template_of(run))
+        found = saved.newest(run, keeper)
         notes = [] if found is None else saved.restore(run, found)
+        begin_all(looks.callbacks, run.history.step, resumed=found is not None)
         show = Progress(
-            feed.total, feed.epoch_steps, step=run.history.step, show=progress, evaluations=schedule.evaluations
+            feed.total,
+            feed.epoch_steps,
+            step=run.history.step,
+            show=progress,
+            evaluations=schedule.evaluations,
+            metric=None if best is None else best_of(best)[0],
         )
         _say_where(run, int(train_state.step), found, notes, show)
         _run(run, keeper, show, save_every)
@@ -178,6 +190,7 @@ def _run(run: Run, keeper: Keeper, show: Progress, save_every: float) -> None:
 
     def tell(name: str) -> None:
         show.note(f"{name}: finishing the running call; a second one ends the program at once")
+        show.ending = True
 
     with interruptible(tell) as flag:
         try:
@@ -185,7 +198,7 @@ def _run(run: Run, keeper: Keeper, show: Progress, save_every: float) -> None:
             if run.stopped:
                 _say_why(run, keeper, show)
         except Exception as error:
-            if keeper and run.started and not (run.spoiled and keeper.has_some()):
+            if keeper and run.started and not (run.spoiled and keeper.has_some()) and not keeper.taken:
                 with contextlib.suppress(Exception):
                     run.settle(error)
                 try:
@@ -268,6 +281,8 @@ def _say_done(run: Run, found: saved.Found, show: Progress) -> None:
     else:
         at, beyond = f"at step {step:,} of {total:,}", step > total
     text = f"{found.path} is {at}: nothing left to train. To begin anew, delete it or name another file"
+    if run.looks.best and run.best is None:
+        text += f". run.best stays None: no step is left in which best={run.looks.best!r} could be found"
     if beyond:
         raise ValueError(f"fit: {text}; to go on, ask for more")
     if saved.step_changed(run, found):
@@ -284,7 +299,7 @@ def _say_why(run: Run, keeper: Keeper, show: Progress) -> None:
     by = f"by {run.stopped} " if run.stopped in ("SIGINT", "SIGTERM") else ""
     text = f"stopped {by}at step {run.history.step:,}{of}" + ("" if by else f": {run.stopped}")
     if keeper and run.started:
-        text += f", saved in {keeper}" + ("; the same call goes on from there" if by else "")
+        text += f", saved in {keeper}"
     if run.stopped == "SIGINT":
         text += f"; Ctrl-C again within {AGAIN:.0f} s ends the program"
     show.note(text)

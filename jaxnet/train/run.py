@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from jaxnet.train.clock import Clock
 from jaxnet.train.diagnose import NonFiniteError, explain
 from jaxnet.train.feed import Feed
 from jaxnet.train.history import History, New
+from jaxnet.train.identity import start_of
 from jaxnet.train.interrupt import Interrupted
 from jaxnet.train.keeper import Keeper
 from jaxnet.train.optimizers import Guarded, find
@@ -61,6 +63,8 @@ class Run:
     ):
         self.feed, self.programs, self.looks, self.schedule, self.keeper = feed, programs, looks, schedule, keeper
         self.current: TrainState = jax.tree.map(copied, train_state)
+        # How the run began, which tells it from another one with other parameters; only a checkpoint needs it.
+        self.start: dict[str, Any] | None = start_of(train_state) if keeper else None
         self.history = History(schedule.next_record, self.epoch, schedule.ends_between)
         self.history.begin(int(train_state.step))
         self.best: Best | None = None
@@ -162,7 +166,7 @@ class Run:
         """Compile the program for such a stack; before the first one, check what can be checked."""
         begin = time.perf_counter()
         with show.busy("compiling"):
-            traced = self.programs.trace(stack.size, stack.inputs, self.current, self.good)
+            traced = self._traced(stack)
             traced_in = time.perf_counter() - begin
             if not self.started:
                 self._check()
@@ -172,7 +176,21 @@ class Run:
             show.note("the step is not that of the run before: another learning rate, loss or network")
         program = self.programs.get(stack.size, stack.inputs)
         assert program is not None
+        # The first execution of a program also loads it. It takes no step, and is not in the clock.
+        self.current, self.good, *_ = program(self.current, self.good, np.int32(0), np.int32(0), *stack.inputs)
+        jax.block_until_ready(self.good)
         return program
+
+    def _traced(self, stack: source.Stack) -> Any:
+        try:
+            return self.programs.trace(stack.size, stack.inputs, self.current, self.good)
+        except (TypeError, AttributeError, ValueError) as error:
+            if not hasattr(self.programs.step, "parts") and inputs.takes_params(error):
+                raise TypeError(
+                    "fit: step receives the train state, and this one takes it for parameters: train_step(loss, optimizer) "
+                    "makes a step of a loss (params, batch)"
+                ) from None
+            raise
 
     def _check(self) -> None:
         evaluate, best, stop, _ = self.looks
@@ -259,7 +277,8 @@ class Run:
             raise KeyError(f"fit: no record has '{name}', on which it is to stop; there are {sorted(new.record)}")
         if self.looks.best is not None:
             name, better = best_of(self.looks.best)
-            if self.best is None or better(values[name], self.best.value):
+            first = self.best is None and not math.isnan(values[name])
+            if first or (self.best is not None and better(values[name], self.best.value)):
                 params, state = jax.tree.map(copied, (self.current.params, self.current.state))
                 self.best = Best(values[name], int(new.record["step"]), params, state)
 

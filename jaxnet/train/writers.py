@@ -7,62 +7,246 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["write_csv", "write_jsonl"]
+__all__ = ["Writer", "begin_all", "write_csv", "write_jsonl"]
 
 HEAD = 1 << 16  # bytes of an existing file that are looked at when the callback is made
 
 
-def write_jsonl(path: str | os.PathLike) -> Callable[[Mapping[str, float]], None]:
+class Writer:
+    """A callback that writes records to a file, and takes out earlier lines only if a run is really resumed.
+
+    Args:
+      what: the name of the function that made it, for its errors.
+      path: the file.
+      step_of: (number of a line, its text) -> the step of a line of the file. Raises ValueError for other lines.
+      open_with: takes the lines that stay when the file is begun.
+      add: adds a record.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        path: Any,
+        step_of: Callable[[int, str], float],
+        open_with: Callable[[str, list[str]], None],
+        add: Callable[[str, Mapping[str, float]], None],
+    ):
+        self.what, self.step_of, self.open_with, self.add = what, step_of, open_with, add
+        self.name = _checked(what, path, step_of)
+        # The step up to which lines stay if a run is resumed; None if nothing is known of a run.
+        self.resumed: int | None = None
+        self.begun = False
+
+    def begin(self, step: int, resumed: bool) -> None:
+        """Take note that a run begins behind this step.
+
+        Raises:
+          ValueError: the run is a fresh one, and the file holds later records, which are of another run.
+        """
+        self.begun, self.resumed = False, step if resumed else None
+        if not resumed:
+            self._refuse_later(step)
+
+    def __call__(self, record: Mapping[str, float]) -> None:
+        if not self.begun:
+            if self.resumed is None:
+                self._refuse_later(record["step"] - 1)
+            keep = record["step"] if self.resumed is None else self.resumed + 1
+            self.open_with(self.name, [line for number, line in self._lines() if number < keep])
+            self.begun = True
+        self.add(self.name, record)
+
+    def _lines(self) -> list[tuple[float, str]]:
+        return _lines(self.what, self.name, self.step_of) if os.path.exists(self.name) else []
+
+    def _refuse_later(self, step: float) -> None:
+        last = max((number for number, _ in self._lines()), default=-1.0)
+        if last > step:
+            raise ValueError(
+                f"{self.what}: {self.name} holds records up to step {last:,.0f} of another run: name another file or "
+                "delete it"
+            )
+
+
+def begin_all(callbacks: Iterable[Any], step: int, *, resumed: bool) -> None:
+    """Tell each `Writer` among the callbacks where a run begins, and whether it goes on from a checkpoint."""
+    for callback in callbacks:
+        if isinstance(callback, Writer):
+            callback.begin(step, resumed)
+
+
+def write_jsonl(path: str | os.PathLike) -> Writer:
     """A callback that appends each record to a file, one JSON object per line. Values that are not finite become null.
 
-    A run that is resumed goes on in the same file: lines of steps that are done again are taken out first.
+    If `fit` goes on from a checkpoint, it goes on in the same file, and lines of steps that are done again are taken out
+    first. A fresh run does not touch the records of another one. Pass the callback itself to `fit`: inside of a function
+    of yours it cannot know that a run is resumed.
 
     Raises:
-      ValueError: the file exists and holds something other than records.
+      ValueError: the file exists and holds something other than records, or a fresh run begins and the file holds
+        records behind its start.
       OSError: the file cannot be written.
     """
-    name, begun = _checked("write_jsonl", path, _step_of_json), False
 
-    def write(record):
-        nonlocal begun
-        if not begun:
-            _replace(name, "".join(_earlier("write_jsonl", name, _step_of_json, record["step"])))
-            begun = True
+    def open_with(name, lines):
+        _replace(name, "".join(lines))
+
+    def add(name, record):
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         with open(name, "a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
-    return write
+    return Writer("write_jsonl", path, _step_of_json, open_with, add)
 
 
-def write_csv(path: str | os.PathLike) -> Callable[[Mapping[str, float]], None]:
-    """A callback that writes each record as a row of a table, and resumes as `write_jsonl`. A new metric adds a column.
+def write_csv(path: str | os.PathLike) -> Writer:
+    """A callback that writes each record as a row of a table. A new metric adds a column. Otherwise as `write_jsonl`.
 
     Raises:
-      ValueError: the file exists and is no table of records (one whose first column is 'step').
+      ValueError: the file exists and is no table of records (one whose first column is 'step'), or a fresh run begins
+        and the file holds records behind its start.
       OSError: the file cannot be written.
     """
-    name, rows, columns = _checked("write_csv", path, _step_of_row), None, []
+    rows: list[Mapping[str, str]] = []
+    columns: list[str] = []
 
-    def write(record):
-        nonlocal rows
-        begin = rows is None
-        if rows is None:
-            rows = list(csv.DictReader(_earlier("write_csv", name, _step_of_row, record["step"])))
-            columns.extend(rows[0] if rows else [])
+    def open_with(name, lines):
+        rows[:] = csv.DictReader(lines)
+        columns[:] = rows[0] if rows else []
+        # Even a table without a new column is written once, without the lines that were taken out.
+        _replace(name, _table([{key: key for key in columns}, *rows], columns) if columns else "")
+
+    def add(name, record):
         rows.append({key: str(value) for key, value in record.items()})
-        new = [key for key in record if key not in columns]
-        if begin or new:
+        if new := [key for key in record if key not in columns]:
             columns.extend(new)
             _replace(name, _table([{key: key for key in columns}, *rows], columns))
         else:
             with open(name, "a") as file:
                 file.write(_table(rows[-1:], columns))
 
-    return write
+    return Writer("write_csv", path, _step_of_row, open_with, add)
+
+
+def _table(rows: Sequence[Mapping[str, str]], columns: list[str]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _step_of_json(number: int, line: str) -> float:
+    record = json.loads(line)
+    if not isinstance(record, dict) or next(iter(record), None) != "step":
+        raise ValueError("no record")
+    return float(record["step"])
+
+
+def _step_of_row(number: int, line: str) -> float:
+    first = line.partition(",")[0].strip()
+    if number == 0:
+        if first != "step":
+            raise ValueError("no header of records")
+        # The header stays, whatever step follows.
+        return -1.0
+    return float(first)
+
+
+def _checked(what: str, path: Any, step_of: Callable[[int, str], float]) -> str:
+    """The path as a str, if a file of records can be written there."""
+    name = os.fsdecode(path)
+    if not name:
+        raise ValueError(f"{what}: the path must be the name of a file, got ''")
+    if os.path.isdir(name):
+        raise IsADirectoryError(21, f"{what}: this is a folder, and records go to a file", name)
+    try:
+        # Names that are too long raise OSError here.
+        size = os.stat(name).st_size
+    except FileNotFoundError:
+        folder = os.path.dirname(os.path.abspath(name))
+        if os.path.exists(folder) and not os.path.isdir(folder):
+            raise NotADirectoryError(20, f"{what}: this is no folder", folder) from None
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK):
+            raise PermissionError(13, f"{what}: nothing can be written in this folder", folder) from None
+        return name
+    if not os.access(name, os.W_OK):
+        raise PermissionError(13, f"{what}: this file cannot be written", name)
+    _lines(what, name, step_of, HEAD if size > HEAD else None)
+    return name
+
+
+def _lines(self) -> list[tuple[float, str]]:
+        return _lines(self.what, self.name, self.step_of) if os.path.exists(self.name) else []
+
+    def _refuse_later(self, step: float) -> None:
+        last = max((number for number, _ in self._lines()), default=-1.0)
+        if last > step:
+            raise ValueError(
+                f"{self.what}: {self.name} holds records up to step {last:,.0f} of another run: name another file or "
+                "delete it"
+            )
+
+
+def begin_all(callbacks: Iterable[Any], step: int, *, resumed: bool) -> None:
+    """Tell each `Writer` among the callbacks where a run begins, and whether it goes on from a checkpoint."""
+    for callback in callbacks:
+        if isinstance(callback, Writer):
+            callback.begin(step, resumed)
+
+
+def write_jsonl(path: str | os.PathLike) -> Writer:
+    """A callback that appends each record to a file, one JSON object per line. Values that are not finite become null.
+
+    If `fit` goes on from a checkpoint, it goes on in the same file, and lines of steps that are done again are taken out
+    first. A fresh run does not touch the records of another one. Pass the callback itself to `fit`: inside of a function
+    of yours it cannot know that a run is resumed.
+
+    Raises:
+      ValueError: the file exists and holds something other than records, or a fresh run begins and the file holds
+        records behind its start.
+      OSError: the file cannot be written.
+    """
+
+    def open_with(name, lines):
+        _replace(name, "".join(lines))
+
+    def add(name, record):
+        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        with open(name, "a") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    return Writer("write_jsonl", path, _step_of_json, open_with, add)
+
+
+def write_csv(path: str | os.PathLike) -> Writer:
+    """A callback that writes each record as a row of a table. A new metric adds a column. Otherwise as `write_jsonl`.
+
+    Raises:
+      ValueError: the file exists and is no table of records (one whose first column is 'step'), or a fresh run begins
+        and the file holds records behind its start.
+      OSError: the file cannot be written.
+    """
+    rows: list[Mapping[str, str]] = []
+    columns: list[str] = []
+
+    def open_with(name, lines):
+        rows[:] = csv.DictReader(lines)
+        columns[:] = rows[0] if rows else []
+        # Even a table without a new column is written once, without the lines that were taken out.
+        _replace(name, _table([{key: key for key in columns}, *rows], columns) if columns else "")
+
+    def add(name, record):
+        rows.append({key: str(value) for key, value in record.items()})
+        if new := [key for key in record if key not in columns]:
+            columns.extend(new)
+            _replace(name, _table([{key: key for key in columns}, *rows], columns))
+        else:
+            with open(name, "a") as file:
+                file.write(_table(rows[-1:], columns))
+
+    return Writer("write_csv", path, _step_of_row, open_with, add)
 
 
 def _table(rows: Sequence[Mapping[str, str]], columns: list[str]) -> str:
