@@ -67,7 +67,9 @@ class Result(_Result):
     def __repr__(self) -> str:
         # The arrays of a train state would fill screens.
         best = None if self.best is None else f"{self.best.value:.6g} at step {self.best.step}"
-        return f"Result(step={int(self.train_state.step)}, records={len(self.history)}, best={best}, stopped={self[3]!r})"
+        return (
+            f"Result(step={int(self.train_state.step)}, records={len(self.history)}, best={best}, stopped={self[3]!r})"
+        )
 
     @property
     def exit_code(self) -> int:
