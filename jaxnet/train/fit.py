@@ -124,7 +124,7 @@ def fit(
       stop: a condition (history) -> bool or a reason, asked after each record: `early_stopping`, `time_budget`.
       callbacks: functions of a record, called with each as it comes: `write_jsonl(path)`, `wandb.log`, `print`.
       checkpoint: a file, or a `jaxnet.checkpoint.Checkpoints`, a folder with one file per step. If it exists, the run goes
-        on from there; data, batch size, order and key must then be the same. It is written after the first epoch,
+        on from there; data, batch size, order, key and the parameters at the start must then be the same. It is written after the first epoch,
         evaluation or 5 seconds of training, every `save_every` seconds, at the end, on a signal, and before an error is
         raised; a store with a metric after each evaluation, too.
       save_every: seconds from one save to the next.
@@ -144,10 +144,11 @@ def fit(
     Raises:
       ValueError, TypeError, KeyError: an argument is wrong: data that is empty, of unequal lengths or out of range; a batch
         larger than the data; a step that changes the type of the train state; a metric that is not a scalar; a name
-        that no record has; a checkpoint of a run with other data, order or key, or beyond the last step. All before the
+        that no record has; a checkpoint of a run with other data, order, key or start, or beyond the last step. All before the
         first step is taken.
       NonFiniteError (a FloatingPointError): names the step, the parameters and the operation where it began.
-      CheckpointError, OSError: the checkpoint is damaged, of another network, or cannot be written.
+      CheckpointError, OSError: the checkpoint is damaged, of another network, or cannot be written; or another program
+        writes the same file, which is then left as it is.
       Every error that comes during the training has the state until then as its `train_state`.
     """
     epochs, steps = _length(epochs, steps)

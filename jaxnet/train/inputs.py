@@ -107,6 +107,8 @@ def evaluated(evaluate: Callable, train_state: TrainState, best: str | None) -> 
                 "fit: evaluate receives the train state, and this one takes it for parameters: use `state.params`, as in "
                 "lambda state: {'test_loss': f(state.params)}, or `evaluate(test, data)` of a function test(params, batch)"
             ) from None
+        if maybe_takes_params(error):
+            error.add_note("fit: evaluate receives the train state: use `state.params`, or `evaluate(test, data)`")
         raise
     except LookupError:
         # A table of values by step may have no entry for the start.
@@ -116,8 +118,14 @@ def evaluated(evaluate: Callable, train_state: TrainState, best: str | None) -> 
 
 def takes_params(error: Exception) -> bool:
     """Whether an error looks as if a function took the train state for parameters."""
-    text = str(error)
-    return "TrainState" in text or text.startswith("tuple indices must be")
+    return "got TrainState(" in str(error) or (
+        isinstance(error, AttributeError) and isinstance(error.obj, TrainState) and hasattr(dict, error.name or "")
+    )
+
+
+def maybe_takes_params(error: Exception) -> bool:
+    """Whether an error is that of `params['weight']` on some tuple, which may be the train state."""
+    return str(error).startswith("tuple indices must be")
 
 
 def check_evaluation(values: Any, best: str | None) -> Mapping[str, Any]:

@@ -209,9 +209,10 @@ def check_state(what: str, optimizer: Any, params: Any, opt: Any) -> None:
         except Exception:  # of an optimizer that cannot be traced nothing is known
             return
     if jax.tree.structure(wanted) != jax.tree.structure(opt):
+        differs = _first_difference(opt, wanted) or "their structures differ"
         raise ValueError(
             f"{what}: the train state was made with another optimizer, or for other parameters: its `opt` is "
-            f"{_describe(opt)}, this optimizer's is {_describe(wanted)}; {_first_difference(opt, wanted)}; give the same optimizer to train_state and "
+            f"{_describe(opt)}, this optimizer's is {_describe(wanted)}; {differs}; give the same optimizer to train_state and "
             "train_step, or begin anew with train_state(params, optimizer, key)"
         )
     for path, a, b in zip(tree.paths(wanted), jax.tree.leaves(wanted), jax.tree.leaves(opt), strict=True):
@@ -245,7 +246,7 @@ def _opened(node: Any) -> tuple[str, list[tuple[str, Any]]]:
     kind = type(node).__name__
     if isinstance(node, dict):
         return f"a dict with {', '.join(name for name, _ in children) or 'nothing'}", children
-    return f"{kind} of {len(children)} parts" if children else f"an empty {kind}", children
+    return f"a {kind} of {len(children)} parts" if children else f"an empty {kind}", children
 
 
 def _describe(opt: Any) -> str:

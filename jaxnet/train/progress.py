@@ -128,8 +128,10 @@ class Progress:
         if limit is not None:
             kept = self.metric if self.metric in texts else next(iter(texts), "")
             at = list(texts).index(kept) if texts else 0
+            # The first value, the loss, goes last of those that are not looked at.
             others = [*values[:at], *values[at + 1 :]]
-            parts = _fitting(parts, [rate, left, f"step {step:,}{of}", *others[::-1], epoch], limit)
+            others = others[1:] + others[:1] if at else others
+            parts = _fitting(parts, [rate, left, f"step {step:,}{of}", *others, epoch], limit)
             if parts and _width("  ".join(parts)) > limit:
                 # Digits that are cut off make another number: the number alone, or nothing.
                 parts = [text for text in [texts.get(kept, "")] if _width(text) <= limit]

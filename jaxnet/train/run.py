@@ -53,6 +53,7 @@ class _Pending(NamedTuple):
     first: int
     n: int
     outputs: tuple
+    fresh: bool
 
 
 class Run:
@@ -77,6 +78,8 @@ class Run:
         self.good = jnp.bool_(True)
         self.clock = Clock()
         self.pace, self.quick = 1, True  # steps per call; whether calls are too short to be sent ahead
+        # Steps and seconds of the first call of a program, until the next call tells how much of it was training.
+        self.loading: tuple[int, float] | None = None
         self.credit = 0.0  # seconds that belong to the pending call, and have passed already
         self.started = self.spoiled = self.ended = False
         self.pending: _Pending | None = None
@@ -147,6 +150,7 @@ class Run:
     def _train(self, stack: source.Stack, done: int, n: int, show: Progress) -> None:
         """Send n steps to the device, and take in what the call before has returned."""
         program, first = self.programs.get(stack.size, stack.inputs), self.feed.first(done)
+        fresh = program is None
         if program is None:
             self._receive_pending(show)
             with self.clock.excluded():
@@ -158,7 +162,7 @@ class Run:
         )
         self.started = True
         # The call before is received while the device works on this one.
-        waiting, self.pending = self.pending, _Pending(stack, done, n, (self.good, *outputs))
+        waiting, self.pending = self.pending, _Pending(stack, done, n, (self.good, *outputs), fresh)
         if waiting is not None:
             self._receive(waiting, show)
 
@@ -176,16 +180,18 @@ class Run:
             show.note("the step is not that of the run before: another learning rate, loss or network")
         program = self.programs.get(stack.size, stack.inputs)
         assert program is not None
-        # The first execution of a program also loads it. It takes no step, and is not in the clock.
-        self.current, self.good, *_ = program(self.current, self.good, np.int32(0), np.int32(0), *stack.inputs)
-        jax.block_until_ready(self.good)
         return program
 
     def _traced(self, stack: source.Stack) -> Any:
         try:
             return self.programs.trace(stack.size, stack.inputs, self.current, self.good)
         except (TypeError, AttributeError, ValueError) as error:
-            if not hasattr(self.programs.step, "parts") and inputs.takes_params(error):
+            own = not hasattr(self.programs.step, "parts")
+            if own and inputs.maybe_takes_params(error):
+                error.add_note(
+                    "fit: step receives the train state; train_step(loss, optimizer) makes a step of a loss (params, batch)"
+                )
+            if own and inputs.takes_params(error):
                 raise TypeError(
                     "fit: step receives the train state, and this one takes it for parameters: train_step(loss, optimizer) "
                     "makes a step of a loss (params, batch)"
@@ -221,7 +227,10 @@ class Run:
         if before:
             # The pass that the stack belongs to, which a resumed run may have found to be over.
             self.passes = before["passes"]
+        self._forget_loading(call, seconds)
         new = self.history.add(call.n, metrics, seconds, samples, cut=end)
+        # A record that is complete has been handed out, and is not changed any more.
+        self.loading = (call.n, seconds) if call.fresh and not new else None
         self.position = before and {**before, "skip": before["skip"] + call.first + call.n}
         if end:
             self.passes += 1
@@ -236,6 +245,12 @@ class Run:
             return
         self._tell(new, show)
         self._check_skipped(metrics)
+
+    def _forget_loading(self, call: _Pending, seconds: float) -> None:
+        """Take the loading of a program, which its first execution did, out of the seconds of training."""
+        if self.loading is not None and not call.fresh:
+            n, first = self.loading
+            self.history.seconds -= max(0.0, first - n * seconds / call.n)
 
     def _evaluation_is_due(self, end: bool) -> bool:
         every, step = self.schedule.evaluate_every, self.history.step
