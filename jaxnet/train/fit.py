@@ -124,9 +124,9 @@ def fit(
       stop: a condition (history) -> bool or a reason, asked after each record: `early_stopping`, `time_budget`.
       callbacks: functions of a record, called with each as it comes: `write_jsonl(path)`, `wandb.log`, `print`.
       checkpoint: a file, or a `jaxnet.checkpoint.Checkpoints`, a folder with one file per step. If it exists, the run goes
-        on from there; data, batch size, order, key and the parameters at the start must then be the same. It is written after the first epoch,
-        evaluation or 5 seconds of training, every `save_every` seconds, at the end, on a signal, and before an error is
-        raised; a store with a metric after each evaluation, too.
+        on from there; data, batch size, order, key and the parameters at the start must then be the same. It is written
+        after the first epoch, evaluation or 5 seconds of training, every `save_every` seconds, at the end, on a signal,
+        and before an error is raised; a store with a metric after each evaluation, too.
       save_every: seconds from one save to the next.
       check_finite: stop when a loss, parameter or state ceases to be finite, and keep the values before, at the price of
         a second copy of the train state on the device.
