@@ -70,6 +70,23 @@ def test_a_resumed_run_takes_out_the_records_of_steps_that_it_does_again(make, t
     assert steps == [*range(1, 13)]
 
 
+def test_a_run_that_is_killed_before_its_first_epoch_finds_its_own_records(tmp_path):
+    path, file = tmp_path / "h.jsonl", tmp_path / "run.safetensors"
+    seen = []
+
+    def copy(record):
+        if not seen:
+            seen.extend([path.read_bytes(), file.read_bytes()])
+
+    whole = fitted(record_every=1, checkpoint=file, callbacks=[write_jsonl(path), copy])
+    # What a kill would have left at the first record.
+    path.write_bytes(seen[0])
+    file.write_bytes(seen[1])
+    again = fitted(record_every=1, checkpoint=file, callbacks=[write_jsonl(path)])
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*range(1, 7)]
+    assert same(again.train_state.params, whole.train_state.params)
+
+
 # Checkpoints of another run
 
 
@@ -288,7 +305,7 @@ def test_a_generator_function_is_called_with_the_number_of_the_pass():
 def test_the_arguments_of_evaluate_in_the_other_order():
     for data in (DATA.test, (X, Y), X):
         with pytest.raises(TypeError, match=r"the function comes first: evaluate\(metrics, data\)") as error:
-            evaluate(data, lambda params, batch: {})
+            evaluate(data, lambda params, batch: {})  # pyright: ignore[reportArgumentType]
         assert len(str(error.value)) < 300
 
 

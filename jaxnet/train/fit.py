@@ -172,7 +172,8 @@ def fit(
         run = Run(train_state, feed, programs, looks, schedule, keeper)
         found = saved.newest(run, keeper)
         notes = [] if found is None else saved.restore(run, found)
-        begin_all(looks.callbacks, run.history.step, resumed=found is not None)
+        writes = begin_all(looks.callbacks, run.history.step, resumed=found is not None)
+        run.save_start = bool(keeper) and found is None and writes
         show = Progress(
             feed.total,
             feed.epoch_steps,

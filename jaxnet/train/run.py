@@ -25,6 +25,7 @@ from jaxnet.train.programs import Programs
 from jaxnet.train.progress import Progress
 from jaxnet.train.rules import Best, best_of
 from jaxnet.train.saved import save
+from jaxnet.train.saves import Saves
 from jaxnet.train.schedule import Schedule
 from jaxnet.train.step import TrainState
 
@@ -34,7 +35,6 @@ CALL = 0.3  # seconds that a compiled call should take at most: how long Ctrl-C 
 QUICK = (
     0.02  # seconds of a call below which the host waits for it, since it could not tell its end from that of the next
 )
-SOON = 5.0  # seconds of training after which the state is saved for the first time, if no epoch has ended before
 
 
 class Looks(NamedTuple):
@@ -82,6 +82,8 @@ class Run:
         self.loading: tuple[int, float] | None = None
         self.credit = 0.0  # seconds that belong to the pending call, and have passed already
         self.started = self.spoiled = self.ended = False
+        # Whether the start is saved, too: a run that is killed soon finds then that its records are its own.
+        self.save_start = False
         self.pending: _Pending | None = None
         self.feeding: Any = None
 
@@ -108,7 +110,7 @@ class Run:
         self.feeding = self.feed.stacks(
             self.current, self.history.step, self.position, self.schedule.next_look, abandoned
         )
-        saves = _Saves(self.keeper, save_every, self.history.step, self.feed.epoch_steps)
+        saves = Saves(self.keeper, save_every, self.history.step, self.feed.epoch_steps)
         ahead = self.history.step
         while not (self.stopped or flag.name or self.passed() or ahead == self.feed.total):
             stack = next(self.feeding, None)
@@ -155,6 +157,8 @@ class Run:
             self._receive_pending(show)
             with self.clock.excluded():
                 program = self._prepare(stack, show)
+            if self.save_start and not self.started:
+                self._save()
         if not self.started:
             self.clock.lap()
         self.current, self.good, *outputs = program(
@@ -325,32 +329,6 @@ class Run:
         return explain(
             self.programs.step, self.current, batches, self.history.records, getattr(self.feed, "data", None)
         )
-
-
-class _Saves:
-    """When a run is to be saved while it goes on: as soon as there is something to lose, and then every so many seconds."""
-
-    def __init__(self, keeper: Keeper, every: float, step: int, epoch_steps: int | None):
-        self.keeper, self.every, self.at = keeper, every, time.perf_counter()
-        self.first_epoch = None if epoch_steps is None else (step // epoch_steps + 1) * epoch_steps
-        self.none = True
-
-    def due(self, step: int, looking: bool, evaluating: bool) -> bool:
-        if not self.keeper:
-            return False
-        seconds = time.perf_counter() - self.at
-        over = self.first_epoch is not None and step >= self.first_epoch
-        first = self.none and (seconds > SOON or evaluating or over)
-        return first or seconds > self.every or (looking and self.keeper.metric is not None)
-
-    def room(self, step: int) -> int:
-        """How many steps the next call may have, so that the first epoch ends with a call."""
-        if not self.keeper or not self.none or self.first_epoch is None:
-            return 1 << 30
-        return max(self.first_epoch - step, 1)
-
-    def done(self) -> None:
-        self.none, self.at = False, time.perf_counter()
 
 
 def copied(leaf: Any) -> jax.Array:

@@ -71,11 +71,12 @@ class Writer:
             )
 
 
-def begin_all(callbacks: Iterable[Any], step: int, *, resumed: bool) -> None:
-    """Tell each `Writer` among the callbacks where a run begins, and whether it goes on from a checkpoint."""
-    for callback in callbacks:
-        if isinstance(callback, Writer):
-            callback.begin(step, resumed)
+def begin_all(callbacks: Iterable[Any], step: int, *, resumed: bool) -> bool:
+    """Tell each `Writer` among the callbacks where a run begins, and whether it goes on; returns if there is one."""
+    writers = [callback for callback in callbacks if isinstance(callback, Writer)]
+    for writer in writers:
+        writer.begin(step, resumed)
+    return bool(writers)
 
 
 def write_jsonl(path: str | os.PathLike) -> Writer:
