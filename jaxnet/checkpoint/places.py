@@ -34,6 +34,17 @@ def check_url(url: str) -> None:
         raise ValueError(f"{shown(url)}: a URL {text}")
 
 
+def check_engine(file: str, engine: str | None) -> None:
+    """Raise ValueError unless this engine exists and can write to this path."""
+    if engine not in (None, "orbax"):
+        raise ValueError(f"engine must be 'orbax' or None, got {engine!r}")
+    if engine is None and is_url(file):
+        text = "say engine='orbax' (in `fit`: give it a `Checkpoints` with that), or save to a file"
+        raise ValueError(f"{shown(file)} is in an object store: {text}")
+    if is_url(file):
+        check_url(file)
+
+
 def real(path: str, *, follow: bool = True) -> str:
     """The absolute path behind symbolic links; without `follow` the last step may be one."""
     if is_url(path):

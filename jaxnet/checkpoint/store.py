@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
 from jaxnet.checkpoint import orbax, outside, parts, places
-from jaxnet.checkpoint.file import Info, check_engine, inspect, load_with_info, prepare
+from jaxnet.checkpoint.file import Info, inspect, load_with_info, prepare
 from jaxnet.checkpoint.format import CheckpointError, Misfit
 from jaxnet.checkpoint.words import shown
 from jaxnet.checks import size_of
@@ -108,7 +108,7 @@ class Checkpoints:
             this one (then this one has not been tried). All earlier files are as they were.
         """
         self.wait()
-        check_engine(self.folder, self.engine)
+        places.check_engine(self.folder, self.engine)
         step, numbers = operator.index(step), self._numbers(metrics)
         if step >= 10**18:
             raise ValueError(f"step must have at most 18 digits, got {step}")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxnet.checkpoint import match, structure
-from jaxnet.checkpoint.file import fit
 from jaxnet.checkpoint.format import CheckpointError, Misfit
 from jaxnet.checkpoint.structure import Node, Spec, leaf_name
 from jaxnet.interop.collect import to_numpy
@@ -135,7 +134,7 @@ def _filled(
     kinds = {name: Node("jax", x.dtype.name) for name, x in found.items()}
     specs = {name: Spec(x.dtype.name, x.shape) for name, x in found.items()}
     try:
-        targets, _ = fit(file, "it", nodes, templates, specs, None, strict=True, cast=cast)
+        targets, _ = match.fit(file, "it", nodes, templates, specs, None, strict=True, cast=cast)
     except Misfit as error:
         if strict or nodes.keys() <= found.keys():
             raise

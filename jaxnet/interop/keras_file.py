@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jaxnet.checkpoint.file import opened
+from jaxnet.checkpoint.container import opened
 from jaxnet.checkpoint.format import RESTORE, CheckpointError
 from jaxnet.checkpoint.structure import MAX_DEPTH
 from jaxnet.interop.keras_layers import Weights, kind_of_class, named

@@ -6,7 +6,7 @@ import os
 import zipfile
 from typing import BinaryIO, Literal
 
-from jaxnet.checkpoint.file import opened
+from jaxnet.checkpoint.container import opened
 from jaxnet.checkpoint.format import RESTORE, CheckpointError
 
 __all__ = ["check_archive", "kind_of", "kind_of_file", "refused_kind"]

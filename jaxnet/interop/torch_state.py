@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxnet.checkpoint import match
-from jaxnet.checkpoint.file import opened
+from jaxnet.checkpoint.container import opened
 from jaxnet.checkpoint.format import CheckpointError
 from jaxnet.checkpoint.lazy import lazy
 from jaxnet.interop.collect import Refused, by_path, collect, to_numpy

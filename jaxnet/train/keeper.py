@@ -49,11 +49,11 @@ class Keeper:
 
     def check(self) -> None:
         """Raise OSError if nothing can be written there."""
-        from jaxnet.checkpoint import file, places
+        from jaxnet.checkpoint import places
 
         if self.place is None:
             return
-        file.check_engine(self.place, getattr(self.store, "engine", None))
+        places.check_engine(self.place, getattr(self.store, "engine", None))
         if self.store is None:
             _check_name(self.place)
         places.check_writable(self.place if self.store is not None else os.path.dirname(os.path.abspath(self.place)))
