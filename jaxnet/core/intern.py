@@ -1,4 +1,4 @@
-"""Equal calls of a constructor return one layer, so that a network of many equal layers is traced once for all of them."""
+"""Equal calls of a constructor return the same layer, so a network of many equal layers traces it only once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Constructor = TypeVar("Constructor", bound=Callable[..., Any])
 
 
 def interned(constructor: Constructor) -> Constructor:
-    """The constructor of a layer that returns the living layer of an earlier, equal call if there is one.
+    """Decorate a constructor of layers to return the layer of an earlier, equal call if that layer still exists.
 
-    A layer is a value: its functions follow from the arguments alone. Arguments of different types are not equal, and
-    calls with arguments that cannot be hashed always make a new layer. A layer that nothing else refers to is gone.
+    This is correct because the functions of a layer depend only on the arguments. Arguments of different types are not
+    equal. Calls with unhashable arguments always make a new layer. Layers are held by weak references.
     """
     living: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
@@ -37,5 +37,5 @@ def interned(constructor: Constructor) -> Constructor:
 
 
 def _types(value: Any) -> Any:
-    """The types inside a value: 1 == 1.0 == True."""
+    """The types inside a value, which tell apart 1, 1.0 and True."""
     return tuple(map(_types, value)) if isinstance(value, tuple) else type(value)
