@@ -1,4 +1,4 @@
-"""The host loop over compiled calls: what one wants to see, keep and decide in between."""
+"""The host loop over compiled calls, which evaluates, records, saves and stops in between."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ from jaxnet.train.step import TrainState
 
 __all__ = ["Looks", "Run", "copied"]
 
-CALL = 0.3  # seconds that a compiled call should take at most: how long Ctrl-C waits
-QUICK = (
-    0.02  # seconds of a call below which the host waits for it, since it could not tell its end from that of the next
-)
-SOON = 5.0  # seconds of training after which the state is saved for the first time, if no epoch has ended before
+# The longest time of a compiled call in seconds, for which Ctrl-C has to wait.
+CALL = 0.3
+# The host waits for calls shorter than this number of seconds, because it could not tell their ends apart.
+QUICK = 0.02
+# The state is first saved after this number of seconds of training, unless an epoch ends before.
+SOON = 5.0
 
 
 class Looks(NamedTuple):
-    """What the caller of `fit` wants to do with the state and the records in between; see there."""
+    """The arguments of `fit` that act between calls: evaluation, best rule, stop condition and callbacks."""
 
     evaluate: Callable | None
     best: str | None
@@ -54,7 +55,7 @@ class _Pending(NamedTuple):
 
 
 class Run:
-    """A training under way: the state, what is known of it, and what has been sent to the device."""
+    """A run in progress: its state, history and best evaluation, and the call that is on the device."""
 
     def __init__(
         self, train_state: TrainState, feed: Feed, programs: Programs, looks: Looks, schedule: Schedule, keeper: Keeper
@@ -65,25 +66,27 @@ class Run:
         self.history.begin(int(train_state.step))
         self.best: Best | None = None
         self.stopped: str | None = None
-        # For an iterable: the position in it, and the passes that are over.
+        # The position in an iterable, and the number of finished passes.
         self.position: dict[str, Any] = {}
         self.passes = 0
         guard = find(train_state.opt, Guarded)
         self.limit, self.in_a_row = None if guard is None else int(guard.limit), 0
         self.good = jnp.bool_(True)
         self.clock = Clock()
-        self.pace, self.quick = 1, True  # steps per call; whether calls are too short to be sent ahead
-        self.credit = 0.0  # seconds that belong to the pending call, and have passed already
+        # Steps per call, and whether calls are too short to be sent in advance.
+        self.pace, self.quick = 1, True
+        # Elapsed seconds that belong to the pending call.
+        self.credit = 0.0
         self.started = self.spoiled = self.ended = False
         self.pending: _Pending | None = None
         self.feeding: Any = None
 
     def epoch(self, step: int) -> int:
-        """The number of the epoch that a step is in, from 1 on."""
+        """The number of the epoch of a step, starting at 1."""
         return -(-step // self.feed.epoch_steps) if self.feed.epoch_steps else self.passes + 1
 
     def passed(self) -> bool:
-        """Whether an iterable has been passed over as often as was asked for."""
+        """Whether all requested passes over an iterable are finished."""
         return self.feed.epochs is not None and self.passes >= self.feed.epochs
 
     def done(self) -> bool:
@@ -127,12 +130,12 @@ class Run:
             self.keeper.wait()
 
     def settle(self, error: Exception) -> None:
-        """Bring what is known of the run up to its state, after an error."""
+        """Receive the pending call after an error, so that the history agrees with the state."""
         if self.pending is not None and not isinstance(error, NonFiniteError):
             self._receive_pending(None)
 
     def close(self) -> None:
-        """Let go of the data."""
+        """Close the feed."""
         if hasattr(self.feeding, "close"):
             self.feeding.close()
 
@@ -141,7 +144,7 @@ class Run:
             save(self, self.keeper)
 
     def _train(self, stack: source.Stack, done: int, n: int, show: Progress) -> None:
-        """Send n steps to the device, and take in what the call before has returned."""
+        """Send n steps to the device, and receive the results of the previous call."""
         program, first = self.programs.get(stack.size, stack.inputs), self.feed.first(done)
         if program is None:
             self._receive_pending(show)
@@ -153,13 +156,13 @@ class Run:
             self.current, self.good, np.int32(first), np.int32(n), *stack.inputs
         )
         self.started = True
-        # The call before is received while the device works on this one.
+        # Receive the previous call while the device works on this one.
         waiting, self.pending = self.pending, _Pending(stack, done, n, (self.good, *outputs))
         if waiting is not None:
             self._receive(waiting, show)
 
     def _prepare(self, stack: source.Stack, show: Progress) -> Callable:
-        """Compile the program for such a stack; before the first one, check what can be checked."""
+        """Compile the program for stacks of this kind. Before the first one, check the names of the metrics."""
         begin = time.perf_counter()
         with show.busy("compiling"):
             traced = self.programs.trace(stack.size, stack.inputs, self.current, self.good)
@@ -186,13 +189,13 @@ class Run:
             self._receive(pending, show)
 
     def _receive(self, call: _Pending, show: Progress | None) -> None:
-        """Wait for a call, and take in what it returned; without `show`, tell nobody."""
+        """Wait for a call and receive its results. Without `show`, print nothing and call no callbacks."""
         good, metrics = call.outputs
         metrics = {name: np.asarray(values)[: call.n] for name, values in metrics.items()}
         good, seconds = bool(good), self.clock.lap() + self.credit
         self.credit = 0.0
         if self.pending is not None and self.pending.outputs[0].is_ready():
-            # Both calls are over, and the host cannot tell when the first was: they share the time by their steps.
+            # Both calls are finished, and the end of the first is unknown. Split the time in proportion to their steps.
             self.credit = seconds * self.pending.n / (call.n + self.pending.n)
             seconds -= self.credit
         if not good:
@@ -201,7 +204,7 @@ class Run:
         samples = call.stack.samples * call.n // call.stack.n
         before = call.stack.before
         if before:
-            # The pass that the stack belongs to, which a resumed run may have found to be over.
+            # A resumed run may find its pass finished, so take the number of the pass from the stack.
             self.passes = before["passes"]
         new = self.history.add(call.n, metrics, seconds, samples, cut=end)
         self.position = before and {**before, "skip": before["skip"] + call.first + call.n}
@@ -211,7 +214,7 @@ class Run:
         if self.looks.evaluate is not None and self._evaluation_is_due(end):
             with self.clock.excluded():
                 self._evaluate(new[-1])
-        # A call that took long tells how many steps the next may have; a short one may have been all overhead.
+        # Adapt the number of steps to the time of this call. A short call may be mostly overhead, so growth is limited.
         self.pace = int(np.clip(CALL * call.n / max(seconds, 1e-9), 1, 8 * call.n))
         self.quick = seconds < QUICK
         if show is None:
@@ -251,7 +254,7 @@ class Run:
         values = {name: float(value) for name, value in evaluated.items()}
         inputs.check_names(new.record, values, None, None)
         new.record.update(values)
-        # At the end of a run in the middle of an epoch: the means go on if the run is prolonged.
+        # If a run ends within an epoch, its sums are kept, so the means cover the whole epoch when the run is extended.
         summary = self.history.summary() if new.summary is None else new.summary
         summary.update(values)
         self.history.evaluations.append(summary)
@@ -269,7 +272,7 @@ class Run:
         for i, skipped in enumerate(metrics["skipped"]):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if self.in_a_row > self.limit:
-                # What is in the file is better than a state that skips all steps.
+                # The file has a better state than this one, which skips all steps.
                 self.spoiled = True
                 at = self.history.step - len(metrics["skipped"]) + i
                 raise NonFiniteError(
@@ -282,7 +285,7 @@ class Run:
                 )
 
     def _broken(self, call: _Pending) -> NonFiniteError:
-        """What happened in a call whose numbers are not finite, by doing it again one step at a time."""
+        """Explain a call with values that are not finite, by repeating it one step at a time."""
         batch_of = jax.jit(self.feed.batch_of)
         batches = (
             lambda train_state, i=i: batch_of(train_state, jnp.int32(i), *call.stack.inputs)
@@ -294,7 +297,7 @@ class Run:
 
 
 class _Saves:
-    """When a run is to be saved while it goes on: as soon as there is something to lose, and then every so many seconds."""
+    """Decide when to save a run: first after an epoch, an evaluation or `SOON` seconds, then every `every` seconds."""
 
     def __init__(self, keeper: Keeper, every: float, step: int, epoch_steps: int | None):
         self.keeper, self.every, self.at = keeper, every, time.perf_counter()
@@ -310,7 +313,7 @@ class _Saves:
         return first or seconds > self.every or (looking and self.keeper.metric is not None)
 
     def room(self, step: int) -> int:
-        """How many steps the next call may have, so that the first epoch ends with a call."""
+        """The most steps of the next call. The first epoch must end with a call."""
         if not self.keeper or not self.none or self.first_epoch is None:
             return 1 << 30
         return max(self.first_epoch - step, 1)
@@ -320,10 +323,10 @@ class _Saves:
 
 
 def copied(leaf: Any) -> jax.Array:
-    """A leaf of a train state as an array of its own, strongly typed, on the device where it is."""
+    """A strongly typed copy of a leaf of a train state, on the same device."""
     leaf = jnp.asarray(leaf, getattr(leaf, "dtype", None))
     if getattr(leaf, "weak_type", False):
-        # A run that is cut and resumed has no weak types any more, and must have the same bits.
+        # A resumed run has no weak types, and must compute the same bits.
         leaf = jax.lax.convert_element_type(leaf, leaf.dtype)
     where = leaf.sharding if leaf.committed else None
     # Unlike jnp.array(copy=True), this compiles nothing.

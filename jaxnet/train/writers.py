@@ -1,8 +1,9 @@
-"""Callbacks that write records to files, and leave the files of others alone."""
+"""Callbacks that write records to files, and never overwrite files with other contents."""
 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -12,13 +13,20 @@ from typing import Any
 
 __all__ = ["write_csv", "write_jsonl"]
 
-HEAD = 1 << 16  # bytes of an existing file that are looked at when the callback is made
+# The bytes of an existing file that are checked when the callback is made.
+HEAD = 1 << 16
 
 
 def write_jsonl(path: str | os.PathLike) -> Callable[[Mapping[str, float]], None]:
-    """A callback that appends each record to a file, one JSON object per line. Values that are not finite become null.
+    """Make a callback that appends each record to a file, one JSON object per line.
 
-    A run that is resumed goes on in the same file: lines of steps that are done again are taken out first.
+    A resumed run continues the same file, after deleting the lines of steps that it repeats.
+
+    Args:
+      path: the file. Values that are not finite become null in it.
+
+    Returns:
+      The callback, a function of a record.
 
     Raises:
       ValueError: the file exists and holds something other than records.
@@ -39,10 +47,16 @@ def write_jsonl(path: str | os.PathLike) -> Callable[[Mapping[str, float]], None
 
 
 def write_csv(path: str | os.PathLike) -> Callable[[Mapping[str, float]], None]:
-    """A callback that writes each record as a row of a table, and resumes as `write_jsonl`. A new metric adds a column.
+    """Make a callback that writes each record as a row of a table. It resumes like `write_jsonl`.
+
+    Args:
+      path: the file. A new metric adds a column to it.
+
+    Returns:
+      The callback, a function of a record.
 
     Raises:
-      ValueError: the file exists and is no table of records (one whose first column is 'step').
+      ValueError: the file exists and is not a table of records, whose first column is 'step'.
       OSError: the file cannot be written.
     """
     name, rows, columns = _checked("write_csv", path, _step_of_row), None, []
@@ -83,30 +97,30 @@ def _step_of_row(number: int, line: str) -> float:
     if number == 0:
         if first != "step":
             raise ValueError("no header of records")
-        # The header stays, whatever step follows.
+        # A negative step keeps the header.
         return -1.0
     return float(first)
 
 
 def _checked(what: str, path: Any, step_of: Callable[[int, str], float]) -> str:
-    """The path as a str, if a file of records can be written there."""
+    """The path as a str. Raises ValueError or OSError unless a file of records can be written there."""
     name = os.fsdecode(path)
     if not name:
         raise ValueError(f"{what}: the path must be the name of a file, got ''")
     if os.path.isdir(name):
-        raise IsADirectoryError(21, f"{what}: this is a folder, and records go to a file", name)
+        raise IsADirectoryError(errno.EISDIR, f"{what}: this is a folder, and records go to a file", name)
     try:
         # Names that are too long raise OSError here.
         size = os.stat(name).st_size
     except FileNotFoundError:
         folder = os.path.dirname(os.path.abspath(name))
         if os.path.exists(folder) and not os.path.isdir(folder):
-            raise NotADirectoryError(20, f"{what}: this is no folder", folder) from None
+            raise NotADirectoryError(errno.ENOTDIR, f"{what}: this is no folder", folder) from None
         if os.path.isdir(folder) and not os.access(folder, os.W_OK):
-            raise PermissionError(13, f"{what}: nothing can be written in this folder", folder) from None
+            raise PermissionError(errno.EACCES, f"{what}: nothing can be written in this folder", folder) from None
         return name
     if not os.access(name, os.W_OK):
-        raise PermissionError(13, f"{what}: this file cannot be written", name)
+        raise PermissionError(errno.EACCES, f"{what}: this file cannot be written", name)
     _lines(what, name, step_of, HEAD if size > HEAD else None)
     return name
 
