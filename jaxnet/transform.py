@@ -21,6 +21,7 @@ from jaxnet.core import (
     memoised,
     run,
     specs_of,
+    start_state,
     tap,
 )
 
@@ -58,6 +59,8 @@ def replace(net: Layer, pattern: str | Sequence[str], new: Layer | Callable[...,
     """
     net = as_layer(net)
     patterns = _patterns(net, pattern)
+    if not callable(new):
+        raise TypeError(f"replace: new must be a Layer or a function (path, layer) -> layer, got {new!r}")
 
     def visit(path: str, layer: Layer) -> Layer:
         if any(_matches(path, p) for p in patterns):
@@ -104,12 +107,13 @@ def capture(net: Layer, pattern: str | Sequence[str] = "**") -> Callable[..., An
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
         check_state(net.label, state, stateful=net.init_state is not None)
-        ran: set[str] = set()
+        ran: set[tuple[str, bool]] = set()
         chosen = lambda path: any(_matches(path, p) for p in patterns)  # noqa: E731
         tapped = _tap(net, "", chosen, lambda layer, args, outputs: outputs, ran)
         start = {} if state is None else state
         outputs, new_state, taken = run(tapped, params, start, key, train, inputs, named)
-        if pattern != "**" and (lost := sorted(ran - taken.keys())):
+        lost = sorted({path for path, comes_out in ran if not comes_out or path not in taken})
+        if lost and pattern != "**":
             raise RuntimeError(_lost(lost))
         seen = {f"{path}:{i}" if i else path: value for path, values in taken.items() for i, value in enumerate(values)}
         return (outputs if net.init_state is None else (outputs, new_state)), dict(sorted(seen.items()))
@@ -169,7 +173,7 @@ def summary(net: Layer, *inputs: Any, train: bool = False, **named: Any) -> Summ
     def start_and_run(*inputs, **named):
         init_key, state_key, key = jax.random.split(jax.random.key(0), 3)
         params = net.init(init_key, *inputs, **named)
-        state = net.init_state(*inputs, key=state_key, **named) if net.init_state else {}
+        state = start_state(net, state_key, inputs, named) if net.init_state else {}
         return params, state, run(tapped, params, state, key if train else None, train, inputs, named)[2]
 
     params, state, notes = abstractly(start_and_run)(*inputs, **named)
@@ -204,11 +208,13 @@ def _note(layer: Layer, args: Any, outputs: Any) -> tuple[_Note, jax.Array]:
     return _Note(layer, specs_of(args), specs_of(outputs)), jnp.zeros(())
 
 
-def _tap(net: Layer, path: str, chosen: Callable[[str], bool], take: Callable[..., Any], ran: set[str]) -> Layer:
+def _tap(
+    net: Layer, path: str, chosen: Callable[[str], bool], take: Callable[..., Any], ran: set[tuple[str, bool]]
+) -> Layer:
     """The network whose selected layers also return `take(layer, (inputs, named), outputs)` of each call.
 
-    If parent and child share a path, the parent is captured, except for `repeat`, whose copies are captured instead. Paths
-    of selected layers that were called are added to `ran`.
+    If parent and child share a path, the parent is captured, except for `repeat`, whose copies are captured instead.
+    `ran` receives the path of each selected layer that was called, with whether its value can be captured.
     """
 
     def visit(path: str, layer: Layer, covered: bool) -> Layer:
@@ -220,7 +226,12 @@ def _tap(net: Layer, path: str, chosen: Callable[[str], bool], take: Callable[..
         rebuilt = _rebuilt(layer, inside)
         if not speaks:
             return rebuilt
-        return tap(rebuilt, layer, lambda args, outputs: take(layer, args, outputs), lambda: ran.add(path))
+        return tap(
+            rebuilt,
+            layer,
+            lambda args, outputs: take(layer, args, outputs),
+            lambda comes_out: ran.add((path, comes_out)),
+        )
 
     return visit(path, net, False)
 
@@ -281,7 +292,7 @@ def _flops(layer: Layer, args: Any, train: bool) -> int:
 
     def start(key, *inputs, **named):
         params_key, state_key = jax.random.split(key)
-        state = layer.init_state(*inputs, key=state_key, **named) if layer.init_state else None
+        state = start_state(layer, state_key, inputs, named) if layer.init_state else None
         return layer.init(params_key, *inputs, **named), state
 
     def run(params, state, key, *inputs, **named):

@@ -10,7 +10,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnet.core import Layer, describe, fold_copies, is_array, is_threefry, specs_of
+from jaxnet.core import Layer, describe, fold_copies, is_array, is_threefry, specs_of, start_state
 
 __all__ = [
     "check_same",
@@ -77,18 +77,19 @@ def without_axis(spec: Any, axis: int) -> jax.ShapeDtypeStruct:
     """The spec of one part along an axis."""
     shape = list(spec.shape)
     del shape[axis]
-    return jax.ShapeDtypeStruct(tuple(shape), spec.dtype)
+    return jax.ShapeDtypeStruct(tuple(shape), spec.dtype, weak_type=getattr(spec, "weak_type", False))
 
 
 def with_axis(spec: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
     """The spec of `size` parts along a new axis."""
-    return jax.ShapeDtypeStruct((*spec.shape[:axis], size, *spec.shape[axis:]), spec.dtype)
+    shape = *spec.shape[:axis], size, *spec.shape[axis:]
+    return jax.ShapeDtypeStruct(shape, spec.dtype, weak_type=getattr(spec, "weak_type", False))
 
 
 def copies_of_state(inner: Layer, key: Any, n: int, inputs: Any, named: Any) -> Any:
     """The state of n copies. With a key each copy has its own random numbers."""
     if key is not None:
-        return stacked(lambda key: inner.init_state(*inputs, key=key, **named), key, n)
+        return stacked(lambda key: start_state(inner, key, inputs, named), key, n)
     state = inner.init_state(*inputs, **named)
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *jnp.shape(leaf))), state)
 
@@ -99,13 +100,15 @@ def stacked(make: Callable[[Any], Any], key: Any, n: int) -> Any:
     A loop over the copies reuses the few programs that serve all shapes, and compiles nothing for n copies. Traced keys,
     generators that draw differently under vmap, and meshes, where the program places arrays, need `jax.vmap` instead.
     """
-    traced = isinstance(key, jax.core.Tracer) or not jax.sharding.get_abstract_mesh().empty
+    first = jax.random.fold_in(key, 0)  # a tracer inside any transform, even if the key itself is none
+    traced = isinstance(first, jax.core.Tracer) or not jax.sharding.get_abstract_mesh().empty
     if traced or n > _LOOPED or not is_threefry(key):
         return jax.vmap(make)(fold_copies(key, n))
-    copies = [make(jax.random.fold_in(key, i)) for i in range(n)]
+    copies = [make(jax.random.fold_in(key, i) if i else first) for i in range(n)]
 
     def stack(*leaves):
-        if any(isinstance(leaf, jax.core.Tracer) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended) for leaf in leaves):
+        leaves = [leaf if is_array(leaf) else jnp.asarray(leaf) for leaf in leaves]
+        if any(isinstance(x, jax.core.Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in leaves):
             return jnp.stack(leaves)
         where = leaves[0].sharding if getattr(leaves[0], "committed", False) else None
         return jax.device_put(np.stack([np.asarray(leaf) for leaf in leaves]), where)

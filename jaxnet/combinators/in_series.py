@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxnet.checks import size_of
-from jaxnet.combinators.copies import check_same, check_stacked, copies_of_state, pair, part_of, recomputed, stacked
+from jaxnet.combinators.copies import (
+    check_same,
+    check_stacked,
+    copies_of_state,
+    pair,
+    part_of,
+    recomputed,
+    stacked,
+    with_axis,
+)
 from jaxnet.core import Layer, around, as_layer, check_key, fold_copies, interned, output_specs, specs_of
 
 __all__ = ["repeat"]
@@ -49,6 +58,7 @@ def repeat(
       The layer, (x, *rest, **named) -> x, or (x, outs) with `collect`.
 
     Raises:
+      TypeError: an input in `each` is not passed by name.
       ValueError: the block changes the shape or dtype of its first input; params, state or an input in `each` are not
         stacked for n copies.
 
@@ -67,10 +77,18 @@ def repeat(
 
     def one_copy(inputs, named):
         """The specs of the inputs as one copy receives them."""
-        own = {name: part_of(label, n, named[name], f"'{name}'") for name in each if name in named}
+        if not inputs:
+            raise TypeError(f"{label}: the first input is carried from copy to copy: pass it by position")
+        for name in each:
+            if name not in named:
+                got = ", ".join(named) or "none"
+                raise TypeError(
+                    f"{label}: each copy takes its part of '{name}': pass it by name, {name}=..., got {got}"
+                )
+        own = {name: part_of(label, n, named[name], f"'{name}'") for name in each}
         return specs_of((inputs, named | own))
 
-    def init(key, *inputs, **named):
+    def init(key, /, *inputs, **named):
         check_key(label, key)
         inputs, named = one_copy(inputs, named)
         if n == 0:
@@ -90,15 +108,14 @@ def repeat(
         check_same(label, inputs[0], y, KEEP)
         return y, out
 
-    def outputs(train, *inputs, **named):
+    def outputs(train, /, *inputs, **named):
         y, out = outputs_of_block(train, *one_copy(inputs, named))
-        more = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape), leaf.dtype), out)
+        more = jax.tree.map(lambda leaf: with_axis(leaf, 0, n), out)
         return (y, more) if collect else y
 
-    def call(run, params, state, key, x, *rest, **named):
-        own = {name: named.pop(name) for name in each if name in named}
-        for name in own:
-            part_of(label, n, own[name], f"'{name}'")
+    def call(run, params, state, key, /, *inputs, **named):
+        one_copy(inputs, named)
+        (x, *rest), own = inputs, {name: named.pop(name) for name in each}
         check_stacked(label, n, (params, state), "copies")
 
         def step(x, copy):
@@ -132,5 +149,6 @@ def repeat(
         init=init,
         init_state=init_state,
         outputs=outputs,
+        checked=False,
         repeats=n,
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxnet.checks import size_of
 from jaxnet.combinators.copies import check_same, pair, recomputed, with_axis, without_axis
-from jaxnet.core import Layer, around, as_layer, describe, interned, is_array, output_specs, specs_of
+from jaxnet.core import Layer, around, as_layer, describe, interned, is_array, output_specs, specs_of, start_state
 
 __all__ = ["scan"]
 
@@ -57,25 +57,29 @@ def scan(
     options: dict[str, Any] = dict(axis=axis, length=length, reverse=reverse, remat=remat, unroll=unroll)
     returns = "the cell returns (carry, y)"
 
-    def one_step(carry, xs=None, *rest):
+    def one_step(*inputs):
+        if not inputs:
+            raise TypeError("scan: pass the carry and xs by position, (carry, xs, *rest)")
+        carry, xs, *rest = *inputs, *(None,) * (2 - len(inputs))
         _steps(xs, axis, length)
         return carry, jax.tree.map(lambda x: without_axis(x, axis), specs_of(xs)), *rest
 
-    def init(key, *inputs, **named):
+    def init(key, /, *inputs, **named):
         return cell.init(key, *one_step(*inputs), **named)
 
     def init_state(*inputs, key=None, **named):
-        return cell.init_state(*one_step(*inputs), key=key, **named)
+        return start_state(cell, key, one_step(*inputs), named)
 
-    def outputs(train, *inputs, **named):
+    def outputs(train, /, *inputs, **named):
         carry, one, *rest = one_step(*inputs)
         new, y = pair("scan", returns, output_specs(cell, train, carry, one, *rest, **named))
         check_same("scan", specs_of(carry), new, "the carry keeps its shapes and dtypes")
         steps = _steps(inputs[1] if len(inputs) > 1 else None, axis, length)
         return new, jax.tree.map(lambda leaf: with_axis(leaf, axis, steps), y)
 
-    def call(run, params, state, key, carry, xs=None, *rest, **named):
-        steps = _steps(xs, axis, length)
+    def call(run, params, state, key, /, *inputs, **named):
+        one_step(*inputs)
+        carry, xs, *rest = *inputs, *(None,) * (2 - len(inputs))
         key = key if cell.random else None
 
         def step(carried, turn):
@@ -88,14 +92,16 @@ def scan(
 
         if axis:
             xs = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), xs)
-        times = None if key is None else jnp.arange(steps)
+        # A length that is not known when the program is exported follows from xs.
+        steps = None if jax.tree.leaves(xs) else length
+        times = None if key is None else jnp.arange(_steps(xs, 0, length))
         body = recomputed("scan", step, remat, prevent_cse=False)
         carried, (ys, seen) = jax.lax.scan(
             body, (carry, state), (xs, times), length=steps, reverse=reverse, unroll=unroll
         )
         carry, state = carried
         if axis:
-            ys = jax.tree.map(lambda y: jnp.moveaxis(y, 0, axis), ys)
+            ys = jax.tree.map(lambda y: jnp.moveaxis(y, 0, min(axis, y.ndim - 1)), ys)
         return (carry, ys), state, seen
 
     recomputed("scan", lambda: None, remat)
@@ -107,6 +113,7 @@ def scan(
         init=init,
         init_state=init_state,
         outputs=outputs,
+        checked=False,
     )
 
 

@@ -24,8 +24,9 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
     Args:
       inner: a layer or a plain function.
       n: the number of copies.
-      in_axes: the axis along which each input is split among the copies, as in `jax.vmap`: one for all, or one per input.
-        None passes the whole input to every copy. Named inputs are split along their first axis.
+      in_axes: the axis along which each input is split among the copies, as in `jax.vmap`: one for all inputs, including
+        named ones, or one per positional input, while named inputs are split along their first axis. None passes the
+        whole input to every copy.
 
     Returns:
       The layer, x [n, ...] -> y [n, ...]. Leaves of the inputs that are not arrays are static and go to every copy.
@@ -41,16 +42,21 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
     inner = as_layer(inner, "vmap")
     n = size_of("vmap: n", n)
     label = f"vmap[{n}]"
-    in_axes = tuple(in_axes) if isinstance(in_axes, Sequence) else in_axes
+    given: Any = tuple(in_axes) if isinstance(in_axes, list | tuple) else in_axes
+    for axis in given if isinstance(given, tuple) else (given,):
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+            raise TypeError(
+                f"{label}: in_axes is an int or None, or a tuple of these with one per input, got {in_axes!r}"
+            )
 
     def divided(inputs, named):
         """All leaves, their structure, and the axis along which each is split; None if every copy receives all of it."""
-        each = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(inputs)
+        each = given if isinstance(given, tuple) else (given,) * len(inputs)
         if len(each) != len(inputs):
             raise ValueError(f"{label}: in_axes is for {len(each)} inputs, got {len(inputs)}")
         axes = [a for a, x in zip(each, inputs, strict=True) for _ in jax.tree.leaves(x)]
         leaves, tree = jax.tree.flatten((inputs, named))
-        axes += [0] * (len(leaves) - len(axes))
+        axes += [0 if isinstance(given, tuple) else given] * (len(leaves) - len(axes))
         return leaves, tree, [axis if is_array(leaf) else None for leaf, axis in zip(leaves, axes, strict=True)]
 
     def one_copy(inputs, named):
@@ -58,7 +64,7 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
         own = [x if a is None else part_of(label, n, x, "an input", a) for x, a in zip(leaves, axes, strict=True)]
         return jax.tree.unflatten(tree, own)
 
-    def init(key, *inputs, **named):
+    def init(key, /, *inputs, **named):
         check_key(label, key)
         inputs, named = one_copy(inputs, named)
         return stacked(lambda key: inner.init(key, *inputs, **named), key, n)
@@ -66,11 +72,11 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
     def init_state(*inputs, key=None, **named):
         return copies_of_state(inner, key, n, *one_copy(inputs, named))
 
-    def outputs(train, *inputs, **named):
+    def outputs(train, /, *inputs, **named):
         inputs, named = one_copy(inputs, named)
         return jax.tree.map(lambda y: with_axis(y, 0, n), output_specs(inner, train, *inputs, **named))
 
-    def call(run, params, state, key, *inputs, **named):
+    def call(run, params, state, key, /, *inputs, **named):
         one_copy(inputs, named)
         check_stacked(label, n, (params, state), "copies")
         leaves, tree, axes = divided(inputs, named)
@@ -83,16 +89,30 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
             inputs, named = jax.tree.unflatten(tree, filled)
             return run(params, state, key, *inputs, **named)
 
-        keys = None if key is None or not inner.random else fold_copies(key, n)
         arrays = [leaves[i] for i in mapped]
+        keys = None if key is None or not inner.random else fold_copies(key, n)
+        whole = [(leaf, 0) for leaf in jax.tree.leaves((params, state))]
+        keys = _spread_as(keys, [*whole, *((leaves[i], axes[i]) for i in mapped)])
         return jax.vmap(one, (0, 0, 0, [axes[i] for i in mapped]), axis_size=n)(params, state, keys, arrays)
 
     return around(
         inner,
         call,
         label=label,
-        rebuild=lambda new: vmap(new, n, in_axes=in_axes),
+        rebuild=lambda new: vmap(new, n, in_axes=given),
         init=init,
         init_state=init_state,
         outputs=outputs,
+        checked=False,
     )
+
+
+def _spread_as(keys: Any, mapped: list[tuple[Any, Any]]) -> Any:
+    """The keys of the copies, on a mesh with explicit axes sharded over the copies as the arrays are."""
+    if keys is None:
+        return None
+    for leaf, axis in mapped:
+        spec = jax.typeof(leaf).sharding.spec
+        if len(spec) and spec[axis] is not None:
+            return jax.sharding.reshard(keys, jax.sharding.PartitionSpec(spec[axis]))
+    return keys

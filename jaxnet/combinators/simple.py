@@ -9,7 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxnet.combinators.copies import check_same
-from jaxnet.core import Layer, abstractly, around, as_layer, compose, describe, interned, output_specs, specs_of
+from jaxnet.core import (
+    Layer,
+    abstractly,
+    around,
+    as_layer,
+    check_key,
+    compose,
+    describe,
+    interned,
+    no_params,
+    output_specs,
+    specs_of,
+)
 from jaxnet.mixed import cast_floats, is_float, narrowed
 
 __all__ = ["cast", "chain", "parallel", "remat", "residual"]
@@ -96,20 +108,26 @@ def residual(inner: Any) -> Layer:
       TypeError: x holds arrays that are neither float nor complex, such as the edges of a graph, which a sum would change.
     """
 
-    def call(run, params, state, key, x, *rest, **named):
+    def call(run, params, state, key, x, /, *rest, **named):
         y, state, seen = run(params, state, key, x, *rest, **named)
         check_same("residual", x, y, _PROJECT)
         _check_inexact("residual", x)
         return jax.tree.map(jnp.add, x, y), state, seen
 
-    def outputs(train, x, *rest, **named):
+    def outputs(train, x, /, *rest, **named):
         x = specs_of(x)
         check_same("residual", x, output_specs(inner, train, x, *rest, **named), _PROJECT)
         _check_inexact("residual", x)
         return x
 
+    def init(key, x, /, *rest, **named):
+        check_key("residual", key)
+        outputs(False, x, *rest, **named)  # raises here, not in the first call
+        return inner.init(key, x, *rest, **named)
+
     inner = as_layer(inner, "residual")
-    return around(inner, call, label="residual", rebuild=residual, outputs=outputs)
+    own_init = None if inner.init is no_params else init
+    return around(inner, call, label="residual", rebuild=residual, init=own_init, outputs=outputs, checked=False)
 
 
 _PROJECT = "parallel(inner, shortcut, merge=jnp.add) projects x to the new shape"
@@ -137,12 +155,14 @@ def remat(inner: Any, *, policy: Callable[..., Any] | None = None) -> Layer:
       The layer, with the parameters, state and path of `inner`.
     """
     inner = as_layer(inner, "remat")
+    if policy is not None and not callable(policy):
+        raise TypeError(f"remat: the policy must be one of jax.checkpoint_policies, got {policy!r}")
 
-    def call(run, params, state, key, *inputs, **named):
+    def call(run, params, state, key, /, *inputs, **named):
         checkpointed = abstractly(run, lambda fn, arrays: jax.checkpoint(fn, policy=policy)(arrays))
         return checkpointed(params, state, key, *inputs, **named)
 
-    def outputs(train, *inputs, **named):
+    def outputs(train, /, *inputs, **named):
         return output_specs(inner, train, *inputs, **named)
 
     return around(inner, call, label="remat", rebuild=lambda new: remat(new, policy=policy), outputs=outputs)
@@ -168,12 +188,15 @@ def cast(inner: Any, dtype: Any) -> Layer:
     Raises:
       TypeError: the dtype is not a float.
     """
-    dtype = jnp.dtype(dtype)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"cast: {dtype!r} is no dtype; use one such as jnp.bfloat16") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"cast: the dtype to compute in must be a float, got {dtype.name}")
     inner = as_layer(inner, f"cast[{dtype.name}]")
 
-    def call(run, params, state, key, *inputs, **named):
+    def call(run, params, state, key, /, *inputs, **named):
         floats = [x.dtype for x in jax.tree.leaves((inputs, named, params)) if is_float(x)]
         inputs, named = cast_floats((inputs, named), dtype)
         outputs, state, seen = run(narrowed(inner, params, dtype), state, key, *inputs, **named)

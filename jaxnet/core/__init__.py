@@ -2,7 +2,7 @@
 
 from jaxnet.core.around import around
 from jaxnet.core.checks import check_input, check_key, check_mode, check_names, check_state, scope
-from jaxnet.core.contract import Layer, as_layer, call, layer, no_params, param, run
+from jaxnet.core.contract import Layer, as_layer, call, layer, no_params, param, run, start_state
 from jaxnet.core.intern import interned
 from jaxnet.core.keys import SharedKey, fold, fold_all, fold_copies, is_threefry
 from jaxnet.core.specs import abstractly, describe, is_array, memoised, specs_of
@@ -37,6 +37,7 @@ __all__ = [
     "run",
     "scope",
     "specs_of",
+    "start_state",
     "tap",
     "wire",
 ]

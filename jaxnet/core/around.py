@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxnet.core.checks import check_mode, check_state
 from jaxnet.core.contract import Carried, Layer, as_layer, run
+from jaxnet.core.definition import Definition
 from jaxnet.core.keys import SharedKey
 from jaxnet.core.specs import as_jax
 
@@ -22,6 +23,8 @@ def around(
     init: Callable[..., Any] | None = None,
     init_state: Callable[..., Any] | None = None,
     outputs: Callable[..., Any] | None = None,
+    random: bool = False,
+    checked: bool = True,
     repeats: int | None = None,
 ) -> Layer:
     """Make a layer with the parameters, state and path of `inner`, which `call` evaluates.
@@ -32,16 +35,18 @@ def around(
 
     Args:
       inner: a layer or a plain function.
-      call: (run, params, state, key, *inputs, **named) -> (outputs, state, seen), where
-        run(params, state, key, *inputs, **named) -> (outputs, state, seen) calls `inner`. `state` is None for a stateless
-        layer; `key` is None if the caller passed no key. `seen` is a dict of the outputs that `capture` collects inside
-        `inner`, empty without `capture`. Return it unchanged, or stacked, as a `jax.lax.scan` returns it. A `call` that
-        cannot return it from a transform returns {}.
+      call: (run, params, state, key, *inputs, **named) -> (outputs, state, seen). `run` has the same form without `run`
+        itself, and calls `inner`; `run.train` is the mode. `state` is None for a stateless layer, and `key` is None if
+        there is no key to draw from. `seen` is a dict of the outputs that `capture` collects inside `inner`, empty
+        without `capture`. Return it unchanged, or stacked, as a `jax.lax.scan` returns it. A `call` that cannot return it
+        from a transform returns {}.
       label: the name of the layer in `repr` and in errors.
       rebuild: inner -> the same layer around another one, for `replace` and `capture`.
       init: (key, *inputs) -> params, if it differs from that of `inner`.
       init_state: (*inputs, key) -> state, if it differs from that of `inner`.
       outputs: (train, *inputs) -> specs of the outputs, if that is cheaper than tracing `call`.
+      random: True if `call` itself draws from its key, for instance noise on weights.
+      checked: False if params and state need no comparison with those that `init` and `init_state` make.
       repeats: the number of copies that run one after the other; `capture` then collects the output of each.
 
     Returns:
@@ -66,13 +71,18 @@ def around(
         check_state(label, state, stateful=inner.init_state is not None)
         check_mode(label, key, train)
         inputs, named = as_jax((inputs, named))
-        # A stand-in for a key cannot enter a transform, so `run` takes it from this closure.
-        shared = key if isinstance(key, SharedKey) else None
+        if problem := definition.problem(params, state, inputs, named):
+            raise problem
+        # A stand-in for a key cannot enter a transform, so `run` takes it from this closure. A call that draws receives
+        # the stand-in, which raises.
+        shared = key if isinstance(key, SharedKey) and not random else None
 
-        def run_inner(params, state, key, *inputs, **named):
+        def run_inner(params, state, key, /, *inputs, **named):
             return run(inner, params, state, shared or key, train, inputs, named)
 
-        result = call(run_inner, params, state, None if shared else key, *inputs, **named)
+        run_inner.train = train
+        offered = key if shared is None and (random or inner.random) else None
+        result = call(run_inner, params, state, offered, *inputs, **named)
         if not isinstance(result, tuple) or len(result) != 3:
             raise TypeError(f"{label}: the function of `around` returns (outputs, state, seen)")
         outputs, new_state, seen = result
@@ -80,6 +90,11 @@ def around(
             return outputs, Carried(new_state, seen)
         return outputs if inner.init_state is None else (outputs, new_state)
 
+    def start(key, *inputs, **named):
+        return init_state(*inputs, key=key, **named)  # pyright: ignore[reportOptionalCall]
+
+    makers = init if checked else None, start if checked and init_state and inner.init_state else None
+    definition = Definition(label, *makers)
     return Layer(
         init or inner.init,
         apply,
@@ -88,7 +103,7 @@ def around(
         children={"": inner},
         rebuild=lambda children: rebuild(children[""]),
         repeats=repeats,
-        random=inner.random,
+        random=random or inner.random,
         outputs=outputs,
         tapped=inner.tapped,
     )

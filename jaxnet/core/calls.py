@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -27,9 +28,9 @@ class Calls:
         """A key for random numbers that the body itself draws; None in evaluation if `apply` received no key."""
         if self._key is None and self.train:
             raise ValueError(f"{self._label}: training draws random numbers: pass key= to apply")
-        if isinstance(self._key, SharedKey):
-            self._key.refuse()
-        return None if self._key is None else fold(self._key, "")
+        if self._key is None or isinstance(self._key, SharedKey):
+            return self._key
+        return fold(self._key, "")
 
     def __getitem__(self, name: str) -> Child:
         if name not in self._children:
@@ -50,8 +51,10 @@ class Child:
 
     def __init__(self, call: Callable[..., Any], name: str, layer: Layer):
         self._call, self._name, self._layer = call, name, layer
+        self.__name__ = name
+        self.memo = "child", weakref.ref(layer)
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
+    def __call__(self, /, *inputs: Any, **named: Any) -> Any:
         return self._call(self._name, *inputs, **named)
 
     def __repr__(self) -> str:

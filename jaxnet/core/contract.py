@@ -10,19 +10,20 @@ from __future__ import annotations
 import copyreg
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
+import jax
 import jax.numpy as jnp
 
 from jaxnet.checks import size_of
-from jaxnet.core.checks import check_key, check_mode, check_state
+from jaxnet.core.checks import check_key, check_mode, check_state, is_empty
 from jaxnet.core.definition import Definition, explain_call
-from jaxnet.core.intern import interned
+from jaxnet.core.intern import Same, interned
 from jaxnet.core.keys import fold
-from jaxnet.core.specs import as_jax, describe, is_array, specs_of
+from jaxnet.core.specs import abstractly, as_jax, describe, is_array, shared, specs_of
 
-__all__ = ["Carried", "Layer", "as_layer", "call", "layer", "name_of", "no_params", "param", "run"]
+__all__ = ["Carried", "Layer", "as_layer", "call", "layer", "name_of", "no_params", "param", "run", "start_state"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -188,28 +189,32 @@ def layer(
             if problem is not None and not str(error).startswith(f"{name}:"):
                 asked = error.args[0] if isinstance(error, KeyError) and error.args else None
                 raise definition.problem(params, state, inputs, named, asked) or problem from error
+            if init is not None and is_array(params) and inputs and isinstance(inputs[0], Mapping):
+                raise TypeError(
+                    f"{name}: apply takes (params, *inputs), got params {describe(params)} and inputs {describe(inputs)}: "
+                    f"the parameters come first"
+                ) from error
             explain_call(f"{name}: apply", error, fn, (params, *inputs), named | {n: offered[n] for n in wanted})
             raise
         if problem is not None:
             raise problem
         if init_state is not None:
-            _check_pair(name, result)
+            _check_new_state(name, result, state)
         return result
 
     def output_specs(train, *inputs, **named):
         told = {"train": train} if "train" in inspect.signature(outputs).parameters else {}  # pyright: ignore[reportArgumentType]
         return specs_of(outputs(*inputs, **named, **told))  # pyright: ignore[reportOptionalCall]
 
-    self = Layer(
-        initialise if init else no_params,
+    definition = Definition(name, make_params if init else None, make_state if init_state else None)
+    return Layer(
+        no_params if init in (None, no_params) else initialise,
         apply,
         initialise_state if init_state else None,
         label=name,
         random="key" in wanted,
         outputs=output_specs if outputs else None,
     )
-    definition = Definition(self, make_params if init else None, make_state if init_state else None)
-    return self
 
 
 @interned
@@ -227,6 +232,8 @@ def param(shape: tuple[int, ...], init: Callable[..., Any], *, dtype: Any = None
     Raises:
       ValueError: a size in `shape` is not an int of at least 0; in `apply`, the array has another shape.
     """
+    if not isinstance(shape, Iterable):
+        raise TypeError(f"param: the shape must be a tuple of sizes, such as ({shape},), got {shape!r}")
     shape = tuple(size_of("param: each size of the shape", size, 0) for size in shape)
     label = f"param{shape}"
 
@@ -257,7 +264,8 @@ def as_layer(thing: Any, where: str = "a layer") -> Layer:
     if isinstance(thing, Layer):
         return thing
     if not callable(thing):
-        raise TypeError(f"{where} must be a layer or a function of its inputs, got {thing!r}")
+        several = "; unpack it, as in chain(*layers)" if isinstance(thing, list | tuple) else ""
+        raise TypeError(f"{where} must be a layer or a function of its inputs, got {thing!r}{several}")
     name = name_of(thing)
     remedy = f"pass the layer that it returns, {name}(...), not {name} itself"
     if _returns_layer(thing):
@@ -268,13 +276,19 @@ def as_layer(thing: Any, where: str = "a layer") -> Layer:
 
 @interned
 def _plain(function: Callable[..., Any], name: str, remedy: str) -> Layer:
+    def outputs(train, *inputs, **named):
+        inputs, named = specs_of((inputs, named))
+        compute = lambda: abstractly(self.apply)({}, *inputs, **named)  # noqa: E731
+        return shared(Same(function), self, "outputs", compute, train, inputs, named)
+
     def fn(params, *inputs, **named):
         outputs = function(*inputs, **named)
         if isinstance(outputs, Layer):
             raise TypeError(f"{name} returned a layer when it was called with data; {remedy}")
         return outputs
 
-    return layer(None, fn, label=name)
+    self = dataclasses.replace(layer(no_params, fn, label=name), outputs=outputs)
+    return self
 
 
 def call(
@@ -295,6 +309,8 @@ def run(
     layer: Layer, params: Any, state: Any, key: Any, train: bool, inputs: tuple[Any, ...], named: Mapping[str, Any]
 ) -> tuple[Any, Any, dict[str, tuple[Any, ...]]]:
     """Call a layer, stateful or not, tapped or not, in one form: -> (outputs, state, seen)."""
+    if layer.init is no_params and not (params is None or is_empty(params)):
+        raise ValueError(f"{layer.label}: params must be empty, got {describe(params)}; this layer has no parameters")
     carried = {} if layer.init_state is None else {"state": state}
     result = layer.apply(params, *inputs, key=key, train=train, **carried, **named)
     if layer.tapped:
@@ -302,6 +318,13 @@ def run(
         return outputs, state if layer.init_state is None else new, seen
     outputs, new = (result, state) if layer.init_state is None else result
     return outputs, new, {}
+
+
+def start_state(layer: Layer, key: Any, inputs: Any, named: Mapping[str, Any]) -> Any:
+    """The first state of a stateful layer. A layer whose `init_state` takes no key is called without one."""
+    parameters = inspect.signature(layer.init_state).parameters
+    takes_key = "key" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return layer.init_state(*inputs, **({"key": key} if takes_key and key is not None else {}), **named)
 
 
 def no_params(key: Any, *inputs: Any, **named: Any) -> dict[str, Any]:
@@ -324,9 +347,18 @@ def _named_by(fn: Callable[..., Any] | None) -> Callable[[Mapping[str, Any]], di
     return lambda named: {name: value for name, value in named.items() if name in parameters}
 
 
-def _check_pair(name: str, result: Any) -> None:
+def _check_new_state(name: str, result: Any, state: Any) -> None:
     if not isinstance(result, tuple) or len(result) != 2:
         raise ValueError(f"{name}: a stateful layer returns (outputs, new_state), got {describe(result)}")
+
+    def facts(tree):
+        return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+    if facts(result[1]) != facts(state):
+        raise ValueError(
+            f"{name}: the new state must have the names and shapes of the old one, {describe(state)}, got "
+            f"{describe(result[1])}; a stateful layer returns (outputs, new_state)"
+        )
 
 
 def _returns_layer(fn: Any) -> bool:

@@ -23,20 +23,22 @@ class Definition:
     """Make the parameters and state of a layer, and compare given ones with their names and shapes.
 
     Args:
-      layer: the layer.
+      label: the name of the layer in errors.
       init: (key, *inputs) -> params, or None.
       init_state: (key, *inputs) -> state, or None.
     """
 
-    def __init__(self, layer: Layer, init: Callable[..., Any] | None, init_state: Callable[..., Any] | None):
-        self.layer = layer
+    def __init__(self, label: str, init: Callable[..., Any] | None, init_state: Callable[..., Any] | None):
+        self.label = label
         self.makers = {name: make for name, make in [("params", init), ("state", init_state)] if make is not None}
+        self.last: dict[str, Any] = {}
 
     def make(self, subject: str, key: Any, inputs: Any, named: Any) -> Any:
         """Make parameters or state for these inputs, and store their shapes for `problem`."""
         inputs, named = specs_of((inputs, named))
         made = self.makers[subject](key, *inputs, **named)
-        remember(self.layer, subject, specs_of(made), inputs, named)
+        self.last[subject] = specs_of(made)
+        remember(self, subject, self.last[subject], inputs, named)
         return made
 
     def problem(self, params: Any, state: Any, inputs: Any, named: Any, asked: Any = None) -> Exception | None:
@@ -50,23 +52,45 @@ class Definition:
             if expected is None:
                 continue
             differences = list(_differences(expected, given[subject]))
+            if differences:
+                free = self._free(subject, inputs, named)
+                differences = [d for d in differences if not _differ_only_along(free, *d)]
             for path, wanted, got in sorted(differences, key=lambda difference: difference[0] != asked):
                 return self._error(subject, path, wanted, got, expected, given)
         return None
 
     def _expected(self, subject: str, inputs: Any, named: Any) -> Any:
-        """The specs of params or state for these inputs. None if the inputs are wrong, which the layer itself reports."""
+        """The specs of params or state for these inputs.
+
+        If `init` fails for these inputs, the specs of the last ones that it made, because `init` may need more than
+        `apply`; None if there are none. The layer itself reports wrong inputs better.
+        """
 
         def compute():
-            try:
-                return abstractly(self.makers[subject])(key_spec(), *specs_of(inputs), **specs_of(named))
-            except Exception:
-                return None
+            return abstractly(self.makers[subject])(key_spec(), *specs_of(inputs), **specs_of(named))
 
-        return memoised(self.layer, subject, compute, False, inputs, named)
+        try:
+            return memoised(self, subject, compute, False, inputs, named)
+        except Exception:
+            return self.last.get(subject)
+
+    def _free(self, subject: str, inputs: Any, named: Any) -> dict[str, tuple[int, ...]]:
+        """By path: the axes whose sizes follow from the batch and time axes of the inputs, so that any size may be right.
+
+        A cache that was made for the longest sequence is then the state of a call with one token.
+        """
+        longer, now = _stretched(specs_of((inputs, named))), self._expected(subject, inputs, named)
+        then = self._expected(subject, *longer)
+        pairs = zip(*(jax.tree.leaves_with_path(tree) for tree in (now, then)), strict=False)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(
+                axis for axis, sizes in enumerate(zip(a.shape, b.shape, strict=False)) if sizes[0] != sizes[1]
+            )
+            for (path, a), (_, b) in pairs
+        }
 
     def _error(self, subject: str, path: str, wanted: Any, got: Any, expected: Any, given: Any) -> Exception:
-        label = self.layer.label
+        label = self.label
         if isinstance(wanted, Mapping):
             where = f"{subject} must be" if not path else f"'{path}' in {subject} must be"
             return TypeError(f"{label}: {where} a dict, {describe(wanted)}, got {describe(got)}; {_REMEDY}")
@@ -126,6 +150,24 @@ def _differences(expected: Any, given: Any, path: str = "") -> Iterator[tuple[st
     for name, got in given.items():
         if name not in expected and not (isinstance(got, Mapping) and not got):
             yield f"{path}/{name}" if path else str(name), None, got
+
+
+def _stretched(specs: Any) -> Any:
+    """The specs with every axis but the last one longer."""
+
+    def longer(x):
+        if not is_array(x) or len(x.shape) < 2:
+            return x
+        return jax.ShapeDtypeStruct((*(n + 1 for n in x.shape[:-1]), x.shape[-1]), x.dtype)
+
+    return jax.tree.map(longer, specs)
+
+
+def _differ_only_along(free: Mapping[str, tuple[int, ...]], path: str, expected: Any, given: Any) -> bool:
+    if not is_array(expected) or not is_array(given) or len(expected.shape) != len(given.shape):
+        return False
+    differing = [axis for axis, (a, b) in enumerate(zip(expected.shape, given.shape, strict=True)) if a != b]
+    return all(axis in free.get(path, ()) for axis in differing)
 
 
 def _same_shapes(expected: Any, given: Any) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["interned"]
+__all__ = ["Same", "interned"]
 
 Constructor = TypeVar("Constructor", bound=Callable[..., Any])
 
@@ -15,19 +16,23 @@ Constructor = TypeVar("Constructor", bound=Callable[..., Any])
 def interned(constructor: Constructor) -> Constructor:
     """Decorate a constructor of layers to return the layer of an earlier, equal call if that layer still exists.
 
-    This is correct because the functions of a layer depend only on the arguments. Arguments of different types are not
-    equal. Calls with unhashable arguments always make a new layer. Layers are held by weak references.
+    This is correct because the functions of a layer depend only on the arguments. It does not hold for functions of the
+    user, which may read global variables: calls with such functions, and calls with unhashable arguments, always make a
+    new layer. Numbers, strings and tuples are compared with their types, all other values by identity. Layers are held by
+    weak references.
     """
     living: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
     @functools.wraps(constructor)
     def make(*args: Any, **named: Any) -> Any:
         values = (*args, *named.values())
-        question = (args, tuple(named.items()), tuple(_types(value) for value in values))
         try:
+            question = len(args), tuple(named), tuple(_argument(value) for value in values)
             known = living.get(question)
         except TypeError:
-            return constructor(*args, **named)
+            known = constructor(*args, **named)
+            known.made_by(make, args, named)
+            return known
         if known is None:
             known = living[question] = constructor(*args, **named)
             known.made_by(make, args, named)
@@ -36,6 +41,34 @@ def interned(constructor: Constructor) -> Constructor:
     return make  # pyright: ignore[reportReturnType]
 
 
-def _types(value: Any) -> Any:
-    """The types inside a value, which tell apart 1, 1.0 and True."""
-    return tuple(map(_types, value)) if isinstance(value, tuple) else type(value)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Same:
+    """A value that equals only itself."""
+
+    value: Any
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _argument(value: Any) -> Any:
+    """An argument in a form that may be compared. Raises TypeError if the layer may not be shared."""
+    if isinstance(value, tuple):
+        return tuple(map(_argument, value))
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return type(value), value
+    if isinstance(value, functools.partial):
+        items = sorted(value.keywords.items())
+        return "partial", *map(_argument, (value.func, *value.args, *(part for item in items for part in item)))
+    hash(value)
+    if callable(value) and not hasattr(value, "made_by") and not _is_of_jax(value):
+        raise TypeError("a function of the user")
+    return Same(value)
+
+
+def _is_of_jax(function: Any) -> bool:
+    """Whether a function comes from JAX or this library, so that no variable of the user changes what it computes."""
+    return str(getattr(function, "__module__", "")).partition(".")[0] in ("jax", "jaxlib", "jaxnet")

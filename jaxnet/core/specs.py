@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnet.core.intern import Same
+
 if TYPE_CHECKING:
     from jaxnet.core.contract import Layer
 
@@ -57,7 +59,7 @@ def abstractly(fn: Callable[..., Any], trace: Callable[..., Any] = jax.eval_shap
     return traced
 
 
-def memoised(layer: Layer, subject: str, compute: Callable[[], Any], train: bool, inputs: Any, named: Any) -> Any:
+def memoised(layer: Any, subject: str, compute: Callable[[], Any], train: bool, inputs: Any, named: Any) -> Any:
     """`compute()`, cached by layer, subject, mode and the specs of the inputs.
 
     With the cache, a network that is nested d deep costs at most d traces per leaf.
@@ -65,7 +67,7 @@ def memoised(layer: Layer, subject: str, compute: Callable[[], Any], train: bool
     question = _question(layer, subject, train, inputs, named)
     results = _MEMO.setdefault(layer, {})
     if question not in results:
-        results[question] = compute()
+        _store(results, question, compute())
     return results[question]
 
 
@@ -112,8 +114,8 @@ def twin_of(fn: Any) -> Any:
         return None
     try:
         values = (*(cell.cell_contents for cell in fn.__closure__ or ()), *(fn.__defaults__ or ()))
-        values += tuple((fn.__kwdefaults__ or {}).items())
-        twin = fn.__code__, id(fn.__globals__), tuple((type(value), value) for value in values)
+        values += tuple(part for item in (fn.__kwdefaults__ or {}).items() for part in item)
+        twin = fn.__code__, id(fn.__globals__), tuple(_value(value) for value in values)
         hash(twin)
     except (TypeError, ValueError):
         # TypeError: a value cannot be hashed. ValueError: a variable of the closure has no value yet.
@@ -121,15 +123,31 @@ def twin_of(fn: Any) -> Any:
     return twin
 
 
+def _value(value: Any) -> Any:
+    """A value around a function, for comparison: plain ones with their types, all others by identity."""
+    if isinstance(value, tuple):
+        return tuple(map(_value, value))
+    hash(value)
+    plain = value is None or isinstance(value, bool | int | float | complex | str | bytes)
+    return (type(value), value) if plain else Same(value)
+
+
 _SHARED: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("shared traces", default=None)
 
 
-def remember(layer: Layer, subject: str, result: Any, inputs: Any, named: Any) -> None:
+def remember(layer: Any, subject: str, result: Any, inputs: Any, named: Any) -> None:
     """Store a result that `memoised` would otherwise compute."""
-    _MEMO.setdefault(layer, {})[_question(layer, subject, False, inputs, named)] = result
+    _store(_MEMO.setdefault(layer, {}), _question(layer, subject, False, inputs, named), result)
 
 
-def _question(layer: Layer, subject: str, train: bool, inputs: Any, named: Any) -> tuple[Any, ...]:
+def _store(results: dict[Any, Any], question: Any, result: Any) -> None:
+    """Keep a result. Static inputs that change from call to call must not fill the memory: the oldest result goes."""
+    while len(results) >= _REMEMBERED:
+        results.pop(next(iter(results)), None)
+    results[question] = result
+
+
+def _question(layer: Any, subject: str, train: bool, inputs: Any, named: Any) -> tuple[Any, ...]:
     leaves, tree = jax.tree.flatten((inputs, named))
     facts = [_facts(leaf) for leaf in leaves]
     x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
@@ -144,6 +162,9 @@ def _question(layer: Layer, subject: str, train: bool, inputs: Any, named: Any) 
 
 def _facts(leaf: Any) -> tuple[Any, ...]:
     """The facts about a leaf that a trace may depend on. The type of a static value tells apart 1, 1.0 and True."""
+    # A child as an input stands for its layer, never for the parameters that it holds.
+    if hasattr(leaf, "memo"):
+        return leaf.memo
     if not is_array(leaf):
         return type(leaf), leaf
     return leaf.shape, dtype_of(leaf), getattr(leaf, "weak_type", False)
@@ -212,5 +233,8 @@ def _spec(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, dtype_of(x), weak_type=getattr(x, "weak_type", False))
 
 
+# The most results per layer.
+_REMEMBERED = 256
+
 # Results of abstract evaluation by layer, which are dropped with the layer.
-_MEMO: weakref.WeakKeyDictionary[Layer, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_MEMO: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()

@@ -11,24 +11,24 @@ from jaxnet.core.contract import Carried, Layer, run
 __all__ = ["tap", "untapped"]
 
 
-def tap(layer: Layer, plain: Layer, take: Callable[..., Any], note: Callable[[], Any]) -> Layer:
+def tap(layer: Layer, plain: Layer, take: Callable[..., Any], note: Callable[[bool], Any]) -> Layer:
     """A layer that also returns `take((inputs, named), outputs)` of each call, at its own path.
 
     Args:
       layer: the layer to run; its children may be tapped.
       plain: the layer without taps, which runs inside raw JAX transforms.
       take: a function of the inputs and outputs, whose result is captured.
-      note: called at each call of `layer` and of `plain`.
+      note: called at each call with whether its value can be captured: True for `layer`, False for `plain`.
     """
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
-        note()
+        note(True)
         outputs, new, seen = run(layer, params, state, key, train, inputs, named)
         taken = take((inputs, named), outputs)
         return outputs, Carried(new, {"": (taken,)} | {path: value for path, value in seen.items()})
 
     def apply_plain(*args, **named):
-        note()
+        note(False)
         return plain.apply(*args, **named)
 
     noted = dataclasses.replace(plain, apply=apply_plain)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, overload
+from typing import Any, NoReturn, Protocol, overload
 
 import jax
 
 from jaxnet.core.calls import Calls, Child
 from jaxnet.core.checks import check_key, check_mode, check_names, check_state, is_empty, scope
-from jaxnet.core.contract import Carried, Layer, as_layer, call, name_of, no_params, run
+from jaxnet.core.contract import Carried, Layer, as_layer, call, name_of, no_params, run, start_state
 from jaxnet.core.definition import explain_call, param_specs
 from jaxnet.core.keys import SharedKey, fold, fold_all
 from jaxnet.core.specs import (
@@ -42,7 +42,7 @@ class Wiring(Protocol):
     def __call__(self, body: Callable[..., Any], /, *bodies: Callable[..., Any]) -> tuple[Layer, ...]: ...
 
 
-def wire(**children: Any) -> Wiring:
+def wire(*unnamed: Any, **children: Any) -> Wiring:
     """Compose layers by an ordinary function, written once: `wire(a=..., b=...)(body)`, also as a decorator.
 
     `body(f, *inputs)` calls a child as `f.a(x)`; `f["a"]` is `f.a`. If a child is called twice, the calls share its
@@ -81,9 +81,13 @@ def wire(**children: Any) -> Wiring:
       {'down': {'bias': (4,), 'kernel': (16, 4)}, 'up': {'bias': (16,), 'kernel': (4, 16)}}
     """
 
+    if unnamed:
+        raise TypeError("wire: give each child a name, wire(a=..., b=...)(body), by which the body calls it")
+
     def network(body: Callable[..., Any], every: bool) -> Layer:
-        if not callable(body):
-            raise TypeError(f"wire: the body must be a function of (f, *inputs), got {describe(body)}")
+        if not callable(body) or isinstance(body, Layer):
+            got = repr(body) if isinstance(body, Layer) else describe(body)
+            raise TypeError(f"wire: the body must be a function of (f, *inputs), got {got}")
         name = name_of(body)
 
         def rebuild(new):
@@ -95,8 +99,12 @@ def wire(**children: Any) -> Wiring:
         made = tuple(network(body, every=len(bodies) == 1) for body in bodies)
         return made[0] if len(made) == 1 else made
 
+    def bodiless(*_: Any, **__: Any) -> NoReturn:
+        raise TypeError("wire(...) is no layer before it has a body: wire(a=..., b=...)(lambda f, x: f.b(f.a(x)))")
+
     # The error for a forgotten body shows this name.
     decorate.__name__ = "wire(...)"
+    decorate.init = decorate.apply = bodiless
     return decorate  # pyright: ignore[reportReturnType]
 
 
@@ -142,7 +150,7 @@ def compose(
         calls = {}
         context = None
 
-        def call_child(name, *inputs, key=None, train=train, **named):
+        def call_child(name, /, *inputs, key=None, train=train, **named):
             with scope(name):
                 _check_parameters_fit(
                     children[name], calls.setdefault(name, specs_of((inputs, named))), (inputs, named)
@@ -211,9 +219,7 @@ def compose(
             if name in calls:
                 args, kwargs = calls[name]
                 with scope(name):
-                    state[name] = children[name].init_state(
-                        *args, key=None if key is None else fold(key, name), **kwargs
-                    )
+                    state[name] = start_state(children[name], None if key is None else fold(key, name), args, kwargs)
         return state
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
@@ -227,7 +233,7 @@ def compose(
         context = trace_state()
         body_train, body_key = train, key
 
-        def call_child(name, *inputs, key=None, train=body_train, **named):
+        def call_child(name, /, *inputs, key=None, train=body_train, **named):
             child = children[name]
             inside_transform = trace_state() != context
             if inside_transform:
@@ -272,7 +278,7 @@ def compose(
     return self
 
 
-def output_specs(layer: Layer, train: bool, *inputs: Any, **named: Any) -> Any:
+def output_specs(layer: Layer, train: bool, /, *inputs: Any, **named: Any) -> Any:
     """The specs of a layer's outputs for these inputs, by abstract evaluation; memoised, without any computation."""
     if layer.outputs is not None:
         return layer.outputs(train, *inputs, **named)
@@ -281,7 +287,7 @@ def output_specs(layer: Layer, train: bool, *inputs: Any, **named: Any) -> Any:
     def evaluate(*inputs, **named):
         init_key, state_key, key = jax.random.split(jax.random.key(0), 3)
         params = layer.init(init_key, *inputs, **named)
-        state = layer.init_state(*inputs, key=state_key, **named) if layer.init_state else None
+        state = start_state(layer, state_key, inputs, named) if layer.init_state else None
         return call(layer, params, state, key, train, inputs, named)[0]
 
     return memoised(layer, "outputs", lambda: abstractly(evaluate)(*inputs, **named), train, inputs, named)

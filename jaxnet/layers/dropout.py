@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxnet.core import Layer, check_input, interned, layer
+from jaxnet.core import Layer, check_input, interned, layer, no_params
 
 __all__ = ["dropout"]
 
@@ -31,4 +31,4 @@ def dropout(rate: float) -> Layer:
         keep = jax.random.bernoulli(key, 1 - rate, x.shape)
         return jnp.where(keep, x / (1 - rate), 0)
 
-    return layer(None, fn, label=f"dropout({rate})")
+    return layer(no_params, fn, label=f"dropout({rate})")

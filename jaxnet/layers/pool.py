@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxnet import ops
 from jaxnet.checks import size_of
-from jaxnet.core import Layer, describe, layer
+from jaxnet.core import Layer, describe, layer, no_params
 from jaxnet.layers.spatial import (
     ENDLESS,
     check_spatial,
@@ -99,7 +99,7 @@ def _pool(name: str, pool: Callable, kind, window, strides, padding) -> Layer:
             check_windows(x.shape[-rank - 1 : -1])
         return over_batch(functools.partial(pool, window=window, strides=strides, padding=padding), x, rank)
 
-    return layer(None, fn, label=label)
+    return layer(no_params, fn, label=label)
 
 
 def _global(name: str, reduce: Callable, kind, rank: int) -> Layer:
@@ -112,4 +112,4 @@ def _global(name: str, reduce: Callable, kind, rank: int) -> Layer:
             raise ValueError(f"{label}: there must be something to pool over, got {describe(x)}")
         return reduce(x, axis=tuple(range(-rank - 1, -1)))
 
-    return layer(None, fn, label=label)
+    return layer(no_params, fn, label=label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from jaxnet.checks import size_of
-from jaxnet.core import Layer, check_input, interned, layer
+from jaxnet.core import Layer, check_input, interned, layer, no_params
 
 __all__ = ["flatten"]
 
@@ -22,4 +22,4 @@ def flatten(rank: int = 3) -> Layer:
         check_input(f"flatten({rank})", x, rank=rank, kind=object)
         return x.reshape(*x.shape[: x.ndim - rank], math.prod(x.shape[x.ndim - rank :]))
 
-    return layer(None, fn, label=f"flatten({rank})")
+    return layer(no_params, fn, label=f"flatten({rank})")
