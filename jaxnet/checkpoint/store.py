@@ -73,12 +73,8 @@ class Checkpoints:
         keep_best = size_of("Checkpoints: keep_best", keep_best, 0)
         if metric is not None and not re.fullmatch(r"(min|max) \S.*", str(metric)):
             raise ValueError(f"metric must be 'min' or 'max' and a name, as in 'min loss', got {metric!r}")
-        self.folder, self.keep, self.metric, self.keep_best = (
-            places.absolute(os.fsdecode(folder)),
-            keep,
-            metric,
-            keep_best,
-        )
+        self.folder = places.absolute(os.fsdecode(folder))
+        self.keep, self.metric, self.keep_best = keep, metric, keep_best
         self.asynchronous, self.engine = asynchronous, engine
         # Steps whose files are known to be damaged or incomplete.
         self._bad: set[int] = set()
