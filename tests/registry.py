@@ -51,6 +51,12 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+# XLA may leave out a rounding to a narrow dtype between two operations of one program. Which ones it leaves out depends
+# on the program, so two forms of one network differ by roundings. A program from `as_stated` rounds wherever the
+# network says so.
+as_stated = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A layer and the specs of its inputs; the first axis of each is a batch axis."""

@@ -389,12 +389,25 @@ def test_experts_that_are_spread_over_a_mesh_draw_their_own_masks():
     close(jax.device_get(actual), jax.device_get(expected), rtol=1e-5)
 
 
+class Foreign:
+    """An array of another library."""
+
+    shape, dtype = (2, 3), "library.float32"
+
+
+def test_init_without_inputs_says_what_to_pass():
+    with pytest.raises(TypeError) as error:
+        chain(jnp.tanh, dense(3)).init(key())
+    assert any("net.init(key, x)" in note for note in error.value.__notes__)
+
+
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "run, error, message",
     [
+        (lambda: chain(dense(3)).init(key(), Foreign()), TypeError, r"got a .*Foreign; convert it, as in np.asarray"),
         (lambda: layer_norm().apply(X, {"scale": X}), TypeError, "the parameters come first|params must be a dict"),  # pyright: ignore
         (lambda: wire(a=dense(3)).init(key(), X), TypeError, "is no layer before it has a body"),  # pyright: ignore
         (

@@ -311,9 +311,9 @@ def test_a_file_with_its_history_in_the_header_still_loads(file):
 def test_a_resumed_run_opens_its_newest_file_once(tmp_path, store, monkeypatch):
     place = Checkpoints(tmp_path / "runs", keep=2) if store else tmp_path / "run.safetensors"
     fitted(place)
-    from jaxnet.checkpoint import file as files
+    from jaxnet.checkpoint import container
 
-    opened, names = files.opened, []
+    opened, names = container.opened, []
 
     @contextlib.contextmanager
     def counted(path):
@@ -321,7 +321,7 @@ def test_a_resumed_run_opens_its_newest_file_once(tmp_path, store, monkeypatch):
         with opened(path) as found:
             yield found
 
-    monkeypatch.setattr(files, "opened", counted)
+    monkeypatch.setattr(container, "opened", counted)
     place = Checkpoints(tmp_path / "runs", keep=2) if store else place
     fitted(place, epochs=4)
     assert names.count("step_00000009.safetensors" if store else "run.safetensors") == 1
@@ -330,16 +330,16 @@ def test_a_resumed_run_opens_its_newest_file_once(tmp_path, store, monkeypatch):
 def test_a_newest_file_that_cannot_be_opened_is_named_at_once(tmp_path, monkeypatch):
     fitted(Checkpoints(tmp_path, keep=5), epochs=3)
     fitted(Checkpoints(tmp_path, keep=5), epochs=4)
-    from jaxnet.checkpoint import file as files
+    from jaxnet.checkpoint import container
 
-    opened, trained = files.opened, []
+    opened, trained = container.opened, []
 
     def refused(path):
         if "00000012" in os.fspath(path):
             raise PermissionError(13, "Permission denied", os.fspath(path))
         return opened(path)
 
-    monkeypatch.setattr(files, "opened", refused)
+    monkeypatch.setattr(container, "opened", refused)
     with pytest.raises(OSError, match="Permission denied"):
         fitted(Checkpoints(tmp_path, keep=5), epochs=6, callbacks=[trained.append])
     assert not trained

@@ -9,7 +9,7 @@ import jax.test_util
 import numpy as np
 import pytest
 import registry
-from registry import CASES, Case, quick_to_compile, state_of  # noqa: F401 (a fixture)
+from registry import CASES, Case, as_stated, quick_to_compile, state_of  # noqa: F401 (a fixture)
 
 from jaxnet import chain, parallel, tree
 from jaxnet.core import call, describe, layer, output_specs
@@ -116,7 +116,7 @@ def test_leading_axes_are_batch_axes(case):
     params, state = case.start()
     inputs = case.data(lead=(2,))
     larger = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), inputs)
-    evaluate = jax.jit(lambda inputs: run(case, params, state, inputs, train=False)[0])
+    evaluate = as_stated(lambda inputs: run(case, params, state, inputs, train=False)[0])
     mapped = jax.vmap(evaluate)(inputs)
     close(evaluate(inputs), mapped)
     close(jax.tree.map(lambda y: y.reshape(2, -1, *y.shape[1:]), evaluate(larger)), mapped)

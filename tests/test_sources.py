@@ -41,7 +41,13 @@ def squares(params, batch):
 def fitted(data, **settings):
     optimizer = optax.adam(0.01)
     start = train_state(NET.init(jax.random.key(1), regression(22)[0]), optimizer, key0())
-    return fit(train_step(squares, optimizer), start, data, progress=False, **settings)
+    return not_cut(fit(train_step(squares, optimizer), start, data, progress=False, **settings))
+
+
+def not_cut(result):
+    """The result of a run that no SIGTERM has cut. `fit` takes the signal that ends the tests for the end of the run."""
+    assert result.stopped != "SIGTERM"
+    return result
 
 
 def watched(data, *, record_every=1, progress: bool | None = False, **settings):
@@ -51,7 +57,7 @@ def watched(data, *, record_every=1, progress: bool | None = False, **settings):
         return state._replace(step=state.step + 1), {"sum": sum(leaf.sum() for leaf in jax.tree.leaves(batch))}
 
     start = TrainState(jnp.float32(0), {}, (), key0(), jnp.int32(0))
-    result = fit(step, start, data, record_every=record_every, progress=progress, **settings)
+    result = not_cut(fit(step, start, data, record_every=record_every, progress=progress, **settings))
     return [record["sum"] for record in result.history], result
 
 

@@ -221,7 +221,13 @@ def trace_state() -> Any:
 
 def dtype_of(x: Any) -> Any:
     """The dtype that JAX gives an array: float32 for NumPy's float64 if x64 is off."""
-    return x.dtype if jnp.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
+    try:
+        return x.dtype if jnp.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
+    except TypeError as error:
+        kind = f"{type(x).__module__}.{type(x).__name__}"
+        raise TypeError(
+            f"inputs must be arrays of JAX or NumPy, got a {kind}; convert it, as in np.asarray(x)"
+        ) from error
 
 
 def is_array(x: Any) -> bool:

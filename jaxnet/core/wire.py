@@ -204,7 +204,14 @@ def compose(
         check_key(label, key)
         params = {}
         with shared_traces():
-            calls = child_inputs(inputs, named)
+            try:
+                calls = child_inputs(inputs, named)
+            except TypeError as error:
+                if not inputs and not named:
+                    error.add_note(
+                        f"{label}: init takes inputs as examples, arrays or jax.ShapeDtypeStruct: net.init(key, x)"
+                    )
+                raise
             keys = fold_all(key, [name for name in calls if children[name].init is not no_params])
             for name in keys:
                 args, kwargs = calls[name]
