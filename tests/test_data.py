@@ -133,7 +133,7 @@ def test_idx_every_bit_flip_of_the_header_is_an_error(tmp_path):
 
 
 def test_idx_no_bit_flip_of_a_gzip_file_changes_what_is_read(tmp_path):
-    packed = gzip.compress(SAMPLE_BYTES, mtime=0, mtime=0)
+    packed = gzip.compress(SAMPLE_BYTES, mtime=0)
     unnoticed = 0
     for bit in range(len(packed) * 8):
         flipped = bytearray(packed)
