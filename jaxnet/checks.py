@@ -1,4 +1,4 @@
-"""Checks of arguments that every room shares."""
+"""Checks of arguments that all packages share."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ __all__ = ["size_of"]
 
 
 def size_of(what: str, value: Any, minimum: int = 1) -> int:
-    """A size as a Python int: whatever `operator.index` accepts, so NumPy integers too, but no bool.
+    """Convert a size to a Python int. Everything that `operator.index` accepts is a size, except a bool.
 
     Args:
       what: how the error names the argument, such as "dense: units".
       value: the size as the caller gave it.
       minimum: the smallest size that is accepted.
 
+    Returns:
+      The size.
+
     Raises:
-      ValueError: the value is no whole number, or it is below `minimum`.
+      ValueError: the value is not an integer, or it is below `minimum`.
 
     Example:
       >>> size_of("dense: units", 3)

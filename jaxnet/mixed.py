@@ -1,9 +1,8 @@
-"""Arithmetic in a narrow dtype, float16 or bfloat16, whose sums over many examples are taken in float32.
+"""Arithmetic in a narrow dtype, float16 or bfloat16, with float32 sums over many examples.
 
-The gradient of whatever many examples share is a sum over them. In bfloat16 a sum of ones stops at 256, and in float16
-at 2,048, because the next one is rounded away. So the layers add biases, apply scales and gather rows in float32, and
-`cast` leaves the parameters that a layer names in `Layer.wide` as they are: their gradients never pass through the
-narrow dtype.
+The gradient of a parameter that many examples share is a sum over them. In bfloat16 a sum of ones stops at 256, and in
+float16 at 2,048, because the next one is rounded away. Therefore the layers add biases, apply scales and gather rows in
+float32, and `cast` does not change the parameters in `Layer.wide`. Their gradients never pass through the narrow dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ __all__ = ["Mixed", "add_bias", "affine", "cast_floats", "computed_dtype", "is_f
 
 @jax.tree_util.register_pytree_with_keys_class
 class Mixed(dict):
-    """The parameters of one layer under `cast`: a dict that also says in which dtype the layer computes."""
+    """The parameters of one layer under `cast`: a dict that also has the dtype in which the layer computes."""
 
     def __init__(self, items: Mapping[str, Any], dtype: Any):
         super().__init__(items)
@@ -43,7 +42,7 @@ class Mixed(dict):
 
 
 def narrowed(layer: Any, params: Any, dtype: Any) -> Any:
-    """The parameters of a network with every float in `dtype`, except those that a layer wants wide (`Layer.wide`)."""
+    """The parameters of a network with every float in `dtype`, except those in `Layer.wide`."""
     if "" in layer.children:
         return narrowed(layer.children[""], params, dtype)
     if not isinstance(params, Mapping) or not (layer.children or layer.wide):
@@ -69,7 +68,7 @@ def is_float(x: Any) -> bool:
 
 
 def computed_dtype(params: Any, param: Any) -> Any:
-    """The dtype in which a layer with these parameters computes: that of `param`, unless `cast` says another."""
+    """The dtype in which a layer with these parameters computes: that of `cast`, or else that of `param`."""
     return params.dtype if isinstance(params, Mixed) else param.dtype
 
 
@@ -95,14 +94,14 @@ def affine(x: jax.Array, kernel: jax.Array, bias: Any, precision: Any = None) ->
 
 
 def rows(table: jax.Array, ids: jax.Array, dtype: Any = None, **options: Any) -> jax.Array:
-    """table[ids], where the gradients of a row that is used many times are summed in float32.
+    """table[ids]. The gradients of a row that occurs many times are summed in float32.
 
-    It is sharded as the ids are, and along the features as the table is.
+    The result is sharded like the ids and, along the features, like the table.
 
     Args:
       table: [rows, features].
       ids: integers of any shape.
-      dtype: of the result; that of the table by default.
+      dtype: the dtype of the result; that of the table by default.
       options: as in `table.at[ids].get`.
 
     Returns:
@@ -114,7 +113,7 @@ def rows(table: jax.Array, ids: jax.Array, dtype: Any = None, **options: Any) ->
 
 
 def _rows_sharding(table: jax.Array, ids: jax.Array) -> NamedSharding | None:
-    """How `rows` are sharded if an axis of the table or of the ids is, on a mesh with explicit axes; JAX cannot tell."""
+    """The sharding of `rows` if an explicit mesh axis shards the table or the ids. JAX cannot infer it."""
     of_table, of_ids = jax.typeof(table).sharding, jax.typeof(ids).sharding
     spec = (*of_ids.spec, *of_table.spec[1:])
     if all(axis is None for axis in spec):
@@ -122,8 +121,8 @@ def _rows_sharding(table: jax.Array, ids: jax.Array) -> NamedSharding | None:
     return NamedSharding(of_table.mesh if of_ids.mesh.empty else of_ids.mesh, PartitionSpec(*spec))
 
 
-# The derivative is written out, because that of a product with a float32 result would multiply float32 matrices. In the
-# dtype of x, every product in the backward pass has narrow operands.
+# JAX's derivative of a product with a float32 result would multiply float32 matrices. This explicit derivative uses the
+# dtype of x, so every product in the backward pass has narrow operands.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _narrow_affine(precision, x, kernel, bias):
     y = jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32)

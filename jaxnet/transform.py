@@ -52,7 +52,7 @@ def replace(net: Layer, pattern: str | Sequence[str], new: Layer | Callable[...,
         inside that layer.
 
     Returns:
-      The new network. `net` is as it was.
+      The new network. `net` is unchanged.
 
     Raises:
       KeyError: no layer matches a pattern.
@@ -75,24 +75,24 @@ def replace(net: Layer, pattern: str | Sequence[str], new: Layer | Callable[...,
 def capture(net: Layer, pattern: str | Sequence[str] = "**") -> Callable[..., Any]:
     """`net.apply` with what every layer gives: (params, *inputs, ...) -> (result, {path: output}).
 
-    A pure function, for `jax.jit`, `jax.grad` and `jax.vmap` as `net.apply` is. Outputs inside `repeat`, `scan` and
-    `vmap` are stacked, [n, ...]. At the path of `repeat` are the outputs of its copies. If a layer is called twice, the
-    second output is at 'path:1', the third at 'path:2'. A layer that shares the path of its parent (the inside of
-    `residual` or `cast`) is covered by the parent's output. The network's own output is at ''.
+    The result is a pure function, which works under `jax.jit`, `jax.grad` and `jax.vmap` like `net.apply`. Outputs inside
+    `repeat`, `scan` and `vmap` are stacked, [n, ...]. The path of `repeat` has the outputs of its copies. If a layer is
+    called twice, the second output is at 'path:1', the third at 'path:2'. For a layer that shares the path of its parent
+    (inside `residual` or `cast`), the output of the parent is captured. The output of the network is at ''.
 
-    It is also how loss terms and metrics leave inner layers: a child that is the identity, called `aux` by convention,
-    receives the value in the body, and `capture(net, "**/aux")` brings it out.
+    It also returns loss terms and metrics of inner layers: the body calls an identity child, `aux` by convention, with the
+    value, and `capture(net, "**/aux")` returns it.
 
     Args:
       net: a layer.
       pattern: the layers whose own path matches, with the wildcards of `jaxnet.tree`, or several patterns.
 
     Returns:
-      A function that takes what `net.apply` takes and returns (the result of `net.apply`, outputs by path).
+      A function with the arguments of `net.apply` that returns (the result of `net.apply`, outputs by path).
 
     Raises:
       KeyError: no layer matches a pattern.
-      RuntimeError: in the call, a chosen layer ran inside a raw JAX transform, which its output cannot leave. The
+      RuntimeError: when called, a selected layer ran inside a raw JAX transform, which its output cannot leave. The
         default pattern leaves such layers out.
 
     Example:
@@ -196,7 +196,7 @@ def summary(net: Layer, *inputs: Any, train: bool = False, **named: Any) -> Summ
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Note:
-    """The specs of one call of a layer: a pytree without leaves, so that it goes through any transform as it is."""
+    """The specs of one call of a layer: a pytree without leaves, which passes unchanged through any transform."""
 
     layer: Layer
     args: Any
@@ -204,17 +204,17 @@ class _Note:
 
 
 def _note(layer: Layer, args: Any, outputs: Any) -> tuple[_Note, jax.Array]:
-    """The specs of a call, and a number that transforms stack: its shape then tells how many times the call ran."""
+    """The specs of a call, and a number. Transforms stack the number, so its shape tells how often the call ran."""
     return _Note(layer, specs_of(args), specs_of(outputs)), jnp.zeros(())
 
 
 def _tap(
     net: Layer, path: str, chosen: Callable[[str], bool], take: Callable[..., Any], ran: set[tuple[str, bool]]
 ) -> Layer:
-    """The network whose chosen layers also bring out `take(layer, (inputs, named), outputs)` of each call.
+    """The network whose selected layers also return `take(layer, (inputs, named), outputs)` of each call.
 
-    If parent and child share a path, the parent speaks for both, except for `repeat`, whose copies speak for themselves.
-    `ran` receives the path of each chosen layer that was called, with whether its value can be brought out.
+    If parent and child share a path, the parent is captured, except for `repeat`, whose copies are captured instead.
+    `ran` receives the path of each selected layer that was called, with whether its value can be captured.
     """
 
     def visit(path: str, layer: Layer, covered: bool) -> Layer:
@@ -254,7 +254,7 @@ def _rebuilt(layer: Layer, visit: Callable[[str, Layer], Layer]) -> Layer:
 
 
 def _outermost(layer: Layer, path: str = "") -> dict[str, Layer]:
-    """The layer at each path, the outermost if several share it; parents first."""
+    """The layer at each path, the outermost if several share it, parents first."""
     found = {path: layer}
     for name, child in layer.children.items():
         found |= _outermost(child, _join(path, name))

@@ -176,7 +176,7 @@ def bytes_of(tree: Any) -> int:
 def norm(tree: Any) -> jax.Array:
     """The Euclidean norm of all numbers together, sqrt(sum |x|^2), accumulated in at least float32.
 
-    Huge and tiny numbers neither overflow nor vanish when they are squared. The gradient at zero is zero.
+    Squares of very large and very small numbers neither overflow nor vanish. The gradient at zero is zero.
     """
     return euclidean(jax.tree.leaves(tree))
 

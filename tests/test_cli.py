@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxnet import __version__, cli
+from jaxnet import __version__
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint import places, save, verify
 from jaxnet.checkpoint.compare import statistics
-from jaxnet.cli import main
+from jaxnet.cli import commands, main
 
 TREE = {
     "params": {"dense": {"kernel": jnp.ones((784, 10), jnp.bfloat16), "bias": jnp.zeros(10)}},
@@ -256,7 +256,10 @@ def test_diff_of_a_damaged_or_missing_file_is_trouble_and_not_a_difference(path,
 
 
 def test_version_and_help(capsys):
-    for arguments, expected in [(["--version"], f"jaxnet {__version__}"), (["--help"], "exit codes: 0 all is well")]:
+    for arguments, expected in [
+        (["--version"], f"jaxnet {__version__}"),
+        (["--help"], "exit codes: 0 success, or no differences"),
+    ]:
         with pytest.raises(SystemExit, match="^0$"):
             main(arguments)
         assert expected in capsys.readouterr().out
@@ -374,6 +377,6 @@ def test_what_nobody_has_foreseen_is_no_damage(path, monkeypatch, capsys):
     def broken(*_):
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(cli, "_as_text", broken)
+    monkeypatch.setattr(commands, "as_text", broken)
     assert main(["inspect", path]) == 2
     assert "ZeroDivisionError: by zero" in capsys.readouterr().err

@@ -4,7 +4,7 @@
     state = load("run/state.safetensors", like=state)
 
 `lazy` opens a file for single leaves, `Checkpoints` is a folder with one file per step; docs/checkpoints.md is the guide.
-Several processes save one tree in parts. `from_torch` and the others of `jaxnet.interop` can be had from here, too.
+Several processes save one tree in parts. `from_torch` and the other functions of `jaxnet.interop` are also available here.
 The files are plain safetensors; docs/checkpoint_format.md describes them. Linux and macOS (it takes `flock`).
 """
 
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of `jaxnet.interop` can be had from here, too; nothing of it is imported before."""
+    """Import the functions of `jaxnet.interop` on first use, so that `import jaxnet.checkpoint` does not load them."""
     if name in ("from_equinox", "from_flax", "from_haiku", "from_keras", "from_torch", "to_torch"):
         return getattr(importlib.import_module("jaxnet.interop"), name)
     raise AttributeError(f"module 'jaxnet.checkpoint' has no attribute '{name}'")

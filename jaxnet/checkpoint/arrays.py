@@ -264,15 +264,18 @@ def _cast_block(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]
 
 
 def _rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Floats in another type of floats, each rounded once, to the nearest.
+    """Convert floats to another float dtype, rounding each number once, to the nearest.
 
-    ml_dtypes goes from float64 to its own types by way of float32, which rounds twice. Rounding to odd on the way
-    (Boldo & Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008) keeps
-    what the second rounding must know: a number that is not a float32 goes to that neighbor whose last bit is 1.
+    ml_dtypes converts float64 to its own dtypes through float32, which rounds twice. Rounding to odd in the first step
+    makes the second step correct: a number that is not a float32 goes to the neighbor whose last bit is 1.
+
+    Source: Boldo & Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008.
     """
-    if dtype == ml_dtypes.float8_e8m0fnu:  # below its second number 2^-126 ml_dtypes rounds up
+    if dtype == ml_dtypes.float8_e8m0fnu:
+        # Below the second smallest number, 2^-126, ml_dtypes always rounds up.
         x = np.where((x > 2.0**-127) & (x < 1.5 * 2.0**-127), x.dtype.type(2.0**-127), x)
-    if x.dtype != np.float64 or dtype in (np.float16, np.float32, np.float64):  # NumPy's own conversions round once
+    # NumPy's own conversions round once.
+    if x.dtype != np.float64 or dtype in (np.float16, np.float32, np.float64):
         return x.astype(dtype)
     near = x.astype(np.float32)
     bits, wide = near.view(np.uint32), near.astype(np.float64)

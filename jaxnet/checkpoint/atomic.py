@@ -1,8 +1,8 @@
-"""Files that appear whole or not at all, durably: nothing here knows what is in them.
+"""Replace files atomically and durably, whatever their contents.
 
-A temporary file in the same folder, fsync, rename, fsync of the folder: whoever opens the file sees the old bytes or the
-new ones. A lock on the temporary file tells it from one that a killed process left behind. Symbolic links are never made
-here, never deleted, and never followed: `places.real` has followed those that count.
+The steps are: write a temporary file in the same folder, fsync it, rename it, fsync the folder. A reader sees either the
+old bytes or the new bytes. A process locks its temporary file, so an unlocked one was left behind by a killed process.
+This module never creates, deletes or follows symbolic links; `places.real` resolves them first.
 """
 
 import contextlib
@@ -15,16 +15,17 @@ from collections.abc import Iterator
 
 from jaxnet.checkpoint.words import shown
 
-TEMPORARY = ".jaxnet-"  # how the names of temporary files begin; they end in ".tmp"
+# The prefix of the names of temporary files; their suffix is ".tmp".
+TEMPORARY = ".jaxnet-"
 
 
 @contextlib.contextmanager
 def replacing(file: str, target: str) -> Iterator[int]:
-    """Give a descriptor to write to; the content replaces `target` if the block ends well, else it vanishes.
+    """Yield a descriptor to write to. The content replaces `target` if the block succeeds and is discarded if it raises.
 
     Args:
       file: how errors name the file.
-      target: the absolute path to replace. A symbolic link there is replaced itself, not the file behind it.
+      target: the absolute path to replace. If it is a symbolic link, the link is replaced, not the file behind it.
     """
     folder = os.path.dirname(target)
     old = check_target(file, target)
@@ -35,7 +36,8 @@ def replacing(file: str, target: str) -> Iterator[int]:
         if old and old.st_mode != os.fstat(fd).st_mode:
             os.fchmod(fd, stat.S_IMODE(old.st_mode))
         yield fd
-        os.fsync(fd)  # if this fails the kernel may have dropped the bytes: no second try can tell
+        # There is no second try: after a failed fsync, the kernel may have dropped the bytes and report success.
+        os.fsync(fd)
         os.replace(temporary, target)
     except BaseException as e:
         discard(temporary, fd)
@@ -46,10 +48,11 @@ def replacing(file: str, target: str) -> Iterator[int]:
 
 
 def check_target(file: str, target: str) -> os.stat_result | None:
-    """Return the status of the regular file that is there, if any; raise OSError if the target cannot be replaced."""
+    """Return the status of the regular file at `target`, if any. Raise OSError if the target cannot be replaced."""
     try:
         old = os.lstat(target)
-    except (FileNotFoundError, NotADirectoryError):  # a file where a folder should be fails when folders are made
+    except (FileNotFoundError, NotADirectoryError):
+        # If a parent is a file, `make_folder` raises later.
         return None
     if stat.S_ISDIR(old.st_mode):
         raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, this is a folder: add a file name", file)
@@ -61,14 +64,14 @@ def check_target(file: str, target: str) -> os.stat_result | None:
 
 
 def write(fd: int, data: memoryview) -> None:
-    """Write all of the data."""
+    """Write all data; `os.write` may write only a part."""
     while data:
         data = data[os.write(fd, data) :]
 
 
 @contextlib.contextmanager
 def temporary_file(folder: str) -> Iterator[int]:
-    """Give the descriptor of a new, locked file in a folder, which is gone after the block."""
+    """Yield the descriptor of a new, locked file in a folder, and delete the file after the block."""
     path, fd = _open_temporary(folder)
     try:
         yield fd
@@ -84,10 +87,11 @@ def _open_temporary(folder: str) -> tuple[str, int]:
 
 
 def open_locked(path: str) -> int | None:
-    """Make a file and lock it; None if another process swept it before it was locked."""
+    """Create a file, lock it and return its descriptor; None if another process deleted it before it was locked."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: then who sweeps cannot lock either
+        # On a file system without locks, `_sweep` cannot lock either, and so deletes nothing.
+        with contextlib.suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:
             return fd
@@ -99,17 +103,19 @@ def open_locked(path: str) -> int | None:
 
 
 def discard(path: str, fd: int) -> None:
+    """Delete and close an open file."""
     with contextlib.suppress(OSError):
         os.unlink(path)
     os.close(fd)
 
 
 def _sweep(folder: str) -> None:
-    """Remove temporary files that no living process has locked."""
+    """Delete temporary files that no running process has locked."""
     with os.scandir(folder) as entries:
         left = [e.path for e in entries if e.name.startswith(TEMPORARY) and e.name.endswith(".tmp")]
     for path in left:
-        with contextlib.suppress(OSError):  # locked, gone, a link, or somebody else's
+        # OSError: the file is locked, already deleted, a link, or owned by another user.
+        with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,20 +125,23 @@ def _sweep(folder: str) -> None:
 
 
 def make_folder(folder: str) -> None:
-    """Make a folder and its parents, each durably."""
+    """Create a folder and its parents, each durably."""
     if not os.path.isdir(folder):
         make_folder(os.path.dirname(folder))
-        with contextlib.suppress(FileExistsError):  # another process was faster; a file in the way fails just below
+        # Another process may have created it meanwhile. If it is a file, `sync_folder` raises.
+        with contextlib.suppress(FileExistsError):
             os.mkdir(folder)
         sync_folder(os.path.dirname(folder))
 
 
 def sync_folder(folder: str) -> None:
+    """Make renames and new names in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.EBADF):  # a file system that cannot; PostgreSQL allows for these two
+        # Some file systems cannot sync folders and report one of these two errors, which PostgreSQL also ignores.
+        if e.errno not in (errno.EINVAL, errno.EBADF):
             raise
     finally:
         os.close(fd)

@@ -1,4 +1,4 @@
-"""The bytes of one file: write tensors and their checksums, and read them without trusting anything."""
+"""The bytes of one file: write tensors with checksums, and check everything that is read."""
 
 import contextlib
 import errno
@@ -15,13 +15,16 @@ from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.format import CheckpointError, Header, Misfit, Tensor
 from jaxnet.checkpoint.structure import Node
 
-READ = 1 << 20  # bytes read and summed at a time, so that the sum finds them in the processor's cache
-WRITE = 4 << 20  # bytes written and summed at a time; a part of format.CHUNK
-SMALL = 64 << 10  # bytes of a tensor that is written together with others
+# Bytes that are read and summed at a time, few enough to be in the processor's cache when they are summed.
+READ = 1 << 20
+# Bytes that are written and summed at a time; it divides format.CHUNK.
+WRITE = 4 << 20
+# Tensors up to this number of bytes are written together with others.
+SMALL = 64 << 10
 
 
 def replace(target: str, content: bytes) -> None:
-    """Write a file, durably, in place of the one that may be there; `target` is as `places.real` gives it."""
+    """Write a file durably, replacing an existing one. `target` is a result of `places.real`."""
     if places.is_url(target):
         return places.put(target, content)
     with atomic.replacing(target, target) as fd:
@@ -31,10 +34,11 @@ def replace(target: str, content: bytes) -> None:
 def write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any]) -> list[str]:
     """Write the bytes of all tensors, one tensor at a time, and return their checksums.
 
-    The disk works while the next bytes are fetched and summed: a second thread syncs what has been written so far.
+    A second thread syncs the bytes written so far, so that the disk works while the next bytes are fetched and summed.
     """
     crcs, sync, unsynced = [], None, 0
-    waiting = bytearray()  # small tensors, which are written together: a call of the system costs more than their copy
+    # Small tensors are written together, because a system call costs more than copying them.
+    waiting = bytearray()
     with ThreadPoolExecutor(1) as pool:
         for t in tensors:
             data = memoryview(to_bytes(t.name))
@@ -53,9 +57,11 @@ def write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any]
                 unsynced += len(block)
                 if unsynced >= 4 * WRITE and (sync is None or sync.done()):
                     if sync:
-                        sync.result()  # raises what the disk reported, which it does only once
+                        # The system reports a failed write to one fsync only, so this one must be looked at.
+                        sync.result()
                         sync = None
-                    with contextlib.suppress(RuntimeError):  # no new threads while the interpreter shuts down
+                    # While the interpreter shuts down, no thread can be started.
+                    with contextlib.suppress(RuntimeError):
                         sync = pool.submit(os.fsync, fd)
                     unsynced = 0
                 sums[start // fmt.CHUNK] = zlib.crc32(block, sums[start // fmt.CHUNK])
@@ -66,20 +72,27 @@ def write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any]
     return crcs
 
 
-# Reading: nothing is believed before it is checked, and nothing is allocated that the file's size does not justify.
+# Reading. Every value is checked before it is used, and no allocation exceeds what the size of the file justifies.
 
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
-    """Give the file's name, descriptor and size."""
+    """Open a file for reading and yield its name, descriptor and size.
+
+    Raises:
+      CheckpointError: it is not a regular file.
+      OSError: it cannot be opened, or it is a folder.
+    """
     file = os.fsdecode(path)
-    if places.is_url(file):  # with nothing but its header in it, as a rule
+    if places.is_url(file):
+        # Objects are usually small: the arrays are in the folder of Orbax.
         with tempfile.TemporaryFile() as copy:
             copy.write(content := places.fetch(file))
             copy.flush()
             yield file, copy.fileno(), len(content)
         return
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # do not wait for the other end of a pipe
+    # O_NONBLOCK keeps a named pipe from blocking until there is a writer.
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         status = os.fstat(fd)
         if stat.S_ISDIR(status.st_mode):
@@ -92,10 +105,10 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
 
 
 def steadily(path: str | os.PathLike[str], read: Callable[[str, int, int], Any]) -> Any:
-    """Return what `read(file, descriptor, size)` returns, from one save even if others replace it meanwhile.
+    """Call `read(file, descriptor, size)`, again if another save replaces the file meanwhile, and return its result.
 
-    The parts of a file and its folder of Orbax are deleted when another save has taken its place. Who is just reading
-    them then finds them missing or cut off, and reads the new ones.
+    A save deletes the parts and the Orbax folder of the file that it replaces. A reader of the old file may then find them
+    missing or truncated, and must start again with the new file.
     """
     tries = 0
     while True:
@@ -115,17 +128,18 @@ def steadily(path: str | os.PathLike[str], read: Callable[[str, int, int], Any])
 
 
 def replaced(file: str, fd: int, size: int) -> bool:
-    """Whether a path leads to another file than the open one, which keeps its number from being used again."""
+    """Whether the path no longer leads to the open file. While the file is open, its inode number is not reused."""
     if places.is_url(file):
         return places.fetch(file) != os.pread(fd, size, 0)
     return not os.path.samestat(os.stat(file), os.fstat(fd))
 
 
 def each(work: Callable[[Any], None], jobs: Sequence[Any]) -> None:
-    """Do all jobs: in threads, and those that no thread will take in this one. A job may be done twice."""
+    """Do all jobs in threads, or in the calling thread if no thread can be started. A job may be done twice."""
     running = []
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        with contextlib.suppress(RuntimeError):  # the interpreter shuts down, or the system gives no more threads
+        # RuntimeError: the interpreter shuts down, or the system has no more threads.
+        with contextlib.suppress(RuntimeError):
             for job in jobs:
                 running.append(pool.submit(work, job))
         for job in jobs[len(running) :]:
@@ -135,31 +149,40 @@ def each(work: Callable[[Any], None], jobs: Sequence[Any]) -> None:
 
 
 class Content(NamedTuple):
-    """All that a file's first bytes say, checked."""
+    """The checked header of a file.
+
+    Attributes:
+      header: the header itself.
+      node: the structure of the tree.
+      leaves: the leaves of the structure by name.
+      tensors: the tensors by the names of their leaves, which may differ from the names in files of other programs.
+      structured: whether the file records the containers of the tree.
+    """
 
     header: Header
     node: Node
     leaves: dict[str, Node]
-    tensors: dict[str, Tensor]  # by the names of the leaves, which in another program's file may not be their own
-    structured: bool  # whether the file says which containers the tree has
+    tensors: dict[str, Tensor]
+    structured: bool
 
 
 def longest_names(header: int) -> int:
-    """How many characters all paths of a file may have, whose header has so many bytes.
+    """The most characters that all paths in a file may have together, for a header of this number of bytes.
 
-    Nested dicts with long keys would make a header of some kB ask for GBs.
+    Without a limit, nested dicts with long keys could turn a header of a few kB into paths of several GB.
     """
     return (4 << 20) + 16 * header
 
 
 def check_names(file: str, nodes: dict[str, Node], header: int) -> None:
-    """Raise CheckpointError for what `read_content` would refuse."""
+    """Raise CheckpointError if `read_content` would refuse these names."""
     if (size := sum(map(len, nodes))) > (most := longest_names(header)):
         text = f"the paths of its leaves together have {size:,} characters, at most {most:,} are possible here"
         raise CheckpointError(file, None, f"{text}: shorten the keys of nested dicts")
 
 
 def read_content(file: str, fd: int, size: int) -> Content:
+    """Read and check the header of an open file. Raises CheckpointError if it is damaged or not a safetensors file."""
     first = bytearray(min(8, size))
     _read(file, fd, memoryview(first), 0)
     raw = bytearray(fmt.header_length(file, bytes(first), size))
@@ -186,7 +209,21 @@ def read_content(file: str, fd: int, size: int) -> Content:
 def read_tensors(
     file: str, fd: int, header: Header, tensors: Sequence[Tensor], empty: Callable[[int], Any] | None
 ) -> dict[str, Any]:
-    """Read and check the bytes of some tensors of a file; into memory that `empty(bytes)` gives, if it is given."""
+    """Read and check the bytes of some tensors of a file.
+
+    Args:
+      file: how errors name the file.
+      fd: the descriptor of the file.
+      header: the header of the file.
+      tensors: the tensors to read.
+      empty: (number of bytes) -> memory to read into; None to check the bytes and return nothing.
+
+    Returns:
+      The bytes by name.
+
+    Raises:
+      CheckpointError: bytes are missing or do not match their checksum.
+    """
     out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
     crcs = dict(zip((t.name for t in header.tensors), header.manifest["crc32"], strict=True)) if header.manifest else {}
     jobs = [(t, i, crcs.get(t.name, "")[8 * i : 8 * i + 8]) for t in tensors for i in range(t.chunks)]
@@ -207,12 +244,13 @@ def read_tensors(
     for job in jobs:
         if job[0].stop - job[0].start <= READ:
             check(job)
-    each(check, large)  # reading and summing both let other threads run
+    # Reading and summing both release the global interpreter lock, so threads run in parallel.
+    each(check, large)
     return out
 
 
 def _read_chunk(file: str, fd: int, position: int, length: int, data: memoryview | None, crc: int) -> int:
-    """Read some bytes, into `data` if it is given, and return their CRC-32 in continuation of `crc`."""
+    """Read bytes, into `data` if it is given, and return their CRC-32 continued from `crc`."""
     block = memoryview(bytearray(min(READ, length))) if data is None else data
     for done in range(0, length, READ):
         part = block[: min(READ, length - done)] if data is None else data[done : min(done + READ, length)]

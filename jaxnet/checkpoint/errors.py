@@ -1,4 +1,4 @@
-"""What goes wrong with checkpoints."""
+"""The errors of checkpoints."""
 
 from jaxnet.checkpoint.words import bounded, shown
 
@@ -6,11 +6,14 @@ RESTORE = "the file is damaged or was changed after it was written: restore it f
 
 
 class CheckpointError(Exception):
-    """What is wrong with a checkpoint, its tree or its template.
+    """A checkpoint is damaged, its tree cannot be stored, or it does not fit its template.
 
-    `path` is the file, `leaf` the path of the leaf inside the tree ('blocks/0/kernel'; None where the whole file is
-    meant), `reason` says what was expected, what was received and what to do, in at most some hundred lines. The text of the
-    error is printable, whatever the names in the file are.
+    The message is printable, whatever the names in the file are.
+
+    Attributes:
+      path: the file.
+      leaf: the path of the leaf in the tree, such as 'blocks/0/kernel'; None if the error concerns the whole file.
+      reason: the expected and the received value and the remedy, in at most a few hundred lines.
     """
 
     def __init__(self, path: str, leaf: str | None, reason: str):
@@ -27,4 +30,4 @@ class CheckpointError(Exception):
 
 
 class Misfit(CheckpointError):
-    """A sound file that is not what was asked for: another request helps, another copy of the file does not."""
+    """The file is intact but does not match the request: the remedy is another request, not another copy of the file."""

@@ -1,4 +1,4 @@
-"""One file: write a tree into it, and read it without trusting it."""
+"""Save a tree to a file, load it, inspect it and verify it. Nothing in a file is trusted before it is checked."""
 
 import functools
 import json
@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from jaxnet.checkpoint import atomic, container, match, places, structure
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.container import Content, opened, read_content, steadily
-from jaxnet.checkpoint.format import Header, Misfit, Tensor
+from jaxnet.checkpoint.format import Header, Tensor
 from jaxnet.checkpoint.metadata import exact_json
-from jaxnet.checkpoint.structure import Node, Spec
-from jaxnet.checkpoint.words import shown
 
 if TYPE_CHECKING:
     from jaxnet.checkpoint.arrays import Target
@@ -28,7 +26,7 @@ class Leaf(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a file says about itself; `version` is None for a safetensors file of another program."""
+    """The header of a file. `version` is None if another program wrote the safetensors file."""
 
     path: str
     version: int | None
@@ -45,7 +43,7 @@ def save(
     metadata: dict[str, Any] | None = None,
     engine: Literal["orbax"] | None = None,
 ) -> None:
-    """Write a tree to a file, durably: after any failure the file holds either the old tree or the new one, whole.
+    """Write a tree to a file, durably: after any failure the file holds either the whole old tree or the whole new one.
 
     Args:
       path: the file, by custom called `*.safetensors`; missing folders are made, an existing file is replaced.
@@ -53,21 +51,23 @@ def save(
       tree: any pytree. Leaves: JAX and NumPy arrays, typed random keys, bool, int, float, complex, str, bytes, None.
         Nothing in it is changed.
       metadata: a dict that JSON can hold exactly (str keys; no tuples, no NaN); `inspect` returns it.
-      engine: "orbax" to let Orbax (`pip install 'jaxnet[orbax]'`) write the arrays, into a folder beside the file: for pods, and
-        for object stores. The file then holds all the rest, and the checksums; `load` and the others find the folder.
+      engine: "orbax" to let Orbax (`pip install 'jaxnet[orbax]'`) write the arrays into a folder beside the file, for pods
+        and for object stores. The file then holds everything else, and the checksums; `load`, `inspect` and `verify`
+        find the folder.
 
     Raises:
       CheckpointError: the tree holds something that cannot be stored; nothing has been written.
       ValueError: another engine, or a URL without `engine="orbax"`.
-      OSError: from the operating system (no space, no permission). The old file is as it was and the temporary file
-        is gone, except when only the very last step fails (fsync of the folder): then the new file is in place, but
+      OSError: from the operating system (no space, no permission). The old file is unchanged and the temporary file
+        is removed, with one exception: if only the last step fails (fsync of the folder), the new file is in place but
         might not survive a power cut.
 
-    The tree costs no second copy in memory: one leaf at a time is brought to the host.
+    Saving makes no second copy of the tree in memory: leaves are copied to the host one at a time.
 
-    If an array lies on devices of several processes, all of them must call this with the same tree and a path that they
-    share; each writes a part, `path` names the parts, and all raise if one fails. What is not spread is saved as process
-    0 has it. With Orbax all processes must always call it; it holds a second copy of the tree on the host.
+    If an array lies on devices of several processes, all of them must call `save` with the same tree and a path that they
+    share. Each process writes a part, the file at `path` lists the parts, and all processes raise if one fails. Values that
+    are not spread over processes are saved from process 0. With Orbax, all processes must always call `save`, and the host
+    holds a second copy of the tree.
     """
     prepare(path, tree, metadata, engine)()
 
@@ -81,17 +81,27 @@ def prepare(
     snapshot: bool = False,
     follow: bool = True,
 ) -> Callable[[], None]:
-    """Check all that can be wrong with a tree and return what writes it, once; from a copy if `snapshot`.
+    """Check a tree and return a function that writes it, which may be called once.
 
-    If the path is a symbolic link, the file behind it is replaced or, without `follow`, the link itself.
+    Args:
+      path: as in `save`.
+      tree: as in `save`.
+      metadata: as in `save`.
+      engine: as in `save`.
+      snapshot: True to write a copy on the host. The arrays of the tree may then be donated, deleted or changed. A tree
+        that is spread over several processes is never copied, except by Orbax.
+      follow: whether a symbolic link at `path` stays and the file behind it is replaced. If False, the link is replaced.
 
-    A copy is on the host and shares no memory with the tree, whose arrays may then be donated, deleted or changed. A
-    tree that is spread over several processes is never copied, except by Orbax.
+    Returns:
+      The function that writes.
+
+    Raises:
+      CheckpointError, ValueError, OSError: as `save`.
     """
     from jaxnet.checkpoint import arrays, orbax, outside, parts
 
     file = os.fsdecode(path)
-    check_engine(file, engine)
+    places.check_engine(file, engine)
     target = places.real(file, follow=follow)
     if not places.is_url(target):
         atomic.check_target(file, target)
@@ -183,10 +193,17 @@ def load_with_info(
     cast: bool = False,
     template: Callable[[Info], Any] | None = None,
 ) -> tuple[Any, Info]:
-    """What `load` and `inspect` return, from one and the same file, even while another replaces it.
+    """Load a file and inspect it. Both results come from the same file, even if another process replaces it meanwhile.
 
     Args:
-      template: a function from what `inspect` returns to `like`, if `like` depends on what the file holds.
+      path, like, only, rename, strict, cast: as in `load`.
+      template: a function from the `Info` of the file to `like`, for a `like` that depends on the file.
+
+    Returns:
+      The results of `load` and of `inspect`.
+
+    Raises:
+      CheckpointError, OSError: as `load`; and whatever `template` raises.
     """
     tree, info = _load(path, like, only, rename, strict, cast, template)
     return tree, info()
@@ -220,7 +237,7 @@ def _load(
         if wanted is not None:
             what = "it" if only is None else "what `only` selects"
             targets, kept = _match(file, what, wanted, content, strict, cast)
-        # Of a tree in parts, what other processes will hold is not read. A cast looks at all values.
+        # Blocks of a tree in parts that only other processes need are not read. A cast must look at all values.
         needed = {tensors[n].name: arrays.blocks(file, t, tensors[n].shape) for n, t in targets.items() if not cast}
         raw = read_tensors(file, fd, header, [tensors[name] for name in targets], arrays.empty, needed)
         return file, info, wanted, kept, node, nodes, tensors, targets, raw
@@ -237,8 +254,15 @@ def _load(
 
 
 def inspect(path: str | os.PathLike[str]) -> Info:
-    """What a file holds, from its header alone: as fast for 10 GB as for 10 kB, and for any safetensors file (of those at
-    a URL the whole object is fetched).
+    """Read the header of a checkpoint or of any other safetensors file: as fast for 10 GB as for 10 kB.
+
+    Of a file at a URL, the whole object is fetched.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Paths, shapes and dtypes of the arrays, the Python values, and the metadata.
 
     Raises:
       CheckpointError: the header is damaged (the arrays' bytes are not read: `verify` does that).
@@ -249,12 +273,20 @@ def inspect(path: str | os.PathLike[str]) -> Info:
 
 
 def verify(path: str | os.PathLike[str]) -> Info:
-    """Read a whole file, check its structure and all checksums, and return what `inspect` does.
+    """Read a whole file, and check its structure and all checksums.
 
-    Takes no more memory than a few MB and needs neither JAX nor NumPy (for Orbax's arrays a block, and TensorStore and
-    NumPy). The file of another program has no checksums: there only the header and the file's length are checked.
+    This takes a few MB of memory and needs neither JAX nor NumPy. (Arrays that Orbax wrote need memory for one block, and
+    TensorStore and NumPy.) Files of other programs have no checksums, so only their headers and lengths are checked.
 
-    Raises: as `load`.
+    Args:
+      path: the file.
+
+    Returns:
+      The result of `inspect`.
+
+    Raises:
+      CheckpointError: the file is damaged or not a checkpoint.
+      OSError: the file is missing or cannot be opened.
     """
 
     def read(file, fd, size):
@@ -263,16 +295,6 @@ def verify(path: str | os.PathLike[str]) -> Info:
         return _info(file, size, content)
 
     return steadily(path, read)
-
-
-def check_engine(file: str, engine: str | None) -> None:
-    if engine not in (None, "orbax"):
-        raise ValueError(f"engine must be 'orbax' or None, got {engine!r}")
-    if engine is None and places.is_url(file):
-        text = "say engine='orbax' (in `fit`: give it a `Checkpoints` with that), or save to a file"
-        raise ValueError(f"{shown(file)} is in an object store: {text}")
-    if places.is_url(file):
-        places.check_url(file)
 
 
 def _info(file: str, size: int, content: Content) -> Info:
@@ -291,46 +313,13 @@ def _info(file: str, size: int, content: Content) -> Info:
 def _match(
     file: str, what: str, like: Any, content: Content, strict: bool, cast: bool
 ) -> tuple[dict[str, "Target"], dict[str, Any]]:
-    """`fit` for the leaves of a file and their containers."""
+    """`match.fit` for the leaves of a file and their containers."""
     from jaxnet.checkpoint import arrays
 
     template, leaves = structure.encode(file, like, functools.partial(arrays.describe_template, file))
     containers = (template, content.node) if content.structured else None
     found = structure.specs_in_file(content.leaves, content.tensors)
-    return fit(file, what, structure.leaves(template), leaves, found, containers, strict=strict, cast=cast)
-
-
-def fit(
-    file: str,
-    what: str,
-    nodes: dict[str, Node],
-    leaves: dict[str, Any],
-    found: dict[str, Spec],
-    containers: tuple[Node, Node] | None,
-    *,
-    strict: bool,
-    cast: bool,
-) -> tuple[dict[str, "Target"], dict[str, Any]]:
-    """How a template wants each array that it takes from what was found, if that fits it in all; and what it keeps.
-
-    `nodes` are its leaves, `leaves` its arrays; `containers` are its structure and the one found, if that is known.
-    """
-    from jaxnet.checkpoint import arrays
-
-    wanted = {n: structure.spec(node, tuple(leaves[n].shape) if n in leaves else None) for n, node in nodes.items()}
-    lines = match.differences(wanted, found, containers, strict=strict, cast=cast)
-    kept = {} if strict else {name: leaves.get(name, node.value) for name, node in nodes.items() if name not in found}
-    empty = [name for name, x in kept.items() if arrays.is_abstract(x)]
-    lines += [f"missing from the file: {shown(name)} {wanted[name]}, and `like` has no value" for name in empty]
-    if kept and kept.keys() == nodes.keys():
-        lines.append("strict=False, but the file and the template have no path in common")
-    if lines:
-        text = f"{what} does not fit the template `like` (without `like` it loads as saved):"
-        raise Misfit(file, None, "\n  ".join([text, *lines]))
-    targets = {
-        n: arrays.Target(nodes[n].kind, nodes[n].value, arrays.sharding(x)) for n, x in leaves.items() if n in found
-    }
-    return targets, kept
+    return match.fit(file, what, structure.leaves(template), leaves, found, containers, strict=strict, cast=cast)
 
 
 def read_tensors(
@@ -341,9 +330,9 @@ def read_tensors(
     empty: Callable[[int], Any] | None,
     needed: Mapping[str, Sequence[tuple[slice, ...]] | None] | None = None,
 ) -> dict[str, Any]:
-    """As `container.read_tensors`, wherever the tensors are.
+    """`container.read_tensors` for tensors in the file, in its parts or in the folder of Orbax.
 
-    Of tensors outside, only pieces that overlap one of the blocks in `needed` are read, where it names some.
+    If `needed` has blocks for a tensor outside the file, only pieces that overlap one of these blocks are read.
     """
     if not header.outside:
         return container.read_tensors(file, fd, header, tensors, empty)

@@ -235,7 +235,7 @@ def _sizes(value: Any) -> bool:
 
 
 def _is_crcs(value: Any, tensor: Tensor) -> bool:
-    """Whether these are the CRC-32s of a tensor's chunks, of which there may be more than a regular expression can count."""
+    """Whether a value can be the CRC-32s of a tensor's chunks, which may be more than a regular expression can count."""
     return isinstance(value, str) and len(value) == 8 * tensor.chunks and re.fullmatch("[0-9a-f]*", value) is not None
 
 

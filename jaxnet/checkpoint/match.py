@@ -1,9 +1,12 @@
-"""What a file holds against what was asked for: choose leaves, rename them, and say how a template differs."""
+"""Match the contents of a file with a request: choose leaves, rename them, and compare them with a template."""
+
+from __future__ import annotations
 
 import difflib
 import glob
 import itertools
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from jaxnet.checkpoint import structure
 from jaxnet.checkpoint.container import Content
@@ -11,9 +14,12 @@ from jaxnet.checkpoint.format import Misfit
 from jaxnet.checkpoint.structure import DICTS, Node, Path, Spec, leaf_name
 from jaxnet.checkpoint.words import shown
 
+if TYPE_CHECKING:
+    from jaxnet.checkpoint.arrays import Target
+
 
 def select(file: str, names: Iterable[str], patterns: Iterable[str]) -> set[str]:
-    """The names that match one of the patterns, which are those of `jaxnet.tree`; each must match something."""
+    """The names that match one of the patterns, as in `jaxnet.tree`. Raises Misfit if a pattern matches no name."""
     from jaxnet import tree
 
     try:
@@ -75,6 +81,53 @@ def select_part(file: str, content: Content, patterns: list[str]) -> Content:
     node = prune(content.node, names) or content.node
     leaves, tensors = ({n: x for n, x in part.items() if n in names} for part in (content.leaves, content.tensors))
     return content._replace(node=node, leaves=leaves, tensors=tensors)
+
+
+def fit(
+    file: str,
+    what: str,
+    nodes: dict[str, Node],
+    leaves: dict[str, Any],
+    found: dict[str, Spec],
+    containers: tuple[Node, Node] | None,
+    *,
+    strict: bool,
+    cast: bool,
+) -> tuple[dict[str, Target], dict[str, Any]]:
+    """Compare a template with the leaves that were found, and decide where each leaf of the result comes from.
+
+    Args:
+      file: how errors name the source.
+      what: how errors name the part of the source, such as "it".
+      nodes: the leaves of the template.
+      leaves: the arrays of the template.
+      found: shapes and dtypes of the leaves that were found.
+      containers: the structures of the template and of the source, or None if the source has no known structure.
+      strict: False to keep leaves of the template that were not found, and to ignore leaves that the template lacks.
+      cast: whether dtypes may differ.
+
+    Returns:
+      The target of each array to take, and the values of the template to keep.
+
+    Raises:
+      Misfit: the template does not fit.
+    """
+    from jaxnet.checkpoint import arrays
+
+    wanted = {n: structure.spec(node, tuple(leaves[n].shape) if n in leaves else None) for n, node in nodes.items()}
+    lines = differences(wanted, found, containers, strict=strict, cast=cast)
+    kept = {} if strict else {name: leaves.get(name, node.value) for name, node in nodes.items() if name not in found}
+    empty = [name for name, x in kept.items() if arrays.is_abstract(x)]
+    lines += [f"missing from the file: {shown(name)} {wanted[name]}, and `like` has no value" for name in empty]
+    if kept and kept.keys() == nodes.keys():
+        lines.append("strict=False, but the file and the template have no path in common")
+    if lines:
+        text = f"{what} does not fit the template `like` (without `like` it loads as saved):"
+        raise Misfit(file, None, "\n  ".join([text, *lines]))
+    targets = {
+        n: arrays.Target(nodes[n].kind, nodes[n].value, arrays.sharding(x)) for n, x in leaves.items() if n in found
+    }
+    return targets, kept
 
 
 def differences(

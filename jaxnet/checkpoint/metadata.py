@@ -1,4 +1,4 @@
-"""The user's metadata: what JSON holds exactly."""
+"""The user's metadata, which JSON must hold exactly."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from jaxnet.checkpoint.format import CheckpointError
 
 
 def exact_json(file: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata; CheckpointError if they would not come back from JSON as they are."""
+    """Return the metadata. Raises CheckpointError if JSON would change them."""
 
     def depth(x):
         branches = x.values() if isinstance(x, dict) else x

@@ -3,9 +3,9 @@
     state.safetensors                           the manifest: structure, metadata, and the checksum of each block
     state.safetensors.orbax-0123456789abcdef    Orbax's folder: nested dicts of arrays
 
-The manifest is put in place when Orbax has ended and its folder is synced, and only then are older folders removed: with
-that one rename the new checkpoint takes the place of the old one. What Orbax lacks is here: checksums, containers, names that
-cannot be mistaken for each other, arrays without elements and types that it cannot store.
+The manifest is renamed into place after Orbax has finished and its folder is synced. That one rename replaces the old
+checkpoint; older folders are deleted afterwards. This module adds the parts that Orbax lacks: checksums, containers,
+unambiguous names, arrays without elements, and dtypes that it cannot store.
 """
 
 import collections
@@ -28,7 +28,8 @@ from jaxnet.checkpoint.structure import Node
 from jaxnet.checkpoint.watch import Elsewhere, Watch
 from jaxnet.checkpoint.words import shown
 
-TIMEOUT = 1200  # seconds that the processes wait for each other in Orbax
+# Seconds for which processes wait for each other in Orbax.
+TIMEOUT = 1200
 
 
 def start(
@@ -41,9 +42,9 @@ def start(
     *,
     beside: bool,
 ) -> Callable[[], None]:
-    """Return what writes a tree, or if `beside`, give Orbax a copy of it and return what waits for that and ends it.
+    """Return a function that writes a tree; with `beside`, start writing a copy and return a function that finishes.
 
-    All processes must call this and what it returns, which if `beside` may be called in another thread.
+    Collective: every process calls `start`, and then the function that it returns (with `beside`, from any thread).
     """
     try:
         import orbax.checkpoint as ocp
@@ -81,7 +82,8 @@ def start(
         try:
             with _writing(folder), _one_at_a_time:
                 checkpointer = _checkpointer(number)
-                if arrays:  # Orbax refuses a tree without any
+                # Orbax refuses a tree without arrays.
+                if arrays:
                     watch.run(lambda: _begun(checkpointer, folder, ocp.args.PyTreeSave(_nested(arrays))))
         except BaseException as e:
             failed(watch, number, e)
@@ -105,7 +107,8 @@ def start(
         finally:
             give_up()
         try:
-            if beside:  # so that it is in place for all when one of them has waited for it
+            # When one process has waited for the save, the manifest must be in place for all of them.
+            if beside:
                 watch.run(lambda: _meet(folder))
         finally:
             watch.end("done")
@@ -118,7 +121,8 @@ def start(
     def give_up() -> None:
         held.close()
         if first:
-            outside.sweep(target)  # the older folders or, if something has failed, the new one
+            # This deletes the older folders or, after a failure, the new one.
+            outside.sweep(target)
 
     def write() -> None:
         with held, parts.together(file, target, held):
@@ -134,7 +138,7 @@ def start(
 
 
 def _checkpointer(number: str) -> Any:
-    """Orbax's, with barriers that end after a time and have names of their own: a failed save disturbs no later one."""
+    """Orbax's checkpointer. Its barriers have a timeout and unique names, so a failed save does not disturb later ones."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
@@ -175,21 +179,22 @@ def _meet(name: str) -> None:
 
 
 def _entry(file: str, t: Tensor, blocks: list[Any]) -> list[Any]:
-    """What the manifest says of a tensor, from what all processes say of its blocks."""
+    """The manifest's entry for a tensor, from the blocks that all processes report."""
     blocks = sorted((start, shape, crcs) for start, shape, crcs in blocks)
     found = [Piece(0, t._replace(shape=tuple(shape)), tuple(start)) for start, shape, _ in blocks]
     return [t.name, t.code, t.shape, parts.grid(file, t, found), [crcs for _, _, crcs in blocks]]
 
 
 def _as_stored(file: str, node: Node, x: Any, t: Tensor, beside: bool) -> Any:
-    """A leaf as Orbax shall write it: cut into blocks as it is on the devices, or an array of NumPy from the first process."""
+    """A leaf as Orbax writes it: in the blocks that lie on the devices, or as a NumPy array from the first process."""
     import jax
     import numpy as np
 
     from jaxnet.checkpoint import arrays
 
     dtype = arrays.dtype_of("uint8" if t.code in zarr.BYTES else structure.DTYPES[t.code])
-    everyones = jax.process_count() == 1 or parts.is_spread(x)  # what only one process can see, the first one writes
+    # The first process writes an array that other processes cannot see.
+    everyones = jax.process_count() == 1 or parts.is_spread(x)
     if parts.is_spread(x) and all(device.process_index for device in x.sharding.device_set):
         raise CheckpointError(
             file, t.name, "it has no part on process 0, which Orbax needs: save without engine='orbax'"
@@ -198,15 +203,17 @@ def _as_stored(file: str, node: Node, x: Any, t: Tensor, beside: bool) -> Any:
         x = arrays.as_stored(node, x, dtype)
         return arrays.copy(x) if beside else x
     if jax.process_index():
-        return np.broadcast_to(np.zeros((), dtype), t.shape)  # Orbax does not look at it
+        # Orbax ignores the values on all processes but the first.
+        return np.broadcast_to(np.zeros((), dtype), t.shape)
     raw = arrays.to_bytes(node, x)
     if t.code == "BOOL":
-        raw = (raw != 0).view(np.uint8)  # TensorStore knows no other bytes for True than 1
+        # TensorStore accepts only the byte 1 for True.
+        raw = (raw != 0).view(np.uint8)
     return (raw.copy() if beside else raw).view(dtype).reshape(t.shape)
 
 
 def _sums(t: Tensor, x: Any, first: bool) -> list[tuple[list[int], list[int], str]]:
-    """Where each block begins that this process writes of an array, its shape and its CRC-32s."""
+    """The start, the shape and the CRC-32s of each block that this process writes of an array."""
     import jax
     import numpy as np
 
@@ -226,7 +233,7 @@ def _sums(t: Tensor, x: Any, first: bool) -> list[tuple[list[int], list[int], st
 
 
 def _gather(value: Any) -> list[Any]:
-    """A value that JSON can hold, of each process."""
+    """Gather one value per process. JSON must be able to hold it."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -248,14 +255,15 @@ def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_complete(file: str, folder: str, blocks: dict[str, int]) -> None:
-    """Raise CheckpointError unless a folder has all blocks of all processes, as it has not if they share no folder."""
+    """Raise CheckpointError unless a folder has the blocks of all processes. It lacks some if they do not share it."""
     with zarr.readable(file, None, folder):
         import tensorstore
 
         keys = tensorstore.KvStore.open(zarr.database(folder)).result().list().result()
     names = collections.Counter(key.decode().rpartition("/")[0] for key in keys)
     for name, count in blocks.items():
-        found = names[".".join(zarr.keys(name))] - 1  # one describes the array
+        # One of the files describes the array; the others are blocks.
+        found = names[".".join(zarr.keys(name))] - 1
         if found < count:
             text = (
                 f"only {max(found, 0)} of its {count} blocks are in {shown(folder, 5000)}: do all processes share it?"
@@ -264,7 +272,7 @@ def _check_complete(file: str, folder: str, blocks: dict[str, int]) -> None:
 
 
 def _sync(folder: str) -> None:
-    """Orbax leaves the files that describe its arrays, and the folder's own name, to the system's leisure."""
+    """Sync all files and the name of a folder. Orbax does not sync the files that describe its arrays."""
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             fd = os.open(os.path.join(place, name), os.O_RDONLY | os.O_CLOEXEC)
@@ -278,7 +286,7 @@ def _sync(folder: str) -> None:
 
 @contextlib.contextmanager
 def _writing(folder: str) -> Iterator[None]:
-    """Orbax and TensorStore raise errors of many types for a full disk."""
+    """Turn the various errors that Orbax and TensorStore raise, for instance for a full disk, into OSError."""
     try:
         yield
     except (OSError, CheckpointError):
@@ -287,12 +295,13 @@ def _writing(folder: str) -> Iterator[None]:
         raise OSError(errno.EIO, f"Orbax could not write: {type(e).__name__}: {e}", folder) from e
 
 
-_one_at_a_time = threading.Lock()  # two saves of Orbax that begin at once in two threads take each other's signals
+# Two Orbax saves that begin at the same time in two threads receive each other's signals.
+_one_at_a_time = threading.Lock()
 _threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
 
 def outlive(thread: threading.Thread) -> None:
-    """See that the program's end waits for a thread before it closes the thread pools that Orbax needs."""
+    """Make the interpreter wait for a thread at exit, before it closes the thread pools that Orbax needs."""
     _threads.add(thread)
     _join_at_the_end()
 
@@ -303,5 +312,6 @@ def _join_at_the_end() -> None:
         for thread in list(_threads):
             thread.join()
 
-    with contextlib.suppress(AttributeError, RuntimeError):  # not public, and too late while the program ends
+    # The function is not public (AttributeError), and it is too late while the program ends (RuntimeError).
+    with contextlib.suppress(AttributeError, RuntimeError):
         threading._register_atexit(join)  # type: ignore

@@ -1,10 +1,10 @@
-"""What lies outside of a checkpoint's file, in the same folder: its names, who may delete it, and when.
+"""Parts, Orbax folders and locks, which lie beside a checkpoint's file: their names, and when they may be deleted.
 
     state.safetensors.part-0123456789abcdef-00000      a part
     state.safetensors.orbax-0123456789abcdef           a folder of Orbax
-    state.safetensors.lock-0123456789abcdef            locked while the save of that number lasts
+    state.safetensors.lock-0123456789abcdef            locked while the save of that number runs
 
-Symbolic links of such names are left alone.
+Symbolic links with such names are left alone.
 """
 
 import contextlib
@@ -19,37 +19,53 @@ from jaxnet.checkpoint.format import CheckpointError, Orbax, Parts
 
 
 def path_of(target: str, identity: str, number: int) -> str:
+    """The path of one part of a save."""
     return f"{target}.part-{identity}-{number:05d}"
 
 
 def orbax_path(target: str, identity: str) -> str:
+    """The path of the Orbax folder of a save."""
     return f"{target}.orbax-{identity}"
 
 
 def lock_path(target: str, identity: str) -> str:
+    """The path of the lock of a save."""
     return f"{target}.lock-{identity}"
 
 
-# What follows a file's name in those of all the others. Orbax adds to its own while it writes.
+# The suffixes of all names beside a file. While Orbax writes, its folder has a longer suffix.
 OUTSIDE = r"\.(?:part|orbax|lock)-([0-9a-f]{16})(?:-\d{5,}|\.orbax-checkpoint-tmp.*)?"
 
 
 def sweep(target: str) -> None:
-    """Remove what a path has outside its file and does not mean: of older saves, and of those that failed."""
-    folder, name = os.path.split(target)
-    with contextlib.suppress(OSError, CheckpointError):  # a file that cannot be read keeps whatever is there
-        found = [
-            (entry, re.fullmatch(re.escape(name) + OUTSIDE, entry)) for entry in places.entries(folder, links=False)
-        ]
-        for identity in {match[1] for _, match in found if match}:
+    """Delete parts, Orbax folders and locks beside `target` that its file does not reference.
+
+    Older saves and failed saves left them behind. If the file cannot be read, everything stays.
+    """
+    with contextlib.suppress(OSError, CheckpointError):
+        for identity, names in _saves(target).items():
             with _claimed(target, identity) as dead:
-                meant = _outside(target)  # read now, since a save gives itself up after it is meant
-                if dead and (meant is None or meant.id != identity):
-                    _remove_all(folder, [entry for entry, match in found if match and match[1] == identity])
+                # Read the file under the lock: a save renames its file into place before it releases its lock.
+                current = _outside(target)
+                if dead and (current is None or current.id != identity):
+                    _remove_all(os.path.dirname(target), names)
+
+
+def _saves(target: str) -> dict[str, list[str]]:
+    """The names beside a file by the number of their save."""
+    folder, name = os.path.split(target)
+    saves: dict[str, list[str]] = {}
+    for entry in places.entries(folder, links=False):
+        if match := re.fullmatch(re.escape(name) + OUTSIDE, entry):
+            saves.setdefault(match[1], []).append(entry)
+    return saves
 
 
 def _remove_all(folder: str, names: Iterable[str]) -> None:
-    """Delete the files and folders of a save; the lock last and by others, so that what a kill leaves can be told."""
+    """Delete the files and folders of a save, except its lock.
+
+    The lock stays until a later sweep, so that leftovers of a killed process can still be attributed to it.
+    """
     for name in names:
         if not re.search(r"\.lock-[0-9a-f]{16}$", name):
             with contextlib.suppress(OSError):
@@ -57,22 +73,19 @@ def _remove_all(folder: str, names: Iterable[str]) -> None:
 
 
 def owners(folder: str) -> set[str]:
-    """The names of the files in a folder, there or not, of which a save is under way or was killed."""
+    """The names of files in a folder whose save is running or was killed. Such a file need not exist."""
     locks = (re.fullmatch(r"(.+)\.lock-[0-9a-f]{16}", entry) for entry in places.entries(folder, links=False))
     return {found[1] for found in locks if found}
 
 
 def undo(target: str, identity: str) -> None:
-    """Remove all that a save has written, of which the file does not yet know."""
-    folder, name = os.path.split(target)
+    """Delete everything that a save has written beside its file, before the file references it."""
     with contextlib.suppress(OSError):
-        found = [
-            (entry, re.fullmatch(re.escape(name) + OUTSIDE, entry)) for entry in places.entries(folder, links=False)
-        ]
-        _remove_all(folder, [entry for entry, match in found if match and match[1] == identity])
+        _remove_all(os.path.dirname(target), _saves(target).get(identity, []))
 
 
 def _outside(target: str) -> Parts | Orbax | None:
+    """The parts or the Orbax folder that the file references; None if there is no file or it references nothing."""
     try:
         with container.opened(target) as (file, fd, size):
             return container.read_content(file, fd, size).header.outside
@@ -81,12 +94,13 @@ def _outside(target: str) -> Parts | Orbax | None:
 
 
 def remove(path: str) -> None:
-    """Delete a checkpoint with all that is outside its file, the file first; nothing if it is a symbolic link."""
+    """Delete the file of a checkpoint, and then everything beside it. A symbolic link is left alone."""
     target = places.real(path, follow=False)
     if not places.is_url(target) and os.path.islink(target):
         return
     with contextlib.suppress(OSError, CheckpointError):
-        if (outside := _outside(target)) and not places.is_url(target):  # so that what a kill leaves can be told
+        if (outside := _outside(target)) and not places.is_url(target):
+            # After a kill, the lock shows which checkpoint the leftovers belong to.
             flags = os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
             os.close(os.open(lock_path(target, outside.id), flags, 0o666))
     places.remove(target)
@@ -95,7 +109,7 @@ def remove(path: str) -> None:
 
 @contextlib.contextmanager
 def reserved(target: str, identity: str) -> Iterator[None]:
-    """While this lasts, no other save to the same path sweeps what the save of this number has written."""
+    """Hold the lock of a save, which keeps other saves to the same path from deleting its parts or its folder."""
     atomic.make_folder(os.path.dirname(target))
     path = lock_path(target, identity)
     fd = atomic.open_locked(path)
@@ -109,7 +123,7 @@ def reserved(target: str, identity: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claimed(target: str, identity: str) -> Iterator[bool]:
-    """Give whether no living save has reserved this number; while this lasts, none can, and then its lock is gone."""
+    """Yield whether no running save holds this number. If so, none can take it during the block, which deletes its lock."""
     if places.is_url(target):
         yield True
         return
@@ -119,18 +133,21 @@ def _claimed(target: str, identity: str) -> Iterator[bool]:
         yield True
         return
     except OSError as e:
-        if e.errno != errno.ELOOP:  # a symbolic link is no lock of ours
+        # ELOOP: a symbolic link, which is never a lock.
+        if e.errno != errno.ELOOP:
             raise
         yield True
         return
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # it lives, or the file system has no locks: perhaps it lives
+        except OSError:
+            # The save is running. On a file system without locks, it may be running.
             yield False
             return
         yield True
+        # Unlink while holding the lock: a process that has just created this file sees st_nlink == 0 and retries.
         with contextlib.suppress(OSError):
-            os.unlink(path)  # while it is locked: who has just made it sees that, and makes it again
+            os.unlink(path)
     finally:
         os.close(fd)

@@ -1,11 +1,11 @@
-"""A tree that is spread over several processes: each writes a part, and a file at the path says what belongs together.
+"""A tree that is spread over several processes: each process writes a part, and the file at the path lists the parts.
 
     state.safetensors                                  the manifest: structure, metadata, and the digest of each part
     state.safetensors.part-0123456789abcdef-00000      what process 0 owns: {leaf: {"0,4": piece that starts there}}
     state.safetensors.part-0123456789abcdef-00001
 
-A part is a checkpoint itself, written by `save`. Each save has a new number, so that it never touches the parts of the
-one before; the manifest is written when all parts are on the disk, and only then are older parts removed.
+A part is itself a checkpoint, written by `save`. Each save has a new number and so never touches the parts of earlier
+saves. The manifest is written when all parts are on the disk; older parts are deleted afterwards.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def write(
     leaves: dict[str, Any],
     save_part: Callable[[str, Any], None],
 ) -> None:
-    """Write a tree together with all other processes, which must call this, too; all of them raise if one fails."""
+    """Write a tree. Collective: all processes must call this, and all of them raise if one fails."""
     import jax
 
     me, identity, held = jax.process_index(), new_number(), contextlib.ExitStack()
@@ -94,9 +94,9 @@ def new_number() -> str:
 
 @contextlib.contextmanager
 def together(file: str, target: str, held: contextlib.ExitStack) -> Iterator[None]:
-    """A block that all processes execute: if it fails in some of them, all raise, and what was begun is removed.
+    """A block that all processes execute. If it fails in any of them, all processes raise and unfinished files are deleted.
 
-    What is `held` is given up before.
+    `held` is closed before the files are deleted.
     """
     import jax
     import numpy as np
@@ -105,11 +105,13 @@ def together(file: str, target: str, held: contextlib.ExitStack) -> Iterator[Non
     error = None
     try:
         yield
-    except Gone:  # others will not come
+    except Gone:
+        # Other processes are dead, so a collective would hang.
         held.close()
         outside.sweep(target)
         raise
-    except Exception as e:  # the others wait: say so before raising it
+    except Exception as e:
+        # Other processes wait for this one, so they must learn of the error before it is raised.
         error = e
     well = np.array([error is None])
     if jax.process_count() > 1:
@@ -125,7 +127,7 @@ def together(file: str, target: str, held: contextlib.ExitStack) -> Iterator[Non
 
 
 def _owned(leaves: dict[str, Any], *, everything: bool) -> dict[str, dict[str, Any]]:
-    """The first replica of each shard that is here and, in one of the processes, all that is not spread."""
+    """The first replicas of the shards on this process and, with `everything`, all leaves that are not spread."""
     tree = {}
     for name, x in leaves.items():
         if is_spread(x):
@@ -145,10 +147,11 @@ def read_tensors(
     empty: Callable[[int], Any] | None,
     needed: Mapping[str, Sequence[tuple[slice, ...]] | None],
 ) -> dict[str, Any]:
-    """As `container.read_tensors`, from the parts."""
+    """`container.read_tensors` for tensors in parts."""
     with opened(file, header) as parts:
         found = pieces(file, header.tensors, [part for _, _, part in parts])
-        out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}  # no more than the parts have
+        # `pieces` has checked that the parts hold all these bytes.
+        out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
         for t in tensors:
             for number, tensor, start in found[t.name]:
                 path, fd, part = parts[number]
@@ -160,7 +163,8 @@ def read_tensors(
                     continue
                 block = tuple(slice(first, first + size) for first, size in zip(start, tensor.shape, strict=True))
                 place = out[t.name].reshape(*t.shape, fmt.BITS[t.code] // 8)[block]
-                if place.flags.c_contiguous:  # straight to where it belongs
+                # A contiguous piece is read in place, without a copy.
+                if place.flags.c_contiguous:
                     container.read_tensors(path, fd, part, [tensor], lambda _, place=place: place.reshape(-1))
                 else:
                     raw = container.read_tensors(path, fd, part, [tensor], empty)[tensor.name]
@@ -169,14 +173,14 @@ def read_tensors(
 
 
 def overlap(whole: Tensor, piece: Tensor, start: tuple[int, ...], block: tuple[slice, ...]) -> bool:
-    """Whether a piece has elements in a block; for a block, axes at the end may be left out."""
+    """Whether a piece has elements in a block. The block may omit trailing axes."""
     ranges = [axis.indices(size)[:2] for axis, size in zip(block, whole.shape, strict=False)]
     return all(a < high and low < a + n for (low, high), a, n in zip(ranges, start, piece.shape, strict=False))
 
 
 @contextlib.contextmanager
 def opened(file: str, header: Header) -> Iterator[list[tuple[str, int, Header]]]:
-    """Open all parts and check that they are those which the manifest means: give path, descriptor, header of each."""
+    """Open all parts, check their digests against the manifest, and yield the path, descriptor and header of each."""
     assert header.parts
     target, result = places.real(file), []
     with contextlib.ExitStack() as stack:
@@ -196,7 +200,7 @@ def opened(file: str, header: Header) -> Iterator[list[tuple[str, int, Header]]]
 
 
 def pieces(file: str, tensors: Iterable[Tensor], parts: Iterable[Header]) -> dict[str, list[Piece]]:
-    """Where each tensor's blocks are; CheckpointError unless they fill it exactly."""
+    """The pieces of each tensor in the parts. Raises CheckpointError unless they fill it exactly."""
     found: dict[str, list[Piece]] = {t.name: [] for t in tensors}
     for number, part in enumerate(parts):
         for tensor in part.tensors:
@@ -211,7 +215,7 @@ def pieces(file: str, tensors: Iterable[Tensor], parts: Iterable[Header]) -> dic
 
 
 def grid(file: str, whole: Tensor, found: list[Piece]) -> list[list[int]]:
-    """Where the pieces of a tensor begin along each axis; CheckpointError unless they fill it."""
+    """The starts of a tensor's pieces along each axis. Raises CheckpointError unless they fill it exactly."""
     cuts = _cuts(whole, found)
     if cuts is None:
         where = [f"{p.tensor.code}{list(p.tensor.shape)} at {list(p.start)}" for p in found[:20]]
@@ -222,13 +226,13 @@ def grid(file: str, whole: Tensor, found: list[Piece]) -> list[list[int]]:
 
 
 def _cuts(whole: Tensor, found: list[Piece]) -> list[list[int]] | None:
-    """None if these blocks are not the cells of a grid over the whole, as those of every sharding are."""
+    """The starts of the pieces along each axis, or None unless the pieces form a grid, as those of every sharding do."""
     if any(p.tensor.code != whole.code or not len(p.start) == len(p.tensor.shape) == len(whole.shape) for p in found):
         return None
     cuts = [sorted({p.start[axis] for p in found}) for axis in range(len(whole.shape))]
     ends = [dict(itertools.pairwise([*cut, size])) for cut, size in zip(cuts, whole.shape, strict=True)]
     cells = {p.start for p in found}
-    # The counts first: few pieces on a diagonal would ask for a grid of astronomically many cells.
+    # Compare the counts first: a few pieces on a diagonal would span a grid of astronomically many cells.
     regular = (
         len(found) == len(cells) == math.prod(map(len, cuts))
         and cells == set(itertools.product(*cuts))

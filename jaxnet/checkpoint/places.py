@@ -18,8 +18,10 @@ from jaxnet.checkpoint import atomic
 from jaxnet.checkpoint.words import shown
 
 DRIVERS = {"gs": "gcs", "s3": "s3"}
-ANSWER = 30  # seconds for the first answer of an object store
-TRANSFER = 600  # seconds for one object, or for the names of all
+# Seconds until the first answer of an object store.
+ANSWER = 30
+# Seconds to transfer one object, or the list of all names.
+TRANSFER = 600
 
 
 def is_url(path: str) -> bool:
@@ -34,8 +36,19 @@ def check_url(url: str) -> None:
         raise ValueError(f"{shown(url)}: a URL {text}")
 
 
+def check_engine(file: str, engine: str | None) -> None:
+    """Raise ValueError unless this engine exists and can write to this path."""
+    if engine not in (None, "orbax"):
+        raise ValueError(f"engine must be 'orbax' or None, got {engine!r}")
+    if engine is None and is_url(file):
+        text = "say engine='orbax' (in `fit`: give it a `Checkpoints` with that), or save to a file"
+        raise ValueError(f"{shown(file)} is in an object store: {text}")
+    if is_url(file):
+        check_url(file)
+
+
 def real(path: str, *, follow: bool = True) -> str:
-    """The absolute path behind symbolic links; without `follow` the last step may be one."""
+    """The absolute path with symbolic links resolved; with `follow=False`, the last step is not resolved."""
     if is_url(path):
         return path.rstrip("/")
     if follow:
@@ -49,9 +62,9 @@ def absolute(path: str) -> str:
 
 
 def entries(folder: str, *, links: bool = True) -> dict[str, bool]:
-    """The names in a folder, and whether they are files; none if there is no folder.
+    """The names in a folder, each with whether it is a file; empty if the folder does not exist.
 
-    Symbolic links to files count as files or, without `links`, are left out, as links always are that lead elsewhere.
+    With `links`, symbolic links to files count as files. All other symbolic links are left out.
     """
     if is_url(folder):
         with _as_os_errors(folder):
@@ -63,9 +76,9 @@ def entries(folder: str, *, links: bool = True) -> dict[str, bool]:
 
 
 def remove(path: str, *, folder_too: bool = False) -> None:
-    """Delete a file or, with `folder_too`, a folder with all that is in it; nothing if there is none.
+    """Delete a file or, with `folder_too`, a folder and its contents. A missing path is not an error.
 
-    A symbolic link is left alone, as is what it leads to.
+    Symbolic links and their targets are left alone.
     """
     if is_url(path):
         folder, _, name = path.rpartition("/")
@@ -86,7 +99,7 @@ def remove(path: str, *, folder_too: bool = False) -> None:
 
 
 def size(folder: str) -> int:
-    """The bytes of all files in a folder and below it."""
+    """The total size in bytes of all files in and below a folder."""
     if is_url(folder):
         from etils import epath
 
@@ -111,7 +124,7 @@ def put(url: str, content: bytes) -> None:
 
 
 def check_writable(folder: str) -> None:
-    """Make a folder and raise OSError if nothing can be written there."""
+    """Create a folder, and raise OSError if it is not writable."""
     if is_url(folder):
         put(f"{folder}/.jaxnet-writable.tmp", b"jaxnet")
         return remove(f"{folder}/.jaxnet-writable.tmp")
@@ -121,7 +134,7 @@ def check_writable(folder: str) -> None:
 
 
 def base(folder: str) -> dict[str, Any]:
-    """A folder as TensorStore wants it."""
+    """A folder as TensorStore's specification of a key-value store."""
     if not is_url(folder):
         return {"driver": "file", "path": f"{folder}/"}
     check_url(f"{folder}/x")
@@ -137,7 +150,7 @@ def _store(folder: str) -> Any:
 
 @functools.cache
 def _ask(driver: str, bucket: str) -> None:
-    """Raise TimeoutError if a bucket does not answer: TensorStore would try again for minutes."""
+    """Raise TimeoutError if a bucket does not answer. TensorStore alone would retry for minutes."""
     import tensorstore
 
     nothing = tensorstore.KvStore.KeyRange("jaxnet", "jaxnet\0")
@@ -146,7 +159,8 @@ def _ask(driver: str, bucket: str) -> None:
     except TimeoutError:
         raise
     except Exception:
-        return  # a refusal is an answer: objects may be readable where lists are not
+        # A refusal is an answer, too: objects may be readable even if they cannot be listed.
+        return
 
 
 def _opened(where: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Files that `jaxnet.train.fit` wrote, in a few words."""
+"""A short description of files that `jaxnet.train.fit` wrote."""
 
 import json
 import math
@@ -10,10 +10,13 @@ __all__ = ["about_run"]
 
 
 def about_run(info: Info) -> str | None:
-    """What a checkpoint of `fit` says of its run: records, step, best evaluation, data; None if it is not of `fit`.
+    """Describe the run of a checkpoint that `fit` wrote: records, step, best evaluation, data.
 
     Args:
-      info: as `inspect` returns it.
+      info: the result of `inspect`.
+
+    Returns:
+      One line of text, or None if `fit` did not write the file.
     """
     try:
         text = json.loads(info.metadata["fit"])
@@ -29,7 +32,7 @@ def about_run(info: Info) -> str | None:
             parts.append(f"{facts['examples']:,} examples, batch size {facts['batch_size']}")
         return f"a run of fit: {', '.join(parts)}"
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        # A header is never trusted: it may be that of another program.
+        # Another program may have written the header.
         return None
 
 

@@ -1,4 +1,4 @@
-"""A folder of checkpoints, one file a step: saved in the foreground or beside the training, and found again."""
+"""A folder of checkpoints, one file per step: save in the foreground or in a thread, and find the newest and the best."""
 
 import errno
 import math
@@ -13,14 +13,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
 from jaxnet.checkpoint import orbax, outside, parts, places
-from jaxnet.checkpoint.file import Info, check_engine, inspect, load_with_info, prepare
+from jaxnet.checkpoint.file import Info, inspect, load_with_info, prepare
 from jaxnet.checkpoint.format import CheckpointError, Misfit
 from jaxnet.checkpoint.words import shown
 from jaxnet.checks import size_of
 
 
 class Checkpoint(NamedTuple):
-    """What a step's file holds; `skipped` says of newer or better files why they could not be read, by step."""
+    """The content of a step's file. `skipped` gives, by step, why newer or better files could not be read."""
 
     step: int
     tree: Any
@@ -31,7 +31,7 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """A folder with one file a step, `step_00000100.safetensors`, of which the newest and the best are kept.
+    """A folder with one file per step, `step_00000100.safetensors`, of which the newest and the best are kept.
 
         with Checkpoints("run", metric="min loss", asynchronous=True) as checkpoints:
             if found := checkpoints.latest(like=state):
@@ -40,19 +40,19 @@ class Checkpoints:
             checkpoints.save(step, state, {"loss": loss})
 
     Args:
-      folder: made by the first `save`. Files of other names in it are left alone. With `engine="orbax"` also the URL of a
+      folder: the first `save` creates it. Files with other names are left alone. With `engine="orbax"` also the URL of a
         folder in an object store, as in "gs://bucket/run".
       keep: how many of the newest steps are kept; None keeps all.
-      metric: 'min' or 'max' and the name of a metric, as in 'min loss' or 'max accuracy': what makes a step good.
-      keep_best: how many of the best steps by `metric` are kept besides.
+      metric: 'min' or 'max' and the name of a metric, as in 'min loss' or 'max accuracy', by which steps are ranked.
+      keep_best: how many of the best steps by `metric` are kept in addition.
       asynchronous: True to write in a thread, one file at a time. `save` returns when it has copied the tree, whose
-        arrays may then be donated or changed. What goes wrong is raised by the next call of any method; a program that
-        ends before then waits for the thread and says it on stderr. `with` makes that certain: its end waits too.
+        arrays may then be donated or changed. The next call of any method raises an error of the thread; a program that
+        ends before then waits for the thread and prints the error to stderr. Leaving a `with` block waits, too.
       engine: as in `jaxnet.checkpoint.save`.
 
-    Older files are deleted when the new one is safely on the disk, and damaged ones do not count among those kept: a
-    good checkpoint, once there, stays until there is a newer one. One process at a time should save to a folder, or all
-    that a tree is spread over; these write in the foreground, whatever `asynchronous` says, except with Orbax.
+    Older files are deleted when the new file is safely on the disk. Damaged files do not count among those kept, so a
+    good checkpoint stays until there is a newer good one. Only one writer per folder: a single process, or all processes
+    that share a sharded tree. The latter save synchronously unless engine='orbax'.
     """
 
     def __init__(
@@ -73,18 +73,16 @@ class Checkpoints:
         keep_best = size_of("Checkpoints: keep_best", keep_best, 0)
         if metric is not None and not re.fullmatch(r"(min|max) \S.*", str(metric)):
             raise ValueError(f"metric must be 'min' or 'max' and a name, as in 'min loss', got {metric!r}")
-        self.folder, self.keep, self.metric, self.keep_best = (
-            places.absolute(os.fsdecode(folder)),
-            keep,
-            metric,
-            keep_best,
-        )
+        self.folder = places.absolute(os.fsdecode(folder))
+        self.keep, self.metric, self.keep_best = keep, metric, keep_best
         self.asynchronous, self.engine = asynchronous, engine
-        self._bad: set[int] = set()  # steps whose files are known to be damaged, or were not written to the end
+        # Steps whose files are known to be damaged or incomplete.
+        self._bad: set[int] = set()
         self._thread: threading.Thread | None = None
         self._closed = False
         self._failures: list[BaseException] = []
-        weakref.finalize(self, _report, self._failures)  # what nobody has asked for when the program ends
+        # At exit, report errors that no call has raised.
+        weakref.finalize(self, _report, self._failures)
 
     def save(
         self,
@@ -93,7 +91,7 @@ class Checkpoints:
         metrics: Mapping[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        """Save the tree of a step, and then delete what need not be kept.
+        """Save the tree of a step, and then delete the files that need not be kept.
 
         Args:
           step: a number greater than that of every good file in the folder.
@@ -104,11 +102,11 @@ class Checkpoints:
 
         Raises:
           ValueError: the step is not newer, or a metric is missing or not a number.
-          CheckpointError, OSError: as `jaxnet.checkpoint.save`, or what went wrong with an asynchronous save before
-            this one (then this one has not been tried). All earlier files are as they were.
+          CheckpointError, OSError: as `jaxnet.checkpoint.save`, or the error of an earlier asynchronous save (this one has
+            then not been tried). All earlier files are unchanged.
         """
         self.wait()
-        check_engine(self.folder, self.engine)
+        places.check_engine(self.folder, self.engine)
         step, numbers = operator.index(step), self._numbers(metrics)
         if step >= 10**18:
             raise ValueError(f"step must have at most 18 digits, got {step}")
@@ -143,14 +141,18 @@ class Checkpoints:
             orbax.outlive(self._thread)
 
     def latest(self, like: Any = None, **options: Any) -> Checkpoint | None:
-        """The newest step that is good, or None if the folder has no checkpoint.
+        """Load the newest good step.
 
-        A file that is damaged is skipped with a warning, and stands in `skipped`. A file that cannot be opened, or not now
-        (no permission, an object store out of reach), is no damaged one: a run that went on from an older step could
-        not save until it is newer.
+        A damaged file is skipped with a warning and listed in `skipped`. A file that cannot be opened (no permission, an
+        object store out of reach) is not damaged and not skipped: a run resumed from an older step could not save until
+        its steps are newer than that file.
 
         Args:
-          like: as in `jaxnet.checkpoint.load`, as are all other options.
+          like: as in `jaxnet.checkpoint.load`.
+          **options: as in `jaxnet.checkpoint.load`.
+
+        Returns:
+          The checkpoint, or None if the folder has none.
 
         Raises:
           CheckpointError: no file is good, or the newest good one does not fit `like`.
@@ -159,9 +161,18 @@ class Checkpoints:
         return self._first(self.steps()[::-1], {}, like, options)
 
     def best(self, like: Any = None, **options: Any) -> Checkpoint | None:
-        """The best step by `metric` that is good, of equals the earlier, or None if no step has that metric.
+        """Load the best good step by `metric`; of equally good steps, the earliest.
 
-        Otherwise as `latest`. Raises ValueError if the store has no `metric`.
+        Args:
+          like: as in `jaxnet.checkpoint.load`.
+          **options: as in `jaxnet.checkpoint.load`.
+
+        Returns:
+          The checkpoint, or None if no step has that metric.
+
+        Raises:
+          ValueError: the store has no `metric`.
+          CheckpointError, OSError: as `latest`.
         """
         if self.metric is None:
             raise ValueError("best() needs to know what is good: Checkpoints(folder, metric='min loss')")
@@ -171,7 +182,7 @@ class Checkpoints:
         return self._first(ranked, skipped, like, options)
 
     def load(self, step: int, like: Any = None, **options: Any) -> Checkpoint:
-        """A certain step. Raises FileNotFoundError if there is none, otherwise as `jaxnet.checkpoint.load`."""
+        """Load one step. Raises FileNotFoundError if there is no such step, otherwise as `jaxnet.checkpoint.load`."""
         if step not in (steps := self.steps()):
             raise FileNotFoundError(errno.ENOENT, f"no checkpoint of step {step}, only of {steps}", self._path(step))
         return self._load(step, like, options)
@@ -182,7 +193,7 @@ class Checkpoints:
         return self._steps()
 
     def wait(self) -> None:
-        """Wait until the last save is on the disk, and raise what went wrong with it."""
+        """Wait until the last save is on the disk, and raise its error if it failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -190,7 +201,7 @@ class Checkpoints:
             raise self._failures.pop()
 
     def close(self) -> None:
-        """Wait as `wait` does, and save no more."""
+        """Wait for the last save, and refuse further saves."""
         self._closed = True
         self.wait()
 
@@ -219,12 +230,15 @@ class Checkpoints:
         return sorted(step for name, step in numbers.items() if name == os.path.basename(self._path(step)))
 
     def _write(self, step: int, write: Any) -> None:
-        self._bad.add(step)  # until it is on the disk
+        # An interrupted save leaves the step marked as bad.
+        self._bad.add(step)
         write()
         self._bad.remove(step)
-        steps = self._steps(links=False)  # what lies elsewhere is not for this store to delete or to count
+        # Files behind links lie elsewhere, and the store neither counts nor deletes them.
+        steps = self._steps(links=False)
         for other in self._steps_of(outside.owners(self.folder)):
-            if other < step and other not in steps:  # saves that were killed
+            # Clean up after saves that were killed.
+            if other < step and other not in steps:
                 outside.sweep(self._path(other))
         if self.keep is None:
             return
@@ -233,7 +247,8 @@ class Checkpoints:
         best: set[int] = set()
         if old and self.metric:
             ranked, _, closed = self._ranked(good)
-            best = {*ranked[: self.keep_best], *closed}  # what cannot be opened just now may be among the best
+            # A file that cannot be opened now may be among the best.
+            best = {*ranked[: self.keep_best], *closed}
         for other in set(old) - best:
             outside.remove(self._path(other))
 
@@ -250,11 +265,14 @@ class Checkpoints:
         for step in steps:
             try:
                 found = self._load(step, like, options)._replace(skipped=skipped)
-            except Misfit:  # the request is wrong: an older file could only hide that
+            except Misfit:
+                # The request is wrong, and an older file would only hide that.
                 raise
-            except FileNotFoundError:  # another process has deleted it meanwhile
+            except FileNotFoundError:
+                # Another process has deleted the file meanwhile.
                 continue
-            except OSError as e:  # perhaps it is readable at another time, and it stands in the way of older steps
+            except OSError as e:
+                # The file may be readable later, and a run resumed from an older step could not save.
                 e.add_note(f"step {step} is not damaged: make it readable, or move it away to go on from an older step")
                 raise
             except CheckpointError as e:
@@ -289,7 +307,8 @@ class Checkpoints:
         numbers = {}
         for key, x in (metrics or {}).items():
             try:
-                if isinstance(x, str | bytes):  # which float() would read
+                # float() would accept text.
+                if isinstance(x, str | bytes):
                     raise TypeError
                 numbers[key] = float(x) if math.isfinite(float(x)) else str(float(x))
             except (TypeError, ValueError, OverflowError) as e:
@@ -297,7 +316,7 @@ class Checkpoints:
         return numbers
 
     def _ranked(self, steps: Iterable[int]) -> tuple[list[int], dict[int, str], dict[int, OSError]]:
-        """Those of the steps that have the metric, best first; which headers are damaged; and which cannot be opened."""
+        """Rank steps by the metric, best first; also return the damaged files and those that cannot be opened, by step."""
         assert self.metric
         sign, name = {"min": 1, "max": -1}[self.metric[:3]], self.metric[4:]
         values, skipped, closed = [], {}, {}

@@ -1,8 +1,8 @@
-"""The processes of one save watch each other, so that none waits long for one that has failed or is gone.
+"""Let the processes of one save watch each other, so that none waits long for a process that has failed or died.
 
-Orbax waits for all processes at its barriers, for minutes, since a slow disk is no fault. Nothing can be called back from
-there; so another thread goes there, and the caller looks meanwhile at what the others say of themselves in the key-value
-store of `jax.distributed`: a number that grows, "failed" or "done".
+Orbax waits for all processes at its barriers for minutes, because a slow disk is not an error. Such a wait cannot be
+canceled. Therefore another thread waits, while the caller polls the status of all processes in the key-value store of
+`jax.distributed`. The status is a growing number, "failed" or "done".
 """
 
 import atexit
@@ -15,11 +15,14 @@ from typing import Any
 
 from jaxnet.checkpoint.format import CheckpointError
 
-SILENCE = 40  # seconds after which a process that says nothing is taken for dead
+# Seconds without a new status after which a process counts as dead.
+SILENCE = 40
 
 
-_left: list[threading.Thread] = []  # threads in which Orbax still waits
-_said: list[str] = []  # the keys of this process in the key-value store
+# Threads in which Orbax still waits.
+_left: list[threading.Thread] = []
+# The keys of this process in the key-value store.
+_said: list[str] = []
 
 
 class Elsewhere(CheckpointError):
@@ -27,15 +30,15 @@ class Elsewhere(CheckpointError):
 
 
 class Gone(Elsewhere):
-    """Other processes are dead, so that nothing may be done that waits for all."""
+    """Other processes are dead, so a collective would hang."""
 
 
 class Watch:
-    """What this process says of itself while a save lasts, and what it hears from the others.
+    """Publish the status of this process during a save, and read the status of the others.
 
     Args:
       file: how errors name the file.
-      number: the number of the save, the same in all processes.
+      number: the number of the save, which is the same in all processes.
     """
 
     def __init__(self, file: str, number: str):
@@ -43,11 +46,13 @@ class Watch:
 
         self.file, self.place, self.me = file, f"jaxnet/{number}", jax.process_index()
         self.client = _client()
-        self.pause = 1 + jax.process_count() / 100  # seconds: all ask for what all say
+        # Seconds between two reads. Every process reads the status of all, so the load grows with their number.
+        self.pause = 1 + jax.process_count() / 100
         self.heard: dict[str, tuple[str, float]] = {}
         self.ended, self.turn = threading.Event(), threading.Lock()
         if self.client is not None:
-            while _said:  # of saves that all processes have ended, since all have begun this one
+            # All processes have begun this save, so they have ended the earlier ones.
+            while _said:
                 with contextlib.suppress(Exception):
                     self.client.key_value_delete(_said.pop())
             _said.append(f"{self.place}/{self.me}")
@@ -55,9 +60,9 @@ class Watch:
             threading.Thread(target=self._beat, name=f"watch {number}", daemon=True).start()
 
     def run(self, work: Callable[[], Any]) -> None:
-        """Do the work in a thread; raise what it raises, or Elsewhere as soon as other processes have failed.
+        """Do the work in a thread, and raise its error, or Elsewhere as soon as another process has failed.
 
-        In the latter case the thread is left behind, until the program ends.
+        In the latter case, the thread is left behind until the program ends.
         """
         if self.client is None:
             work()
@@ -84,16 +89,18 @@ class Watch:
             raise errors[0]
 
     def end(self, word: str = "done") -> None:
-        """Say the last word: "done" or "failed"; all later ones are not said."""
+        """Publish the final status, "done" or "failed". Later calls do nothing."""
         if self.client is None:
             return
-        with self.turn:  # so that no number comes after it
+        # The lock keeps `_beat` from publishing a number afterwards.
+        with self.turn:
             if not self.ended.is_set():
                 self.ended.set()
                 self._say(word)
 
     def _say(self, word: str) -> None:
-        with contextlib.suppress(Exception):  # the process that keeps the words may be gone
+        # The process that holds the key-value store may be dead.
+        with contextlib.suppress(Exception):
             self.client.key_value_set(f"{self.place}/{self.me}", word, allow_overwrite=True)
 
     def _beat(self) -> None:
@@ -128,18 +135,19 @@ def _end_at_exit() -> None:
 
 
 def _end_left() -> None:
-    """End the threads that wait for other processes: one that woke up while the interpreter goes would abort the program."""
+    """End threads that wait for other processes. A thread that wakes during interpreter shutdown would abort the program."""
     import jax
 
     if any(thread.is_alive() for thread in _left):
         with contextlib.suppress(Exception):
-            jax.distributed.shutdown()  # which ends all barriers, and at this time would be called anyway
+            # This ends all barriers. JAX would call it at exit anyway.
+            jax.distributed.shutdown()
         for thread in _left:
             thread.join(timeout=30)
 
 
 def _client() -> Any:
-    """What speaks to the key-value store; None for a process alone."""
+    """The client of the key-value store; None if there is only one process."""
     import jax
 
     if jax.process_count() == 1:

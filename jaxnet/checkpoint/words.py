@@ -1,24 +1,25 @@
-"""Text for people: names come from files and may hold anything, errors and terminals shall not."""
+"""Make text safe for errors and terminals. Names come from files and may hold any characters."""
 
-MOST = 50_000  # characters of an error: some hundred lines
+# The most characters of an error: a few hundred lines.
+MOST = 50_000
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with escapes for control characters, marks that turn the direction, and lone surrogates, except `keep`."""
+    """Escape control characters, direction marks and lone surrogates, except the characters in `keep`."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(name: object, most: int = 300) -> str:
-    """A name on one line, of a length that leaves room for others."""
+    """A name on one line, shortened to about `most` characters."""
     text = str(name)
     half = most // 2
     return printable(text if len(text) <= most else f"{text[:half]}...{text[-half:]}")
 
 
 def bounded(text: str) -> str:
-    """Several lines, printable, without those and those ends of lines that are too much for an error."""
+    """Make several lines printable, and cut long lines and lines beyond `MOST` characters."""
     lines, left, size = text.split("\n"), [], 0
     for line in lines:
         left.append(shown(line, 3000))

@@ -1,4 +1,4 @@
-"""The folder of Orbax, read with TensorStore alone: block by block, each with its checksum, and nothing taken on trust."""
+"""Read the folder of Orbax with TensorStore alone, block by block, and check every block against its checksum."""
 
 import contextlib
 import errno
@@ -14,9 +14,12 @@ from jaxnet.checkpoint.format import RESTORE, CheckpointError, Grid, Header, Ten
 from jaxnet.checkpoint.outside import orbax_path
 from jaxnet.checkpoint.words import shown
 
-INLINE = 1024  # bytes of a block up to which Orbax lets OCDBT put it into a node, which is compressed
-MARGIN = 1 << 20  # bytes of a tensor that may be read again and again
-BYTES = ("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # what TensorStore's zarr lacks: written as U8
+# OCDBT may put blocks of up to this number of bytes into a node, which is compressed.
+INLINE = 1024
+# Reading chunks repeatedly may cost this number of bytes beyond twice the size of a tensor.
+MARGIN = 1 << 20
+# TensorStore's zarr driver lacks these dtypes, so they are written as U8.
+BYTES = ("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
 def read_tensors(
@@ -26,13 +29,14 @@ def read_tensors(
     empty: Callable[[int], Any] | None,
     needed: Mapping[str, Sequence[tuple[slice, ...]] | None],
 ) -> dict[str, Any]:
-    """As `container.read_tensors`, from Orbax's folder: block by block, each with its checksum."""
+    """`container.read_tensors` for tensors in Orbax's folder."""
     import numpy as np
 
     assert header.orbax
     folder, grids = orbax_path(places.real(file), header.orbax.id), header.orbax.grids
     arrays = _open(file, folder, [t for t in tensors if t.stop > t.start], grids)
-    out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}  # the arrays are there, in these sizes
+    # `_open` has checked that arrays of these sizes exist.
+    out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
     jobs = []
     for t in tensors:
         for start, block, expected in grids[t.name].blocks(t):
@@ -59,7 +63,7 @@ def read_tensors(
 
 
 def _open(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid]) -> dict[str, Any]:
-    """Open the arrays of some tensors, and check that they are what the manifest says."""
+    """Open the arrays of some tensors, and check their shapes and dtypes against the manifest."""
     if not tensors:
         return {}
     try:
@@ -75,7 +79,7 @@ def _open(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid])
     context, found = tensorstore.Context(), {}
     for t in tensors:
         store = database(folder) | {"path": ".".join(keys(t.name)) + "/"}
-        # The folder does not change, and nothing in it is left out for being zero.
+        # The folder does not change, and blocks of zeros are stored as well.
         spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": "open", "fill_missing_data_reads": False}
         with readable(file, t.name, folder):
             found[t.name] = tensorstore.open(spec, open=True, read=True, context=context)
@@ -87,7 +91,7 @@ def _open(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid])
         if dtype != structure.DTYPES[code] or array.shape != t.shape or chunk > math.prod(t.shape):
             text = f"it is {dtype}{list(array.shape)} in {shown(folder, 5000)}, expected {structure.DTYPES[code]}{list(t.shape)}"
             raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
-        # Else a few bytes could unfold to many, or each of many blocks could ask for all bytes.
+        # Otherwise, a few bytes could decompress to many, or each of many blocks could read all bytes.
         compressor, blocks = array.codec.to_json().get("compressor"), len(grids[t.name].crcs)
         if compressor is not None or blocks * chunk * fmt.BITS[t.code] // 8 > 2 * (t.stop - t.start) + MARGIN:
             text = f"it is stored in chunks of {chunk} elements with {compressor}, expected {blocks} and no compressor"
@@ -96,9 +100,10 @@ def _open(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid])
 
 
 def _check_size(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid]) -> None:
-    """Raise CheckpointError if some tensors are larger than all that is in a folder, before memory is taken for them."""
+    """Raise CheckpointError if tensors are larger than all files in a folder. This runs before memory is allocated."""
     blocks = (block for t in tensors for _, block, _ in grids[t.name].blocks(t))
-    needed = sum(block.stop for block in blocks if block.stop > INLINE)  # smaller ones may be in compressed nodes
+    # Smaller blocks may be in compressed nodes.
+    needed = sum(block.stop for block in blocks if block.stop > INLINE)
     with readable(file, None, folder):
         size = places.size(folder)
     if needed > size:
@@ -107,7 +112,7 @@ def _check_size(file: str, folder: str, tensors: list[Tensor], grids: dict[str, 
 
 
 def keys(name: str) -> list[str]:
-    """The keys of a leaf in Orbax, which joins them with dots: each quoted as in a URL, so that no two leaves get one name."""
+    """The keys of a leaf in Orbax. Orbax joins keys with dots, so each is quoted as in a URL to keep names unique."""
 
     def quoted(step):
         return (
@@ -118,12 +123,13 @@ def keys(name: str) -> list[str]:
 
 
 def database(folder: str) -> dict[str, Any]:
+    """TensorStore's specification of Orbax's folder."""
     return {"driver": "ocdbt", "base": places.base(folder)}
 
 
 @contextlib.contextmanager
 def readable(file: str, leaf: str | None, folder: str) -> Iterator[None]:
-    """TensorStore raises ValueError for damage, and for what passes."""
+    """Turn TensorStore's errors into OSError if they may be temporary, and into CheckpointError otherwise."""
     try:
         yield
     except Exception as e:

@@ -1,4 +1,4 @@
-"""What the iterating combinators share: checks, the part of one copy, and all copies stacked."""
+"""Functions that `repeat`, `scan` and `vmap` share: checks, the part of one copy, and stacked copies."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def check_stacked(label: str, n: int, tree: Any, what: str) -> None:
 
 
 def pair(label: str, returns: str, result: Any) -> Any:
-    """The two parts of what a layer returned. Raises ValueError if it is no pair."""
+    """Return the result of a layer if it is a pair. Raises ValueError if it is not."""
     if not isinstance(result, tuple) or len(result) != 2:
         raise ValueError(f"{label}: {returns}, a pair, got {describe(result)}")
     return result
 
 
 def recomputed(label: str, fn: Callable[..., Any], remat: Any, **options: Any) -> Callable[..., Any]:
-    """`fn` under `jax.checkpoint` if `remat` is True or a policy."""
+    """`fn` under `jax.checkpoint` if `remat` is True or a policy. Raises TypeError if `remat` is anything else."""
     if not isinstance(remat, bool) and not callable(remat):
         raise TypeError(f"{label}: remat must be True, False or a policy of jax.checkpoint_policies, got {remat!r}")
     policy: Any = None if isinstance(remat, bool) else remat
@@ -97,8 +97,8 @@ def copies_of_state(inner: Layer, key: Any, n: int, inputs: Any, named: Any) -> 
 def stacked(make: Callable[[Any], Any], key: Any, n: int) -> Any:
     """make(fold_in(key, i)) for each copy i, leaves stacked [n, ...].
 
-    A loop over copies runs the few programs that serve all shapes and compiles nothing for n copies. It is not open to
-    traced keys, to generators that draw differently under vmap, and to meshes, where arrays are placed by the program.
+    A loop over the copies reuses the few programs that serve all shapes, and compiles nothing for n copies. Traced keys,
+    generators that draw differently under vmap, and meshes, where the program places arrays, need `jax.vmap` instead.
     """
     first = jax.random.fold_in(key, 0)  # a tracer inside any transform, even if the key itself is none
     traced = isinstance(first, jax.core.Tracer) or not jax.sharding.get_abstract_mesh().empty
@@ -116,4 +116,5 @@ def stacked(make: Callable[[Any], Any], key: Any, n: int) -> Any:
     return jax.tree.map(stack, *copies)
 
 
-_LOOPED = 256  # copies up to which a loop is faster than a program for all
+# Up to this number of copies, a loop is faster than one program for all copies.
+_LOOPED = 256

@@ -39,19 +39,19 @@ def repeat(
 ) -> Layer:
     """Apply n copies of a block, each with its own parameters: x_{i+1} = f(params_i, x_i), i = 0 .. n-1.
 
-    One `jax.lax.scan` over stacked parameters (leaves [n, ...]), so that compile time does not grow with n. The first
-    input is carried from copy to copy; all copies receive the same further inputs, but for those named in `each`. Copy i
+    One `jax.lax.scan` runs over stacked parameters (leaves [n, ...]), so compile time does not grow with n. The first
+    input is carried from copy to copy. All copies receive the same further inputs, except those named in `each`. Copy i
     is initialised with `fold_in(key, i)`, and has its own key and state (leaves [n, ...]).
 
     Args:
       block: a layer or a plain function that keeps the shape and dtype of its first input.
       n: the number of copies; 0 is the identity.
-      each: names of inputs that are passed by name, of which each copy receives its part, leaves [n, ...]: caches, rates,
-        windows.
-      collect: the block returns (x, out); the result is then (x, outs) with the outs of all copies, leaves [n, ...].
+      each: names of keyword inputs that are split among the copies, leaves [n, ...]: caches, rates, windows.
+      collect: whether the block returns (x, out). The result is then (x, outs) with the outs of all copies, leaves
+        [n, ...].
       reverse: run the copies from the last to the first, with the same parameters.
-      remat: recompute each block in the backward pass, so that memory is that of one block; or a policy as in
-        `jax.checkpoint`, which says what is stored all the same.
+      remat: recompute each block in the backward pass, which needs the memory of one block only; or a policy as in
+        `jax.checkpoint`, which selects values to store.
       unroll: copies per loop iteration, as in `jax.lax.scan`.
 
     Returns:
@@ -93,7 +93,8 @@ def repeat(
         inputs, named = one_copy(inputs, named)
         if n == 0:
             return {}
-        outputs_of_block(False, inputs, named)  # raises here, not in the first call
+        # A block that cannot be repeated raises in `init` instead of in the first call.
+        outputs_of_block(False, inputs, named)
         return stacked(lambda key: block.init(key, *inputs, **named), key, n)
 
     def init_state(*inputs, key=None, **named):
@@ -101,7 +102,7 @@ def repeat(
         return {} if n == 0 else copies_of_state(block, key, n, inputs, named)
 
     def outputs_of_block(train, inputs, named):
-        """The specs of what one copy returns: (x, out), out None without `collect`."""
+        """The specs of the outputs of one copy, (x, out); out is None without `collect`."""
         made = output_specs(block, train, *inputs, **named)
         y, out = pair(label, "with collect the block returns (x, out)", made) if collect else (made, None)
         check_same(label, inputs[0], y, KEEP)

@@ -27,8 +27,8 @@ def scan(
 ) -> Layer:
     """Run a cell over time, as `jax.lax.scan` does: (carry, x_t) -> (carry, y_t) for each step t of xs.
 
-    All steps share the parameters. Each step draws with its own key, `fold_in(key, t)`, and the state of the cell goes
-    from step to step.
+    All steps share the parameters. Each step draws with its own key, `fold_in(key, t)`, and passes the state of the cell
+    to the next step.
 
     Args:
       cell: a layer or a plain function (carry, x, *rest, **named) -> (carry, y).
@@ -43,8 +43,8 @@ def scan(
       The layer, (carry, xs, *rest, **named) -> (carry, ys). All steps receive the same `rest` and `named`.
 
     Raises:
-      ValueError: the arrays of xs differ in length or lack the axis; the cell returns no pair, or another carry than it
-        receives.
+      ValueError: the arrays of xs differ in length or lack the axis; the cell does not return a pair; or the carry that it
+        returns differs from the received one in structure, shape or dtype.
 
     Example:
       >>> total = scan(lambda carry, x: (carry + x, carry))

@@ -24,12 +24,12 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
     Args:
       inner: a layer or a plain function.
       n: the number of copies.
-      in_axes: the axis of each input along which the copies take their parts, as in `jax.vmap`: one for all inputs, also
-        for named ones, or one per input passed by position, while named inputs are divided along their first axis. None
-        gives the whole input to every copy.
+      in_axes: the axis along which each input is split among the copies, as in `jax.vmap`: one for all inputs, including
+        named ones, or one per positional input, while named inputs are split along their first axis. None passes the
+        whole input to every copy.
 
     Returns:
-      The layer, x [n, ...] -> y [n, ...]. Leaves of the inputs that are no arrays are static and go to every copy.
+      The layer, x [n, ...] -> y [n, ...]. Leaves of the inputs that are not arrays are static and go to every copy.
 
     Raises:
       ValueError: params, state or a divided input are not stacked for n copies.
@@ -50,7 +50,7 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
             )
 
     def divided(inputs, named):
-        """All leaves, their structure, and the axis along which each is divided; None if it goes whole to every copy."""
+        """All leaves, their structure, and the axis along which each is split; None if every copy receives all of it."""
         each = given if isinstance(given, tuple) else (given,) * len(inputs)
         if len(each) != len(inputs):
             raise ValueError(f"{label}: in_axes is for {len(each)} inputs, got {len(inputs)}")

@@ -31,13 +31,25 @@ __all__ = ["cast", "chain", "parallel", "remat", "residual"]
 def chain(*layers: Any, **named: Any) -> Layer:
     """Apply layers one after the other: y = f_n(... f_2(f_1(x))).
 
-    Unnamed layers are called '0', '1', ... in params; named ones follow them. The first layer may take several inputs.
+    The first layer may take several inputs.
 
-    >>> chain(jnp.tanh, jnp.negative)
-    chain(
-      0: tanh
-      1: negative
-    )
+    Args:
+      *layers: layers or plain functions, named '0', '1', ... in params.
+      **named: further layers by name, which follow the unnamed ones.
+
+    Returns:
+      The layer, (*inputs, **named) -> y.
+
+    Raises:
+      TypeError: an argument is neither a layer nor a function.
+      ValueError: two layers have the same name.
+
+    Example:
+      >>> chain(jnp.tanh, jnp.negative)
+      chain(
+        0: tanh
+        1: negative
+      )
     """
 
     def body(f, *inputs, **kwargs):
@@ -57,6 +69,18 @@ def parallel(*layers: Any, merge: Callable | None = None, **named: Any) -> Layer
     """Apply layers to the same inputs: (f_1(x), ..., f_n(x)), or merge(f_1(x), ..., f_n(x)).
 
     `parallel(main, shortcut, merge=jnp.add)` is a residual block with a projection.
+
+    Args:
+      *layers: layers or plain functions, named '0', '1', ... in params.
+      merge: a function of the outputs; without it, the result is the tuple of the outputs.
+      **named: further layers by name, which follow the unnamed ones.
+
+    Returns:
+      The layer, (*inputs, **named) -> the outputs.
+
+    Raises:
+      TypeError: an argument is neither a layer nor a function.
+      ValueError: two layers have the same name.
     """
 
     def body(f, *inputs, **kwargs):
@@ -81,7 +105,7 @@ def residual(inner: Any) -> Layer:
 
     Raises:
       ValueError: f changes the shape or dtype of x.
-      TypeError: x holds something that is not float or complex, which a sum would change: the edges of a graph, say.
+      TypeError: x holds arrays that are neither float nor complex, such as the edges of a graph, which a sum would change.
     """
 
     def call(run, params, state, key, x, /, *rest, **named):
@@ -125,7 +149,7 @@ def remat(inner: Any, *, policy: Callable[..., Any] | None = None) -> Layer:
 
     Args:
       inner: a layer or a plain function.
-      policy: which intermediate values are stored all the same, as in `jax.checkpoint`.
+      policy: selects intermediate values to store, as in `jax.checkpoint`.
 
     Returns:
       The layer, with the parameters, state and path of `inner`.
@@ -146,13 +170,13 @@ def remat(inner: Any, *, policy: Callable[..., Any] | None = None) -> Layer:
 
 @interned
 def cast(inner: Any, dtype: Any) -> Layer:
-    """Compute in another dtype, such as bfloat16, and return the dtype that came in.
+    """Compute in another dtype, such as bfloat16, and return outputs in the dtype of the inputs.
 
-    Float parameters and inputs are cast on the way in, float outputs on the way out (to the dtype of the first float
-    input, or of the parameters if there is none). `init` is that of `inner`: parameters keep the dtype of the inputs, so
-    that gradients and the optimizer work in it. The biases, scales and embeddings of the layers are not cast, and sums
-    over many examples are taken in float32; in a body, `jaxnet.mixed.add_bias` and `rows` do the same for a `param`.
-    State is not cast: it may be wider than the inputs, and a layer casts on the way into it and out of it.
+    Float parameters and inputs are cast before the call. Float outputs are cast back after it, to the dtype of the first
+    float input, or of the parameters if there is no float input. `init` is that of `inner`: parameters keep the dtype of
+    the inputs, and so do gradients and the optimizer. The biases, scales and embeddings of the layers are not cast, and
+    sums over many examples are taken in float32; in a body, `jaxnet.mixed.add_bias` and `rows` do the same for a `param`.
+    State is not cast and may be wider than the inputs; a layer casts when it reads or writes its state.
 
     Args:
       inner: a layer or a plain function.

@@ -1,4 +1,4 @@
-"""The contract, the ways to compose, and what authors of layers and combinators build on."""
+"""The contract of layers, the ways to compose them, and functions for authors of layers and combinators."""
 
 from jaxnet.core.around import around
 from jaxnet.core.checks import check_input, check_key, check_mode, check_names, check_state, scope

@@ -27,27 +27,27 @@ def around(
     checked: bool = True,
     repeats: int | None = None,
 ) -> Layer:
-    """A layer with the parameters, state and path of `inner` that calls it in its own way.
+    """Make a layer with the parameters, state and path of `inner`, which `call` evaluates.
 
-    `repeat`, `scan`, `vmap`, `remat`, `cast` and `residual` are made by it, and so are weight normalisation, an
-    equilibrium model or a `shard_map` around a layer. `call` receives `run`, which calls `inner`. Keys, state and captured
-    outputs are ordinary values there, so that `call` may use any JAX transform.
+    `repeat`, `scan`, `vmap`, `remat`, `cast` and `residual` are built with `around`. It also serves for weight
+    normalisation, an equilibrium model or a `shard_map` around a layer. `call` receives `run`, which calls `inner`. Keys,
+    state and captured outputs are ordinary values there, so `call` may use any JAX transform.
 
     Args:
       inner: a layer or a plain function.
       call: (run, params, state, key, *inputs, **named) -> (outputs, state, seen). `run` has the same form without `run`
         itself, and calls `inner`; `run.train` is the mode. `state` is None for a stateless layer, and `key` is None if
-        there is nothing to draw from. `seen` is a dict of what `capture` brings out of `inner`, empty without it: return
-        it as it came, or stacked, as a `jax.lax.scan` returns it. A `call` that cannot bring it out of a transform
-        returns {}.
-      label: how it prints and signs its errors.
+        there is no key to draw from. `seen` is a dict of the outputs that `capture` collects inside `inner`, empty
+        without `capture`. Return it unchanged, or stacked, as a `jax.lax.scan` returns it. A `call` that cannot return it
+        from a transform returns {}.
+      label: the name of the layer in `repr` and in errors.
       rebuild: inner -> the same layer around another one, for `replace` and `capture`.
       init: (key, *inputs) -> params, if it differs from that of `inner`.
       init_state: (*inputs, key) -> state, if it differs from that of `inner`.
       outputs: (train, *inputs) -> specs of the outputs, if that is cheaper than tracing `call`.
-      random: True if `call` itself draws from its key, as noise on weights does.
+      random: True if `call` itself draws from its key, for instance noise on weights.
       checked: False if params and state need no comparison with those that `init` and `init_state` make.
-      repeats: the number of copies that run one after the other, so that `capture` gives the output of each.
+      repeats: the number of copies that run one after the other; `capture` then collects the output of each.
 
     Returns:
       The layer.
@@ -73,7 +73,8 @@ def around(
         inputs, named = as_jax((inputs, named))
         if problem := definition.problem(params, state, inputs, named):
             raise problem
-        # A stand-in for a key cannot enter a transform: it goes around it. A call that draws meets it and raises.
+        # A stand-in for a key cannot enter a transform, so `run` takes it from this closure. A call that draws receives
+        # the stand-in, which raises.
         shared = key if isinstance(key, SharedKey) and not random else None
 
         def run_inner(params, state, key, /, *inputs, **named):

@@ -25,7 +25,7 @@ class Calls:
 
     @property
     def key(self) -> Any:
-        """A key for random numbers that the body itself draws; None in evaluation if `apply` was given none."""
+        """A key for random numbers that the body itself draws; None in evaluation if `apply` received no key."""
         if self._key is None and self.train:
             raise ValueError(f"{self._label}: training draws random numbers: pass key= to apply")
         if self._key is None or isinstance(self._key, SharedKey):

@@ -1,4 +1,4 @@
-"""Checks of what a layer is given, and the path that an error carries."""
+"""Checks of the arguments of a layer, and the path of the layer in errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def scope(name: str) -> Iterator[None]:
         known = next((i for i, note in enumerate(notes) if note.startswith(start)), None)
         if known is None:
             error.add_note(f"{start}{name}'")
-            error.__notes__.insert(0, error.__notes__.pop())  # before JAX's own notes
+            # JAX's own notes follow the path.
+            error.__notes__.insert(0, error.__notes__.pop())
         else:
             notes[known] = f"{start}{name}/{notes[known].removeprefix(start)}"
         raise
@@ -36,18 +37,18 @@ def scope(name: str) -> Iterator[None]:
 def check_input(
     label: str, x: Any, *, width: int | None = None, rank: int = 1, kind: Any = jnp.floating, like: Any = None
 ) -> None:
-    """Raise unless x is an array with at least `rank` axes, the last of `width`, in the dtype of `like`.
+    """Raise unless x is an array with at least `rank` axes, the last of size `width`, in the dtype of `like`.
 
     Args:
-      label: the layer that receives x, for the error.
+      label: the name of the layer in errors.
       x: the input.
-      width: the size of the last axis; any if None.
-      rank: the fewest axes.
-      kind: of dtype, as in `jnp.issubdtype`; `object` for any.
+      width: the size of the last axis; None for any size.
+      rank: the minimum number of axes.
+      kind: the kind of dtype, as in `jnp.issubdtype`; `object` for any.
       like: a parameter whose dtype x must have.
 
     Raises:
-      TypeError: x is no array, or it has another dtype.
+      TypeError: x is not an array, or it has another dtype.
       ValueError: x has another shape.
     """
     if not is_array(x):
@@ -88,7 +89,7 @@ def check_mode(label: str, key: Any, train: Any) -> None:
 
 
 def check_state(label: str, state: Any, *, stateful: bool) -> None:
-    """Raise unless state was passed exactly if the layer carries one."""
+    """Raise if a stateful layer received no state, or a stateless layer received one."""
     if stateful and state is None:
         raise ValueError(
             f"{label}: this layer carries state: pass state=net.init_state(*inputs), or the state of the last call"
@@ -98,7 +99,7 @@ def check_state(label: str, state: Any, *, stateful: bool) -> None:
 
 
 def check_names(what: str, tree: Any, names: Iterable[str]) -> None:
-    """Raise unless the top of a tree of parameters is a dict with no other names than these."""
+    """Raise unless a tree of parameters or state is a dict whose keys are among these names."""
     if not isinstance(tree, Mapping):
         raise TypeError(f"{what} must be a dict by the name of the child, got {describe(tree)}")
     for name in tree:
@@ -107,11 +108,11 @@ def check_names(what: str, tree: Any, names: Iterable[str]) -> None:
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """The name that was probably meant, and all names, as the end of a message."""
+    """The end of a message: the most similar name, and all names."""
     close = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
     return (f"; did you mean '{close[0]}'?" if close else "") + f" (children: {', '.join(names) or 'none'})"
 
 
 def is_empty(tree: Any) -> bool:
-    """Whether this is a dict without entries."""
+    """Whether the tree is a dict without entries."""
     return isinstance(tree, Mapping) and not tree

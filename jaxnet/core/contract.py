@@ -1,8 +1,8 @@
-"""The contract: a network is a value made of pure functions over a plain nested dict of arrays.
+"""The contract of layers: a network is a value made of pure functions over a plain nested dict of arrays.
 
-Letters: `params` is a nested dict of float arrays (a lone array for `param`), `state` a nested dict of arrays that are
-carried from call to call without a gradient (statistics, caches, constants), `key` a JAX PRNG key. Inputs are pytrees of
-arrays or of `jax.ShapeDtypeStruct`; all other leaves (None, bools, strings) are static.
+`params` is a nested dict of float arrays (a single array for `param`). `state` is a nested dict of arrays that are carried
+from call to call without a gradient (statistics, caches, constants). `key` is a JAX PRNG key. Inputs are pytrees of arrays
+or of `jax.ShapeDtypeStruct`; all other leaves (None, bools, strings) are static.
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ class Layer:
       init: (key, *inputs) -> params. It reads only shapes and dtypes, so inputs may be `jax.ShapeDtypeStruct`.
       apply: (params, *inputs, key=None, train=False) -> outputs if `init_state` is None, else
         (params, *inputs, state, key=None, train=False) -> (outputs, new_state).
-      init_state: (*inputs, key=None) -> state, or None. Whether a layer is stateful is a fact of the layer, never of the
-        call. State that begins with random numbers needs the key.
-      label: how it prints, such as 'dense(8)'.
+      init_state: (*inputs, key=None) -> state, or None for a stateless layer. No argument of a call makes a layer
+        stateful. State that begins with random numbers needs the key.
+      label: the name of the layer in `repr` and in errors, such as 'dense(8)'.
       children: the layers inside, by name. The name is the key in params and state. A child named '' shares the
         parameters, state and path of its parent (`repeat`, `remat`, `cast`, `residual`, `scan`, `vmap`).
       rebuild: children -> the same layer with other children; None for a layer without children.
-      repeats: the number of copies of its child that run one after the other (`repeat`), None in all other layers.
+      repeats: the number of copies of its child that run one after the other (`repeat`); None for all other layers.
       random: False if `apply` never uses its key.
       outputs: (train, *inputs) -> specs of the outputs, if that is cheaper than tracing `apply`.
-      tapped: True for the layers that `capture` makes: `apply` returns (outputs, Carried(state, seen)).
-      plain: of a tapped layer, the layer that runs inside raw JAX transforms, which captured values cannot leave.
-      wide: names of its own parameters that may be wider than its inputs. `cast` leaves them as they are, so that their
-        gradients are summed and kept in that dtype (`jaxnet.mixed`).
+      tapped: True for layers that `capture` makes. Their `apply` returns (outputs, Carried(state, seen)).
+      plain: for a tapped layer, the layer to run inside raw JAX transforms, because captured values cannot leave them.
+      wide: names of its own parameters that may be wider than its inputs. `cast` does not change them, so their gradients
+        are summed and kept in their own dtype (`jaxnet.mixed`).
     """
 
     init: Callable[..., Any]
     apply: Callable[..., Any]
-    init_state: Any = None  # Callable[..., Any] | None: the caller knows whether there is one
+    # The type is `Callable[..., Any] | None`. Any spares callers a check for None.
+    init_state: Any = None
     label: str = "layer"
     children: Mapping[str, Layer] = dataclasses.field(default_factory=dict)
     rebuild: Callable[[Mapping[str, Layer]], Layer] | None = None
@@ -71,7 +72,7 @@ class Layer:
         return f"{self.label}(\n" + "".join(f"  {line}\n" for line in "\n".join(lines).split("\n")) + ")"
 
     def made_by(self, constructor: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """Note the call that makes this layer: `pickle` makes it again."""
+        """Record the call that makes this layer; `pickle` repeats it."""
         self.__dict__["_made"] = constructor, args, dict(named)
 
     def __reduce__(self) -> Any:
@@ -86,7 +87,7 @@ class Layer:
         return self
 
     def __call__(self, *inputs: Any, **named: Any) -> NoReturn:
-        """Raise TypeError: parameters are no part of a layer."""
+        """Raise TypeError, because a layer holds no parameters."""
         name = self.label.partition("(")[0]
         raise TypeError(
             f"{name}: a layer holds no parameters, so it cannot be called; make them with params = net.init(key, x) and "
@@ -99,11 +100,11 @@ def _make(constructor: Callable[..., Any], args: tuple[Any, ...], named: Mapping
 
 
 class Carried(NamedTuple):
-    """What `apply` of a tapped layer returns beside its outputs.
+    """The second result of `apply` of a tapped layer, after the outputs.
 
     Attributes:
-      state: the new state of the layer itself, None for a stateless layer.
-      seen: by path below the layer, what each call of a captured layer gave, in order: {path: (outputs, ...)}.
+      state: the new state of the layer, None for a stateless layer.
+      seen: the outputs of the calls of each captured layer, in order, by path below this layer: {path: (outputs, ...)}.
     """
 
     state: Any
@@ -120,19 +121,19 @@ def layer(
 ) -> Layer:
     """Make a Layer from a plain function `fn(params, *inputs)`.
 
-    `fn` names `key`, `train` or `state` among its parameters only if it uses them, and receives just those. `init` and
-    `init_state` receive the named inputs that they name. Params and state that `init` and `init_state` would not make
-    for the inputs of a call (other names, other shapes) are refused; the dtypes are free.
+    `fn` receives `key`, `train` and `state` only if its signature has parameters with these names. `init` and
+    `init_state` receive the named inputs that their signatures have. A call refuses params and state whose names or shapes
+    differ from those that `init` and `init_state` make for its inputs. Dtypes may differ.
 
     Args:
-      init: (key, *inputs) -> params, or None if there is nothing to learn. It runs abstractly, too.
+      init: (key, *inputs) -> params, or None if the layer has no parameters. It must also run under `jax.eval_shape`.
       fn: the layer as an equation: (params, *inputs) -> outputs, or with `state` -> (outputs, new_state).
       init_state: (*inputs) -> state for a stateful layer. It names `key` if the state begins with random numbers, such as
         a codebook. State is the home of statistics, caches and constants that no gradient should move.
       outputs: (*inputs) -> arrays or `jax.ShapeDtypeStruct` with the shapes and dtypes of the outputs. Without it, `init`
-        of a network traces `fn`; give it if that is slow, or if `fn` has a collective such as `jax.lax.psum`. It names
-        `train` if it needs to know.
-      label: how the layer prints and signs its errors; the name of `fn` by default.
+        of a network traces `fn`. Pass it if that is slow, or if `fn` has a collective such as `jax.lax.psum`. It may have
+        a parameter `train`.
+      label: the name of the layer in `repr` and in errors; the name of `fn` by default.
 
     Returns:
       The layer.
@@ -171,7 +172,7 @@ def layer(
             raise
 
     def make_state(key, *inputs, **named):
-        # The salt keeps the draws of `init` apart, so that one key may serve both.
+        # The salt makes the draws differ from those of `init`, so one key may serve both.
         drawn = {"key": fold(key, "/state")} if draws else {}
         return init_state(*inputs, **drawn, **named_of_state(named))  # pyright: ignore[reportOptionalCall]
 
@@ -184,7 +185,7 @@ def layer(
         try:
             result = fn(as_jax(params), *inputs, **named, **{n: offered[n] for n in wanted})
         except Exception as error:
-            # The layer's check of its inputs knows more than the comparison of shapes.
+            # An error that the layer itself raises is more specific than the comparison of shapes.
             if problem is not None and not str(error).startswith(f"{name}:"):
                 asked = error.args[0] if isinstance(error, KeyError) and error.args else None
                 raise definition.problem(params, state, inputs, named, asked) or problem from error
@@ -218,10 +219,10 @@ def layer(
 
 @interned
 def param(shape: tuple[int, ...], init: Callable[..., Any], *, dtype: Any = None) -> Layer:
-    """A raw array as a child: `f.table()` in the body of `wire` returns it.
+    """Make a layer that is a single array: as a child of `wire`, `f.table()` returns it.
 
     Args:
-      shape: of the array.
+      shape: the shape of the array.
       init: (key, shape, dtype) -> array, as in `jax.nn.initializers`.
       dtype: float32 by default (float64 under `jax_enable_x64`).
 
@@ -229,7 +230,7 @@ def param(shape: tuple[int, ...], init: Callable[..., Any], *, dtype: Any = None
       The layer. Its params are the array itself.
 
     Raises:
-      ValueError: a size in `shape` is no int of at least 0; in `apply`, the array has another shape.
+      ValueError: a size in `shape` is not an int of at least 0; in `apply`, the array has another shape.
     """
     if not isinstance(shape, Iterable):
         raise TypeError(f"param: the shape must be a tuple of sizes, such as ({shape},), got {shape!r}")
@@ -248,7 +249,18 @@ def param(shape: tuple[int, ...], init: Callable[..., Any], *, dtype: Any = None
 
 
 def as_layer(thing: Any, where: str = "a layer") -> Layer:
-    """A Layer as it is; any other callable as a layer without parameters."""
+    """Return a Layer unchanged, and wrap any other callable as a layer without parameters.
+
+    Args:
+      thing: a layer or a function of inputs.
+      where: how the error names the argument.
+
+    Returns:
+      The layer.
+
+    Raises:
+      TypeError: `thing` is not callable, or it is a function that returns a layer.
+    """
     if isinstance(thing, Layer):
         return thing
     if not callable(thing):
@@ -316,18 +328,19 @@ def start_state(layer: Layer, key: Any, inputs: Any, named: Mapping[str, Any]) -
 
 
 def no_params(key: Any, *inputs: Any, **named: Any) -> dict[str, Any]:
-    """`init` of a layer with nothing to learn."""
+    """`init` of a layer without parameters."""
     return {}
 
 
 def name_of(fn: Any) -> str:
-    """The name by which a callable is printed."""
-    fn = getattr(fn, "func", fn)  # functools.partial
+    """The name of a callable in `repr` and in errors."""
+    # A functools.partial has the name of its function.
+    fn = getattr(fn, "func", fn)
     return getattr(fn, "__name__", type(fn).__name__)
 
 
 def _named_by(fn: Callable[..., Any] | None) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Named inputs -> those that `fn` takes: a mask matters to `apply`, rarely to `init`."""
+    """A function that selects the named inputs that `fn` accepts. For instance, `init` rarely needs a mask."""
     parameters = inspect.signature(fn).parameters if fn else {}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return dict
@@ -349,6 +362,6 @@ def _check_new_state(name: str, result: Any, state: Any) -> None:
 
 
 def _returns_layer(fn: Any) -> bool:
-    """Whether a function says by its annotation that it makes a layer, as every constructor of a layer does."""
+    """Whether a function is annotated to return a layer, as every constructor of layers is."""
     returned = getattr(fn, "__annotations__", {}).get("return")
     return returned is Layer or (isinstance(returned, str) and returned.split(" |")[0].split(".")[-1] == "Layer")

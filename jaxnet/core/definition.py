@@ -20,10 +20,10 @@ _REMEDY = "make them with init, or load those of this network"
 
 
 class Definition:
-    """Makes parameters and state, and tells whether given ones have the names and shapes that it would make.
+    """Make the parameters and state of a layer, and compare given ones with their names and shapes.
 
     Args:
-      label: how the layer signs its errors.
+      label: the name of the layer in errors.
       init: (key, *inputs) -> params, or None.
       init_state: (key, *inputs) -> state, or None.
     """
@@ -34,7 +34,7 @@ class Definition:
         self.last: dict[str, Any] = {}
 
     def make(self, subject: str, key: Any, inputs: Any, named: Any) -> Any:
-        """Parameters or state for these inputs. Their shapes are remembered for `problem`."""
+        """Make parameters or state for these inputs, and store their shapes for `problem`."""
         inputs, named = specs_of((inputs, named))
         made = self.makers[subject](key, *inputs, **named)
         self.last[subject] = specs_of(made)
@@ -42,9 +42,9 @@ class Definition:
         return made
 
     def problem(self, params: Any, state: Any, inputs: Any, named: Any, asked: Any = None) -> Exception | None:
-        """The error that params and state deserve which this layer would not make for these inputs.
+        """The error for params and state that differ from those of this layer for these inputs; None if they agree.
 
-        Of several missing names, the one that was `asked` for comes first.
+        If several names are missing, the error is about the name `asked`.
         """
         given = {"params": params, "state": state}
         for subject in self.makers:
@@ -60,9 +60,10 @@ class Definition:
         return None
 
     def _expected(self, subject: str, inputs: Any, named: Any) -> Any:
-        """The specs of what is made for these inputs.
+        """The specs of params or state for these inputs.
 
-        If the inputs are wrong, the layer says so better: None. If `init` needs more than `apply`, it is what was made last.
+        If `init` fails for these inputs, the specs of the last ones that it made, because `init` may need more than
+        `apply`; None if there are none. The layer itself reports wrong inputs better.
         """
 
         def compute():
@@ -110,7 +111,7 @@ class Definition:
 
 
 def param_specs(layer: Layer, inputs: Any, named: Any) -> Any:
-    """The specs of the parameters that `init` of any layer makes for these inputs, as `abstractly` gives them."""
+    """The specs of the parameters that `init` of any layer makes for these inputs."""
     inputs, named = specs_of((inputs, named))
 
     def compute():
@@ -120,7 +121,7 @@ def param_specs(layer: Layer, inputs: Any, named: Any) -> Any:
 
 
 def explain_call(what: str, error: Exception, fn: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-    """Raise TypeError that says which inputs `fn` takes if it was called with others; return if it was not."""
+    """Raise TypeError with the signature of `fn` if `error` comes from a call that does not match it."""
     if not isinstance(error, TypeError):
         return
     signature = inspect.signature(fn)
@@ -132,7 +133,7 @@ def explain_call(what: str, error: Exception, fn: Any, inputs: tuple[Any, ...], 
 
 
 def _differences(expected: Any, given: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where names or shapes differ: (path, expected, given), None for what is not there."""
+    """The differences in names and shapes: (path, expected, given), with None for a missing one."""
     if not isinstance(expected, Mapping):
         if not _same_shapes(expected, given):
             yield path, expected, given

@@ -1,4 +1,4 @@
-"""Equal calls of a constructor return one layer, so that a network of many equal layers is traced once for all of them."""
+"""Equal calls of a constructor return the same layer, so a network of many equal layers traces it only once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ Constructor = TypeVar("Constructor", bound=Callable[..., Any])
 
 
 def interned(constructor: Constructor) -> Constructor:
-    """The constructor of a layer that returns the living layer of an earlier, equal call if there is one.
+    """Decorate a constructor of layers to return the layer of an earlier, equal call if that layer still exists.
 
-    A layer is a value: its functions follow from the arguments alone. That does not hold for functions of the user, which
-    may read global variables: calls with such functions, and with arguments that cannot be hashed, always make a new
-    layer. Numbers, strings and tuples are compared with their types, everything else by identity.
+    This is correct because the functions of a layer depend only on the arguments. It does not hold for functions of the
+    user, which may read global variables: calls with such functions, and calls with unhashable arguments, always make a
+    new layer. Numbers, strings and tuples are compared with their types, all other values by identity. Layers are held by
+    weak references.
     """
     living: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 

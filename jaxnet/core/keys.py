@@ -13,12 +13,12 @@ __all__ = ["SharedKey", "fold", "fold_all", "fold_copies", "is_threefry"]
 
 
 def fold(key: Any, name: str) -> Any:
-    """The key of the child called `name`. It depends on the name alone, so that siblings may come and go."""
+    """The key of the child `name`. It depends on the name alone, so adding or removing siblings does not change it."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def fold_all(key: Any, names: list[str]) -> dict[str, Any]:
-    """`fold` for each name. A traced key takes one operation for all names, which compiles in a fraction of the time."""
+    """`fold` for each name. For a traced key, one operation serves all names, which compiles much faster."""
     if not isinstance(key, jax.core.Tracer) or not is_threefry(key) or len(names) < 2:
         return {name: fold(key, name) for name in names}
     codes = np.array([zlib.crc32(name.encode()) for name in names], np.uint32)
@@ -31,14 +31,14 @@ def fold_copies(key: Any, n: int) -> Any:
 
 
 def is_threefry(key: Any) -> bool:
-    """Whether a key, typed or raw, belongs to JAX's default generator. Others may draw and fold differently under vmap."""
+    """Whether a key, typed or raw, is of JAX's default generator. Others may draw and fold differently under vmap."""
     return str(jax.random.key_impl(key)) == "threefry2x32"
 
 
 class SharedKey:
-    """Takes the place of a key inside a raw JAX transform, where each turn would draw the same numbers.
+    """A placeholder for a key inside a raw JAX transform, where each iteration would draw the same numbers.
 
-    A layer that draws nothing never touches it. Any use raises RuntimeError with the remedy.
+    Any use raises RuntimeError with the remedy. Layers that draw nothing never use it.
     """
 
     def __init__(self, label: str, name: str):

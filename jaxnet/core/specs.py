@@ -1,4 +1,4 @@
-"""Abstract evaluation: shapes and dtypes that flow between layers are known without running them."""
+"""Abstract evaluation: find the shapes and dtypes between layers without running them."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ __all__ = [
 
 
 def abstractly(fn: Callable[..., Any], trace: Callable[..., Any] = jax.eval_shape) -> Callable[..., Any]:
-    """`fn` traced instead of run: returns the specs of its outputs. Array inputs are abstract in `fn`, all others static.
+    """A function that traces `fn` and returns the specs of its outputs. Array inputs are abstract, all others static.
 
-    `trace(function, arrays)` may be another transformation that takes arrays only, such as one that returns the jaxpr.
+    `trace(function, arrays)` may be another transformation that accepts only arrays, such as one that returns the jaxpr.
     """
 
     def traced(*inputs, **named):
@@ -60,9 +60,9 @@ def abstractly(fn: Callable[..., Any], trace: Callable[..., Any] = jax.eval_shap
 
 
 def memoised(layer: Any, subject: str, compute: Callable[[], Any], train: bool, inputs: Any, named: Any) -> Any:
-    """`compute()`, remembered for this layer, subject, mode and the specs of the inputs.
+    """`compute()`, cached by layer, subject, mode and the specs of the inputs.
 
-    A network that is nested d deep therefore costs at most d traces per leaf.
+    With the cache, a network that is nested d deep costs at most d traces per leaf.
     """
     question = _question(layer, subject, train, inputs, named)
     results = _MEMO.setdefault(layer, {})
@@ -73,10 +73,10 @@ def memoised(layer: Any, subject: str, compute: Callable[[], Any], train: bool, 
 
 @contextlib.contextmanager
 def shared_traces() -> Iterator[None]:
-    """While it is open, equal functions share their traces: 24 blocks that one function makes cost the trace of one.
+    """Share traces among equal functions inside the block: 24 blocks that one function makes need one trace.
 
-    The outermost call of `init` opens it. Afterwards the traces are forgotten: what a function computes also follows
-    from global variables, which may have changed by the next call.
+    The outermost call of `init` opens it. The shared traces are dropped afterwards, because functions may also depend on
+    global variables, which may change before the next call.
     """
     if _SHARED.get() is not None:
         yield
@@ -91,7 +91,7 @@ def shared_traces() -> Iterator[None]:
 def shared(
     twin: Any, layer: Layer, subject: str, compute: Callable[[], Any], train: bool, inputs: Any, named: Any
 ) -> Any:
-    """`memoised`, with the results of other layers whose `twin` is equal as far as traces are shared now."""
+    """`memoised`, which inside `shared_traces` also reuses the results of other layers with an equal `twin`."""
 
     def look_up():
         known = _SHARED.get()
@@ -106,9 +106,9 @@ def shared(
 
 
 def twin_of(fn: Any) -> Any:
-    """A value that is equal for functions which compute the same: the same code, with equal values around it; or None.
+    """A value that is equal for equal functions: the same code with equal values in closures and defaults.
 
-    A function that closes over something that cannot be hashed has no twin.
+    None if there is no such value, because a closure or a default cannot be hashed.
     """
     if not isinstance(fn, types.FunctionType) or fn.__dict__:
         return None
@@ -117,7 +117,8 @@ def twin_of(fn: Any) -> Any:
         values += tuple(part for item in (fn.__kwdefaults__ or {}).items() for part in item)
         twin = fn.__code__, id(fn.__globals__), tuple(_value(value) for value in values)
         hash(twin)
-    except (TypeError, ValueError):  # something that cannot be hashed, or a variable that has no value yet
+    except (TypeError, ValueError):
+        # TypeError: a value cannot be hashed. ValueError: a variable of the closure has no value yet.
         return None
     return twin
 
@@ -135,7 +136,7 @@ _SHARED: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
 
 
 def remember(layer: Any, subject: str, result: Any, inputs: Any, named: Any) -> None:
-    """Store what `memoised` would compute, where it is known anyway."""
+    """Store a result that `memoised` would otherwise compute."""
     _store(_MEMO.setdefault(layer, {}), _question(layer, subject, False, inputs, named), result)
 
 
@@ -160,8 +161,9 @@ def _question(layer: Any, subject: str, train: bool, inputs: Any, named: Any) ->
 
 
 def _facts(leaf: Any) -> tuple[Any, ...]:
-    """What the result of a trace may depend on. Static values of different types differ: 1 == 1.0 == True."""
-    if hasattr(leaf, "memo"):  # a child as an input: it stands for its layer, never for the parameters it holds
+    """The facts about a leaf that a trace may depend on. The type of a static value tells apart 1, 1.0 and True."""
+    # A child as an input stands for its layer, never for the parameters that it holds.
+    if hasattr(leaf, "memo"):
         return leaf.memo
     if not is_array(leaf):
         return type(leaf), leaf
@@ -174,7 +176,7 @@ def _key_spec(impl: str) -> Any:
 
 
 def key_spec() -> Any:
-    """The spec of a key of the default generator. A key itself would become part of the program that is being traced."""
+    """The spec of a key of the default generator. A real key would become part of the traced program."""
     return _key_spec(jax.config.jax_default_prng_impl)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -184,12 +186,12 @@ def specs_of(tree: Any) -> Any:
 
 
 def as_jax(tree: Any) -> Any:
-    """The tree with NumPy's arrays as JAX arrays, in a dtype that JAX has, as `jax.jit` does."""
+    """Convert NumPy arrays in a tree to JAX arrays, in a dtype that JAX has, as `jax.jit` does."""
     return jax.tree.map(lambda x: jnp.asarray(x, dtype_of(x)) if isinstance(x, np.ndarray | np.generic) else x, tree)
 
 
 def stand_in(spec: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros of this spec. A weak type stays weak, so that the zeros promote as the real output will."""
+    """Zeros of this spec. A weak type stays weak, so the zeros promote as the real output does."""
     if spec.weak_type:
         weak = jnp.full(spec.shape, np.zeros((), spec.dtype).item())
         if weak.dtype == spec.dtype:
@@ -198,7 +200,7 @@ def stand_in(spec: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def describe(tree: Any) -> str:
-    """A value's shapes and dtypes in words: float32[4, 3], or {'a': int32[]}."""
+    """The shapes and dtypes of a value as text: float32[4, 3], or {'a': int32[]}."""
 
     class Word(str):
         __repr__ = str.__str__
@@ -210,8 +212,9 @@ def describe(tree: Any) -> str:
 
 
 def trace_state() -> Any:
-    """The JAX transform that the program is in, for comparison."""
-    import jax.extend.core  # not above: it takes 16 ms
+    """The current JAX transform, as a value to compare."""
+    # This import takes 16 ms, so it is not at the top of the module.
+    import jax.extend.core
 
     return jax.extend.core.get_opaque_trace_state()
 
@@ -236,7 +239,8 @@ def _spec(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, dtype_of(x), weak_type=getattr(x, "weak_type", False))
 
 
-_REMEMBERED = 256  # results per layer
+# The most results per layer.
+_REMEMBERED = 256
 
-# Results of abstract evaluation by layer. A layer that is gone takes its results with it.
+# Results of abstract evaluation by layer, which are dropped with the layer.
 _MEMO: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()

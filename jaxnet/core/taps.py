@@ -1,4 +1,4 @@
-"""Layers that also bring out what passes through them, for `capture` and `summary`."""
+"""Layers that also return their intermediate values, for `capture` and `summary`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["tap", "untapped"]
 
 
 def tap(layer: Layer, plain: Layer, take: Callable[..., Any], note: Callable[[bool], Any]) -> Layer:
-    """A layer that also brings out `take((inputs, named), outputs)` of each call, at its own path.
+    """A layer that also returns `take((inputs, named), outputs)` of each call, at its own path.
 
     Args:
-      layer: the layer that runs, with tapped layers inside or not.
+      layer: the layer to run; its children may be tapped.
       plain: the layer without taps, which runs inside raw JAX transforms.
-      take: what is brought out.
-      note: called at each call with whether its value can be brought out, which that of `plain` cannot.
+      take: a function of the inputs and outputs, whose result is captured.
+      note: called at each call with whether its value can be captured: True for `layer`, False for `plain`.
     """
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
@@ -36,7 +36,7 @@ def tap(layer: Layer, plain: Layer, take: Callable[..., Any], note: Callable[[bo
 
 
 def untapped(layer: Layer) -> Layer:
-    """The layer that runs inside a raw JAX transform, which captured values cannot leave."""
+    """The layer to run inside a raw JAX transform, because captured values cannot leave it."""
     if not layer.tapped or layer.plain is not None:
         return layer.plain or layer
     return layer.rebuild({name: untapped(child) for name, child in layer.children.items()})  # pyright: ignore[reportOptionalCall]

@@ -1,4 +1,4 @@
-"""Composition: layers with named children, called by the body of `wire`."""
+"""Composition: layers with named children, which the body of `wire` calls."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RESERVED = ("train", "key", "state", "params")
 
 
 class Wiring(Protocol):
-    """What `wire(...)` returns: one body makes a Layer, several bodies make as many."""
+    """The type of the result of `wire(...)`: one body makes a Layer, several bodies make a tuple of Layers."""
 
     @overload
     def __call__(self, body: Callable[..., Any], /) -> Layer: ...
@@ -45,15 +45,15 @@ class Wiring(Protocol):
 def wire(*unnamed: Any, **children: Any) -> Wiring:
     """Compose layers by an ordinary function, written once: `wire(a=..., b=...)(body)`, also as a decorator.
 
-    `body(f, *inputs)` calls a child as `f.a(x)`; `f["a"]` is `f.a`. A child called twice shares its weights and draws
-    fresh random numbers; a stateful child called twice carries its state from call to call. `f.train` says whether this
-    is training; `f.key` is a key for random numbers that the body itself draws; `f.a(x, key=..., train=...)` overrides
-    what the child would receive.
+    `body(f, *inputs)` calls a child as `f.a(x)`; `f["a"]` is `f.a`. If a child is called twice, the calls share its
+    weights and draw different random numbers; a stateful child passes its state from the first call to the second.
+    `f.train` is True in training. `f.key` is a key for random numbers that the body itself draws. `f.a(x, key=...,
+    train=...)` overrides the key and the mode of the child.
 
-    `init` traces the body once, abstractly, and records the shapes that each child is called with. The body may use
+    `init` traces the body once, abstractly, and records the shapes of the inputs of each child. The body may use
     `jax.lax.scan`, `jax.vmap` and other raw JAX transforms around children that neither carry state nor draw random
-    numbers. For the others, `jaxnet.scan`, `vmap`, `repeat` and `remat` bring state out and give each turn a key; or
-    pass a random child a key of its own, `f.a(x, key=...)`.
+    numbers. For the others, `jaxnet.scan`, `vmap`, `repeat` and `remat` return the state and give each iteration a key;
+    or pass a random child an explicit key, `f.a(x, key=...)`.
 
     Several bodies over the same children make several networks with the same parameters, such as
     `encode, decode, net = wire(encoder=..., decoder=...)(encode_body, decode_body, net_body)`. Each initialises the
@@ -63,7 +63,7 @@ def wire(*unnamed: Any, **children: Any) -> Wiring:
       **children: layers or plain functions by name.
 
     Returns:
-      A function of one body, which returns a Layer, or of several, which returns a tuple of Layers.
+      A function. Called with one body, it returns a Layer; called with several, it returns a tuple of Layers.
 
     Raises:
       AttributeError: the body calls a child that is not declared.
@@ -102,7 +102,8 @@ def wire(*unnamed: Any, **children: Any) -> Wiring:
     def bodiless(*_: Any, **__: Any) -> NoReturn:
         raise TypeError("wire(...) is no layer before it has a body: wire(a=..., b=...)(lambda f, x: f.b(f.a(x)))")
 
-    decorate.__name__ = "wire(...)"  # the name in the error for a forgotten body
+    # The error for a forgotten body shows this name.
+    decorate.__name__ = "wire(...)"
     decorate.init = decorate.apply = bodiless
     return decorate  # pyright: ignore[reportReturnType]
 
@@ -117,16 +118,23 @@ def compose(
     every: bool = True,
     computes: bool = True,
 ) -> Layer:
-    """A layer with named children: `wire`, `chain` and `parallel` are made by it.
+    """Make a layer with named children. `wire`, `chain` and `parallel` are built with it.
 
     Args:
-      label: how it prints and signs its errors.
+      label: the name of the layer in `repr` and in errors.
       children: layers or plain functions by name.
       body: (f, *inputs) -> outputs.
       rebuild: children -> the same layer with other children.
       random: False if the body itself never uses `f.key`.
       every: whether a child that the body never calls is an error in `init`.
-      computes: False if the body only hands values from child to child, so that it runs on specs and needs no trace.
+      computes: False if the body only passes values from child to child. Then it runs on specs and needs no trace.
+
+    Returns:
+      The layer.
+
+    Raises:
+      ValueError: a child has a reserved or malformed name.
+      TypeError: a child is neither a layer nor a function.
     """
     children = {name: as_layer(child, f"{label}: child '{name}'") for name, child in children.items()}
     for name in children:
@@ -138,7 +146,7 @@ def compose(
     tapped = any(child.tapped for child in children.values())
 
     def record(train, *inputs, **named):
-        """What each child is called with, and what the body returns, for these specs."""
+        """The inputs of each child and the outputs of the body, for these specs."""
         calls = {}
         context = None
 
@@ -181,7 +189,8 @@ def compose(
 
     def child_inputs(inputs, named):
         calls, _ = recorded(False, inputs, named)
-        if set(calls) != set(children):  # a child may be for training only
+        # Some children may be called in training only.
+        if set(calls) != set(children):
             calls = recorded(True, inputs, named)[0] | calls
         for name in children:
             if name not in calls and every:

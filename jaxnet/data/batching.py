@@ -129,11 +129,12 @@ def _common_length(arrays: Any) -> int:
     return n
 
 
-_MANY = 16  # arrays in a list: more of one shape are a list of examples
+# A list of more arrays than this, all of one shape, is a list of examples.
+_MANY = 16
 
 
 def _check_lists(data: Any) -> None:
-    """Refuse a list of examples, which would be taken for a container of as many arrays."""
+    """Raise TypeError for a list of examples, which would count as a container of as many arrays."""
     if isinstance(data, list) and data:
         shapes = {np.shape(x) for x in data if hasattr(x, "shape")}
         if all(isinstance(x, bool | int | float | np.generic) for x in data):

@@ -101,7 +101,7 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Open a file; of a pipe do not wait for the other end."""
+    """Open a file without blocking: a named pipe would wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 

@@ -121,10 +121,10 @@ def _download(
 
 
 def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
-    """Return what `work` returns; TimeoutError if that takes longer.
+    """Call `work` in a thread and return its result. Raises TimeoutError if it takes longer than `seconds`.
 
-    A time limit of a socket counts from byte to byte: a server that sends one now and then would keep the caller for
-    hours, in the name look-up and in the headers, too, where nobody counts. So the caller waits for a thread.
+    The timeout of a socket restarts with every byte, so a slow server could keep the caller for hours. The name lookup
+    and the headers have no total limit either. Therefore the caller waits for a thread with a limit.
     """
     done: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -155,7 +155,8 @@ def _fetch(url: str, checksum: str, timeout: float, time_limit: float) -> bytes:
         with urlopen(url, timeout=timeout) as response:
             while len(body) < _LARGEST and (part := response.read1(_LARGEST - len(body))):
                 body += part
-                if time.monotonic() > deadline:  # the caller waits no more
+                # The caller has stopped waiting, so this thread ends as well.
+                if time.monotonic() > deadline:
                     raise TimeoutError(f"not done after {time_limit:g} seconds")
     except HTTPError as error:
         error.close()  # it holds the connection

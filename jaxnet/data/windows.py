@@ -19,12 +19,12 @@ class Windows:
     in the loss `tokens[:, :-1]` as input and `tokens[:, 1:]` as target.
 
     Args:
-      sequence: array, memory map or dataset of h5py [T, ...]; lists, series and tensors are made arrays, by position.
-      length: of a window, in elements.
-      stride: from one window to the next; the length unless given.
+      sequence: array, memory map or h5py dataset [T, ...]; lists, series and tensors are converted to arrays, by position.
+      length: the length of a window, in elements.
+      stride: the distance between the starts of two windows; `length` by default.
 
     Raises:
-      ValueError: a sequence shorter than one window, or a size that is no positive int.
+      ValueError: the sequence is shorter than one window, or a size is not a positive int.
 
     Example:
       >>> Windows(np.arange(10), 4, stride=3)[np.array([0, 2])]
@@ -61,5 +61,6 @@ class Windows:
         places = starts[..., None] + np.arange(self.length)
         if isinstance(self.sequence, np.ndarray):
             return np.asarray(self.sequence[places])
-        wanted, inverse = np.unique(places, return_inverse=True)  # datasets of h5py want increasing indices
+        # h5py datasets require increasing indices.
+        wanted, inverse = np.unique(places, return_inverse=True)
         return np.asarray(self.sequence[wanted])[inverse.reshape(places.shape)]

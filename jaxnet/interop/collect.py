@@ -1,7 +1,7 @@
-"""The arrays in containers of any kind, by path, and each as a NumPy array with values of its own.
+"""Collect the arrays in containers of any kind by path, and convert each to a NumPy array.
 
-An object that holds arrays, but is none and no container, is kept as `Refused` with the remedy: it is an error only if
-somebody asks for it, so that `only=` can read the rest.
+An object that holds arrays, but is neither an array nor a container, is kept as `Refused` with the remedy. It is an error
+only if it is requested, so `only=` can read the rest.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jaxnet.checkpoint.structure import CODES, MAX_DEPTH
 
 __all__ = ["Refused", "by_path", "collect", "flat", "to_numpy"]
 
-# The names of a tree take at most so many characters. A dict of 60 levels that holds the next level twice fits in a
-# kilobyte, and has more leaves than any memory.
+# The most characters in all names of a tree. A dict of 60 levels, each of which holds the next level twice, fits in a
+# kilobyte and has more leaves than any memory can hold.
 MAX_NAMES = 100_000_000
 
 
@@ -29,7 +29,7 @@ class Refused(NamedTuple):
 
 
 def collect(file: str, content: Any) -> dict[str, Any]:
-    """All arrays in dicts, lists, tuples, namedtuples and dataclasses, their names joined by '.'."""
+    """All arrays in dicts, lists, tuples, namedtuples and dataclasses, with names joined by '.'."""
     found: dict[str, Any] = {}
     room = MAX_NAMES
 
@@ -59,7 +59,7 @@ def collect(file: str, content: Any) -> dict[str, Any]:
 
 
 def by_path(file: str, leaves: Iterable[tuple[str, Any]], path: Callable[[str], str]) -> dict[str, Any]:
-    """The leaves by the paths of their names; CheckpointError if two of them have one path."""
+    """The leaves by `path(name)`. Raises CheckpointError if two leaves have the same path."""
     result = {}
     for name, x in leaves:
         if path(name) in result:
@@ -70,7 +70,7 @@ def by_path(file: str, leaves: Iterable[tuple[str, Any]], path: Callable[[str], 
 
 
 def flat(tree: Any) -> list[tuple[str, Any]]:
-    """The arrays of any pytree, with their paths, without random keys."""
+    """The arrays of any pytree with their paths. Random keys are left out."""
     import jax
 
     pairs = jax.tree_util.tree_leaves_with_path(tree)
@@ -79,7 +79,7 @@ def flat(tree: Any) -> list[tuple[str, Any]]:
 
 
 def to_numpy(file: str, name: str, x: Any) -> Any:
-    """An array on the host, in the byte order of this machine; CheckpointError by path for what has no values."""
+    """An array on the host, in native byte order. Raises CheckpointError with the path if the array has no values."""
     import jax
     import numpy as np
 
@@ -103,7 +103,7 @@ def to_numpy(file: str, name: str, x: Any) -> Any:
 
 
 def _has_names(content: Any) -> bool:
-    """Whether the arrays in it have names: those of a dict have, those of a list of arrays only have numbers."""
+    """Whether the arrays in a container have names. The arrays of a list only have numbers."""
     below = [x for _, x in _children(content) or ()]
     numbered = isinstance(content, (list, tuple, collections.deque)) and not hasattr(content, "_fields")
     if numbered and any(map(_is_array, below)):
@@ -125,7 +125,7 @@ def _children(x: Any) -> list[tuple[str, Any]] | None:
 
 
 def _is_array(x: Any) -> bool:
-    """Whether it is an array of numbers: neither text, nor dates, nor random keys."""
+    """Whether an object is an array of numbers, and not of text, dates or random keys."""
     import jax
     import jax.numpy as jnp
 
@@ -189,9 +189,9 @@ def _problem_of_tensor(x: Any) -> str | None:
 
 
 def _tensor_to_numpy(x: Any) -> Any:
-    """NumPy knows only some of torch's types, so a tensor goes by its bytes, copied in order.
+    """Convert a tensor through its bytes, because NumPy lacks some dtypes of torch.
 
-    `copy_` resolves strides of all kinds, expanded axes, and the bits that stand for conjugate and negative values.
+    `copy_` resolves strides, expanded axes, and the lazy conjugate and negative bits.
     """
     import torch  # pyright: ignore[reportMissingImports]
 

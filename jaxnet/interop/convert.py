@@ -1,4 +1,4 @@
-"""From the arrays of another library, by path, to variables: other names, other layouts, one conversion for all."""
+"""Convert the arrays of another library, by path, to variables with jaxnet's names and layouts."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxnet.checkpoint import match, structure
-from jaxnet.checkpoint.file import fit
 from jaxnet.checkpoint.format import CheckpointError, Misfit
 from jaxnet.checkpoint.structure import Node, Spec, leaf_name
 from jaxnet.interop.collect import to_numpy
 
 __all__ = ["STATE", "Convention", "Rename", "convert", "merged", "unstacked"]
 
-STATE = ("mean", "var")  # the names that belong to `state` if there is no template to say so
+# Without a template, arrays with these names belong to `state`.
+STATE = ("mean", "var")
 
 Rename = dict[str, str] | Callable[[str], str] | None
 
 
 class Convention(NamedTuple):
-    """How a library stores the arrays of a layer: the ends of its names with ours (None: left out), and the layout."""
+    """How a library names and stores the arrays of a layer.
+
+    Attributes:
+      names: jaxnet's names by the ends of the library's names; None leaves an array out.
+      features_first: whether kernels are [out, in, *window] instead of [*window, in, out].
+      broadcast: whether vectors may have axes of size 1.
+    """
 
     names: Mapping[str, str | None]
-    features_first: bool = False  # kernels are [out, in, *window], ours [*window, in, out]
-    broadcast: bool = False  # vectors may have axes of size 1
+    features_first: bool = False
+    broadcast: bool = False
 
 
 def convert(
@@ -39,7 +45,24 @@ def convert(
     strict: bool,
     cast: bool,
 ) -> Any:
-    """Make variables from the arrays of another library by path. `file` names the source in errors."""
+    """Make variables from the arrays of another library.
+
+    Args:
+      file: how errors name the source.
+      source: the arrays by path.
+      convention: the names and layouts of the library.
+      like: as in `from_torch`.
+      rename: as in `from_torch`.
+      only: as in `from_torch`.
+      strict: as in `from_torch`.
+      cast: as in `from_torch`.
+
+    Returns:
+      As `from_torch`.
+
+    Raises:
+      CheckpointError, ValueError: as `from_torch`.
+    """
     import jax.numpy as jnp
 
     if like is None and (cast or not strict):
@@ -57,7 +80,7 @@ def convert(
     found = {moved[path]: to_numpy(file, moved[path], source[moved[path]]) for path in new}
     floats = {path for path in new if jnp.issubdtype(found[moved[path]].dtype, jnp.inexact)}
     new = {path: name for path, name in new.items() if path in floats or _in_stack(name, nodes)[0] in nodes}
-    # An error if two of them meet.
+    # This raises if two arrays get the same path.
     match.renamed(file, new, new.__getitem__)
     arrays = _stack({name: _layout(found[moved[path]], name, convention) for path, name in new.items()}, nodes)
     if like is None:
@@ -68,7 +91,7 @@ def convert(
 def merged(
     file: str, what: str, variables: Any, describe: Callable[[str, str, Any], Node]
 ) -> tuple[dict[str, Node], dict[str, Any], dict[str, str]]:
-    """The leaves of params and state together: node, array and whole path by the path below params or state."""
+    """The leaves of params and state together: node, array and full path by the path below params or state."""
     if not isinstance(variables, Mapping) or not {"params"} <= set(variables) <= {"params", "state"}:
         got = list(variables) if isinstance(variables, Mapping) else f"a {type(variables).__name__}"
         raise ValueError(f"{what} must be {{'params': params, 'state': state}} or {{'params': params}}, got {got}")
@@ -125,17 +148,17 @@ def _filled(
     strict: bool,
     cast: bool,
 ) -> Any:
-    """The variables `like` with other values, if all of them were found and fit."""
+    """The variables `like` with the values that were found. Raises Misfit if values are missing or do not fit."""
     from jaxnet.checkpoint import arrays
 
-    # A network that has only some of its parameters would train, and nobody would see it. So strict=False leaves out
-    # what `like` lacks, and nothing else; the error below names everything, since what is missing may be renamed.
+    # A network with only some of its trained parameters would train without any sign of the error. So strict=False ignores
+    # only arrays that `like` lacks. The error lists these as well, because a missing array may have another name.
     if not strict and nodes.keys() <= found.keys():
         found = {name: x for name, x in found.items() if name in nodes}
     kinds = {name: Node("jax", x.dtype.name) for name, x in found.items()}
     specs = {name: Spec(x.dtype.name, x.shape) for name, x in found.items()}
     try:
-        targets, _ = fit(file, "it", nodes, templates, specs, None, strict=True, cast=cast)
+        targets, _ = match.fit(file, "it", nodes, templates, specs, None, strict=True, cast=cast)
     except Misfit as error:
         if strict or nodes.keys() <= found.keys():
             raise
@@ -154,7 +177,7 @@ def _chosen(
     whole: Mapping[str, str],
     patterns: list[str],
 ) -> dict[str, str]:
-    """The part of `new` that the patterns of `only` choose: by their new paths or, if none fits, by those of the source."""
+    """The part of `new` that the patterns of `only` select, by new paths or, if none matches, by paths of the source."""
     from jaxnet import tree
 
     if not patterns:
@@ -175,12 +198,12 @@ def _chosen(
 
 
 def _whole(name: str) -> str:
-    """The path with its part, of an array that no template has."""
+    """The full path of an array without a template: its path below params or state."""
     return f"{'state' if name.rpartition('/')[2] in STATE else 'params'}/{name}"
 
 
 def _place(path: str, ndim: int, convention: Convention, wanted: Mapping[str, Any]) -> str | None:
-    """Our name for an array of another library; None if it is left out."""
+    """jaxnet's path for an array of another library; None if the array is left out."""
     for end, name in convention.names.items():
         if path == end or path.endswith(f"/{end}"):
             return None if name is None else path[: len(path) - len(end)] + name
@@ -194,7 +217,7 @@ def _place(path: str, ndim: int, convention: Convention, wanted: Mapping[str, An
 
 
 def _layout(x: Any, name: str, convention: Convention) -> Any:
-    """The array in our layout, with memory of its own."""
+    """A copy of the array in jaxnet's layout."""
     last = name.rpartition("/")[2]
     if last == "kernel" and convention.features_first and x.ndim > 1:
         x = x.transpose(*range(2, x.ndim), 1, 0)
@@ -204,7 +227,7 @@ def _layout(x: Any, name: str, convention: Convention) -> Any:
 
 
 def _stack(leaves: dict[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Join `blocks/0/kernel`, `blocks/1/kernel`, ... to `blocks/kernel` if that is what is wanted."""
+    """Stack `blocks/0/kernel`, `blocks/1/kernel`, ... to `blocks/kernel` if the template has the latter."""
     import numpy as np
 
     result, groups = {}, {}
@@ -219,13 +242,13 @@ def _stack(leaves: dict[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
         if sorted(names) == list(range(len(names))) and len({(x.shape, x.dtype) for x in parts}) == 1:
             result[target] = np.stack(parts)
         else:
-            # This is no stack: each is reported under its own name.
+            # These do not form a stack, so errors report each under its own name.
             result |= {name: leaves[name] for name in names.values()}
     return result
 
 
 def _in_stack(name: str, wanted: Mapping[str, Any]) -> tuple[str, int | None]:
-    """The wanted name that this one has without one of its numbers, and that number."""
+    """The wanted name that results from removing one number from this name, and that number; else the name and None."""
     steps = name.split("/")
     for i, step in enumerate(steps):
         short = "/".join(steps[:i] + steps[i + 1 :])

@@ -1,4 +1,4 @@
-"""Parameters of the other libraries for JAX, whose containers are pytrees: Flax, Haiku, Equinox."""
+"""Convert parameters of other JAX libraries, whose containers are pytrees: Flax, Haiku, Equinox."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def from_flax(
     strict: bool = True,
     cast: bool = False,
 ) -> Any:
-    """Take the variables of a Flax network, whose names and layouts are ours: `kernel`, `bias`, `scale`, `embedding`.
+    """Convert the variables of a Flax network. Names and layouts are the same: `kernel`, `bias`, `scale`, `embedding`.
 
-    Of Linen's collections `params` and `batch_stats` are taken. What is called `mean` or `var` becomes state, unless
-    `like` says otherwise; random keys are left out, as are integers that `like` does not have.
+    The collections `params` and `batch_stats` of Linen are converted. Arrays with the names `mean` and `var` become state,
+    unless `like` has them in params. Random keys are left out, and so are integers that `like` does not have.
 
     Args:
-      variables: what Linen's `init` returns, or an NNX module or `nnx.state(module)`.
+      variables: the result of Linen's `init`, or an NNX module or `nnx.state(module)`.
       like: as in `from_torch`.
       rename: {path of a module or parameter in Flax, without the collection: path here}, or a function.
       only: as in `from_torch`.
@@ -68,7 +68,7 @@ def from_haiku(
     strict: bool = True,
     cast: bool = False,
 ) -> Any:
-    """Take the parameters, and the state, of a Haiku network.
+    """Convert the parameters and the state of a Haiku network.
 
     | Haiku | here |
     |---|---|
@@ -79,8 +79,8 @@ def from_haiku(
     | a step `~` in the name of a module: `mlp/~/linear_0` | left out: `mlp/linear_0` |
 
     Args:
-      params: what Haiku's `init` returns.
-      state: what Haiku's `init` returns beside it, if the network has state.
+      params: the parameters from Haiku's `init`.
+      state: the state from Haiku's `init`, if the network has state.
       like: as in `from_torch`.
       rename: {path of a module or parameter in Haiku, without '~': path here}, or a function.
       only: as in `from_torch`.
@@ -108,11 +108,11 @@ def from_equinox(
     strict: bool = True,
     cast: bool = False,
 ) -> Any:
-    """Take the parameters of an Equinox model and, from its state, the averages of batch norms.
+    """Convert the parameters of an Equinox model and, from its state, the averages of its batch norms.
 
-    Names and layouts are those of PyTorch (`from_torch` has the table); vectors lose axes of size 1. A batch norm of
-    mode "batch" has its averages corrected for their start at zero, as it does itself when it is used. A dense layer
-    behind a flattened convolution needs its inputs reordered, too.
+    Names and layouts are those of PyTorch (`from_torch` has the table); vectors lose axes of size 1. The averages of a
+    batch norm with mode "batch" are corrected for their start at zero, as Equinox does when it uses them. The inputs of a
+    dense layer after a flattened convolution must be reordered, too.
 
     Args:
       model: a module.
@@ -149,7 +149,7 @@ def _averages(model: Any, state: Any) -> list[tuple[str, Any]]:
                 averages = state.get(norm.ema_state_index)
             else:
                 count = state.get(norm.batch_counter)
-                # The share of batches in the average; the rest is the zero at the start.
+                # The weight of the batches in the average. The remaining weight is that of the initial zero.
                 share = jnp.where(count == 0, 1, 1 - norm.momentum**count)
                 averages = [x / jnp.broadcast_to(share, x.shape) for x in state.get(norm.batch_state_index)]
             for name, x in zip(STATE, averages, strict=True):

@@ -1,7 +1,7 @@
-"""Files of Keras: `.keras`, `.weights.h5` and the old `.h5`, read without Keras and without trusting them.
+"""Read Keras files, `.keras`, `.weights.h5` and the old `.h5`, without Keras and without trusting them.
 
-An HDF5 file may link to other files, announce arrays that it does not hold, and unpack to any size. Nothing of that is
-in a file that Keras writes, so all of it is refused before an array is read.
+An HDF5 file may link to other files, declare arrays that it does not contain, and decompress to any size. Files that Keras
+writes do none of this, so all of it is refused before an array is read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jaxnet.checkpoint.file import opened
+from jaxnet.checkpoint.container import opened
 from jaxnet.checkpoint.format import RESTORE, CheckpointError
 from jaxnet.checkpoint.structure import MAX_DEPTH
 from jaxnet.interop.keras_layers import Weights, kind_of_class, named
@@ -21,20 +21,22 @@ from jaxnet.interop.kinds import check_archive, kind_of_file, refused_kind
 
 __all__ = ["read_layers"]
 
-WEIGHTS = "model.weights.h5"  # in a .keras archive
+# The name of the weights in a .keras archive.
+WEIGHTS = "model.weights.h5"
 OPTIMIZERS = ("optimizer", "optimizer_weights")
-HARMLESS = (2, 3)  # the filters of HDF5 that change no size: shuffle, fletcher32
+# The filters of HDF5 that do not change the size: shuffle, fletcher32.
+HARMLESS = (2, 3)
 
 
 class _Layer(NamedTuple):
-    """What the configuration of a model says of a layer."""
+    """A layer in the configuration of a model."""
 
     kind: str
     options: dict[str, Any]
 
 
 def read_layers(path: str | os.PathLike[str] | bytes) -> list[Weights]:
-    """The weights of all layers in a file of Keras."""
+    """The weights of all layers in a Keras file."""
     with opened(path) as (file, fd, size):  # pyright: ignore[reportArgumentType]
         if (kind := kind_of_file(file, fd, size)) != "keras":
             raise CheckpointError(file, None, refused_kind(kind))
@@ -60,7 +62,8 @@ def _read_hdf5(file: str, raw: Any, size: int, config: bytes | None) -> list[Wei
             return _read_groups(_Reader(file, h5py, size), content, config)
     except CheckpointError:
         raise
-    except Exception as e:  # Damage shows in errors of many kinds.
+    except Exception as e:
+        # Damage causes errors of many types.
         text = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise CheckpointError(file, None, f"h5py cannot read it ({text}): {RESTORE}") from e
 
@@ -97,7 +100,7 @@ def _layers(
 
 
 def _step(reader: _Reader, group: Any, name: str) -> tuple[str, ...]:
-    """What a group adds to the path of a layer: the layer's name. A list of layers adds nothing."""
+    """The steps that a group adds to the path of a layer: the name of the layer, or nothing for a list of layers."""
     if "vars" in group:
         stored = reader.child(group, "vars").attrs.get("name")
         return (stored if isinstance(stored, str) and stored else name,)
@@ -129,7 +132,7 @@ def _old_layers(reader: _Reader, root: Any, layer: str, known: dict[tuple[str, .
 
 
 class _Reader:
-    """The only way to the content of an HDF5 file: no links, no arrays that are not in it, no more bytes than it has."""
+    """Access to an HDF5 file that refuses links, arrays outside the file, and more bytes than the file has."""
 
     def __init__(self, file: str, h5py: Any, size: int):
         self.file, self.h5py, self.size = file, h5py, size
@@ -142,7 +145,7 @@ class _Reader:
         return group[name]
 
     def enter(self, group: Any, depth: int) -> None:
-        """Begin to walk a group; CheckpointError if it lies below itself, or at two places, which may be 2^60 places."""
+        """Check a group before visiting it. Raises CheckpointError if it was visited before, as in a cycle."""
         if not self.is_group(group):
             raise CheckpointError(self.file, (group.name or "").lstrip("/"), "it is an array, expected a group of them")
         address = self.h5py.h5o.get_info(group.id).addr
@@ -182,7 +185,7 @@ class _Reader:
             raise CheckpointError(self.file, path, text)
         self.left -= dataset.nbytes
         values = dataset[()]
-        # HDF5 knows no bfloat16. Of the dtypes of Keras it is the only one of two bytes that h5py stores as raw bytes.
+        # HDF5 has no bfloat16. Of the Keras dtypes with two bytes, h5py stores only bfloat16 as raw bytes.
         return values.view(ml_dtypes.bfloat16) if values.dtype == "V2" else values
 
     def path(self, group: Any, name: str) -> str:
@@ -190,7 +193,7 @@ class _Reader:
 
 
 def _configured(config: Any) -> dict[tuple[str, ...], _Layer]:
-    """The layers that the configuration of a model tells of, by the names of all above them; it may tell nothing."""
+    """The layers in the configuration of a model, by the names of all layers above them; empty if it has none."""
     found: dict[tuple[str, ...], _Layer] = {}
 
     def visit(model: Any, path: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What Keras calls the arrays of a layer, and the layouts that are not ours."""
+"""The names of the arrays of Keras layers, and the layouts that differ from jaxnet's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxnet.interop.collect import Refused
 
 __all__ = ["Weights", "kind_of_class", "named", "placed"]
 
-# The order in which a layer stores its arrays. Those at the end may be missing (bias), those of NORMS in the middle, too.
+# The order in which a layer stores its arrays. Arrays at the end may be missing (bias). For NORMS, gamma or beta may be.
 KERNEL = ("kernel", "bias")
 ORDERS: dict[str, tuple[str, ...]] = {
     **{f"conv{rank}d{end}": KERNEL for rank in (1, 2, 3) for end in ("", "_transpose")},
@@ -27,12 +27,13 @@ ORDERS: dict[str, tuple[str, ...]] = {
     "group_normalization": ("gamma", "beta"),
     "normalization": ("mean", "variance", "count"),
 }
-CODES = ("int8", "uint8")  # the dtypes of quantized kernels; two codes of int4 share a byte
+# The dtypes of quantized kernels; two codes of int4 share a byte.
+CODES = ("int8", "uint8")
 NORMS = ("batch_normalization", "layer_normalization", "group_normalization")
 
 
 class Weights(NamedTuple):
-    """The arrays of one layer by name, the names of the layers above it with its own, and its class as in ORDERS."""
+    """The path of a layer (its own name after those of the layers above it), its class as in ORDERS, and its arrays."""
 
     path: tuple[str, ...]
     kind: str
@@ -40,7 +41,7 @@ class Weights(NamedTuple):
 
 
 def kind_of_class(name: str) -> str:
-    """The key in ORDERS of a class, of a group in a file (`conv2d_1`) or of a layer that nobody has named; '' if unknown."""
+    """The key in ORDERS of a class name, of a group in a file (`conv2d_1`) or of a default layer name; '' if unknown."""
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     name = re.sub("([a-z])([A-Z])", r"\1_\2", name).lower().lstrip("_")
     name = name if name in ORDERS else re.sub(r"_\d+$", "", name)
@@ -48,13 +49,13 @@ def kind_of_class(name: str) -> str:
 
 
 def named(kind: str, arrays: list[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a layer by name, from their order; by number if it is not known which they are."""
+    """The arrays of a layer by name, according to their order; by number if their names are unknown."""
     order = ORDERS.get(kind, ())
     if kind in NORMS:
         present = [name for name, option in (("gamma", "scale"), ("beta", "center")) if options.get(option, True)]
         order = (*present, *order[2:])
         if len(arrays) < len(order) and not options:
-            # Of gamma and beta at most one is here, and nothing says which.
+            # At most one of gamma and beta is here, and the file does not tell which.
             rest = ORDERS[kind][2:]
             order = (*map(str, range(len(arrays) - len(rest))), *rest)
     names = order if len(arrays) <= len(order) else ()
@@ -62,7 +63,7 @@ def named(kind: str, arrays: list[Any], options: Mapping[str, Any]) -> dict[str,
 
 
 def placed(layer: Weights) -> list[tuple[str, Any]]:
-    """The arrays of a layer with their names and in our layout; the rest of the names is in `keras_model.KERAS`."""
+    """The arrays of a layer with their names and in jaxnet's layout. `keras_model.KERAS` maps the remaining names."""
     arrays = dict(layer.arrays)
     for name in [
         name for name, x in arrays.items() if str(x.dtype).removeprefix("torch.") in CODES and len(x.shape) > 1
@@ -79,7 +80,7 @@ def placed(layer: Weights) -> list[tuple[str, Any]]:
         }
         arrays = {names.get(name, name): x for name, x in arrays.items()}
         return [(name, _depthwise(x) if name == "depthwise/kernel" else x) for name, x in arrays.items()]
-    # Keras 2 called this array of a depthwise convolution another name.
+    # Keras 2 used this name for the kernel of a depthwise convolution.
     if "depthwise_kernel" in arrays:
         arrays["kernel"] = _depthwise(arrays.pop("depthwise_kernel"))
     elif layer.kind.startswith("depthwise_conv") and "kernel" in arrays:

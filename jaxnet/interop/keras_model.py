@@ -1,4 +1,4 @@
-"""Weights of Keras, from files and from models in memory."""
+"""Convert Keras weights, from files and from models in memory."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def from_keras(
     | other names (recurrent layers, attention) | the same, as they are |
     | the optimizer, integers (seeds, counters) | left out |
 
-    Paths are the names of layers, of nested models one below the other: `encoder/conv2d/kernel`. A `*.weights.h5` file has
-    no names of arrays: they follow from the class of the layer, if the file tells it, and are numbers otherwise
-    (`my_layer/0`), as is the one of `gamma` and `beta` that a layer has alone. `rename` says what they are.
+    Paths consist of the names of nested models and layers: `encoder/conv2d/kernel`. A `*.weights.h5` file has no names of
+    arrays. They follow from the class of the layer if the file records it; otherwise they are numbers (`my_layer/0`). If a
+    layer has only one of `gamma` and `beta`, its name is a number as well. `rename` gives such arrays their names.
 
-    The kernel of a transposed convolution comes as it is, [*window, out, in]. Norms of Keras have an epsilon of 1e-3, here
-    it is 1e-5: say `batch_norm(eps=1e-3)` and `layer_norm(eps=1e-3)`.
+    The kernel of a transposed convolution is not changed, [*window, out, in]. Keras norms have an epsilon of 1e-3, and
+    jaxnet norms 1e-5: use `batch_norm(eps=1e-3)` and `layer_norm(eps=1e-3)`.
 
     Args:
-      source: a `.keras` file, a `.weights.h5` or an old `.h5` file, told by their first bytes, not by name; or a model
-        of Keras 3 that has been built, whatever its backend.
+      source: a `.keras` file, a `.weights.h5` or an old `.h5` file, recognized by the first bytes, not by the name; or a
+        Keras 3 model that has been built, with any backend.
       like: as in `from_torch`.
       rename: {path of a layer or array in Keras: path here}, or a function.
       only: as in `from_torch`.
@@ -61,14 +61,14 @@ def from_keras(
       cast: as in `from_torch`.
 
     Returns:
-      {"params": ..., "state": ...}, or what `like` has of these. Nothing shares memory with the source.
+      {"params": ..., "state": ...}, or the parts of these that `like` has. Nothing shares memory with the source.
 
     Raises:
-      CheckpointError: the file is damaged, is not Keras's, links to other files, is compressed or announces more than it
-        holds; or it is not what was asked for (all differences in one error).
+      CheckpointError: the file is damaged, is not a Keras file, links to other files, is compressed or declares more bytes
+        than it contains; or it does not match the request (all differences in one error).
       ImportError: a file needs h5py, which is the extra `jaxnet[keras]`.
-      TypeError: `source` is neither a path nor a model of Keras 3.
-      ValueError: `like` is something else than variables.
+      TypeError: `source` is neither a path nor a Keras 3 model.
+      ValueError: `like` does not have the form of variables.
       OSError: the file cannot be opened.
     """
     if isinstance(source, (str, bytes, os.PathLike)):
@@ -81,7 +81,7 @@ def from_keras(
 
 
 def _layers(file: str, model: Any) -> list[Weights]:
-    """The layers of a model in memory that have weights of their own, each under the names of all above it."""
+    """The layers of a model in memory, each with its own weights and with the names of all layers above it."""
     if not (hasattr(model, "_layers") and hasattr(model, "_trainable_variables")):
         what = f"{type(model).__module__}.{type(model).__qualname__}"
         raise TypeError(f"from_keras needs a path or a model of Keras 3, got a {what}: give model.save()'s file")

@@ -1,4 +1,4 @@
-"""Files of other libraries, told by their first bytes, and archives in which nothing is announced that is not there."""
+"""Recognize files of other libraries by their first bytes, and check that archives contain what they declare."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import zipfile
 from typing import BinaryIO, Literal
 
-from jaxnet.checkpoint.file import opened
+from jaxnet.checkpoint.container import opened
 from jaxnet.checkpoint.format import RESTORE, CheckpointError
 
 __all__ = ["check_archive", "kind_of", "kind_of_file", "refused_kind"]
@@ -15,18 +15,24 @@ Kind = Literal["safetensors", "torch", "keras"]
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 PICKLE = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
-FOLDER = 0x10  # in the attributes of a zip record
-ENCRYPTED = 0x2041  # in its flags: of all three kinds
+# The attribute of a zip record that marks a folder.
+FOLDER = 0x10
+# The flags of a zip record for the three kinds of encryption.
+ENCRYPTED = 0x2041
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!")
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
-    """What has written a file: "safetensors" (also jaxnet's own), "torch" (`torch.save`) or "keras".
+    """Recognize the format of a file by its first bytes, not by its name.
 
-    The name does not count, only the first bytes do.
+    Args:
+      path: the file.
+
+    Returns:
+      "safetensors" (including jaxnet's checkpoints), "torch" (`torch.save`) or "keras".
 
     Raises:
-      CheckpointError: it is none of these.
+      CheckpointError: the file has none of these formats.
       OSError: the file cannot be opened.
     """
     with opened(path) as (file, fd, size):
@@ -36,7 +42,8 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
 def kind_of_file(file: str, fd: int, size: int) -> Kind:
     """`kind_of` for an open file."""
     first = os.pread(fd, 512, 0)
-    # The JSON of a header begins at byte 8. So safetensors come first: the length before it may look like anything.
+    # Test for safetensors first. Their JSON begins at byte 8, and the eight bytes before it, a length, may look like
+    # another format.
     if first[8:9] == b"{":
         return "safetensors"
     if first.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -49,9 +56,9 @@ def kind_of_file(file: str, fd: int, size: int) -> Kind:
 
 
 def check_archive(file: str, archive: BinaryIO, size: int) -> list[str]:
-    """The names in a zip archive; CheckpointError unless every record is stored as it is, with the right CRC-32.
+    """The names in a zip archive. Raises CheckpointError unless every record is uncompressed and has the right CRC-32.
 
-    So nothing takes more memory than the file takes on the disk, and no damage goes unseen: torch looks at no checksum.
+    Reading then never needs more memory than the file has bytes, and damage is always detected: torch ignores checksums.
     """
     try:
         with zipfile.ZipFile(archive) as content:
@@ -63,7 +70,8 @@ def check_archive(file: str, archive: BinaryIO, size: int) -> list[str]:
                         pass
     except CheckpointError:
         raise
-    except Exception as e:  # Damage shows in errors of many kinds.
+    except Exception as e:
+        # Damage causes errors of many types.
         text = f"torch cannot read it as tensors alone, nor Keras: its zip archive is damaged ({e}); {RESTORE}"
         if "CRC" in str(e):
             text += " (or it was saved with torch.serialization.set_crc32_options(False): save it again without)"
@@ -72,7 +80,7 @@ def check_archive(file: str, archive: BinaryIO, size: int) -> list[str]:
 
 
 def refused_kind(kind: Kind) -> str:
-    """What to call for a file of this kind."""
+    """The error text for a file of another kind, with the function that reads it."""
     names = {"safetensors": "a safetensors file", "torch": "a file of torch.save", "keras": "a file of Keras"}
     return f"it is {names[kind]}: read it with {'from_keras' if kind == 'keras' else 'from_torch'}"
 
@@ -100,7 +108,7 @@ def _kind_of_archive(file: str, fd: int) -> Kind:
 def _check_records(file: str, records: list[zipfile.ZipInfo], size: int) -> None:
     for record in records:
         packed = record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
-        # torch takes a record with the attribute of a folder for an array, and hands out memory that it never filled.
+        # torch reads a record with the attribute of a folder as an array and returns uninitialized memory.
         if record.is_dir() or record.external_attr & FOLDER:
             raise CheckpointError(file, record.filename, f"the record is marked as a folder; {RESTORE}")
         if packed or record.flag_bits & ENCRYPTED:

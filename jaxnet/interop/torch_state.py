@@ -1,4 +1,4 @@
-"""State dicts of PyTorch, from files, from memory, and back."""
+"""Convert PyTorch state dicts, from files and from memory, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxnet.checkpoint import match
-from jaxnet.checkpoint.file import opened
+from jaxnet.checkpoint.container import opened
 from jaxnet.checkpoint.format import CheckpointError
 from jaxnet.checkpoint.lazy import lazy
 from jaxnet.interop.collect import Refused, by_path, collect, to_numpy
@@ -17,10 +17,11 @@ from jaxnet.interop.kinds import check_archive, kind_of_file, refused_kind
 
 __all__ = ["from_torch", "read_tensors", "renamed_tensors", "to_torch"]
 
-TORCH = Convention({f"running_{name}": name for name in STATE}, features_first=True)  # and `weight`: see convert
+# `convert` maps `weight`, whose name here depends on its shape and on the template.
+TORCH = Convention({f"running_{name}": name for name in STATE}, features_first=True)
 TO_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight"} | {n: f"running_{n}" for n in STATE}
 
-# A tensor of a file may repeat its bytes, as an expanded or a tied one does, up to so many times the file's size.
+# Expanded and tied tensors repeat their bytes. All tensors may take at most this multiple of the file's size.
 REPEATED = 64
 
 
@@ -46,39 +47,39 @@ def from_torch(
     | `bias`, other names | the same, as they are |
     | integers (`num_batches_tracked`) | left out, unless `like` has them |
 
-    The name of the target decides, not the shape, which cannot tell a square matrix from its transpose. A `weight` that
-    is a matrix goes to an `embedding` if `like` has one there, or if `rename` names it in full: {"wte.weight":
-    "wte/embedding"}; else it is a kernel.
+    The layout follows from the name of the target, because a shape cannot tell a square matrix from its transpose. A
+    `weight` that is a matrix becomes an `embedding` if `like` has one at that path, or if `rename` gives the full path:
+    {"wte.weight": "wte/embedding"}. Otherwise it becomes a kernel.
 
-    A convolution there is [N, C, H, W]: a dense layer that follows a flattened one expects its inputs in the order
-    C, H, W, not H, W, C. docs/checkpoints.md shows how to reorder it.
+    Images in PyTorch are [N, C, H, W]: a dense layer after a flattened convolution expects its inputs in the order
+    C, H, W, not H, W, C. docs/checkpoints.md shows how to reorder its kernel.
 
     Args:
-      source: a safetensors file; a file of `torch.save`, which torch opens with `weights_only=True`, so that nothing in
-        it is executed; or a dict of tensors or arrays. The first bytes of a file tell its kind, not its name. Names in
+      source: a safetensors file; a file of `torch.save`, which torch opens with `weights_only=True`, so nothing in it is
+        executed; or a dict of tensors or arrays. The first bytes of a file determine its kind, not its name. Names in
         dicts, lists, tuples, namedtuples and dataclasses, as in training checkpoints, are joined by '.': the second of
         two models in a list is `models.1`.
       like: the variables to fill, {"params": params, "state": state} of arrays or `jax.ShapeDtypeStruct`s, as in
         `load`; "state" may be missing. Numbered modules (`blocks.0`, `blocks.1`, ...) are stacked if `like` has one
-        with a leading axis, as `repeat` makes it. Without it, the modules are nested dicts by their own names.
+        with a leading axis, as `repeat` makes it. Without `like`, the result is nested dicts with the names of the modules.
       rename: {module or tensor of the source: path in the variables, without "params" and "state"}, of which the longest
-        that fits counts: {"state_dict.module": "", "layer1.0": "stage1/first"}; or a function from path to path. Old
-        names may have '.' or '/' between steps; a function is given '/'.
-      only: a pattern of paths as in `load`, or several, each of which must match something: only these arrays are
-        taken, and `like` is the part of the variables that holds them. A pattern speaks of the new paths or, if it
-        matches none, of those of the source: only="model" reads one entry of a training checkpoint.
-      strict: False (with `like`) to leave out the arrays that `like` lacks. What `like` has must be found all the same.
+        match applies: {"state_dict.module": "", "layer1.0": "stage1/first"}; or a function from path to path. Old
+        names may have '.' or '/' between steps; a function receives '/'.
+      only: a pattern of paths as in `load`, or several, each of which must match something. Only these arrays are
+        converted, and `like` is the part of the variables that holds them. A pattern applies to the new paths or, if it
+        matches none, to the paths of the source: only="model" reads one entry of a training checkpoint.
+      strict: False (with `like`) to ignore arrays that `like` lacks. Every array of `like` must still be found.
       cast: as in `load`.
 
     Returns:
-      {"params": ..., "state": ...}, or what `like` has of these. Nothing shares memory with the source.
+      {"params": ..., "state": ...}, or the parts of these that `like` has. Nothing shares memory with the source.
 
     Raises:
-      CheckpointError: the file is damaged, holds more than tensors, or is not what was asked for (all differences in
-        one error, with guesses at what has been renamed); a tensor has no values in order (sparse, quantized, meta), by
-        its path.
-      ImportError: the file needs torch, from 2.6 on, which is the extra `jaxnet[torch]`.
-      ValueError: `like` is something else than variables, or has one path in both parts.
+      CheckpointError: the file is damaged, holds objects other than tensors, or does not match the request (all
+        differences in one error, with guesses at renamed arrays); or a tensor has no plain values (sparse, quantized,
+        meta).
+      ImportError: the file needs torch 2.6 or newer, which is the extra `jaxnet[torch]`.
+      ValueError: `like` does not have the form of variables, or has the same path in both parts.
       OSError: the file cannot be opened.
     """
     if isinstance(source, (str, bytes, os.PathLike)):
@@ -93,7 +94,7 @@ def from_torch(
 def to_torch(
     variables: Mapping[str, Any], *, rename: Rename = None, stacked: str | Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Make a PyTorch state dict: the inverse of `from_torch`, exact.
+    """Make a PyTorch state dict, the exact inverse of `from_torch`.
 
         save("net.safetensors", to_torch(variables, rename={"body": "features"}))
 
@@ -102,16 +103,16 @@ def to_torch(
     Args:
       variables: {"params": params, "state": state}; "state" may be missing.
       rename: {path in the variables, without "params" and "state": module or tensor of the state dict}, of which the
-        longest that fits counts, or a function from path to path. New names may have '.' or '/' between steps.
-      stacked: paths of nodes that `repeat` has stacked, which become numbered modules: "blocks" gives `blocks.0`, ...
-        They must be named, since a stack of matrices and the kernel of a convolution look alike.
+        longest match applies, or a function from path to path. New names may have '.' or '/' between steps.
+      stacked: paths of nodes that `repeat` stacked, which become numbered modules: "blocks" gives `blocks.0`, ...
+        They must be listed, because a stack of matrices has the same shape as the kernel of a convolution.
 
     Returns:
       NumPy arrays by name. There is no `num_batches_tracked`; `load_state_dict` does without it.
 
     Raises:
-      ValueError: `variables` are something else, or what is `stacked` is not.
-      CheckpointError: two arrays would have one name, or one has no values.
+      ValueError: `variables` do not have the form of variables, or a path in `stacked` is not a stack.
+      CheckpointError: two arrays would have the same name, or an array has no values.
     """
     from jaxnet.checkpoint import arrays
 
@@ -128,7 +129,7 @@ def to_torch(
         last, x = name.rpartition("/")[2], leaves[name]
         if last == "kernel" and x.ndim > 1:
             x = x.transpose(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2))
-        # Else the rename names the tensor in full.
+        # If the last step differs, `rename` has given the full name of the tensor.
         if path[-1:] == (last,):
             path = (*path[:-1], TO_TORCH.get(last, last))
         new = ".".join(path).replace("/", ".")
@@ -139,7 +140,7 @@ def to_torch(
 
 
 def read_tensors(path: str | os.PathLike[str] | bytes) -> dict[str, Any]:
-    """All arrays of a state dict in a file, by name, in the order of the file; see `from_torch` for kinds of files."""
+    """All arrays of a state dict in a file by name, in the order of the file. `from_torch` lists the kinds of files."""
     with opened(path) as (file, fd, size):  # pyright: ignore[reportArgumentType]
         kind = kind_of_file(file, fd, size)
         if kind == "torch":
@@ -151,7 +152,7 @@ def read_tensors(path: str | os.PathLike[str] | bytes) -> dict[str, Any]:
 
 
 def renamed_tensors(path: str | os.PathLike[str], rename: Rename) -> dict[str, Any]:
-    """All arrays of a state dict in a file, as they are, by their new names with '.' between steps."""
+    """All arrays of a state dict in a file, unchanged, by their new names with '.' between steps."""
     file = os.fsdecode(path)
     tensors, rename = _slashed(file, read_tensors(path), rename)
     names = match.renamed(file, tensors, rename or {})
@@ -159,7 +160,7 @@ def renamed_tensors(path: str | os.PathLike[str], rename: Rename) -> dict[str, A
 
 
 def _loaded(file: str, fd: int, size: int) -> Any:
-    """What torch reads from a file, as tensors alone."""
+    """The content of a file that torch reads with `weights_only=True`."""
     torch = _torch(file)
     with os.fdopen(os.dup(fd), "rb") as source:
         if os.pread(fd, 2, 0) == b"PK":
@@ -169,7 +170,8 @@ def _loaded(file: str, fd: int, size: int) -> Any:
             return torch.load(source, map_location="cpu", weights_only=True)
         except OSError:
             raise
-        except Exception as e:  # Damage shows in errors of many kinds.
+        except Exception as e:
+            # Damage causes errors of many types.
             raise CheckpointError(file, None, _refusal(e)) from e
 
 
@@ -179,7 +181,7 @@ def _torch(file: str) -> Any:
     except ImportError as e:
         text = "needs torch to be opened: pip install 'jaxnet[torch]', or save it as safetensors where torch is"
         raise ImportError(f"{file}: {text}") from e
-    # CVE-2025-32434: before 2.6, files could run code in spite of weights_only=True.
+    # CVE-2025-32434: before 2.6, files could run code despite weights_only=True.
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         raise ImportError(f"{file}: torch {torch.__version__} does not open files safely; from 2.6 on it does: upgrade")
     return torch
@@ -197,7 +199,7 @@ def _refusal(error: Exception) -> str:
 
 
 def _collected(file: str, content: Any, size: int) -> dict[str, Any]:
-    """The tensors of a file, if they take no more memory than its size can explain."""
+    """The tensors of a file. Raises CheckpointError if they need far more memory than the size of the file."""
     tensors = collect(file, content)
     sizes = {name: x.nbytes for name, x in tensors.items() if not isinstance(x, Refused)}
     if (total := sum(sizes.values())) > (limit := REPEATED * size + (64 << 20)):
@@ -208,7 +210,7 @@ def _collected(file: str, content: Any, size: int) -> dict[str, Any]:
 
 
 def _slashed(file: str, tensors: dict[str, Any], rename: Rename) -> tuple[dict[str, Any], Rename]:
-    """The tensors of a state dict by path, and the renames in paths, of which they may give the old ones with '.'."""
+    """The tensors of a state dict by path, and `rename` with '/' between the steps of its old names."""
     if isinstance(rename, dict):
         rename = {old.replace(".", "/"): new for old, new in rename.items()}
     return by_path(file, tensors.items(), lambda name: name.replace(".", "/")), rename

@@ -37,7 +37,7 @@ def embed(
       dtype: of the embedding; float32 by default (float64 under `jax_enable_x64`).
 
     Raises:
-      ValueError: a size that is no positive integer.
+      ValueError: a size is not a positive integer.
       TypeError: ids that are not integers, or a dtype that is not a float.
     """
     vocabulary, features = size_of("embed: vocabulary", vocabulary), size_of("embed: features", features)

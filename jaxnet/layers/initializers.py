@@ -22,7 +22,8 @@ from jaxnet.core import fold, is_threefry
 
 __all__ = ["bias", "fan_in_normal", "lecun_normal", "ones", "zeros"]
 
-SHORTEST, LONGEST, BLOCK = 2**16, 2**20, 2**12  # of the draws, in numbers
+# The lengths of draws, and of the blocks in which a draw is computed, in numbers.
+SHORTEST, LONGEST, BLOCK = 2**16, 2**20, 2**12
 
 
 class Draw(NamedTuple):
@@ -76,7 +77,7 @@ def fan_in_normal(key, shape: tuple[int, int], dtype):
 
 
 def bias(initializer: Callable[..., Any], key, shape: tuple[int, ...], dtype):
-    """A bias beside a kernel that takes the key itself: random ones are drawn with a key folded from it."""
+    """Initialise a bias. The kernel uses `key` itself, so a random bias is drawn with a key folded from it."""
     constant = initializer in (zeros, ones, jax.nn.initializers.zeros, jax.nn.initializers.ones)
     return initializer(key if constant else fold(key, "bias"), shape, dtype)
 
@@ -140,8 +141,8 @@ def _first(key, n: int, draw: Draw) -> jax.Array:
 def _blocks(size: int, words, blocks, low, high, least, most):
     """The first blocks of a draw of `size` numbers, as `jax.random` computes them; the rest is 0.
 
-    Number i follows from the key and i alone, so that one program, with the number of blocks and the distribution as
-    arguments, serves all shapes and costs what the numbers cost that are needed.
+    Number i depends only on the key and i. Therefore one program, with the number of blocks and the distribution as
+    arguments, serves all shapes and computes only the blocks that are needed.
     """
     first, second = (jnp.broadcast_to(word, (BLOCK,)) for word in words)
     lane = jax.lax.iota(jnp.uint32, BLOCK)

@@ -35,7 +35,7 @@ def dense(
       precision: of the matrix product, as in `jax.numpy.matmul`.
 
     Raises:
-      ValueError: another width than at `init`, or a size that is no positive integer.
+      ValueError: the width differs from that at `init`, or a size is not a positive integer.
       TypeError: inputs that are not floats of the parameters' dtype.
     """
     units = size_of("dense: units", units)

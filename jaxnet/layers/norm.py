@@ -93,7 +93,7 @@ def _affine(label: str, params, scale: bool, bias: bool):
 
 
 def _like(params):
-    """The width and the dtype that the input must have; None where there is no parameter to compare with."""
+    """The width and the dtype that the input must have; None if there is no parameter."""
     for param in params.values():
         return jax.ShapeDtypeStruct(param.shape, computed_dtype(params, param))
 
@@ -101,9 +101,9 @@ def _like(params):
 def _moments(x, axes: tuple[int, ...]):
     """Mean and biased variance over some axes, kept with size 1: (d, mean of d, shift, variance), where x = d + shift.
 
-    E[d^2] - E[d]^2 loses digits if the mean of d is large against the deviation, so that d is the distance from the
-    mean itself. That mean was rounded: the mean of d is what it lacks. The shift has no gradient, because the results
-    do not depend on it.
+    E[d^2] - E[d]^2 loses digits if the mean of d is large compared with the deviation. Therefore x is shifted by its
+    rounded mean, and the mean of d is the rounding error. The shift has no gradient, because the results do not depend on
+    it.
     """
     shift = jax.lax.stop_gradient(x.mean(axes, keepdims=True))
     d = x - jnp.broadcast_to(shift, x.shape)

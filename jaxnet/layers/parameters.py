@@ -13,12 +13,17 @@ __all__ = ["check_real"]
 
 
 def check_real(label: str, params: Any) -> None:
-    """Refuse complex parameters: their gradients are conjugates, which no optimizer here takes into account.
+    """Refuse complex parameters, because optimizers do not conjugate their gradients.
+
+    Args:
+      label: the name of the layer in errors.
+      params: the parameters of the layer.
 
     Raises:
       TypeError: a parameter is complex.
     """
-    items = params.items() if isinstance(params, Mapping) else ()  # `layer` explains what is no dict
+    # If params is not a dict, `layer` raises a better error.
+    items = params.items() if isinstance(params, Mapping) else ()
     for name, param in items:
         if hasattr(param, "dtype") and jnp.issubdtype(param.dtype, jnp.complexfloating):
             raise TypeError(

@@ -15,11 +15,12 @@ from jaxnet.core import check_input, describe
 
 __all__ = ["ENDLESS", "check_spatial", "over_batch", "pads_along", "sizes_along", "spatial_window", "telling_how_read"]
 
-ENDLESS = 2**30  # the size of an axis into which every window fits
+# The size of an axis that every window fits into.
+ENDLESS = 2**30
 
 
 def spatial_window(name: str, window: int | Sequence[int]) -> tuple[tuple[int, ...], str]:
-    """The window along each spatial axis, an int being for images, and how a label prints it."""
+    """The window along each spatial axis (an int is for images), and its text in labels."""
     try:
         if np.ndim(window) == 0:
             sizes = (size_of(name, window),) * 2
@@ -35,7 +36,7 @@ def spatial_window(name: str, window: int | Sequence[int]) -> tuple[tuple[int, .
 
 
 def sizes_along(what: str, value: Any, rank: int) -> tuple[int, ...]:
-    """One positive int for each of `rank` axes, from one for all or a sequence of them."""
+    """One positive int per spatial axis, from one for all axes or a sequence."""
     try:
         values = (value,) * rank if np.ndim(value) == 0 else tuple(value)
         if len(values) != rank:
@@ -47,7 +48,7 @@ def sizes_along(what: str, value: Any, rank: int) -> tuple[int, ...]:
 
 
 def pads_along(what: str, padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
-    """A padding by name as it is; of numbers, (before, after) for each of `rank` axes."""
+    """A named padding unchanged; numbers as (before, after) per spatial axis."""
     if isinstance(padding, str):
         return padding
     try:
@@ -63,7 +64,7 @@ def pads_along(what: str, padding: Any, rank: int) -> str | tuple[tuple[int, int
 
 
 def check_spatial(label: str, x: Any, rank: int, *, width: int | None = None, **checks: Any) -> None:
-    """`check_input` for x [..., *spatial, C]; an error about C also says how the axes were read."""
+    """`check_input` for x [..., *spatial, C]. An error about C also tells how the axes were interpreted."""
     check_input(label, x, **checks)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"{label}: the input must be real, got {describe(x)}; pass real and imaginary part as channels")
@@ -76,7 +77,7 @@ def check_spatial(label: str, x: Any, rank: int, *, width: int | None = None, **
 
 @contextlib.contextmanager
 def telling_how_read(x: Any, rank: int) -> Iterator[None]:
-    """Add to an error how the axes of x were read: without an axis of channels, [32, 28, 28] is 1 image of 32x28."""
+    """Add the interpretation of the axes of x to an error: [32, 28, 28] is 1 image of 32x28 with 28 channels."""
     try:
         yield
     except ValueError as error:
@@ -88,7 +89,7 @@ def telling_how_read(x: Any, rank: int) -> Iterator[None]:
 
 
 def over_batch(fn: Callable, x, rank: int):
-    """Apply fn, made for one batch axis [N, *spatial, C], over any number of them."""
+    """Apply fn, which expects one batch axis [N, *spatial, C], to any number of batch axes."""
     batch, image = x.shape[: -rank - 1], x.shape[-rank - 1 :]
     y = fn(x.reshape(math.prod(batch), *image))
     return y.reshape(*batch, *y.shape[1:])

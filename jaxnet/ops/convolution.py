@@ -141,7 +141,7 @@ def _batch(role: str, operands, axes, *, geometry: Geometry):
 
 
 def _is_spread(a, axis: int) -> bool:
-    """Does the type say that an axis is spread over devices? Only the first of two axes that are joined can be."""
+    """Whether the type of an array shards an axis. When two axes are joined, only the first may be sharded."""
     return jax.typeof(a).sharding.spec[axis] is not None
 
 
@@ -155,7 +155,7 @@ def _type(role: str, a, b, geometry: Geometry):
         shape = shape_of(role, a, b, geometry)
         if role == "kernel":
             return jnp.broadcast_to(a.sum() * b.sum(), shape)
-        # The images are spread over devices as those of the cotangent.
+        # The images are sharded like those of the cotangent.
         return lax.broadcast_in_dim(a.sum() * b.sum(range(1, b.ndim)), shape, (0,))
 
     return jax.make_jaxpr(typed)(a, b).out_avals[0]

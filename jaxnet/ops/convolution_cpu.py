@@ -34,18 +34,22 @@ from jaxnet.ops.unfolding_cpu import by_taps, product, substitute, unfolded, unf
 # The rules were measured with benchmarks/convolution.py, on one core of an AVX-512 machine.
 FEW = 4  # features: so few leave most of a vector register idle in XLA's convolutions
 SMALL = 16  # features: where neither side has more, XLA takes Eigen's convolution, the slower one
-SHORT = 5  # taps along an axis: up to here, unfolded windows of few features beat XLA's convolution in every map
-LONG = 32  # taps along an axis: more are never written out, which bounds the size of the program
-MANY = 25  # taps in a window: more are never written out at once
+# Taps along an axis: up to this number, unfolded windows of few features beat XLA's convolution in every map.
+SHORT = 5
+# Taps along an axis: more are never unrolled, which bounds the size of the program.
+LONG = 32
+# Taps in a window: more are never unrolled at once.
+MANY = 25
 CHUNK = 8  # images: what the gradient of a kernel takes at a time
 LARGE = 2**24  # numbers: unfolded windows larger than this (64 MB) cost more than they gain
-TYPICAL = 32  # images: assumed where the size of the batch is not known
+# The assumed number of images if the size of the batch is not known.
+TYPICAL = 32
 
 
 def convolution(role: str, a, b, *, geometry: Geometry):
-    """The map called `role`, by the form that was measured best for these shapes.
+    """The map called `role`, in the form that was fastest for these shapes.
 
-    The rules end: each one removes the groups, an axis, or few features on the side of the output, and none adds these.
+    The recursion ends, because each rule removes the groups, an axis, or few output features, and none adds them.
     """
     g, dtype = geometry, a.dtype
     # Sums are in float32, as in XLA's own convolutions.
@@ -80,7 +84,7 @@ def _same(x):
 
 
 def _taps_from(k, first, window):
-    """The part of a kernel whose taps meet the input; the others only ever meet padding."""
+    """The part of a kernel whose taps meet the input. The other taps only meet padding."""
     return lax.slice(k, [*first, 0, 0], [*(start + w for start, w in zip(first, window, strict=True)), *k.shape[-2:]])
 
 
@@ -89,7 +93,7 @@ def _in_the_plane(role: str, a, b, g: Geometry):
     channels, features = _features(role, a, b, g)
     strided = max(g.strides) > 1
     sizes, window, outputs = math.prod(g.sizes), math.prod(g.window), math.prod(g.outputs)
-    # XLA exchanges kernel and image where the kernel is the larger one, and so leaves the order that is fast.
+    # If the kernel is larger than the image, XLA exchanges them, which gives a slow memory order.
     slow = outputs > sizes if role == "kernel" else window > (sizes if role == "output" else min(sizes, outputs))
     if a.dtype == jnp.float64:
         slow = slow or not _fast_in_float64(role, a, b, g)
@@ -104,14 +108,14 @@ def _in_the_plane(role: str, a, b, g: Geometry):
 
 
 def _unfolded_whole(role: str, a, b, *, geometry: Geometry):
-    """The windows along all axes written out: one product of matrices."""
+    """Unfold the windows along all axes, which leaves one matrix product."""
     return unfolded(role, a, b, geometry, convolution, axes=geometry.rank)
 
 
 def _unfolds(role: str, g: Geometry) -> bool:
-    """With few features, does it pay to write the windows along the first axis out as features?
+    """Whether unfolding the windows along the first axis into features pays for few features.
 
-    For windows of three this gives three times the features.
+    Windows of three give three times the features.
     """
     first, *rest = g.window
     if first <= SHORT:
@@ -120,7 +124,7 @@ def _unfolds(role: str, g: Geometry) -> bool:
 
 
 def _features(role: str, a, b, g: Geometry) -> tuple[int, int]:
-    """How many features one group takes, and how many it gives."""
+    """The numbers of input and output features per group."""
     if role == "kernel":
         return a.shape[-1] // g.groups, b.shape[-1] // g.groups
     kernel = a if role == "input" else b

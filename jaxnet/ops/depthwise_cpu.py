@@ -2,9 +2,9 @@
 
 T = sum over w of sum(x shifted to w * k[w] * y) for x [N, *spatial, C], k [*window, C] and y [N, *outputs, C].
 
-XLA fuses the products of the taps that are written out, and keeps all features of a few pixels in vector registers. Its own
-convolution is 10 to 50 times slower. Larger windows run through a loop over blocks of taps, so that the size of the program
-does not depend on the window.
+XLA fuses the products of unrolled taps and keeps all features of a few pixels in vector registers. Its own convolution is
+10 to 50 times slower. Larger windows use a loop over blocks of taps, so the size of the program does not depend on the
+window.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from jax import lax
 from jaxnet.ops.geometry import Geometry, pad_spatial, slice_windows
 
 # Measured with benchmarks/convolution.py, on one core of an AVX-512 machine.
-AT_ONCE = 49  # taps: so many are written out for the maps to input and output
-IN_A_PROGRAM = 32  # rows and taps of a row: more make the program long
-BLOCK = 24  # taps: of a larger window, so many are taken at a time
-SUMS = 9  # taps: for so many, the sums of the map to the kernel are kept at a time
+# The most taps that the maps to input and output unroll.
+AT_ONCE = 49
+# The most rows plus taps per row: more make the program long.
+IN_A_PROGRAM = 32
+# The number of taps per block of a larger window.
+BLOCK = 24
+# The number of taps whose sums the map to the kernel keeps at a time.
+SUMS = 9
 
 
 def featurewise(role: str, a, b, g: Geometry):
-    """The map of T called `role`, without groups: each feature is one."""
+    """The map of T called `role`. Each feature is a group."""
     if role == "kernel":
         return _kernel(a, b, g)
     if role == "output":
@@ -52,7 +56,8 @@ def _output(x, k, g: Geometry):
         return _block_of(x, i, counts, block), _cut(k, _starts(i, counts, block.window), (*block.window, k.shape[-1]))
 
     def add_block(i, carry):
-        # The next operands are cut out here: XLA would fuse cutting into the products, which then are 10 times slower.
+        # Slice the next operands here. XLA would otherwise fuse the slices into the products, which makes them 10 times
+        # slower.
         total, (x, k) = carry
         return total + _written_out(x, k, block), operands(i + 1)
 
@@ -61,7 +66,7 @@ def _output(x, k, g: Geometry):
 
 
 def _written_out(x, k, g: Geometry):
-    """The sum of the products of all taps. The rows of a window share a function, which keeps the program short."""
+    """The sum of the products of all taps. The rows of a window share one function, which keeps the program short."""
     taps, outputs, stride, step = g.window[-1], g.outputs[-1], g.strides[-1], g.dilation[-1]
 
     @jax.jit
@@ -119,8 +124,9 @@ def _sums(x, y, g: Geometry):
 def _in_blocks(x, g: Geometry, most: int) -> tuple[jax.Array, Geometry, tuple[int, ...]]:
     """Cut the window into blocks of at most `most` taps.
 
-    Returns: x with its padding and with zeros for the taps that the last blocks have in excess, the geometry of one block
-    without padding, and how many blocks there are along each axis.
+    Returns:
+      x with its padding and with zeros for the excess taps of the last blocks, the geometry of one block without padding,
+      and the number of blocks along each axis.
     """
     window = []
     for taps in reversed(g.window):
@@ -134,25 +140,25 @@ def _in_blocks(x, g: Geometry, most: int) -> tuple[jax.Array, Geometry, tuple[in
 
 
 def _over_padded(g: Geometry, window: tuple[int, ...]) -> Geometry:
-    """The geometry of some taps of a window over an input that has its padding and ends with the last of them."""
+    """The geometry of a block of taps over an input that includes its padding and ends at the last tap."""
     steps = zip(g.outputs, g.strides, window, g.dilation, strict=True)
     sizes = tuple((o - 1) * s + (w - 1) * d + 1 for o, s, w, d in steps)
     return g._replace(sizes=sizes, window=window, padding=((0, 0),) * g.rank)
 
 
 def _block_of(x, i, counts, block: Geometry):
-    """What the taps of block number i see of images x that have their padding."""
+    """The part of padded images x that the taps of block i meet."""
     steps = [size * d for size, d in zip(block.window, block.dilation, strict=True)]
     return _cut(x, [0, *_starts(i, counts, steps)], (x.shape[0], *block.sizes, x.shape[-1]))
 
 
 def _starts(i, counts, steps) -> list:
-    """Where block number i starts along each axis."""
+    """The start of block i along each axis."""
     table = np.stack(np.unravel_index(np.arange(math.prod(counts)), counts), -1).astype(np.int32)
     table *= np.asarray(steps, np.int32)
     return list(lax.dynamic_index_in_dim(jnp.asarray(table), i, keepdims=False, allow_negative_indices=False))
 
 
 def _cut(x, starts, sizes):
-    # JAX need not write out how a negative index would count from the end.
+    # Without negative indices, JAX need not compile code to wrap them.
     return lax.dynamic_slice(x, [*starts, 0], sizes, allow_negative_indices=False)

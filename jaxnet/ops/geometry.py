@@ -68,7 +68,7 @@ class Geometry(NamedTuple):
 
     @property
     def met(self) -> tuple[tuple[int, ...], Geometry]:
-        """Without the taps that only ever meet padding: the first tap that is left, and the geometry of those left."""
+        """The first tap that meets the input along each axis, and the geometry without taps that only meet padding."""
         first, window, padding = [], [], []
         ends = zip(self.sizes, self.padding, self.window, self.outputs, self.strides, self.dilation, strict=True)
         for size, (lo, hi), w, o, s, d in ends:
@@ -152,7 +152,7 @@ def resolve_padding(what: str, padding, sizes, window, strides, dilation) -> Pad
 
 
 def is_static(size) -> bool:
-    """Is the size of an axis known? In a program exported for any size it is an expression, which cannot be compared."""
+    """Whether the size of an axis is known. In a program exported for any size, it is an expression without an order."""
     return isinstance(size, int | np.integer)
 
 
@@ -183,7 +183,7 @@ def split_windows(x, g: Geometry, value: float = 0) -> jax.Array:
     ends = zip(g.sizes, g.padding, g.outputs, g.strides, strict=True)
     x = pad_spatial(x, [(lo, o * s - size - lo) for size, (lo, _), o, s in ends], value)
     for axis, o, s, span, d in zip(g.tap_axes, g.outputs, g.strides, g.spans, g.dilation, strict=True):
-        # One axis at a time, since JAX knows how that leaves an array spread over devices.
+        # Split one axis at a time, because JAX can then infer the sharding of the result.
         x = x.reshape(*x.shape[: axis - 1], o, s, *x.shape[axis:])
         x = lax.slice_in_dim(x, 0, span, d, axis=axis)
     return x

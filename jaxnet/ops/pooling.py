@@ -1,6 +1,6 @@
-"""Pooling as maxima and sums of shifted slices: no reduce-window, whose gradients are 3 to 100 times slower on a CPU.
+"""Pooling as maxima and sums of shifted slices. Gradients of XLA's reduce-window are 3 to 100 times slower on a CPU.
 
-Short windows are written out, axis by axis. A long window along an axis is put together from windows of half its length.
+Short windows are unrolled, axis by axis. A long window along an axis is combined from windows of half its length.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["avg_pool", "max_pool"]
 
 # Taps: a larger window is pooled axis by axis, by h + w slices and not h w (measured faster from 9 on).
 AT_ONCE = 4
-# Taps along one axis: longer windows are put together from windows of half the length, by 2 log2(w) slices and not w.
+# Taps along one axis: longer windows are combined from windows of half the length, with 2 log2(w) slices instead of w.
 LONG = 4
 
 
@@ -115,11 +115,12 @@ def _by_axis(g: Geometry) -> list[Geometry]:
 
 
 def _halves(g: Geometry) -> list[Geometry]:
-    """A pooling with a long window along one axis as steps of two taps each.
+    """Split a pooling with a long window along one axis into steps of two taps each.
 
-    The maximum over 2 m elements is that of two maxima over m; the last two may overlap, since an element may count twice.
-    With x from 0 to n - 1, the maxima over m elements are at positions -lo to n + hi - m; those that hold an element of x, at
-    -(m - 1) to n - 1. Only positions with both are kept, so that no maximum is one of padding alone.
+    The maximum over 2 m elements is that of two maxima over m. The last two windows may overlap, because an element may
+    count twice. For x from 0 to n - 1, the maxima over m elements are at positions -lo to n + hi - m, and windows with at
+    least one element of x are at positions -(m - 1) to n - 1. Only positions in both ranges are kept, so every window has
+    an element of x.
     """
     axis = max(range(g.rank), key=lambda i: g.window[i])
     taps, size, (lo, hi) = g.window[axis], g.sizes[axis], g.padding[axis]
@@ -163,7 +164,7 @@ def _window_sum(x, g: Geometry):
 
 
 def _running_sum(x, taps: int, axis: int):
-    """The sums of so many elements in a row along an axis, each from two sums of half as many."""
+    """The sums of `taps` consecutive elements along an axis, each computed from two sums of half as many."""
     if taps == 1:
         return x
     half = _running_sum(x, taps // 2, axis)
@@ -197,7 +198,7 @@ def _window_max_jvp(g: Geometry, primals, tangents):
         return jax.jvp(lambda x: _max_by_halves(x, g), primals, tangents)
     (x,), (tangent,) = primals, tangents
     y = _window_max(x, g)
-    # Padding must be less than every element, -inf too. A mask of the padding would make this three times slower.
+    # The padding must be less than every element, including -inf. Masking it instead would be three times slower.
     if max(max(g.padding)) > 0 and jnp.issubdtype(x.dtype, jnp.floating):
         x = jnp.maximum(x, jnp.finfo(x.dtype).min)
     largest, *others = slice_windows(x, g, _least(x.dtype))
@@ -215,7 +216,7 @@ def _window_max_jvp(g: Geometry, primals, tangents):
 
 
 def _is_larger(window, largest):
-    """Is an element taken instead of the largest so far? A NaN is."""
+    """Whether an element replaces the largest so far. NaN always does."""
     return (window > largest) | (window != window)
 
 

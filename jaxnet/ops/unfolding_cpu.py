@@ -1,6 +1,6 @@
-"""Changes of variables for `convolution_cpu`: the windows written out as features, or their taps taken one by one.
+"""Changes of variables for `convolution_cpu`: unfold windows into features, or loop over their taps.
 
-Each form takes `inner`, the map of the convolution over the axes that are left.
+Each form takes `inner`, the map of the convolution over the remaining axes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from jax import lax
 
 from jaxnet.ops.geometry import Geometry, others, pad_spatial, shape_of, slice_windows, split_windows
 
-WRITTEN_OUT = 5  # taps: longer windows are put together from short ones
+# Windows with more taps are combined from short ones.
+WRITTEN_OUT = 5
 
-Inner = Callable[..., jax.Array]  # (role, a, b, *, geometry) -> the map of the convolution called `role`
+# (role, a, b, *, geometry) -> the map of the convolution called `role`
+Inner = Callable[..., jax.Array]
 
 
 def substitute(role: str, a, b, g: Geometry, maps, inner):
@@ -28,7 +30,7 @@ def substitute(role: str, a, b, g: Geometry, maps, inner):
 
 
 def unfolded(role: str, a, b, g: Geometry, inner: Inner, *, axes: int):
-    """The windows along the first `axes` axes written out as features: a convolution over the other axes, or a product.
+    """Unfold the windows along the first `axes` axes into features, which leaves a convolution over the other axes.
 
     x [N, I.., rest, C] -> [N O.., rest, w.. C]; kernel [w.., rest, C, F] -> [rest, w.. C, F]; y -> [N O.., rest, F].
     """
@@ -55,7 +57,7 @@ def _side_by_side(x, g: Geometry):
     taps, step = g.window[0], g.dilation[0]
     if g.rank > 1 or taps <= WRITTEN_OUT:
         return jnp.concatenate(slice_windows(x, g), -1)
-    # A long window consists of short ones: about twice the root of w slices, not w, make a program that compiles faster.
+    # A long window consists of short ones, which takes about 2 sqrt(w) slices instead of w and compiles faster.
     few, channels, reach = math.isqrt(taps), x.shape[-1], (g.outputs[0] - 1) * g.strides[0] + 1
     x = pad_spatial(x, g.tight_padding)
     short = Geometry((x.shape[1],), (few,), (1,), ((0, 0),), (step,))
@@ -76,9 +78,9 @@ def joined(x, axes: int):
 
 
 def by_taps(role: str, a, b, g: Geometry, inner: Inner):
-    """One tap of the first axis after the other, in a loop; each is a convolution over the other axes.
+    """Loop over the taps of the first axis; each tap is a convolution over the other axes.
 
-    For long windows: neither the program nor the patches grow with the window.
+    This serves long windows: neither the program nor the patches grow with the window.
     """
     first, rest = g.axes(slice(1)), g.axes(slice(1, None))
     (taps,), (outputs,), (stride,), (step,) = first.window, first.outputs, first.strides, first.dilation
@@ -120,9 +122,9 @@ def by_taps(role: str, a, b, g: Geometry, inner: Inner):
 
 
 def unfolded_planes(role: str, a, b, g: Geometry):
-    """As `unfolded`, but each feature of each tap is a plane of its own, [w C, N O]: for few features.
+    """`unfolded` for few features, where each feature of each tap is a separate plane, [w C, N O].
 
-    Only for the gradients: the kernel's is planes y, the input's brings kernel y^T back from planes.
+    It serves the gradients only. That of the kernel is planes y; that of the input folds kernel y^T back from planes.
     """
 
     def unfold(x):

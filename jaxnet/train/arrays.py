@@ -1,4 +1,4 @@
-"""Arrays of any library: which are read where they are needed, and the numbers of the others."""
+"""Arrays of any library: read some lazily, by rows, and convert the others."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["fitting", "is_lazy", "on_device", "rows_of"]
 
 
 def is_lazy(leaf: Any) -> bool:
-    """Tell whether an array is read row by row instead of being put on the device.
+    """Whether an array is read row by row instead of being copied to the device.
 
-    These are memory maps, and whatever has `shape`, `dtype` and `array[rows]` but no way to hand over its numbers as a
-    whole: datasets of h5py and zarr, `jaxnet.data.Windows`. Series, frames and tensors of other libraries are in memory:
-    they are copied by position, since their `[]` may look rows up by a label.
+    These are memory maps, and objects with `shape`, `dtype` and `array[rows]` but without a conversion of the whole: h5py
+    and zarr datasets, `jaxnet.data.Windows`. Series, frames and tensors of other libraries are in memory and are copied by
+    position, because their `[]` may look up rows by label.
     """
     if isinstance(leaf, np.memmap):
         return True
@@ -31,20 +31,27 @@ def is_lazy(leaf: Any) -> bool:
 
 
 def on_device(data: Any) -> Any:
-    """Put a tree on the device, whatever library its arrays are from, by position.
+    """Copy a tree of arrays of any library to the device.
+
+    Args:
+      data: a pytree of arrays. Rows are taken by position, not by label.
+
+    Returns:
+      The tree with JAX arrays.
 
     Raises:
-      ValueError: an integer that JAX's 32 bits cannot hold, or weights that have no meaning.
-      TypeError: something that is not an array of numbers.
+      ValueError: an integer does not fit in JAX's 32 bits, or weights are negative or not finite.
+      TypeError: a leaf is not an array of numbers.
     """
     data = tree.map_with_path(fitting, data)
     check_weights(data)
-    with jax.transfer_guard("allow"):  # this transfer is meant
+    # This transfer is intended, even if the user forbids implicit ones.
+    with jax.transfer_guard("allow"):
         return jax.tree.map(jnp.asarray, data)
 
 
 def rows_of(path: str, leaf: Any, rows: np.ndarray) -> np.ndarray:
-    """Some rows of an array that is read lazily, in any order and with repetitions, read in increasing order."""
+    """Rows of an array that is read lazily, in any order and with repetitions. They are read in increasing order."""
     wanted, inverse = np.unique(rows, return_inverse=True)
     values = leaf.oindex[wanted] if hasattr(leaf, "oindex") else leaf[wanted]
     if isinstance(values, list | tuple) or not hasattr(values, "shape"):
@@ -58,7 +65,7 @@ def rows_of(path: str, leaf: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def fitting(path: str, leaf: Any) -> Any:
-    """The leaf as JAX will hold it, with 64-bit integers checked before they are cut to 32."""
+    """The leaf in the dtype that JAX gives it. 64-bit integers are checked before they are cut to 32 bits."""
     if isinstance(leaf, jax.Array):
         return leaf
     array = _as_numpy(path, leaf)
@@ -85,7 +92,8 @@ def _as_numpy(path: str, leaf: Any) -> np.ndarray:
     try:
         return np.asarray(leaf)
     except Exception as error:
-        if hasattr(leaf, "__dlpack__"):  # a dtype that NumPy lacks, such as bfloat16
+        # NumPy may lack the dtype, such as bfloat16.
+        if hasattr(leaf, "__dlpack__"):
             with contextlib.suppress(Exception):
                 return np.asarray(jax.dlpack.from_dlpack(leaf))
         raise TypeError(

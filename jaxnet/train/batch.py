@@ -1,4 +1,4 @@
-"""Examples, their weights and their number: the data of a run, and its batches."""
+"""Examples, their weights and their number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Uneven", "Weighted", "check_weights", "examples", "unweighted"]
 
 
 class Weighted(NamedTuple):
-    """Examples and how much each counts: as data for training, as one batch, or as the value of a loss.
+    """Examples with weights: as data for training, as one batch, or as the value of a loss.
 
     Attributes:
       batch: the examples, leaves [B, ...]; in a loss, its values [B].
@@ -29,14 +29,14 @@ class Weighted(NamedTuple):
 
 
 def unweighted(batch: Any) -> tuple[Any, Any]:
-    """Split a batch into (examples, their weights); the weights are None where it has none."""
+    """Split a batch into (examples, weights). The weights are None if the batch has none."""
     return (batch.batch, batch.weights) if isinstance(batch, Weighted) else (batch, None)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Uneven:
-    """A batch, or the rows of one, of which the last in an epoch is shorter.
+    """A batch, or its rows, in epochs whose last batch is shorter.
 
     Attributes:
       batch: leaves [B, ...], or [steps, B, ...] for several.
@@ -53,12 +53,12 @@ class Uneven:
         return jax.tree.map(lambda leaf: leaf[: self.rest], self.batch)
 
     def true(self) -> Any:
-        """The batch with its true length; `last` must be known."""
+        """The batch with its true length. `last` must not be traced."""
         return self.short() if self.last else self.batch
 
 
 def examples(data: Any) -> int:
-    """The length of the leading axis that all leaves share.
+    """Count the examples: the length of the leading axis that all leaves share.
 
     Args:
       data: a pytree of arrays, or of specs of arrays.
@@ -67,8 +67,8 @@ def examples(data: Any) -> int:
       The number of examples.
 
     Raises:
-      ValueError: there is no such length, it is zero, or weights do not have the shape [B].
-      TypeError: a Python list stands where an array belongs.
+      ValueError: the lengths differ or are zero, a leaf has no leading axis, or weights do not have the shape [B].
+      TypeError: a leaf is a Python list instead of an array.
     """
     _check_lists(data)
     lengths = {}
@@ -94,11 +94,11 @@ def examples(data: Any) -> int:
 def check_weights(data: Any, *, some: bool = True) -> None:
     """Raise ValueError unless all weights in the data are at least 0 and have a finite sum.
 
-    Weights that are traced, or not in memory, are left to be looked at later.
+    Weights that are traced, or not in memory, are not checked here.
 
     Args:
       data: a pytree, which may hold `Weighted` nodes.
-      some: whether the sum must be above 0, too; a single batch may have no weight at all.
+      some: whether the sum must be above 0. A single batch may have a sum of 0.
     """
     for path, (_, weights) in _weighted_nodes(data):
         if isinstance(weights, jax.core.Tracer) or not isinstance(weights, np.ndarray | jax.Array):
@@ -122,7 +122,7 @@ def check_shape(what: str, weights: Any, n: int) -> None:
 
 
 def shape_of(leaf: Any) -> tuple[int, ...]:
-    """The shape of whatever has one, without reading it."""
+    """The shape of an array or a number, without reading it."""
     return tuple(leaf.shape) if hasattr(leaf, "shape") else np.shape(leaf)
 
 
@@ -134,11 +134,12 @@ def _weighted_nodes(data: Any) -> Iterator[tuple[str, Weighted]]:
             yield f"{name}/weights".lstrip("/"), node
 
 
-_MANY = 16  # arrays in a list: more of one shape are a list of examples
+# A list of more arrays than this, all of one shape, is a list of examples.
+_MANY = 16
 
 
 def _check_lists(data: Any) -> None:
-    """Refuse a Python list of examples, which JAX takes for a container of as many leaves."""
+    """Raise TypeError for a Python list of examples, which JAX treats as a container of as many leaves."""
     stack = [("", data)]
     while stack:
         path, node = stack.pop()

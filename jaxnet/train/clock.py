@@ -1,4 +1,4 @@
-"""The seconds of a training: measured time without what is not training."""
+"""Measure the seconds of training, without compiling, evaluating and saving."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """A stopwatch that stands still while something other than training runs (compiling, evaluating, saving)."""
+    """A stopwatch that pauses during other work (compiling, evaluating, saving)."""
 
     def __init__(self):
         self._excluded = 0.0
         self._begin = self._lap = time.perf_counter()
 
     def seconds(self) -> float:
-        """Seconds since the clock was made, without the excluded ones."""
+        """Seconds since the clock was created, without excluded time."""
         return time.perf_counter() - self._begin - self._excluded
 
     def lap(self) -> float:
-        """Seconds since the last call of `lap`, without the excluded ones."""
+        """Seconds since the last call of `lap`, without excluded time."""
         before, self._lap = self._lap, time.perf_counter() - self._excluded
         return self._lap - before
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
-        """Do not count the time that the block takes."""
+        """Exclude the time of the block."""
         begin = time.perf_counter()
         try:
             yield

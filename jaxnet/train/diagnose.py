@@ -39,9 +39,9 @@ def explain(
     Args:
       step: (train_state, batch) -> (train_state, metrics).
       train_state: the last good state.
-      batches: for each of the steps after it a function (train_state) -> batch.
-      history: the records until then.
-      data: the arrays that the batches are drawn from, so that a wrong row can be named.
+      batches: one function (train_state) -> batch per step after this state.
+      history: the records up to this state.
+      data: the arrays that the batches are drawn from, in which the error names a wrong row.
 
     Returns:
       The error to raise.
@@ -102,11 +102,14 @@ def explain(
 
 
 def wrong_input(batch: Any, data: Any = None) -> str | None:
-    """Name the leaf and row of the first input that no training survives: NaN, infinity or a negative weight.
+    """Find the first invalid input: NaN, infinity or a negative weight.
 
     Args:
       batch: the batch that failed.
-      data: the arrays that it was drawn from; their rows are named if it is given and in memory.
+      data: the arrays that the batch was drawn from. If they are in memory, the text names their rows.
+
+    Returns:
+      The leaf, the value and the row as text, or None if all inputs are valid.
     """
     for path, leaf in tree.flatten(batch).items():
         if (found := _wrong_row(path, leaf)) is None:

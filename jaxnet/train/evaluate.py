@@ -36,9 +36,9 @@ def evaluate(
       A function of a train state.
 
     Raises:
-      ValueError: data that is empty or has leaves of unequal length; when it is called, metrics that pair all examples
-        by broadcasting (see `all_pairs`).
-      TypeError: data that is no array of numbers; when it is called, metrics that are not a dict.
+      ValueError: the data is empty or has leaves of unequal length; when the function is called, a metric pairs all
+        examples by broadcasting (see `all_pairs`).
+      TypeError: the data is not an array of numbers; when the function is called, `metrics` does not return a dict.
 
     Example:
       >>> count = evaluate(lambda params, batch: {"mean": batch.mean()}, jnp.arange(5.0), batch_size=2)
@@ -101,7 +101,8 @@ def evaluate(
         check_train_state("evaluate", train_state)
         return run(train_state.params, train_state.state, data)
 
-    evaluated.traceable = True  # pyright: ignore[reportFunctionMemberAccess]: `fit` may look at it by `eval_shape`
+    # `fit` may find the names of the results by `jax.eval_shape`.
+    evaluated.traceable = True  # pyright: ignore[reportFunctionMemberAccess]
     return evaluated
 
 
@@ -115,7 +116,8 @@ def _over_batches(means: Callable, batches: Callable) -> Callable[[TrainState], 
     def run(train_state):
         check_train_state("evaluate", train_state)
         total, n = None, 0
-        with jax.transfer_guard("allow"):  # batches come from the host
+        # The batches come from the host.
+        with jax.transfer_guard("allow"):
             for batch in batches():
                 size = examples(batch)
                 part = means(train_state.params, train_state.state, on_device(batch))

@@ -1,4 +1,4 @@
-"""What a run is fed with: the stacks of work that a compiled call takes, and how it reads batches out of them."""
+"""Feeds of a run: they make the stacks of data for compiled calls, and define how a call reads batches from a stack."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LIMIT = 2**31 - 1
 
 
 class Feed:
-    """Where the batches of a run come from. Each kind owns its plan: which part of a stack a step takes.
+    """The source of the batches of a run. Each subclass has its own plan: which part of a stack a step uses.
 
     Attributes:
-      data: as `fit` was given it, or on the device.
-      total: the step at which the run ends; None if only the data can tell.
-      epochs: the passes after which the run ends; None if `total` tells.
-      epoch_steps: steps per epoch; None if only the data can tell.
-      facts: what must be the same when the run goes on from a checkpoint.
+      data: the data that `fit` received, or its copy on the device.
+      total: the step at which the run ends; None if it depends on the data.
+      epochs: the passes after which the run ends; None if `total` is known.
+      epoch_steps: steps per epoch; None if it depends on the data.
+      facts: values that must be the same when the run resumes from a checkpoint.
     """
 
     data: Any = None
@@ -42,13 +42,13 @@ class Feed:
     def stacks(
         self, train_state: Any, step: int, position: dict, next_cut: Callable[[int], int], abandoned: Callable
     ) -> Iterator[source.Stack]:
-        """Work from this step on, each stack up to the step where the host wants to look."""
+        """Yield stacks of data from this step on. Each ends at the next step at which the host acts."""
         raise NotImplementedError
 
     def batches(self, size: int) -> Callable:
-        """The plan of a compiled call with room for `size` steps, and how to read it; see `chunk_of`.
+        """A function that makes the plan of a compiled call of at most `size` steps, and reads batches; see `chunk_of`.
 
-        Batches in a stack have a leading axis of steps, and the stack is the plan.
+        By default, the stack is the plan: its batches have a leading axis of steps.
         """
         return lambda n, train_state, stack: (stack, lambda batch: batch)
 
@@ -61,7 +61,7 @@ class Feed:
         return {path: f"{leaf.dtype}{list(leaf.shape[1:])}" for path, leaf in tree.flatten(inputs).items()}
 
     def batch_of(self, train_state: Any, i: jax.Array, *inputs: Any) -> Any:
-        """The batch at index i of the plan, for a step that is done again alone."""
+        """The batch at index i of the plan, to repeat a single step."""
         return jax.tree.map(lambda leaf: leaf[i], inputs[0])
 
 
@@ -81,7 +81,7 @@ class RowFeed(Feed):
 
     @property
     def left_out(self) -> str | None:
-        """What is said of examples that no batch of an epoch takes, if they are many."""
+        """A note about the examples that the batches of an epoch leave out, if there are many."""
         batch_size, order, drop_last = self.batching.values()
         rest = self.n - self.epoch_steps * batch_size if drop_last else 0
         always = order is None and rest > 0
@@ -98,7 +98,7 @@ class RowFeed(Feed):
 
 
 class ArrayFeed(RowFeed):
-    """Arrays on the device: rows are drawn within the compiled call, and the plan begins with its first step."""
+    """Arrays on the device. The compiled call draws the rows, and its plan begins with its first step."""
 
     def __init__(self, data, *settings):
         super().__init__(data, *settings)
@@ -130,7 +130,7 @@ class ArrayFeed(RowFeed):
 
 
 class StreamFeed(Feed):
-    """Batches that come from outside."""
+    """Batches from an iterable."""
 
     left_out = None
 
@@ -146,7 +146,7 @@ class StreamFeed(Feed):
 def arrays_of(
     data: Any, batch_size: int, epochs: int | None, steps: int | None, order: Order | None, drop_last: bool
 ) -> RowFeed:
-    """A feed of arrays: on the device, or read row by row if one of them is to be read lazily."""
+    """A feed of arrays: on the device, or read row by row if one of them is lazy."""
     lazy = any(source.is_lazy(leaf) for leaf in jax.tree.leaves(data))
     return (RowFeed if lazy else ArrayFeed)(data, batch_size, epochs, steps, order, drop_last)
 

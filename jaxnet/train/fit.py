@@ -1,4 +1,4 @@
-"""The public call: train in compiled chunks, and look at what happens in between."""
+"""The public call `fit`: train in compiled chunks, and evaluate, record and save in between."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Result(_Result):
       train_state: after the last step.
       history: a list of records, dicts of plain numbers, about one per 100 steps.
       best: the best evaluation, None unless `best` was given.
-      stopped: why the run ended before the last step: 'SIGINT', 'SIGTERM', the reason that the condition gave, or 'the data
-        ended'; None if it did not.
+      stopped: why the run ended before the last step: 'SIGINT', 'SIGTERM', the reason from the condition, or 'the data
+        ended'; None if the run was completed.
       compiled: one line per compilation, with its reason; more than one line means that shapes or dtypes of batches
         changed.
       evaluations: a list of records, one per evaluation: the values that `evaluate` returned, and the means of the
@@ -60,7 +60,7 @@ class Result(_Result):
 
     @property
     def stopped(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        # A program that asks decides itself what a signal means for what comes next.
+        # A program that reads this decides itself whether a signal ends more than this run.
         handled()
         return self[3]
 
@@ -98,25 +98,26 @@ def fit(
     check_finite: bool = True,
     progress: bool | None = None,
 ) -> Result:
-    """Train: run a step again and again in compiled chunks, and look at what happens in between.
+    """Train in compiled chunks of many steps, and evaluate, record and save in between.
 
-    It is `train_steps` in a loop with the things that such a loop needs, and none of them changes the numbers: the result
-    is the same bit for bit, wherever the chunks end, and whether the run was interrupted and resumed or not (on the
-    same kind of device, with the same number of cores).
+    `fit` runs `train_steps` in a loop. Evaluating, recording and saving do not change the numbers: the result is the same
+    bit for bit wherever the chunks end, and whether or not the run was interrupted and resumed (on the same kind of
+    device, with the same number of cores).
 
     Args:
-      step: (train_state, batch) -> (train_state, metrics), as `train_step` makes it, or one of your own; not jitted.
-      train_state: where to start, as from `train_state(params, optimizer, key)`. It is copied, never donated.
-      data: with `batch_size`, a pytree of arrays with a leading axis of examples. Arrays in memory go to the device as a
-        whole; memory maps and others that are read by `array[rows]` are read when their rows are needed. Without
-        `batch_size`, an iterable of batches, or a function (number of the pass) -> iterable; a thread draws them ahead.
+      step: (train_state, batch) -> (train_state, metrics), from `train_step` or your own function; not jitted.
+      train_state: the start, as from `train_state(params, optimizer, key)`. It is copied, never donated.
+      data: with `batch_size`, a pytree of arrays with a leading axis of examples. Arrays in memory are copied to the device
+        as a whole; memory maps and other arrays with `array[rows]` are read by rows, as needed. Without `batch_size`, an
+        iterable of batches, or a function (number of the pass) -> iterable; a thread draws batches in advance.
       batch_size: examples per step, for arrays.
-      epochs, steps: until when: passes over the data, or steps, counted from step 0 of the train state. One of them.
+      epochs, steps: the end of the run, as passes over the data or as steps, counted from step 0 of the train state. Pass
+        exactly one of them.
       order, drop_last: as in `train_steps`; for arrays.
       evaluate: (train_state) -> dict of numbers. It is called after each epoch, or every `evaluate_every` steps (for an
-        iterable with `steps`, after each pass and at the end), and the values join the record. Before the first step
-        it is traced, if it is jitted or made by `jaxnet.train.evaluate`, and called once on the start if not, so that
-        its mistakes come early. It must copy any arrays it keeps: their buffers are donated to the following steps.
+        iterable with `steps`, after each pass and at the end), and its values are added to the record. Before the first
+        step, a function that is jitted or made by `jaxnet.train.evaluate` is traced, and any other is called once, so
+        its errors come early. It must copy any arrays it keeps: their buffers are donated to the following steps.
       evaluate_every: steps per evaluation.
       record_every: steps per record; the default is about 100, an equal part of an epoch if possible, and at most 1,000
         records in all.
@@ -239,7 +240,7 @@ def _size(name: str, value: Any) -> int:
 def _feed(
     train_state: Any, data: Any, batch_size: Any, epochs: Any, steps: Any, order: Any, drop_last: bool, *, digest: bool
 ) -> Feed:
-    """The feed of the run, with the facts that identify it; those that take reading only if they are asked for."""
+    """The feed of the run, with the facts that identify it. With `digest`, they include digests of the data and the key."""
     if batch_size is None:
         inputs.check_iterable(data)
         feed: Feed = StreamFeed(data, epochs, steps)
@@ -254,12 +255,12 @@ def _feed(
 
 
 def _debugging() -> bool:
-    """Whether JAX has been asked to look for NaN, which `fit` then does in its own way."""
+    """Whether JAX is configured to check for NaN or infinity. `fit` then checks for them itself."""
     return bool(jax.config.jax_debug_nans or jax.config.jax_debug_infs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _say_where(run: Run, start: int, found: Any, notes: Sequence[str], show: Progress) -> None:
-    """Say where the run begins. Raises ValueError if it has already done more than it is asked for."""
+    """Print where the run begins. Raises ValueError if it is already beyond its last step."""
     step, total = run.history.step, run.feed.total
     if found is None:
         if total is not None and step >= total:
@@ -278,7 +279,7 @@ def _say_where(run: Run, start: int, found: Any, notes: Sequence[str], show: Pro
 
 
 def _say_done(run: Run, found: saved.Found, show: Progress) -> None:
-    """Say that nothing is left to train, and what has changed."""
+    """Print that nothing is left to train, and what has changed."""
     step, total, epochs = run.history.step, run.feed.total, run.feed.epochs
     if total is None:
         at, beyond = f"after pass {run.passes} of {epochs}", run.passes > (epochs or 0)
@@ -290,7 +291,7 @@ def _say_done(run: Run, found: saved.Found, show: Progress) -> None:
     if beyond:
         raise ValueError(f"fit: {text}; to go on, ask for more")
     if saved.step_changed(run, found):
-        # Otherwise the old result would pass for that of the new settings.
+        # Without a warning, the old result would look like that of the new settings.
         text = f"fit: {text}. Its step was another one (learning rate, loss or network): this is the result of that run"
         warnings.warn(text, stacklevel=4)
     else:
@@ -298,7 +299,7 @@ def _say_done(run: Run, found: saved.Found, show: Progress) -> None:
 
 
 def _say_why(run: Run, keeper: Keeper, show: Progress) -> None:
-    """Say why the run has stopped before its last step, and where the state is."""
+    """Print why the run has stopped before its last step, and where the state is saved."""
     of = "" if run.feed.total is None else f" of {run.feed.total:,}"
     by = f"by {run.stopped} " if run.stopped in ("SIGINT", "SIGTERM") else ""
     text = f"stopped {by}at step {run.history.step:,}{of}" + ("" if by else f": {run.stopped}")

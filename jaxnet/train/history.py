@@ -1,4 +1,4 @@
-"""The history of a training: from the metrics of single steps to records, and records to arrays."""
+"""The history of a run: combine the metrics of single steps into records, and convert records to arrays."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Record = dict[str, float]
 """What is known at one step: 'step', 'epoch', the mean of each metric since the record before, 'seconds' and more."""
 
 FIXED = ("step", "epoch", "samples_per_second", "seconds")
-"""The entries of every record that are no metrics."""
+"""The entries of every record that are not metrics."""
 
 
 class New(NamedTuple):
-    """A record that is complete now.
+    """A new complete record.
 
     Attributes:
-      record: with the means since the record before.
-      summary: if an epoch or an evaluation ends with it, a record with the means since the last one of these.
+      record: the means since the previous record.
+      summary: the means since the previous summary, if an epoch or an evaluation ends with this record.
     """
 
     record: Record
@@ -34,12 +34,12 @@ class History:
 
     Args:
       next_cut: the first step after this one at which a record ends.
-      epoch: the number of the epoch that a step is in.
+      epoch: the number of the epoch of a step.
       ends: (a step, a later one) -> whether an epoch or an evaluation ends between them, which makes a summary.
 
     Attributes:
       records: all complete records.
-      evaluations: the summaries that were evaluated, with what the evaluation gave.
+      evaluations: the summaries at evaluations, with the values of the evaluation.
       pending: the metrics of the steps since the last record, by name [steps].
       sums, weight: of the records since the last summary: the sum of value times weight by metric, and the sum of weights.
     """
@@ -57,7 +57,7 @@ class History:
         self.sums: dict[str, float] = {}
         self.weight = 0.0
         self.step, self.seconds, self.samples = 0, 0.0, 0.0
-        # Where the last summary ended: its step, seconds, and the samples since then that are in records.
+        # The end of the last summary: its step and seconds, and the samples in records since then.
         self.since = {"step": 0, "seconds": 0.0, "samples": 0.0}
 
     def begin(self, step: int) -> None:
@@ -75,7 +75,7 @@ class History:
           seconds, samples: of all n steps together.
           cut: end a record, and a summary, after the last of them in any case.
         """
-        # All at once, since records may be many.
+        # Convert all steps at once, because there may be many records.
         metrics = {name: np.asarray(values, np.float64) for name, values in metrics.items()}
         first, new, start = self.step, [], 0
         while start < n:
@@ -107,16 +107,16 @@ class History:
         return New(record, summary)
 
     def summary(self) -> Record:
-        """The means since the last summary, over whole records and what is pending."""
+        """The means since the last summary, over complete records and pending steps."""
         sums, weight = self._pending_sums()
         sums = {name: self.sums.get(name, 0.0) + x for name, x in (sums or dict.fromkeys(self.sums, 0.0)).items()}
         samples, seconds = self.since["samples"] + self.samples, self.seconds - self.since["seconds"]
         return self._record(sums, self.weight + weight, samples, seconds)
 
     def _pending_sums(self) -> tuple[dict[str, float], float]:
-        """Of what is pending: the sum of value times weight by metric, and the sum of the weights.
+        """The sums of value times weight over the pending steps, by metric, and the sum of their weights.
 
-        A value without weight does not count, even if it is NaN. Skipped steps have no weight; they are counted.
+        A value with weight 0 does not count, even if it is NaN. Skipped steps have weight 0 and are counted separately.
         """
         values, n = self.pending, float(next(map(len, self.pending.values()), 0))
         if "weight" not in values and "skipped" not in values:
@@ -131,7 +131,7 @@ class History:
         return sums, float(weights.sum())
 
     def _join(self, sums: Mapping[str, float], weight: float) -> None:
-        """Put what was pending among the sums."""
+        """Add the pending steps to the sums."""
         for name, x in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + x
         self.weight += weight
@@ -151,7 +151,7 @@ class History:
         return record
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """All of it, to be saved: (plain numbers, lists and dicts; a tree of arrays, for what grows)."""
+        """The state to save: (plain numbers, lists and dicts; a tree of arrays for the parts that grow)."""
         numbers = {name: getattr(self, name) for name in ("step", "seconds", "samples", "sums", "weight", "since")}
         arrays = {
             "records": columns_of(self.records),
@@ -161,11 +161,11 @@ class History:
         return numbers, arrays
 
     def restore(self, numbers: Mapping[str, Any], arrays: Mapping[str, Any] | None) -> None:
-        """Take over what `state` gave. Older files have the records among the numbers, and no arrays."""
+        """Restore a result of `state`. Older files have the records among the numbers, and no arrays."""
         self.step, self.seconds, self.samples = numbers["step"], numbers["seconds"], numbers["samples"]
         if arrays is None:
             self.records, pending = list(numbers["records"]), numbers["pending"]
-            # An evaluation's values stand behind the last entry that every record has.
+            # The values of an evaluation follow 'seconds', the last entry that every record has.
             self.evaluations = [dict(record) for record in self.records if list(record)[-1] != "seconds"]
         else:
             self.records, self.evaluations = records_of(arrays["records"]), records_of(arrays["evaluations"])
@@ -176,7 +176,7 @@ class History:
 
 
 def columns_of(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Records as arrays, which a file holds far better than text: {'columns': {name: [n]}, 'has': {name: bool [n]}}.
+    """Records as arrays, which need far less space in a file: {'columns': {name: [n]}, 'has': {name: bool [n]}}.
 
     'has' tells which records have an entry; names that all records have are left out of it.
     """
@@ -192,7 +192,7 @@ def columns_of(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def records_of(table: Mapping[str, Any]) -> list[Record]:
-    """The records that `columns_of` was given."""
+    """The inverse of `columns_of`."""
     columns = {name: np.asarray(column).tolist() for name, column in table["columns"].items()}
     has = {name: np.asarray(column).tolist() for name, column in table["has"].items()}
     rows = range(len(next(iter(columns.values()), ())))

@@ -1,4 +1,4 @@
-"""What makes a run the one that wrote a checkpoint: its data, its order, its key and its network."""
+"""Compare a run with the run that wrote a checkpoint: its data, order, key and network."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ LEAVES = 256  # leaves of a train state that count in how a run begins
 ELEMENTS = 1 << 16  # elements of a leaf that count there
 ROUNDING = 1e-4  # the difference, relative to the norm, up to which two starts are the same
 
+# A key also determines noise and initial values, so a run resumed with another key would equal neither run.
 NAMES = {
     "key": "another key",
     "order": "another order",
@@ -30,11 +31,10 @@ NAMES = {
     "batch_size": "another batch size",
     "drop_last": "another drop_last",
 }
-# A key also decides about noise and initial values, so a resumed run with another one would be neither run.
 
 
 def key_text(key: Any) -> str | None:
-    """A random key as text; None if it is no single key."""
+    """A random key as text; None if it is not a single key."""
     if not isinstance(key, jax.Array | np.ndarray) or not getattr(key, "is_fully_addressable", True):
         return None
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -45,7 +45,7 @@ def key_text(key: Any) -> str | None:
 
 
 def data_digest(data: Any) -> str:
-    """A cheap digest of arrays: shapes, dtypes, and the bytes of small arrays or of a sample of rows of large ones."""
+    """A cheap digest of arrays: shapes, dtypes, all bytes of small arrays, and a sample of the rows of large ones."""
     crc = 0
     for path, leaf in tree.flatten(data).items():
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype) if hasattr(leaf, "dtype") else "object"
@@ -99,17 +99,20 @@ def _sample(leaf: Any) -> np.ndarray:
         return np.zeros(0, np.uint8)
     if host.nbytes > WHOLE:
         host = host[np.linspace(0, len(host) - 1, SAMPLE).astype(np.int64)]
-    # As the device holds it, so that float64 and float32 copies of one array are the same data.
+    # Use the dtype on the device, so that float64 and float32 copies of an array have the same digest.
     return host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
 
 
 def program_digest(jaxpr: Any) -> str:
-    """A digest of a traced program, which contains the learning rate, the loss and the network."""
+    """A digest of a traced program. It depends on the learning rate, the loss and the network."""
     return f"{zlib.crc32(re.sub(r'0x[0-9a-f]+', '', str(jaxpr)).encode()):08x}"
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """How the facts of a run differ from those in a checkpoint; None if they agree. Older files know fewer facts."""
+    """The differences between the facts of a run and those in a checkpoint; None if they agree.
+
+    Older files have fewer facts, and a missing fact is not a difference.
+    """
     if ("batch_size" in before) != ("batch_size" in now):
         return "data of another kind (arrays in one, an iterable of batches in the other)"
     names = [name for name in before if name in now and before[name] != now[name]]
@@ -139,7 +142,7 @@ def tree_differences(template: Any, leaves: Mapping[str, tuple[str, tuple]]) -> 
             lines.append(f"'{path}' is not in the file")
         elif here[1] != there[1] or (here[0] != there[0] and "key<" not in here[0] + there[0]):
             lines.append(f"'{path}' is {there[0]}{list(there[1])} in the file and {here[0]}{list(here[1])} here")
-    # Parameters say more than the optimizer's copies of their shapes.
+    # List parameters first. Differences in the optimizer's state only repeat them.
     lines.sort(key=lambda line: not line.startswith("'params"))
     if not lines:
         return None

@@ -1,4 +1,4 @@
-"""What `fit` is given, checked before the first step: the error names the argument, the received value and the remedy."""
+"""Check the arguments of `fit` before the first step. Errors name the argument, the received value and the remedy."""
 
 from __future__ import annotations
 
@@ -72,13 +72,17 @@ _OF_BATCH = "; evaluate(test, data) makes it of a function test(params, batch)"
 
 
 def check_names(metrics: Iterable[str], evaluated: Iterable[str], stop: Any, metric: str | None) -> None:
-    """Raise unless the names that others look at are among those that a record will have.
+    """Raise unless records will have the names that `stop` and a store use, without collisions.
 
     Args:
       metrics: the metrics that the step returns.
-      evaluated: the names of what `evaluate` returns.
-      stop: the condition, which may look at a metric.
-      metric: by which a store of checkpoints keeps the best steps.
+      evaluated: the names of the values that `evaluate` returns.
+      stop: the condition, which may use a metric.
+      metric: the metric by which a store of checkpoints keeps the best steps.
+
+    Raises:
+      ValueError: `evaluate` returns a name that the record has already.
+      KeyError: no record has a name that is used.
     """
     own = {*FIXED, *metrics} - {"weight"}
     if clash := own & set(evaluated):
@@ -92,9 +96,9 @@ def check_names(metrics: Iterable[str], evaluated: Iterable[str], stop: Any, met
 
 
 def evaluated(evaluate: Callable, train_state: TrainState, best: str | None) -> tuple[str, ...] | None:
-    """The names of what an evaluation of the train state returns, checked; None if that cannot be told.
+    """The names of the values that `evaluate` returns, after checking the values; None if they are unknown.
 
-    A function that JAX can trace without running it is only traced. Any other is called once.
+    A function that is jitted or made by `jaxnet.train.evaluate` is only traced. Any other function is called once.
     """
     try:
         if hasattr(evaluate, "lower") or getattr(evaluate, "traceable", False):
@@ -111,7 +115,7 @@ def evaluated(evaluate: Callable, train_state: TrainState, best: str | None) -> 
             error.add_note("fit: evaluate receives the train state: use `state.params`, or `evaluate(test, data)`")
         raise
     except LookupError:
-        # A table of values by step may have no entry for the start.
+        # For instance, a table of values by step may have no entry for the start.
         return None
     return tuple(check_evaluation(values, best))
 
@@ -129,7 +133,13 @@ def maybe_takes_params(error: Exception) -> bool:
 
 
 def check_evaluation(values: Any, best: str | None) -> Mapping[str, Any]:
-    """What `evaluate` returned, if it is a dict of numbers that has what `best` looks at."""
+    """Return the values from `evaluate` if they are a dict of numbers that includes the metric of `best`.
+
+    Raises:
+      TypeError: they are not a dict of numbers by name.
+      ValueError: a value is not a scalar.
+      KeyError: the metric of `best` is missing.
+    """
     if not isinstance(values, Mapping):
         raise TypeError(
             f"fit: evaluate must return a dict of numbers by name, got {_describe(values)}; write for instance "
@@ -149,7 +159,7 @@ def check_evaluation(values: Any, best: str | None) -> Mapping[str, Any]:
 
 
 def check_arrays(data: Any) -> None:
-    """Raise TypeError for data that goes with `batch_size`, but is no pytree of arrays."""
+    """Raise TypeError for data passed with `batch_size` that is not a pytree of arrays."""
     if isinstance(data, Iterator):
         raise TypeError(
             f"fit: with batch_size the data is arrays, got a {type(data).__name__}, which is used up as it is read; without "
@@ -196,7 +206,7 @@ def _check_lists(path: str, data: Any) -> None:
 
 
 def check_iterable(data: Any) -> None:
-    """Raise TypeError for data that goes without `batch_size`, but is no iterable of batches."""
+    """Raise TypeError for data passed without `batch_size` that is not an iterable of batches."""
     arrays = isinstance(data, dict | tuple) or hasattr(data, "shape")
     if arrays or isinstance(data, str | bytes) or not (isinstance(data, Iterable) or callable(data)):
         raise TypeError(
@@ -215,7 +225,7 @@ def check_iterable(data: Any) -> None:
 
 
 def _is_loader(data: Any) -> bool:
-    """Whether this yields batches and is nothing that JAX takes for a container or an array."""
+    """Whether an object yields batches and is neither a container nor an array for JAX."""
     leaf = jax.tree.leaves(data)[:1] == [data] if not isinstance(data, list | tuple | dict) else False
     return leaf and not hasattr(data, "shape") and hasattr(data, "__iter__") and not isinstance(data, str)
 
@@ -223,7 +233,8 @@ def _is_loader(data: Any) -> bool:
 def _check_call(name: str, function: Any, what: str, hint: str = "") -> None:
     if not callable(function):
         raise TypeError(f"fit: {name} must be {what}, got {_describe(function)}")
-    with contextlib.suppress(ValueError):  # a built-in without a signature
+    # Some built-in functions have no signature.
+    with contextlib.suppress(ValueError):
         signature = inspect.signature(function)
         try:
             signature.bind(None)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 __all__ = ["AGAIN", "Interrupted", "handled", "interruptible"]
 
 
-AGAIN = 10.0  # seconds after an interrupted run in which another signal is meant for the whole program
+# Within this number of seconds after an interrupted run, another signal ends the whole program.
+AGAIN = 10.0
 
 
 class Interrupted:
@@ -20,12 +21,12 @@ class Interrupted:
     name: str | None = None
 
 
-# When a signal ended the last run, by the clock; None if none did, or if the program knows about it.
+# The time at which a signal ended the last run; None if no signal did, or if the program has read the result.
 _ended: float | None = None
 
 
 def handled() -> None:
-    """Take note that the program knows how its last run ended: it decides itself what happens next."""
+    """Record that the program has read how its last run ended, and so decides itself how to continue."""
     global _ended
     _ended = None
 
@@ -34,12 +35,11 @@ def handled() -> None:
 def interruptible(tell: Callable[[str], None] = lambda name: None) -> Iterator[Interrupted]:
     """Within the block the first SIGINT or SIGTERM only sets a flag; a second one raises, KeyboardInterrupt or SystemExit.
 
-    If a signal has just ended another block, and the program has not asked how it ended, then the first signal counts as
-    the second: a sweep of many runs ends with two presses of Ctrl-C.
+    If a signal has just ended another block and the program has not read how that block ended, the first signal counts as
+    the second. Thus two presses of Ctrl-C end a sweep of many runs.
 
-    The handlers that were there before come back at the end. The block runs without handlers off the main thread, where
-    Python allows none. A signal that is ignored (`nohup`, a background job of a script), or that something other than
-    Python handles, is left as it is.
+    The previous handlers are restored at the end. Off the main thread, where Python allows no handlers, the block runs
+    without them. Signals that are ignored (`nohup`, a background job of a script) or not handled by Python stay unchanged.
 
     Args:
       tell: called with the name of the first signal when it arrives.
@@ -50,7 +50,7 @@ def interruptible(tell: Callable[[str], None] = lambda name: None) -> Iterator[I
     def note(number, frame):
         if flag.name is None and (_ended is None or time.monotonic() - _ended > AGAIN):
             flag.name = signal.Signals(number).name
-            # A stream that was just being written to refuses a second writer.
+            # A stream that the signal interrupted during a write refuses a second writer.
             with contextlib.suppress(Exception):
                 tell(flag.name)
         elif number == signal.SIGINT:

@@ -1,4 +1,4 @@
-"""The states of iterators as JSON, to be kept in a checkpoint."""
+"""Convert the states of iterators to JSON and back, to keep them in checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["from_json", "to_json"]
 
 
 def to_json(x: Any) -> Any:
-    """What iterators keep in their states, as JSON can hold it; what JSON cannot is an object with one entry, its kind."""
+    """The state of an iterator as JSON. Values that JSON lacks become an object with one entry, named after their kind."""
     if x is None or isinstance(x, bool | int | float | str):
         return x
     if isinstance(x, list):
@@ -32,7 +32,7 @@ def to_json(x: Any) -> Any:
 
 
 def from_json(x: Any) -> Any:
-    """The state that `to_json` was given."""
+    """The inverse of `to_json`."""
     if isinstance(x, list):
         return [from_json(y) for y in x]
     if not isinstance(x, dict):

@@ -1,7 +1,8 @@
-"""Where the state of a run is kept, and how a run goes on from there."""
+"""The place where the state of a run is saved, and from which a run resumes."""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -14,7 +15,7 @@ __all__ = ["Found", "Keeper"]
 
 
 class Found(NamedTuple):
-    """What a checkpoint holds of a run."""
+    """The content of a run's checkpoint."""
 
     tree: Any
     metadata: dict[str, Any]
@@ -22,7 +23,7 @@ class Found(NamedTuple):
 
 
 class Keeper:
-    """A file, a folder with one file per step, or nothing (then it is false).
+    """A file, a folder with one file per step, or nothing, in which case the keeper is false.
 
     Args:
       checkpoint: the path of a file, a `Checkpoints`, or None.
@@ -52,12 +53,12 @@ class Keeper:
         return None if self.store is None or self.store.metric is None else self.store.metric.partition(" ")[2]
 
     def check(self) -> None:
-        """Raise OSError if nothing can be written there."""
-        from jaxnet.checkpoint import file, places
+        """Raise OSError if the place is not writable."""
+        from jaxnet.checkpoint import places
 
         if self.place is None:
             return
-        file.check_engine(self.place, getattr(self.store, "engine", None))
+        places.check_engine(self.place, getattr(self.store, "engine", None))
         if self.store is None:
             _check_name(self.place)
         folder = self.place if self.store is not None else os.path.dirname(os.path.abspath(self.place))
@@ -72,12 +73,16 @@ class Keeper:
         return bool(self.store.steps()) if self.store is not None else os.path.exists(str(self.place))
 
     def newest(self, template: Callable[[Info], Any]) -> Found | None:
-        """The newest good checkpoint, read once; None if there is none.
-
-        A newer file that is not damaged, but cannot be opened, is an OSError: nothing older could be saved beside it.
+        """Load the newest good checkpoint, reading it once.
 
         Args:
-          template: what the tree of a file with such a header looks like; raises if the file is of another run.
+          template: a function from the header of a file to the expected tree. It raises if the file is of another run.
+
+        Returns:
+          The checkpoint, or None if there is none.
+
+        Raises:
+          OSError: a newer file is not damaged but cannot be opened. A run resumed from an older file could not save.
         """
         from jaxnet.checkpoint.file import load_with_info
 
@@ -156,15 +161,15 @@ def _check_name(path: str) -> None:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         if path.endswith(os.sep):
-            raise IsADirectoryError(
-                21, "fit: a checkpoint is a file, this names a folder: add a file name", path
-            ) from None
+            text = "fit: a checkpoint is a file, this names a folder: add a file name"
+            raise IsADirectoryError(errno.EISDIR, text, path) from None
         return
     except NotADirectoryError:
-        return  # `check_writable` says which part is no folder
+        # `check_writable` reports which part is not a folder.
+        return
     except OSError as error:
         text = f"fit: checkpoint: {error.strerror}"
         raise OSError(error.errno, text, path if len(path) < 200 else f"{path[:80]}...{path[-20:]}") from None
     if stat.S_ISDIR(mode):
         text = "fit: a checkpoint is a file, this is a folder: add a file name, or give Checkpoints(folder)"
-        raise IsADirectoryError(21, text, path)
+        raise IsADirectoryError(errno.EISDIR, text, path)

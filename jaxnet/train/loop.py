@@ -29,21 +29,21 @@ def train_steps(
     Args:
       step: (train_state, batch) -> (train_state, metrics), as from `train_step`.
       batch_size: examples per step.
-      steps: how many; `jax.jit` the result, once, and call it again and again.
-      order: the rows of an epoch: `shuffle` (another order each epoch), `balanced(labels)`, a function of yours, or
-        None for the data as it stands.
-      drop_last: leave out the n % batch_size examples that come last in an epoch. If False they are a batch of their
-        own, with its true size: the program then holds the step a second time, metrics must not have a shape that
-        depends on the size of the batch, and a metric 'weight' counts the examples. Under `jax.vmap` with different
-        values of `train_state.step` both forms of the step are computed and one is kept.
+      steps: steps per call of the result. Apply `jax.jit` to the result once, and call it repeatedly.
+      order: the rows of an epoch: `shuffle` (a different order each epoch), `balanced(labels)`, your own function, or
+        None for the order of the data.
+      drop_last: leave out the last n % batch_size examples of an epoch. If False, they form a separate, shorter batch.
+        The program then contains the step twice, the shapes of metrics must not depend on the size of the batch, and a
+        metric 'weight' counts the examples. Under `jax.vmap` with different values of `train_state.step`, both forms of
+        the step are computed and one is kept.
 
     Returns:
       The function of many steps.
 
     Raises:
-      ValueError: when it is traced: data that is empty or has leaves of unequal length, a batch larger than the data,
-        rows of `order` that are out of range; for sizes that are not positive, at once.
-      TypeError: when it is traced: the step changes the structure, a shape or a dtype of the train state.
+      ValueError: a size is not positive; when the result is traced, the data is empty or has leaves of unequal length, a
+        batch is larger than the data, or rows of `order` are out of range.
+      TypeError: when the result is traced, the step changes the structure, a shape or a dtype of the train state.
     """
     steps = _steps_of("train_steps: steps", steps)
 
@@ -68,7 +68,17 @@ def train_epoch(
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
     """Make `train_steps` with as many steps as an epoch has batches: one pass over data in memory.
 
-    Args, errors and the result are those of `train_steps`.
+    Args:
+      step: as in `train_steps`.
+      batch_size: as in `train_steps`.
+      order: as in `train_steps`.
+      drop_last: as in `train_steps`.
+
+    Returns:
+      The function of one epoch.
+
+    Raises:
+      ValueError, TypeError: as `train_steps`.
     """
 
     def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
@@ -82,7 +92,7 @@ def steps_per_epoch(n: int, batch_size: int, *, drop_last: bool = True) -> int:
     """Count the batches in n examples.
 
     Raises:
-      ValueError: there is none, or the batch size is not a positive int.
+      ValueError: the batch size is larger than n, or it is not a positive int.
     """
     batch_size = size_of("batch_size", batch_size)
     if batch_size > n:
@@ -98,9 +108,9 @@ def _steps_of(what: str, steps: Any) -> int:
 
 
 def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order: Order | None, drop_last: bool) -> Any:
-    """Plan which rows the next steps take: int32 [steps, B], `Uneven` if the last batch of an epoch is shorter.
+    """The rows of the next steps: int32 [steps, B], or `Uneven` if the last batch of an epoch is shorter.
 
-    None where every step takes all rows, whose order does not matter.
+    None if every step takes all rows, because their order does not matter then.
     """
     epoch_steps = steps_per_epoch(n, batch_size, drop_last=drop_last)
     rest = 0 if drop_last else n % batch_size
@@ -121,8 +131,9 @@ def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order:
 
 
 def on_uneven(step: Callable) -> Callable:
-    """Make a step that takes `Uneven` batches, too, each with its true size."""
-    traced = jax.jit(step, inline=True)  # once for each size: for its shapes and in the branch
+    """Make a step that also takes `Uneven` batches, each with its true size."""
+    # With `jit`, the step is traced once per size, although both its shapes and its branch need a trace.
+    traced = jax.jit(step, inline=True)
 
     def run(train_state: TrainState, batch: Any) -> tuple[TrainState, dict]:
         if not isinstance(batch, Uneven):
@@ -186,7 +197,7 @@ _ORDER = 0x6F726465  # separates the keys of the data's order from those of the 
 
 
 def take(data: Any, rows: Any) -> Any:
-    """Gather the batch that one row of a plan stands for."""
+    """Gather the batch for one row of a plan."""
     if rows is None:
         return data
     if isinstance(rows, Uneven):

@@ -40,7 +40,7 @@ def many(run: Callable, *, how: str | int | None = None) -> Callable:
       the same way.
 
     Raises:
-      ValueError: another `how`; from the function that is returned, leaves without a common leading axis.
+      ValueError: `how` is invalid; when the function is called, the leaves have no common leading axis.
 
     Source: `python benchmarks/ensembles.py`, on one CPU core, 256 members from 2-2-1 to 784-256-128-10 (benchmarks/README.md has
     the table): in units of the fastest form's time of each case, this choice takes at most 1.10, "vmap" 4.55, "map" 3.06,

@@ -100,7 +100,8 @@ def average(train_state: Any) -> Any:
     return jax.tree.map(lambda a, w: a.astype(w.dtype), found.params, train_state.params)
 
 
-_LARGEST_SCALE = 2.0**127  # the largest power of two in float32
+# The largest power of two in float32.
+_LARGEST_SCALE = 2.0**127
 
 
 class Guarded(NamedTuple):
@@ -130,10 +131,10 @@ def guarded(optimizer: Any, *, limit: int = 10, loss_scale: float | None = None,
 
     Args:
       optimizer: an optax transformation, a learning rate, or a schedule.
-      limit: more skipped steps in a row than this are an error.
-      loss_scale: for float16, whose gradients underflow: the loss is multiplied by this and the gradients divided by it,
-        e.g. 2.0**15. The scale is halved at each skipped step, down to 1 (or `loss_scale`, if that is smaller), and
-        doubled after `interval` steps without one, up to 2.0**127.
+      limit: the most skipped steps in a row; one more is an error.
+      loss_scale: for float16, whose gradients underflow: the loss is multiplied by this number, such as 2.0**15, and the
+        gradients are divided by it. The scale is halved at each skipped step, down to 1 (or `loss_scale`, if that is
+        smaller), and doubled after `interval` steps without one, up to 2.0**127.
       interval: steps after which the scale is doubled.
 
     Source of the scaling: Micikevicius et al., "Mixed Precision Training", ICLR 2018.
@@ -200,13 +201,14 @@ def _is_rate(x: Any) -> bool:
 
 
 def check_state(what: str, optimizer: Any, params: Any, opt: Any) -> None:
-    """Raise ValueError unless a train state's `opt` is what this optimizer makes of these parameters."""
+    """Raise ValueError unless `opt` has the structure and shapes of this optimizer's state for these parameters."""
     if not hasattr(optimizer, "init"):
         wanted: Any = ()
     else:
         try:
             wanted = jax.eval_shape(optimizer.init, params)
-        except Exception:  # of an optimizer that cannot be traced nothing is known
+        except Exception:
+            # The optimizer cannot be traced, so there is nothing to compare.
             return
     if jax.tree.structure(wanted) != jax.tree.structure(opt):
         differs = _first_difference(opt, wanted) or "their structures differ"
@@ -250,7 +252,7 @@ def _opened(node: Any) -> tuple[str, list[tuple[str, Any]]]:
 
 
 def _describe(opt: Any) -> str:
-    """The state of an optimizer in words: the types of its parts and how many arrays there are."""
+    """The state of an optimizer as text: the types of its parts and the number of arrays."""
     kinds = []
 
     def visit(node: Any):

@@ -39,7 +39,7 @@ def balanced(labels: Any) -> Order:
     if not labels.size:
         raise ValueError("balanced: there are no labels")
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    # Within a class the examples are mixed by a hash of their rows, which no version of NumPy changes.
+    # A hash of the rows mixes the examples of a class. Unlike NumPy's generators, it never changes between versions.
     mixed = _hash(np.arange(len(labels), dtype=np.uint32) * np.uint32(0x9E3779B9) + np.uint32(1))
     members = np.lexsort((mixed, classes)).astype(np.int32)
     starts = np.cumsum(counts) - counts
@@ -54,7 +54,8 @@ def balanced(labels: Any) -> Order:
         place = (first[group] + turn) % size[group]
         return jnp.asarray(members)[jnp.asarray(starts, jnp.int32)[group] + place]
 
-    order.in_range = True  # pyright: ignore[reportFunctionMemberAccess]: `check_order` need not look
+    # `check_order` skips orders with this attribute.
+    order.in_range = True  # pyright: ignore[reportFunctionMemberAccess]
     return order
 
 
@@ -90,10 +91,10 @@ def _hash(h: Any) -> Any:
 
 
 def check_order(order: Order | None, n: int, batch_size: int) -> None:
-    """Raise unless the rows that a user's order gives are integers within 0 .. n-1.
+    """Raise ValueError unless the rows of a user's order are integers within 0 .. n-1.
 
-    It is asked for the first three epochs, with a key of no run: gathering in a compiled loop cannot raise, and takes
-    the nearest row instead. An order that depends on traced values is not asked.
+    The order is called for positions of the first three epochs, with a fixed key, because gathering in a compiled loop
+    cannot raise and would take the nearest row. An order that depends on traced values is not checked.
     """
     if order is None or order is shuffle or getattr(order, "in_range", False):
         return
@@ -117,7 +118,7 @@ def check_order(order: Order | None, n: int, batch_size: int) -> None:
 
 
 def _asked(n: int, batch_size: int) -> list[np.ndarray]:
-    """Positions to try an order at, in batches: all of them in small data, else some from everywhere."""
+    """Positions at which to check an order, in batches: all of small data, or a sample of large data."""
     count = n // batch_size
     chosen = np.unique(np.linspace(0, count - 1, min(count, 8)).astype(np.int64)) * batch_size
     return [np.arange(start, start + batch_size, dtype=np.int32) for start in [*chosen, n - batch_size]]

@@ -31,10 +31,10 @@ class Pairs(NamedTuple):
 
 
 def all_pairs(function: Function) -> Function:
-    """Say that broadcasting inside this function pairs all examples on purpose.
+    """Declare that broadcasting inside this function pairs all examples on purpose.
 
-    A loss, a metric or any function that they call may be wrapped. Pairs that the code writes out, such as
-    `x[:, None] - y[None, :]` and `z @ z.T`, need no such word.
+    Wrap a loss, a metric or any function that they call. Pairs that the code writes explicitly, such as
+    `x[:, None] - y[None, :]` and `z @ z.T`, need no declaration.
 
     Args:
       function: any function of arrays.
@@ -57,7 +57,7 @@ def all_pairs(function: Function) -> Function:
 
 
 def refuse_pairs(what: str, function: Callable, batch: Any, *rest: Any) -> None:
-    """Raise if the code of `function(batch, *rest)` pairs the examples of the batch without saying so.
+    """Raise if `function(batch, *rest)` pairs the examples of the batch by broadcasting, without declaring it.
 
     The function is traced, not run. Its batch is first made 3 and 5 times as long, so that the axis of examples
     cannot be mistaken for another axis that happens to have the same size. A function that accepts only the true
@@ -97,13 +97,13 @@ _FACTORS = (3, 5)
 
 
 def _pairs_at(factor: int, sizes: set[int], function: Callable, batch: Any, rest: Any) -> set[Pairs]:
-    """The pairs that are found with a batch that is `factor` times as long, with sizes as they are in truth."""
+    """The pairs in the trace for a batch that is `factor` times as long, with the true sizes."""
     longer = jax.tree.map(lambda leaf: _spec(leaf, factor), batch)
     try:
         return set(_pairs_in(_program(function, longer, rest), factor, {factor * size for size in sizes}))
     except Exception as error:
         refused = _refused_pairs(error, factor, {factor * size for size in sizes})
-    # The true call has the last word: where it fails as well, its own error is the better one.
+    # The trace with the true size decides. If it fails as well, the caller sees its error, which is better.
     try:
         program = _program(function, jax.tree.map(_spec, batch), rest)
     except Exception:
@@ -115,7 +115,8 @@ def _program(function: Callable, batch: Any, rest: Any) -> Any:
     def arrays(batch, rest):
         return [leaf for leaf in jax.tree.leaves(function(batch, *rest)) if hasattr(leaf, "dtype")]
 
-    with jax.numpy_rank_promotion("allow"):  # this error says more than JAX's
+    # The error for pairs is more specific than JAX's error for rank promotion.
+    with jax.numpy_rank_promotion("allow"):
         return jax.make_jaxpr(arrays)(batch, rest).jaxpr
 
 
@@ -154,10 +155,10 @@ class Operand(NamedTuple):
     """An operand before JAX broadcast it for an operation.
 
     Attributes:
-      sizes: one per axis of the result, 1 along the axes that it lacked.
-      added: the axes that it lacked.
-      shape: its own shape.
-      root: the variable whose values it holds, perhaps in another shape.
+      sizes: one per axis of the result, 1 along the axes that broadcasting added.
+      added: the axes that broadcasting added.
+      shape: its shape before broadcasting.
+      root: the variable with its values, perhaps in another shape.
     """
 
     sizes: tuple[int, ...]
@@ -167,7 +168,7 @@ class Operand(NamedTuple):
 
 
 def _paired_shapes(equation: Any, made: dict, sizes: set[int]) -> tuple | None:
-    """Shapes of two operands of which JAX broadcast one along the examples of the other; None if there are none."""
+    """The shapes of two operands, one of which JAX broadcast along the examples of the other; None if there are none."""
     shape = getattr(equation.outvars[0].aval, "shape", ())
     examples = [axis for axis, size in enumerate(shape) if any(size % n == 0 for n in sizes if n > 1)]
     if len(examples) < 2 or len(equation.invars) < 2:
@@ -186,7 +187,8 @@ def _paired_shapes(equation: Any, made: dict, sizes: set[int]) -> tuple | None:
 
 def _operand(variable: Any, equation: Any, made: dict) -> Operand:
     sizes, added, own, root = list(variable.aval.shape), set(), None, None
-    axes = list(range(len(sizes)))  # of the result, for each axis of the variable
+    # The axis of the result for each axis of the variable.
+    axes = list(range(len(sizes)))
     while (maker := made.get(variable)) is not None and maker is not equation:
         name, arrays = maker.primitive.name, [v for v in maker.invars if not hasattr(v, "val") and np.shape(v.aval)]
         if name == "broadcast_in_dim" and own is None and _by_jax(maker, equation):
@@ -198,7 +200,8 @@ def _operand(variable: Any, equation: Any, made: dict) -> Operand:
             for axis, size in zip(axes, source_shape, strict=True):
                 sizes[axis] = size
         elif len(arrays) == 1 and arrays[0].aval.shape != variable.aval.shape:
-            own = variable.aval.shape if own is None else own  # the code gave it this shape
+            # The user's code gave it this shape.
+            own = variable.aval.shape if own is None else own
             if name not in _RESHAPES:
                 break
         elif root is None and name not in _RESHAPES:
@@ -213,7 +216,7 @@ _RESHAPES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims")
 
 
 def _by_jax(broadcast: Any, equation: Any) -> bool:
-    """Whether a broadcast is part of the call that made the operation, instead of being written in the code."""
+    """Whether JAX added a broadcast as part of an operation, rather than the user's code."""
     frames = _frames(broadcast)
     return frames == _frames(equation) or any(name in _PROMOTING for _, name, _ in frames)
 
@@ -235,7 +238,7 @@ _JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 
 
 def _name(equation: Any) -> str:
-    """The operation as the code calls it."""
+    """The name of the operation in the user's code."""
     name, frames = equation.primitive.name, _frames(equation)
     if name in ("jit", "custom_jvp_call", "custom_vjp_call") and len(frames) > 1:
         name = next((name for _, name, _ in reversed(frames[:-1]) if name.isidentifier() and name[0] != "_"), name)
@@ -260,7 +263,7 @@ def _true_size(size: int, factor: int, sizes: set[int]) -> int:
 
 
 def _refused_pairs(error: Exception, factor: int, sizes: set[int]) -> set[Pairs]:
-    """The pairs in an error about shapes: [B, C] against [B] only fits where B happens to be C."""
+    """The pairs in an error about shapes: [B, C] and [B] broadcast only if B happens to equal C."""
     text = str(error).splitlines()[0] if str(error) else ""
     if "ncompatible shapes" not in text:
         return set()

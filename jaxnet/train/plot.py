@@ -11,7 +11,8 @@ from jaxnet.train.history import FIXED
 
 __all__ = ["plot_history"]
 
-DECADE = 10.0  # ratio of the largest to the smallest loss from which the axis is logarithmic
+# The axis is logarithmic if the largest loss is at least this multiple of the smallest.
+DECADE = 10.0
 
 
 def plot_history(history: Sequence[Mapping[str, float]], path: str | os.PathLike, *, title: str = "") -> None:
@@ -67,7 +68,7 @@ def plot_history(history: Sequence[Mapping[str, float]], path: str | os.PathLike
 
 
 def _axis(history: Sequence[Mapping[str, float]]) -> tuple[float, str]:
-    """What a step is multiplied with, and what the axis is called: epochs, or steps if there are fewer than two epochs."""
+    """The factor from steps to the unit of the axis, and the unit: epochs, or steps if there are fewer than two epochs."""
     steps, epochs = (max(record.get(name, 0) for record in history) for name in ("step", "epoch"))
     if epochs < 2:
         return 1.0, "step"
@@ -75,7 +76,7 @@ def _axis(history: Sequence[Mapping[str, float]]) -> tuple[float, str]:
 
 
 def _set_values(axes: Any, values: Sequence[float], *, logarithmic: bool) -> None:
-    """Scale and ticks of the vertical axis: plain numbers throughout."""
+    """Set the scale and the ticks of the vertical axis, with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
     if logarithmic and values and min(values) > 0 and max(values) >= DECADE * min(values):

@@ -1,4 +1,4 @@
-"""Draw ahead, in a thread."""
+"""Run an iterator ahead of its consumer, in a thread."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ __all__ = ["Prefetch"]
 
 
 class Prefetch:
-    """Run an iterator in a thread, at most `depth` items ahead. What it raises is raised here, in its place.
+    """Run an iterator in a thread, at most `depth` items ahead. Its errors are raised in the consumer, at their place.
 
-    Args: abandoned: while an item is waited for, whether to wait no longer; then the iteration ends.
+    Args:
+      items: the iterator.
+      abandoned: a function that is called while the consumer waits; if it returns a true value, the iteration ends.
+      depth: the most items to hold.
     """
 
     def __init__(self, items: Iterator, abandoned: Callable[[], Any] = lambda: False, depth: int = 2):
@@ -26,7 +29,7 @@ class Prefetch:
         self.thread.start()
 
     def _fill(self, items, x64):
-        # The switches for debugging act on the caller's thread; here they would meet JAX's own transfers.
+        # JAX's debugging switches are for the caller's thread. Here they would affect transfers that `fit` itself makes.
         try:
             with jax.enable_x64(x64), jax.debug_nans(False), jax.disable_jit(False), jax.transfer_guard("allow"):
                 try:
@@ -66,4 +69,5 @@ class Prefetch:
 
     def close(self) -> None:
         self.closed.set()
-        self.thread.join(2)  # it may be waiting for its source
+        # The thread may be waiting for its source, so the wait is limited.
+        self.thread.join(2)

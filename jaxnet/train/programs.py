@@ -20,23 +20,23 @@ __all__ = ["Programs", "ordinary"]
 
 @contextlib.contextmanager
 def ordinary() -> Iterator[None]:
-    """JAX's switches for debugging do not act on the loop itself.
+    """Switch off JAX's debugging options for the loop itself.
 
-    `fit` looks for NaN at the end of each call and says where it began; a loop that is not compiled would be another
-    program; and the numbers that go to the device and back are few and meant.
+    `fit` checks for NaN at the end of each call and reports where it began. A loop that is not compiled would be another
+    program. The transfers between host and device are few and intended.
     """
     with jax.debug_nans(False), jax.debug_infs(False), jax.disable_jit(False), jax.transfer_guard("allow"):
         yield
 
 
 class Programs:
-    """Compile a step for the batches that come.
+    """Compile a step for each kind of batch.
 
     Attributes:
       compiled: one line per compilation.
       metrics: the names of the metrics that the step returns; None until it has been traced.
-      digest: of the traced step, if `digests` asks for it.
-      expected: the digest in the checkpoint from which the run goes on, if there is one.
+      digest: the digest of the traced step, if `digests` is True.
+      expected: the digest in the checkpoint from which the run resumes, if there is one.
     """
 
     def __init__(self, step: Callable, feed: Feed, check_finite: bool, digests: bool):
@@ -49,7 +49,7 @@ class Programs:
         self._spec: Mapping[str, str] = {}
 
     def get(self, size: int, inputs: tuple) -> Callable | None:
-        """The program for such inputs; None if it has not been compiled yet."""
+        """The program for inputs of this kind; None if it has not been compiled yet."""
         found = self._programs.get(_kind(size, inputs))
         if found is None:
             return None
@@ -57,7 +57,7 @@ class Programs:
         return program
 
     def trace(self, size: int, inputs: tuple, train_state: TrainState, good: Any) -> Any:
-        """Trace the loop over the step. Raises what is wrong with the step, before anything runs."""
+        """Trace the loop over the step. This raises errors of the step before anything runs."""
         chunk = chunk_of(self.step, size, self.feed.batches(size), check_finite=self.check_finite)
         jitted = jax.jit(chunk, donate_argnums=0, out_shardings=(_shardings(train_state), None, None))
         traced = jitted.trace(train_state, good, jnp.int32(0), jnp.int32(0), *inputs)
@@ -67,7 +67,7 @@ class Programs:
         return traced
 
     def compile(self, size: int, inputs: tuple, traced: Any, seconds: float) -> str:
-        """Compile what has been traced in so many seconds; returns the line to show."""
+        """Compile a traced program and return the line to print. `seconds` is the time that tracing took."""
         start, spec = time.perf_counter(), self.feed.spec(inputs)
         self._programs[_kind(size, inputs)] = traced.lower().compile(), spec
         seconds, why = seconds + time.perf_counter() - start, ""
@@ -80,13 +80,13 @@ class Programs:
 
 
 def _kind(size: int, inputs: tuple) -> Any:
-    """What a program is made for: batches of another kind need another one."""
+    """The kind of batches: size, structure, shapes and dtypes. Each kind needs its own program."""
     leaves, structure = jax.tree.flatten(inputs)
     return (size, structure, *[(leaf.shape, leaf.dtype) for leaf in leaves])
 
 
 def _shardings(train_state: TrainState) -> Any:
-    """Keep the train state where it is, if it is on several devices."""
+    """The shardings of a train state on several devices, which the program must keep; None for a single device."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, train_state)
     several = any(len(sharding.device_set) > 1 for sharding in jax.tree.leaves(shardings))
     return shardings if several else None

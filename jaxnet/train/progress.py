@@ -17,16 +17,19 @@ from jaxnet.train.history import FIXED
 
 __all__ = ["Progress"]
 
-QUIET = 30.0  # seconds after which a line comes in any case where there is no terminal
-PATIENCE = 5.0  # seconds of work that is not training after which a line says so where there is no terminal
-LINES = 1000  # evaluations up to which each has a line
+# Without a terminal, there is a line at least after this number of seconds.
+QUIET = 30.0
+# Without a terminal, a line reports other work than training after this number of seconds.
+PATIENCE = 5.0
+# Up to this number of evaluations, each has a line.
+LINES = 1000
 
 
 class Progress:
-    """Show how a run goes: a line rewritten in place on a terminal, plain lines elsewhere, nothing if `show=False`.
+    """Show the progress of a run: a line rewritten in place on a terminal, plain lines elsewhere.
 
-    A line stays for each evaluation, or without them for each epoch. If there are more than 100 epochs, or none, about
-    100 lines stay. The numbers of such a line are means over the epoch, or since the evaluation before.
+    One line per evaluation stays or, without evaluations, one per epoch. If there are more than 100 epochs, or none, about
+    100 lines stay. The numbers of such a line are means over the epoch, or since the previous evaluation.
 
     Args:
       total: the last step, if it is known.
@@ -68,12 +71,13 @@ class Progress:
     def __call__(
         self, record: Mapping[str, float], *, partial: bool = False, last: bool = True, evaluated: bool = False
     ) -> None:
-        """Show a record, or what will become one.
+        """Show a record, or a preliminary one.
 
         Args:
-          partial: it is about a part of an epoch, and stays only if nothing has been written for a while.
-          last: False if another record follows at once, which would be written over it.
-          evaluated: it has an evaluation.
+          record: the record.
+          partial: whether it covers only a part of an epoch. It then stays only if there was no line for a while.
+          last: False if another record follows immediately and would overwrite it.
+          evaluated: whether it has an evaluation.
         """
         count = int(record["step"]) // self.every
         crossed = count > self.shown and not (partial and self.epochs)
@@ -97,7 +101,7 @@ class Progress:
 
     @contextlib.contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """Say that something other than training goes on: at once on a terminal, elsewhere if it takes long."""
+        """Report other work than training: at once on a terminal, and elsewhere if it takes long."""
         timer = None
         if self.show and self.terminal:
             self._write(f"{what} ...", newline=False)
@@ -112,7 +116,7 @@ class Progress:
                 timer.cancel()
 
     def line(self, record: Mapping[str, float]) -> str:
-        """The line of a record; on a terminal as much of it as fits."""
+        """The line for a record, on a terminal without the parts that do not fit."""
         step, seconds = int(record["step"]), record["seconds"]
         if self.total is None or step >= self.total:
             left = f"{_clock(seconds)} in all"
@@ -154,7 +158,7 @@ class Progress:
         try:
             self._put(text, newline)
         except (AttributeError, OSError, ValueError):
-            # Nobody can read it any more, and training goes on.
+            # The output is closed. Training continues without it.
             self.show = False
 
     def _put(self, text: str, newline: bool) -> None:
@@ -178,7 +182,7 @@ class Progress:
 
 
 def _fitting(parts: list[str], order: list[str], limit: int) -> list[str]:
-    """The parts of a line that fit; what comes first in `order` is left out first."""
+    """The parts of a line that fit. Parts are left out in the given order."""
     parts = [part for part in parts if part]
     for part in order:
         if _width("  ".join(parts)) <= limit:
@@ -194,14 +198,14 @@ def _width(text: str) -> int:
 
 
 def _cut(text: str, limit: int) -> str:
-    """As much of a text as fits into so many columns."""
+    """The beginning of a text that fits into `limit` columns."""
     while text and _width(text) > max(limit, 1):
         text = text[:-1]
     return text
 
 
 def _printable(text: str, stream: Any) -> str:
-    """Names come from anywhere: no control characters for the terminal, and nothing that its encoding lacks."""
+    """Escape control characters, which names may contain, and characters that the encoding of the stream lacks."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

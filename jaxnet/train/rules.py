@@ -1,4 +1,4 @@
-"""Rules over the history of a training: which value is better, and when to stop."""
+"""Rules over the history of a run: which value is better, and when to stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Best", "best_of", "early_stopping", "time_budget"]
 
 
 class Best(NamedTuple):
-    """The best evaluation so far: its value and step, and the parameters and state that it was of."""
+    """The best evaluation so far: its value and step, and the parameters and state that were evaluated."""
 
     value: float
     step: int
@@ -36,11 +36,17 @@ def best_of(rule: str) -> tuple[str, Callable[[float, float], bool]]:
 
 
 def early_stopping(rule: str, patience: int) -> Callable[[Sequence[Mapping[str, float]]], str | None]:
-    """A condition for `fit(stop=...)`: the metric has not improved for `patience` values. NaN is no improvement.
+    """Make a condition for `fit(stop=...)`: the metric has not improved for `patience` values. NaN is not an improvement.
 
     Args:
-      rule: 'min test_loss', 'max test_accuracy' or the like.
+      rule: 'min' or 'max' and the name of a metric, such as 'min test_loss' or 'max test_accuracy'.
       patience: the number of values without an improvement after which the run stops.
+
+    Returns:
+      The condition, a function of the history.
+
+    Raises:
+      ValueError: the rule is malformed, or `patience` is below 1.
 
     Source: Prechelt, "Early Stopping - But When?", 1998.
     """
@@ -63,7 +69,17 @@ def early_stopping(rule: str, patience: int) -> Callable[[Sequence[Mapping[str, 
 
 
 def time_budget(seconds: float) -> Callable[[Sequence[Mapping[str, float]]], str | None]:
-    """A condition for `fit(stop=...)`: so many seconds of training are over (compiling and evaluating not counted)."""
+    """Make a condition for `fit(stop=...)`: the training has taken this number of seconds.
+
+    Args:
+      seconds: the limit, without the time for compiling, evaluating and saving.
+
+    Returns:
+      The condition, a function of the history.
+
+    Raises:
+      ValueError: `seconds` is not a number of at least 0.
+    """
     if isinstance(seconds, str) or not float(seconds) >= 0:
         raise ValueError(f"time_budget: seconds must be a number of at least 0, got {seconds!r}")
     return lambda history: f"{seconds:g} s are over" if history and history[-1]["seconds"] >= seconds else None

@@ -1,4 +1,4 @@
-"""The host loop over compiled calls: what one wants to see, keep and decide in between."""
+"""The host loop over compiled calls, which evaluates, records, saves and stops in between."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QUICK = (
 
 
 class Looks(NamedTuple):
-    """What the caller of `fit` wants to do with the state and the records in between; see there."""
+    """The arguments of `fit` that act between calls: evaluation, best rule, stop condition and callbacks."""
 
     evaluate: Callable | None
     best: str | None
@@ -57,7 +57,7 @@ class _Pending(NamedTuple):
 
 
 class Run:
-    """A training under way: the state, what is known of it, and what has been sent to the device."""
+    """A run in progress: its state, history and best evaluation, and the call that is on the device."""
 
     def __init__(
         self, train_state: TrainState, feed: Feed, programs: Programs, looks: Looks, schedule: Schedule, keeper: Keeper
@@ -70,7 +70,7 @@ class Run:
         self.history.begin(int(train_state.step))
         self.best: Best | None = None
         self.stopped: str | None = None
-        # For an iterable: the position in it, and the passes that are over.
+        # The position in an iterable, and the number of finished passes.
         self.position: dict[str, Any] = {}
         self.passes = 0
         guard = find(train_state.opt, Guarded)
@@ -88,11 +88,11 @@ class Run:
         self.feeding: Any = None
 
     def epoch(self, step: int) -> int:
-        """The number of the epoch that a step is in, from 1 on."""
+        """The number of the epoch of a step, starting at 1."""
         return -(-step // self.feed.epoch_steps) if self.feed.epoch_steps else self.passes + 1
 
     def passed(self) -> bool:
-        """Whether an iterable has been passed over as often as was asked for."""
+        """Whether all requested passes over an iterable are finished."""
         return self.feed.epochs is not None and self.passes >= self.feed.epochs
 
     def done(self) -> bool:
@@ -136,12 +136,12 @@ class Run:
             self.keeper.wait()
 
     def settle(self, error: Exception) -> None:
-        """Bring what is known of the run up to its state, after an error."""
+        """Receive the pending call after an error, so that the history agrees with the state."""
         if self.pending is not None and not isinstance(error, NonFiniteError):
             self._receive_pending(None)
 
     def close(self) -> None:
-        """Let go of the data."""
+        """Close the feed."""
         if hasattr(self.feeding, "close"):
             self.feeding.close()
 
@@ -150,7 +150,7 @@ class Run:
             save(self, self.keeper)
 
     def _train(self, stack: source.Stack, done: int, n: int, show: Progress) -> None:
-        """Send n steps to the device, and take in what the call before has returned."""
+        """Send n steps to the device, and receive the results of the previous call."""
         program, first = self.programs.get(stack.size, stack.inputs), self.feed.first(done)
         fresh = program is None
         if program is None:
@@ -171,7 +171,7 @@ class Run:
             self._receive(waiting, show)
 
     def _prepare(self, stack: source.Stack, show: Progress) -> Callable:
-        """Compile the program for such a stack; before the first one, check what can be checked."""
+        """Compile the program for stacks of this kind. Before the first one, check the names of the metrics."""
         begin = time.perf_counter()
         with show.busy("compiling"):
             traced = self._traced(stack)
@@ -214,13 +214,13 @@ class Run:
             self._receive(pending, show)
 
     def _receive(self, call: _Pending, show: Progress | None) -> None:
-        """Wait for a call, and take in what it returned; without `show`, tell nobody."""
+        """Wait for a call and receive its results. Without `show`, print nothing and call no callbacks."""
         good, metrics = call.outputs
         metrics = {name: np.asarray(values)[: call.n] for name, values in metrics.items()}
         good, seconds = bool(good), self.clock.lap() + self.credit
         self.credit = 0.0
         if self.pending is not None and self.pending.outputs[0].is_ready():
-            # Both calls are over, and the host cannot tell when the first was: they share the time by their steps.
+            # Both calls are finished, and the end of the first is unknown. Split the time in proportion to their steps.
             self.credit = seconds * self.pending.n / (call.n + self.pending.n)
             seconds -= self.credit
         if not good:
@@ -229,7 +229,7 @@ class Run:
         samples = call.stack.samples * call.n // call.stack.n
         before = call.stack.before
         if before:
-            # The pass that the stack belongs to, which a resumed run may have found to be over.
+            # A resumed run may find its pass finished, so take the number of the pass from the stack.
             self.passes = before["passes"]
         self._forget_loading(call, seconds)
         new = self.history.add(call.n, metrics, seconds, samples, cut=end)
@@ -242,7 +242,7 @@ class Run:
         if self.looks.evaluate is not None and self._evaluation_is_due(end):
             with self.clock.excluded():
                 self._evaluate(new[-1])
-        # A call that took long tells how many steps the next may have; a short one may have been all overhead.
+        # Adapt the number of steps to the time of this call. A short call may be mostly overhead, so growth is limited.
         self.pace = int(np.clip(CALL * call.n / max(seconds, 1e-9), 1, 8 * call.n))
         self.quick = seconds < QUICK
         if show is None:
@@ -288,7 +288,7 @@ class Run:
         values = {name: float(value) for name, value in evaluated.items()}
         inputs.check_names(new.record, values, None, None)
         new.record.update(values)
-        # At the end of a run in the middle of an epoch: the means go on if the run is prolonged.
+        # If a run ends within an epoch, its sums are kept, so the means cover the whole epoch when the run is extended.
         summary = self.history.summary() if new.summary is None else new.summary
         summary.update(values)
         self.history.evaluations.append(summary)
@@ -307,7 +307,7 @@ class Run:
         for i, skipped in enumerate(metrics["skipped"]):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if self.in_a_row > self.limit:
-                # What is in the file is better than a state that skips all steps.
+                # The file has a better state than this one, which skips all steps.
                 self.spoiled = True
                 at = self.history.step - len(metrics["skipped"]) + i
                 raise NonFiniteError(
@@ -320,7 +320,7 @@ class Run:
                 )
 
     def _broken(self, call: _Pending) -> NonFiniteError:
-        """What happened in a call whose numbers are not finite, by doing it again one step at a time."""
+        """Explain a call with values that are not finite, by repeating it one step at a time."""
         batch_of = jax.jit(self.feed.batch_of)
         batches = (
             lambda train_state, i=i: batch_of(train_state, jnp.int32(i), *call.stack.inputs)
@@ -332,10 +332,10 @@ class Run:
 
 
 def copied(leaf: Any) -> jax.Array:
-    """A leaf of a train state as an array of its own, strongly typed, on the device where it is."""
+    """A strongly typed copy of a leaf of a train state, on the same device."""
     leaf = jnp.asarray(leaf, getattr(leaf, "dtype", None))
     if getattr(leaf, "weak_type", False):
-        # A run that is cut and resumed has no weak types any more, and must have the same bits.
+        # A resumed run has no weak types, and must compute the same bits.
         leaf = jax.lax.convert_element_type(leaf, leaf.dtype)
     where = leaf.sharding if leaf.committed else None
     # Unlike jnp.array(copy=True), this compiles nothing.

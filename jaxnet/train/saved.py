@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run: the state, the history, the position in the data, and what identifies the run."""
+"""Save and restore a run: its state, history and position in the data, and the facts that identify it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def save(run: Run, keeper: Keeper) -> None:
 
 
 def template_of(run: Run) -> Callable[[Info], Any]:
-    """A function from a file's header to the tree that `restore` needs of it. It raises if the file is of another run."""
+    """A function from a file's header to the tree for `restore`. It raises if the file belongs to another run."""
 
     def template(info: Info) -> Any:
         from jaxnet.checkpoint.format import Misfit
@@ -83,7 +83,7 @@ def _check_tree(run: Run, info: Info) -> None:
 
 
 def _arrays(info: Info) -> Any:
-    """The history's arrays as a file has them: abstract ones would become arrays of JAX."""
+    """NumPy arrays with the shapes and dtypes of the history in a file. Abstract arrays would load as JAX arrays."""
     from jaxnet.checkpoint.structure import leaf_path
 
     found = {leaf_path(leaf.path)[1:]: leaf for leaf in info.leaves if leaf.path.startswith("history/")}
@@ -119,7 +119,7 @@ def newest(run: Run, keeper: Keeper) -> Found | None:
 
 
 def restore(run: Run, found: Found) -> list[str]:
-    """Take over what a checkpoint holds; returns what is to be said about it."""
+    """Restore a run from a checkpoint, and return notes to print."""
     from jaxnet.train.run import copied
 
     text = json.loads(found.metadata["fit"])
@@ -140,7 +140,7 @@ def restore(run: Run, found: Found) -> list[str]:
 
 
 def step_changed(run: Run, found: Found) -> bool:
-    """Whether the step is another one than in the run that wrote the checkpoint, as far as can be told without data."""
+    """Whether the step differs from that of the run that wrote the checkpoint. False if this cannot be known without data."""
     if run.feed.epoch_steps is None or run.programs.expected is None:
         return False
     stacks: Any = run.feed.stacks(run.current, 0, {}, lambda step: step + 1, lambda: False)

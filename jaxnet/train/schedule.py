@@ -1,4 +1,4 @@
-"""Where in a run something is due: records, evaluations, the end."""
+"""The steps at which records, evaluations and the end of a run are due."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ __all__ = ["Schedule", "default_record_every"]
 
 
 class Schedule(NamedTuple):
-    """When the host wants something of a run.
+    """The steps at which the host acts.
 
     Attributes:
-      total: the last step; None if only the data can tell.
-      epoch_steps: steps per epoch; None if only the data can tell.
+      total: the last step; None if it depends on the data.
+      epoch_steps: steps per epoch; None if it depends on the data.
       record_every: steps per record.
-      evaluate_every: steps per evaluation; None if there is none, or if it is due at the end of each pass.
+      evaluate_every: steps per evaluation; None without evaluations, or if they are due at the end of each pass.
       cut_epochs: whether a record ends with each epoch.
-      asked: whether a condition to stop is asked after each record.
+      asked: whether a stop condition is called after each record.
     """
 
     total: int | None
@@ -34,28 +34,28 @@ class Schedule(NamedTuple):
         return min(ends)
 
     def next_look(self, step: int) -> int:
-        """The first step after this one at which the host wants to look at the state."""
+        """The first step after this one at which the host needs the state."""
         ends = [step + (1 << 30) if self.total is None else max(self.total, step + 1)]
         if self.evaluate_every:
             ends.append(_after(step, self.evaluate_every))
         if self.asked:
-            # Asked at the same steps wherever calls would end.
+            # The condition is called at fixed steps, wherever calls would otherwise end.
             ends.append(_after(step, self.record_every))
         return min(ends)
 
     def ends_between(self, before: int, after: int) -> bool:
-        """Whether an evaluation (without one, an epoch) ends after the first step and not after the second."""
+        """Whether an evaluation or, without evaluations, an epoch ends after step `before` and not after step `after`."""
         every = self.evaluate_every or self.epoch_steps
         return every is not None and after // every > before // every
 
     @property
     def evaluations(self) -> int:
-        """How many evaluations there will be, if that is known; else 0."""
+        """The number of evaluations in the run, or 0 if it is unknown."""
         return self.total // self.evaluate_every if self.total and self.evaluate_every else 0
 
 
 def default_record_every(epoch_steps: int | None, total: int | None) -> int:
-    """About 100 steps, a divisor of the epoch if there is one up to 1,000; more where that would be more than 1,000 records."""
+    """About 100 steps per record, if possible a divisor of the epoch up to 1,000, and at most 1,000 records in total."""
     every = 100
     if epoch_steps is not None:
         divisors = [d for d in range(min(50, epoch_steps), min(1000, epoch_steps) + 1) if epoch_steps % d == 0]

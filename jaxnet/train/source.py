@@ -1,4 +1,4 @@
-"""Where batches come from: arrays in memory, arrays that are read where they are needed, iterables of batches."""
+"""Sources of batches: arrays in memory, arrays that are read by rows, iterables of batches."""
 
 from __future__ import annotations
 
@@ -19,20 +19,25 @@ from jaxnet.train.loop import planned
 
 __all__ = ["Stack", "is_lazy", "on_device", "stacks_of_iterable", "stacks_of_rows"]
 
-STACK = 32 << 20  # bytes of batches that go to the device at once
-HELD = 0.1  # seconds that a batch waits for others, so that they go to the device together
-PLAN = 1 << 19  # rows that there is room for in a compiled call: 2 MB
+# Bytes of batches that are copied to the device together.
+STACK = 32 << 20
+# Seconds for which a batch waits for others, to be copied to the device together.
+HELD = 0.1
+# The most rows in the plan of a compiled call: 2 MB.
+PLAN = 1 << 19
 
 
 class Stack(NamedTuple):
-    """Some steps' work: inputs of a compiled call, and where in the data they stand.
+    """The data of some steps: inputs of a compiled call, and their position in the data.
 
     Attributes:
-      inputs: of the compiled call, beside the train state.
-      size: steps that the inputs have room for; n: steps that are in it.
+      inputs: the inputs of the compiled call after the train state.
+      size: the most steps that the inputs can hold.
+      n: the steps in the inputs.
       samples: examples in the n steps.
-      before: the position in front of its first step, to be kept in a checkpoint; after: behind its last, if `end`.
-      end: whether a pass over the data ends with it.
+      before: the position before the first step, for a checkpoint.
+      after: the position after the last step, if `end`.
+      end: whether a pass over the data ends with the stack.
     """
 
     inputs: tuple
@@ -45,16 +50,23 @@ class Stack(NamedTuple):
 
 
 def plan_size(batch_size: int) -> int:
-    """Steps that there is room for in a compiled call."""
+    """The most steps in the plan of a compiled call."""
     return int(np.clip(PLAN // batch_size, 16, 1 << 17))
 
 
 def stacks_of_rows(
     data: Any, n: int, key: jax.Array, step: int, next_cut: Callable[[int], int], total: int, **batching
 ):
-    """Batches of arrays that are too large for memory, by random access: the same batches as `train_steps` makes.
+    """Stacks of arrays that are read by rows, with the same batches as `train_steps`.
 
-    Args: next_cut: as in `stacks_of_iterable`; total: the last step; batching: as in `planned`.
+    Args:
+      data: a pytree of arrays.
+      n: the number of examples.
+      key: the key of the run.
+      step: the step at which to begin.
+      next_cut: as in `stacks_of_iterable`.
+      total: the last step.
+      **batching: `batch_size`, `order` and `drop_last` as in `planned`.
     """
     check_weights(data)
     size = _stack_size(sum(_row_bytes(leaf) for leaf in jax.tree.leaves(data)) * batching["batch_size"])
@@ -98,18 +110,21 @@ def stacks_of_iterable(
     total: int | None = None,
     epochs: int | None = None,
 ) -> Iterator[Stack]:
-    """Batches of an iterable, as many of one kind as fit, put on the device together; passes follow each other.
+    """Stacks of batches from an iterable, pass after pass. Batches of one kind are copied to the device together.
 
     Args:
-      data: an iterable of batches, or a function from the number of the pass to one. What can be iterated only once ends
-        with its first pass.
-      position: {} or a position that a `Stack` gave: where to go on. Where the iterator offers `get_state` and `set_state`
-        (Grain), or the iterable `state_dict` and `load_state_dict` (torchdata), the state is restored, else the
-        batches that have been used are drawn again and passed over.
-      next_cut: the first step after this one at which a stack has to end.
-      total, epochs: the step at which the run ends, or the number of passes: no batch behind it is drawn. At `total` a pass
-        whose length is not known may end without a stack that says so.
-    Raises: ValueError for a pass without batches; whatever the iterable raises.
+      data: an iterable of batches, or a function from the number of the pass to one. An iterator ends with its first pass.
+      position: {} or the position of a `Stack` at which to resume. If the iterator has `get_state` and `set_state`
+        (Grain), or the iterable has `state_dict` and `load_state_dict` (torchdata), the state is restored. Otherwise, the
+        used batches are drawn again and dropped.
+      next_cut: the first step after this one at which a stack must end.
+      step: the step at which to begin.
+      total: the step at which the run ends; no further batch is drawn. A pass of unknown length that ends there may lack
+        a stack with `end`.
+      epochs: the number of passes after which the run ends.
+
+    Raises:
+      ValueError: a pass has no batches. Errors of the iterable are raised as well.
     """
     passes, since, anchor = position.get("passes", 0), position.get("skip", 0), position.get("state")
     reach = 1
@@ -123,7 +138,7 @@ def stacks_of_iterable(
         begun = time.monotonic()
         try:
             while True:
-                # From here on, positions are counted from this state.
+                # Count positions from this state on.
                 if len(held) == room and (state := _state_of(data, batches)) is not None:
                     anchor, since = state, 0
                 try:
@@ -132,7 +147,7 @@ def stacks_of_iterable(
                     else:
                         batch = _END if drawn is not None and drawn == length else _STOP
                 except Exception:
-                    # The batches before the error are not lost.
+                    # Train on the batches before the error first.
                     if held:
                         yield _stacked(held, size, before, {})
                     raise
@@ -140,7 +155,7 @@ def stacks_of_iterable(
                     # An iterable that draws at random may draw otherwise in the next pass.
                     state = _state_of(data, None)
                     after = {"passes": passes + 1, "skip": 0, "state": state}
-                # Batches that come slowly are not held back until there are many.
+                # Slow batches are not held back until there are many.
                 full = len(held) == room or time.monotonic() - begun > HELD
                 if held and (batch is _END or batch is _STOP or full or _kind(batch) != kind):
                     yield _stacked(held, size, before, after)
@@ -162,7 +177,7 @@ def stacks_of_iterable(
                 since += 1
                 drawn = None if drawn is None else drawn + 1
         finally:
-            # A generator runs its `finally` now, not when it happens to be collected.
+            # Close a generator now, so that its `finally` does not wait for garbage collection.
             if close := getattr(batches, "close", None):
                 close()
         if not before and not position:
@@ -176,15 +191,17 @@ def stacks_of_iterable(
 
 
 def _length_of(data: Any) -> int | None:
-    """How many batches a pass has, if the iterable says so."""
+    """The number of batches per pass; None if the iterable has no length."""
     try:
         return None if callable(data) else len(data)
     except (TypeError, NotImplementedError):
         return None
 
 
-_END = object()  # of a pass
-_STOP = object()  # of the run, whether or not the pass ends too
+# The end of a pass.
+_END = object()
+# The end of the run, whether or not the pass ends too.
+_STOP = object()
 
 
 def _stacked(batches: list, size: int, before: dict, after: dict) -> Stack:
@@ -221,10 +238,10 @@ def _stack_size(batch_bytes: int) -> int:
 
 
 def _begun(data: Any, position: dict[str, Any], passes: int, state: Any, skip: int) -> Iterator:
-    """The iterator of a pass, taken to a position in it.
+    """The iterator of a pass, advanced to a position.
 
     Raises:
-      ValueError: a run goes on from `position`, and the iterable does not give what it gave before.
+      ValueError: the run resumes at `position`, and the iterable yields other batches than before.
     """
     if state is not None:
         state = from_json(state)
@@ -248,7 +265,7 @@ def _begun(data: Any, position: dict[str, Any], passes: int, state: Any, skip: i
 
 
 def _checked_pass(data: Any, batches: Iterator, passes: int) -> Iterator:
-    """The batches of a later pass. Its order is known only if every pass has the same, so the first two are compared."""
+    """The batches of a later pass. The run can resume only if all passes have one order, so two first batches are compared."""
     batch, other = next(batches, _END), next(iter(data), _END)
     if batch is not _END and other is not _END and _digest(batch) != _digest(other):
         raise ValueError(_OTHER_ORDER.format(passes + 1))
@@ -269,7 +286,7 @@ def _saves_nothing(data: Any, batches: Any) -> bool:
 
 
 def _digest(batch: Any) -> str:
-    """A digest of the numbers of a batch, by which it is known again."""
+    """A digest of a batch, to recognize it later."""
     digest = hashlib.blake2b(digest_size=8)
     for path, leaf in tree.flatten(batch).items():
         array = np.asarray(fitting(path, leaf))

@@ -1,4 +1,4 @@
-"""The state of a training, and plain gradient descent."""
+"""The train state, and plain gradient descent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,15 @@ class TrainState(NamedTuple):
 
 
 def sgd(params: Any, grads: Any, lr: Any) -> Any:
-    """Plain gradient descent, w <- w - lr * dL/dw, for trees of equal structure. The dtype of w is kept.
+    """Take one step of plain gradient descent, w <- w - lr * dL/dw, for trees of equal structure.
+
+    Args:
+      params: a pytree of float arrays.
+      grads: the gradients, a pytree of the same structure.
+      lr: the learning rate.
+
+    Returns:
+      The new parameters, in the dtypes of `params`.
 
     Raises:
       TypeError: a parameter is complex or an integer array.
@@ -54,10 +62,10 @@ def train_state(params: Any, optimizer: Any, key: jax.Array, *, state: Any = Non
       params: the network's parameters, a pytree of float arrays.
       optimizer: an optax transformation, or a learning rate (a number, or an optax schedule of the step) for plain SGD.
       key: PRNG key; the order of the data and the noise in training follow from it.
-      state: of a stateful network, `net.init_state(*inputs)`.
+      state: the state of a stateful network, `net.init_state(*inputs)`.
 
     Returns:
-      The train state in front of step 0.
+      The train state before step 0.
 
     Raises:
       TypeError: parameters that are not real floats, something that is not an optimizer, or no PRNG key.
@@ -66,7 +74,8 @@ def train_state(params: Any, optimizer: Any, key: jax.Array, *, state: Any = Non
     check_params("train_state", params)
     if not _is_key(key):
         raise TypeError(f"train_state: key must be a PRNG key such as jax.random.key(0), got {_brief(key)}")
-    with jax.transfer_guard("allow"):  # the counters of the optimizer and of the steps go to the device
+    # The counters of the optimizer and of the steps are copied to the device.
+    with jax.transfer_guard("allow"):
         opt = optimizer.init(params) if hasattr(optimizer, "init") else ()
         return TrainState(params, {} if state is None else state, opt, key, jnp.int32(0))
 

@@ -25,30 +25,30 @@ def train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
     """Make a pure step (train_state, batch) -> (train_state, metrics) from a loss and an optimizer.
 
-    The step works as it is under `jax.jit`, `jax.lax.scan` and `jax.vmap`. Its metrics are those of the loss, and
-    'loss' itself. With weights all means are weighted, and their sum is the metric 'weight'. With a `guarded`
-    optimizer a step that is not finite changes nothing and counts in the metric 'skipped'.
+    The step works under `jax.jit`, `jax.lax.scan` and `jax.vmap`. Its metrics are those of the loss, and 'loss' itself.
+    With weights, all means are weighted, and the sum of the weights is the metric 'weight'. With a `guarded` optimizer, a
+    step that is not finite changes nothing and counts in the metric 'skipped'.
 
     Args:
-      loss: `loss(params, batch)` -> value or (value, metrics), metrics being a dict. The value and each metric are a
-        scalar, or one number per example [B], of which the step takes the mean; a scalar metric stays as it is. If
-        examples count differently, or not at all, return `Weighted(values [B], weights [B])` as the value: the mean
-        is then sum(w x) / sum(w), for the metrics as well. A `Weighted` batch multiplies its weights in, and needs
-        values [B]. The loss names `key` among its parameters if it draws random numbers, and `state` if the network
-        is stateful; then it returns (value, new_state) or (value, new_state, metrics).
-      optimizer: as in `train_state`, the same one.
-      accumulate: compute the gradient in this many equal parts of the batch, one after the other, in the memory of
-        one. The step is the same to rounding if the loss returns one number per example, or `Weighted`. A loss that
-        takes a mean of its own, over tokens under a mask for example, is averaged over the parts as if each had the
-        same weight. Batch statistics and random numbers differ per part in any case.
+      loss: `loss(params, batch)` -> value or (value, metrics), where metrics is a dict. The value and each metric are a
+        scalar, or one number per example [B], which the step averages. If examples have different weights, return
+        `Weighted(values [B], weights [B])` as the value: all means are then sum(w x) / sum(w). With a `Weighted` batch,
+        its weights are multiplied in, and the value must be [B]. A loss that draws random numbers has a parameter `key`.
+        The loss of a stateful network has a parameter `state` and returns (value, new_state) or (value, new_state,
+        metrics).
+      optimizer: the optimizer that was passed to `train_state`.
+      accumulate: compute the gradient in this number of equal parts of the batch, one after the other, which needs the
+        memory of one part. The step is the same up to rounding if the loss returns one number per example, or
+        `Weighted`. If the loss itself takes a mean, for instance over the tokens under a mask, the parts are averaged
+        with equal weights. Batch statistics and random numbers always differ per part.
 
     Returns:
       The step.
 
     Raises:
-      ValueError: when it is traced: a value of another shape, a batch that does not divide, an operation that pairs
-        all examples by broadcasting (see `all_pairs`), a train state made with another optimizer.
-      TypeError: when it is traced: a loss that returns something else, parameters that are not real floats.
+      ValueError: when the step is traced: a value has another shape, the batch cannot be divided, an operation pairs all
+        examples by broadcasting (see `all_pairs`), or the train state was made with another optimizer.
+      TypeError: when the step is traced: the loss returns something else, or parameters are not real floats.
     """
     wanted = {"key", "state"} & set(inspect.signature(loss).parameters)
     accumulate = size_of("train_step: accumulate", accumulate)
@@ -60,7 +60,7 @@ def train_step(
             return loss(params, batch, **{name: offered[name] for name in wanted})
 
     def objective(params, batch, weights, state, key, scale):
-        """The mean over this part, and beside it (new state, metrics, sum of weights)."""
+        """The mean over this part, and (new state, metrics, sum of weights)."""
         value, new_state, metrics = _parts(call_loss(batch, params, state, key), state, stateful="state" in wanted)
         value, weights = _weighing(value, weights, batch)
         means = {name: _mean(name, metric, batch, weights) for name, metric in {**metrics, "loss": value}.items()}
@@ -127,7 +127,7 @@ def train_step(
     checked = set()
 
     def check(train_state, batch):
-        """Look for what would train on nonsense, once for each kind of arguments: an error is never remembered."""
+        """Check the arguments, once for each kind of them that passes. A kind that fails is checked again."""
         check_train_state("train_step", train_state)
         if (kind := _kind((train_state[:3], batch))) in checked:
             return
@@ -160,12 +160,11 @@ def augmented(step: Callable, change: Callable[[jax.Array, Any], Any]) -> Callab
     """Make the step that changes its batch at random first: `change(key, batch) -> batch`, a pure function.
 
     The key follows from the run's key and the step, so that each step draws its own and a resumed run draws the same.
-    Every `augmented` around another one, and the step itself, draws from a key of its own. The outermost change comes
-    first.
+    Nested `augmented` calls and the step itself draw from different keys. The outermost change is applied first.
 
     Args:
       step: (train_state, batch) -> (train_state, metrics), as from `train_step`.
-      change: is given the examples of a `Weighted` batch without their weights.
+      change: (key, batch) -> batch. Of a `Weighted` batch, it receives the examples without their weights.
 
     Returns:
       The step on changed batches.
@@ -190,7 +189,7 @@ def augmented(step: Callable, change: Callable[[jax.Array, Any], Any]) -> Callab
     return _parts_of_step(changed, **{name: on_changed(f) for name, f in getattr(step, "parts", {}).items()})
 
 
-# These separate the keys of a change, and of the step inside it, from those of the steps, which are small numbers.
+# These numbers separate the keys of a change and of the step inside it from the keys of steps, which are small numbers.
 _CHANGE, _INSIDE = 0x63686E67, 0x696E7369
 
 
@@ -227,7 +226,7 @@ def _parts(outputs: Any, state: Any, *, stateful: bool) -> tuple[Any, Any, Mappi
 
 
 def _weighing(value: Any, weights: Any, batch: Any) -> tuple[Any, Any]:
-    """The value of a loss and the weights of its examples, those of the batch times its own; None if it has none."""
+    """The value of a loss, and the product of the weights of the batch and of the loss; None if there are no weights."""
     own = None
     if isinstance(value, Weighted):
         value, own = value
@@ -245,12 +244,12 @@ def _weighing(value: Any, weights: Any, batch: Any) -> tuple[Any, Any]:
         )
     factors = [jnp.asarray(w, jnp.result_type(w, jnp.float32)) for w in (weights, own) if w is not None]
     weights = jax.lax.stop_gradient(factors[0] * factors[1] if len(factors) == 2 else factors[0])
-    # Weights that have no meaning make a loss that is not finite, since a traced value cannot raise.
+    # A traced value cannot raise an error, so invalid weights make the loss NaN.
     return value, jnp.where((weights >= 0).all() & jnp.isfinite(weights.sum()), weights, jnp.nan)
 
 
 def _mean(name: str, value: Any, batch: Any, weights: jax.Array | None) -> jax.Array:
-    """The (weighted) mean of one value per example; a scalar is one already."""
+    """The (weighted) mean of one value per example. A scalar is returned unchanged."""
     value = jnp.asarray(value)
     what = "the loss" if name == "loss" else f"metric '{name}'"
     if jnp.iscomplexobj(value):
@@ -280,7 +279,7 @@ def _in_parts(leaf: jax.Array, parts: int) -> jax.Array:
 
 
 def _one_part(leaf: Any, parts: int) -> Any:
-    """The spec of one part of a batch; what has no leading axis is as it is."""
+    """The spec of one part of a batch. A leaf without a leading axis is returned unchanged."""
     if not getattr(leaf, "ndim", 0):
         return leaf
     return jax.ShapeDtypeStruct((_part(leaf, parts), *leaf.shape[1:]), leaf.dtype)

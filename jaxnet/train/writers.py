@@ -1,8 +1,9 @@
-"""Callbacks that write records to files, and leave the files of others alone."""
+"""Callbacks that write records to files, and never overwrite files with other contents."""
 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -12,7 +13,8 @@ from typing import Any
 
 __all__ = ["Writer", "begin_all", "write_csv", "write_jsonl"]
 
-HEAD = 1 << 16  # bytes of an existing file that are looked at when the callback is made
+# The bytes of an existing file that are checked when the callback is made.
+HEAD = 1 << 16
 
 
 class Writer:
@@ -150,30 +152,30 @@ def _step_of_row(number: int, line: str) -> float:
     if number == 0:
         if first != "step":
             raise ValueError("no header of records")
-        # The header stays, whatever step follows.
+        # A negative step keeps the header.
         return -1.0
     return float(first)
 
 
 def _checked(what: str, path: Any, step_of: Callable[[int, str], float]) -> str:
-    """The path as a str, if a file of records can be written there."""
+    """The path as a str. Raises ValueError or OSError unless a file of records can be written there."""
     name = os.fsdecode(path)
     if not name:
         raise ValueError(f"{what}: the path must be the name of a file, got ''")
     if os.path.isdir(name):
-        raise IsADirectoryError(21, f"{what}: this is a folder, and records go to a file", name)
+        raise IsADirectoryError(errno.EISDIR, f"{what}: this is a folder, and records go to a file", name)
     try:
         # Names that are too long raise OSError here.
         size = os.stat(name).st_size
     except FileNotFoundError:
         folder = os.path.dirname(os.path.abspath(name))
         if os.path.exists(folder) and not os.path.isdir(folder):
-            raise NotADirectoryError(20, f"{what}: this is no folder", folder) from None
+            raise NotADirectoryError(errno.ENOTDIR, f"{what}: this is no folder", folder) from None
         if os.path.isdir(folder) and not os.access(folder, os.W_OK):
-            raise PermissionError(13, f"{what}: nothing can be written in this folder", folder) from None
+            raise PermissionError(errno.EACCES, f"{what}: nothing can be written in this folder", folder) from None
         return name
     if not os.access(name, os.W_OK):
-        raise PermissionError(13, f"{what}: this file cannot be written", name)
+        raise PermissionError(errno.EACCES, f"{what}: this file cannot be written", name)
     _lines(what, name, step_of, HEAD if size > HEAD else None)
     return name
 
