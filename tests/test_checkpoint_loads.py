@@ -23,6 +23,8 @@ import pytest
 import safetensors.numpy
 from test_checkpoint import DTYPES, Pair, damages
 
+import jaxnet
+from jaxnet import train
 from jaxnet import tree as trees
 from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save
 from jaxnet.checkpoint import format as fmt
@@ -649,3 +651,38 @@ def test_lazy_reads_other_programs_files(tmp_path):
     safetensors.numpy.save_file({"a/b": np.arange(5, dtype=np.int16), "c": np.ones(1, np.float64)}, tmp_path / "f")
     with lazy(tmp_path / "f") as leaves:
         assert_equal(trees.unflatten(leaves), {"a": {"b": np.arange(5, dtype=np.int16)}, "c": np.ones(1)})
+
+
+# --- parts of trees with empty containers, wrong arguments ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("only", ["a", "a/**", ["a"], ["a/w"]])
+def test_a_part_with_empty_containers_fits_its_template(tmp_path, only):
+    """Every train state has some: `state={}` of a stateless network, the EmptyState of optax."""
+    file = tmp_path / "a.safetensors"
+    jaxnet.save(file, {"a": {"w": jnp.ones(2), "s": {}, "t": ()}, "b": 1})
+    like = {"a": {"w": jnp.zeros(2), "s": {}, "t": ()}}
+    loaded = jaxnet.load(file, like=like, only=only)
+    assert jax.tree.structure(loaded) == jax.tree.structure(like) and loaded["a"]["w"].tolist() == [1, 1]
+    with pytest.raises(CheckpointError, match="missing from the file: a/v"):
+        jaxnet.load(file, like={"a": {"v": jnp.zeros(2), "s": {}}}, only="a")
+
+
+def test_the_state_of_a_run_is_a_part_of_its_file(tmp_path):
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+    start = train.train_state({"w": jnp.ones(3)}, optimizer, jax.random.key(0))
+    file = tmp_path / "run.safetensors"
+    jaxnet.save(file, {"train_state": start, "best": None})
+    loaded = jaxnet.load(file, like={"train_state": start}, only="train_state")["train_state"]
+    assert jax.tree.structure(loaded) == jax.tree.structure(start)
+
+
+def test_networks_and_swapped_arguments_are_answered_in_words(tmp_path):
+    file = tmp_path / "a.safetensors"
+    with pytest.raises(CheckpointError, match="a network is code and holds no arrays: save its parameters"):
+        jaxnet.save(file, {"net": jaxnet.dense(3)})
+    jaxnet.save(file, {"w": jnp.ones(2)})
+    with pytest.raises(CheckpointError, match="a network is code and holds no arrays"):
+        jaxnet.load(file, like=jaxnet.dense(3))
+    with pytest.raises(TypeError, match=r"save takes the path first: save\(path, tree\)"):
+        jaxnet.save({"w": jnp.ones(2)}, str(file))  # pyright: ignore[reportArgumentType]

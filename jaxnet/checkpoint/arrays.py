@@ -49,6 +49,9 @@ def describe_template(file: str, name: str, x: Any) -> Node:
         kind = "numpy_scalar"
     else:
         text = f"a {type(x).__module__}.{type(x).__qualname__} is neither an array nor a Python scalar, str or bytes"
+        if callable(getattr(x, "init", None)) and callable(getattr(x, "apply", None)):
+            remedy = "a network is code and holds no arrays: save its parameters, params = net.init(key, x)"
+            raise CheckpointError(file, name, f"{text}: {remedy}")
         raise CheckpointError(file, name, f"{text}: convert it, or register its class as a pytree of arrays")
     if node := _node(kind, x.dtype):
         return node

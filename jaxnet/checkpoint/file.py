@@ -100,6 +100,8 @@ def prepare(
     """
     from jaxnet.checkpoint import arrays, orbax, outside, parts
 
+    if isinstance(tree, str | os.PathLike) and not isinstance(path, str | bytes | os.PathLike):
+        raise TypeError("save takes the path first: save(path, tree)")
     file = os.fsdecode(path)
     places.check_engine(file, engine)
     target = places.real(file, follow=follow)
@@ -236,7 +238,7 @@ def _load(
         targets = {name: arrays.Target(nodes[name].kind, nodes[name].value) for name in tensors}
         if wanted is not None:
             what = "it" if only is None else "what `only` selects"
-            targets, kept = _match(file, what, wanted, content, strict, cast)
+            targets, kept = _match(file, what, wanted, content, strict, cast, patterns is not None)
         # Blocks of a tree in parts that only other processes need are not read. A cast must look at all values.
         needed = {tensors[n].name: arrays.blocks(file, t, tensors[n].shape) for n, t in targets.items() if not cast}
         raw = read_tensors(file, fd, header, [tensors[name] for name in targets], arrays.empty, needed)
@@ -311,13 +313,17 @@ def _info(file: str, size: int, content: Content) -> Info:
 
 
 def _match(
-    file: str, what: str, like: Any, content: Content, strict: bool, cast: bool
+    file: str, what: str, like: Any, content: Content, strict: bool, cast: bool, part: bool
 ) -> tuple[dict[str, "Target"], dict[str, Any]]:
     """`match.fit` for the leaves of a file and their containers."""
     from jaxnet.checkpoint import arrays
 
     template, leaves = structure.encode(file, like, functools.partial(arrays.describe_template, file))
     containers = (template, content.node) if content.structured else None
+    if containers and part:
+        # A part of a file has no empty containers, so those of the template count for nothing.
+        nodes = structure.leaves(template)
+        containers = match.prune(template, set(nodes)) or template, content.node
     found = structure.specs_in_file(content.leaves, content.tensors)
     return match.fit(file, what, structure.leaves(template), leaves, found, containers, strict=strict, cast=cast)
 
