@@ -55,13 +55,13 @@ PAIRED = {
     "inside remat": lambda b: jax.checkpoint(lambda p, y: (p - y) ** 2)(b["p"], b["y"]),
     "inside grad": lambda b: jax.grad(lambda p: jnp.mean((p - b["y"]) ** 2))(b["p"]),
     "inside vmap": lambda b: jax.vmap(lambda scale: scale * b["p"] - b["y"])(jnp.ones(3)),
-    "an axis put in by the loss": lambda b: b["i"][:, None] - b["y"],
-    "all rows as one axis": lambda b: b["z"].reshape(-1, 1) - (2 * b["z"]).reshape(-1),
     "[B, C] against [B]": lambda b: b["s"] - b["y"],
     "[B, C] == [B]": lambda b: b["s"] == b["i"],
     "[B, C] where [B]": lambda b: jnp.where(b["y"] > 0, b["s"], 0.0),
 }
 UNPAIRED = {
+    "all rows as one axis": lambda b: b["z"].reshape(-1, 1) - (2 * b["z"]).reshape(-1),
+    "an axis put in by the loss": lambda b: b["i"][:, None] - b["y"],
     "one shape": lambda b: b["p"][:, 0] - b["y"],
     "one shape, by the target": lambda b: b["p"] - b["y"][:, None],
     "pairs, written out": lambda b: b["p"] - b["y"][None, :],

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxnet.train.origin import added_by, calls, name_of, place_of
+from jaxnet.train.origin import added_by, by_vmap, calls, name_of, place_of
 
 __all__ = ["MARK", "Found", "pairs_in"]
 
@@ -45,6 +45,7 @@ class Value(NamedTuple):
       number: equal for equal expressions, whatever axes of size one they have.
       norm: equal for sums over the same axes of different values, None for other values.
       reduced: whether a reduction made it.
+      batched: whether a broadcast of `vmap` made it.
       squeezed: its shape before JAX took out axes of size one, None if JAX took none out.
     """
 
@@ -53,6 +54,7 @@ class Value(NamedTuple):
     number: Hashable
     norm: Hashable = None
     reduced: bool = False
+    batched: bool = False
     squeezed: tuple[int, ...] | None = None
 
 
@@ -156,6 +158,7 @@ class _Reader:
             roles = _roles(kind, params, operands, shape, equation)
             one, more = (operands[0] if len(operands) == 1 else None), {}
             if kind in _RESHAPES and operands:
+                more["batched"] = by_vmap(equation)
                 number, more["norm"], more["squeezed"] = operands[0].number, operands[0].norm, operands[0].squeezed
                 if kind == "squeeze" and {"einsum", "wrapped"} & set(calls(equation)[-2:]):
                     more["squeezed"] = operands[0].shape if EXAMPLES in operands[0].roles else None
@@ -211,7 +214,10 @@ def _roles(kind: str, params: dict, operands: list[Value], shape: tuple[int, ...
         kept = params["broadcast_dimensions"]
         origin = added_by(equation, len(shape), kept, first.reduced, first.squeezed is not None)
         roles = [origin.get(axis, ASKED) for axis in range(len(shape))]
-        for axis, n, role in zip(kept, first.shape, first.roles, strict=True):
+        # `vmap` repeats the broadcasting of the operation itself before it adds its own axis.
+        repeated = first.batched and by_vmap(equation)
+        own = [FILLED if repeated and role == ASKED else role for role in first.roles]
+        for axis, n, role in zip(kept, first.shape, own, strict=True):
             # The user's code may write the broadcast itself.
             roles[axis] = ASKED if n != shape[axis] and origin.get(axis) == ASKED else role
         return roles

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["added_by", "calls", "name_in", "name_of", "place_of"]
+__all__ = ["added_by", "by_vmap", "calls", "name_in", "name_of", "place_of"]
 
 _JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 
@@ -41,7 +41,7 @@ def added_by(equation: Any, rank: int, kept: Sequence[int], reduced: bool, squee
         return dict.fromkeys(axes, "filled")
     if _INDEXING & set(names) or outermost in _SHAPING:
         return dict.fromkeys(axes, "asked")
-    if any(name.endswith("_batcher") for name in names):
+    if by_vmap(equation):
         if not _in_vectorize(equation):
             return {axis: "asked" for axis in axes if axis not in kept}
         return {axis: "given" if squeezed and axis == rank - 1 else "filled" for axis in axes}
@@ -57,6 +57,11 @@ _INDEXING = {"_getitem", "rewriting_take", "_reshape"}
 _SHAPING = {"expand_dims", "reshape", "broadcast_to", "broadcast_in_dim", "full", "zeros", "ones"}
 
 
+def by_vmap(equation: Any) -> bool:
+    """Whether `vmap` made an equation."""
+    return any(name.endswith("_batcher") for name in calls(equation))
+
+
 def _in_vectorize(equation: Any) -> bool:
     trace = equation.source_info.traceback
     return any(f.file_name.startswith(_JAX) and f.file_name.endswith("vectorize.py") for f in trace.frames)
@@ -64,7 +69,7 @@ def _in_vectorize(equation: Any) -> bool:
 
 def name_of(equation: Any, outer: str) -> str:
     """The name of the operation in the user's code; `outer` is the name of the call that the equation is in."""
-    names, kind = calls(equation), equation.primitive.name
+    names, kind = calls(equation), str(equation.primitive.name)
     if outer and not (names and names[-1] == ""):
         return outer
     own = _public([name for name in reversed(names) if name])
@@ -73,7 +78,7 @@ def name_of(equation: Any, outer: str) -> str:
     if kind in _CALLS:
         name = str(equation.params.get("name", ""))
         return name if name.isidentifier() and name[0] != "_" and name not in _WRAPPERS else outer
-    return _NAMES.get(kind, kind)
+    return str(_NAMES.get(kind, kind))
 
 
 def name_in(error: Exception) -> str:
@@ -93,7 +98,18 @@ def _public(names: list[str]) -> str:
 
 _CALLS = ("jit", "custom_jvp_call", "custom_vjp_call", "checkpoint", "scan", "while", "cond")
 _WRAPPERS = {"reraise_with_filtered_traceback", "cache_miss", "call_wrapped", "op", "meth", "wrapper", "wrapped", "fn"}
-_WRAPPERS |= {"bind", "bind_with_trace", "process_primitive", "current", "fun", "f", "deferring_binary_op"}
+_WRAPPERS |= {
+    "bind",
+    "bind_with_trace",
+    "process_primitive",
+    "current",
+    "fun",
+    "f",
+    "deferring_binary_op",
+    "process_custom_jvp_call",
+    "process_custom_vjp_call",
+    "process_call",
+}
 _NAMES = {"select_n": "where", "sub": "subtract", "mul": "multiply", "eq": "equal", "ne": "not_equal", "max": "maximum"}
 _NAMES |= {"div": "divide", "min": "minimum", "ge": "greater_equal", "gt": "greater", "lt": "less", "le": "less_equal"}
 
