@@ -161,7 +161,10 @@ def test_idx_no_bit_flip_of_a_gzip_file_changes_what_is_read(tmp_path):
         (gzip.compress(SAMPLE_BYTES + b"\0", mtime=0), r"expected 12 bytes of elements .*, got more than that"),
         (gzip.compress(SAMPLE_BYTES[:-1], mtime=0), r"expected 12 bytes of elements .*, got 11;"),
         (gzip.compress(b"", mtime=0), r"expected an IDX header .* got an empty file"),
-        (gzip.compress(SAMPLE_BYTES, mtime=0) + b"x", r"expected a whole gzip stream, got .* do not unpack \(Not a gzipped"),
+        (
+            gzip.compress(SAMPLE_BYTES, mtime=0) + b"x",
+            r"expected a whole gzip stream, got .* do not unpack \(Not a gzipped",
+        ),
         (gzip.compress(SAMPLE_BYTES, mtime=0) + gzip.compress(b"more", mtime=0), r"got more than that"),
         (gzip.compress(SAMPLE_BYTES, mtime=0)[:-8] + bytes(8), r"expected a whole gzip stream, .*\(CRC check failed"),
         (b"\x1f\x8b", r"expected a whole gzip stream, got 2 bytes"),
