@@ -181,12 +181,12 @@ RESEARCH = {
     "into jit": lambda b, p: jax.jit(lambda u, v: u - v)(f(p, b)[:, None], b[1]),
     "true size, mask of 2B": fixed(lambda b, p: jnp.arange(16)[:, None] >= jnp.arange(16)),
     "true size, mask of B": fixed(lambda b, p: jnp.arange(8)[:, None] >= jnp.arange(8)),
-    "state, mask of 2B": state(lambda b, p: jnp.arange(16)[:, None] >= jnp.arange(16)),
+    "state, mask of 2B": stateful(lambda b, p: jnp.arange(16)[:, None] >= jnp.arange(16)),
     "true size, codebook of B": fixed(
         lambda b, p: jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(CODES**2, 1) - 2 * b[0] @ CODES.T
     ),
     "codebook of B": lambda b, p: jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(CODES**2, 1) - 2 * b[0] @ CODES.T,
-    "state, codebook of B": state(lambda b, p: jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(CODES**2, 1)),
+    "state, codebook of B": stateful(lambda b, p: jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(CODES**2, 1)),
     "true size, bias of B": fixed(lambda b, p: jax.nn.relu(b[0] @ MIX + FREQUENCIES)),
     "true size, norm of B": fixed(
         lambda b, p: (lambda h: (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True)) * FREQUENCIES)(
@@ -210,7 +210,7 @@ RESEARCH = {
         lambda q: jnp.mean((f(q, b)[:, None] - f(q, b) - (b[1][:, None] - b[1])) ** 2)
     )(p),
     "supervised contrastive": lambda b, p: (
-        lambda z, m, l: ((l - jnp.log(jnp.sum(jnp.exp(l) * (1 - jnp.eye(len(z))), 1, keepdims=True))) * m).sum()
+        lambda z, m, s: ((s - jnp.log(jnp.sum(jnp.exp(s) * (1 - jnp.eye(len(z))), 1, keepdims=True))) * m).sum()
     )(b[0] / norm(b[0], axis=1, keepdims=True), b[1][:, None] == b[1], b[0] @ b[0].T),
     "Cox": lambda b, p: jax.nn.logsumexp(jnp.where(b[1][:, None] <= b[1], f(p, b), -jnp.inf), axis=1),
 }
@@ -231,7 +231,7 @@ MISTAKES = {
     "einsum": ("einsum", lambda b, p: jnp.einsum("...,...->...", b[0] @ p, b[1])),
     "atleast_2d": ("subtract", lambda b, p: b[0] @ p - jnp.atleast_2d(b[1])),
     "true size, [B, B] against [B]": ("subtract", fixed(lambda b, p: b[0] @ MIX - b[1])),
-    "state, [B, B] against [B]": ("subtract", state(lambda b, p: b[0] @ MIX - b[1])),
+    "state, [B, B] against [B]": ("subtract", stateful(lambda b, p: b[0] @ MIX - b[1])),
     "true size": ("subtract", fixed(lambda b, p: b[0] @ p - b[1])),
     "logaddexp": ("logaddexp", lambda b, p: jnp.logaddexp(b[0] @ p, b[1])),
     "weights": ("subtract", lambda b, p: (b[0] @ p) * b[1][:, None] - b[1]),
