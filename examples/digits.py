@@ -201,8 +201,12 @@ def main(
     print(dataset)
     print(jaxnet.summary(net, jax.ShapeDtypeStruct((batch_size, *dataset.train.images.shape[1:]), jnp.float32)), "\n")
     running = folder / f"{model}_running.safetensors"
-    if not resume:
-        running.unlink(missing_ok=True)
+    if running.exists() and not resume:
+        raise ValueError(
+            f"{running} is of a run that was interrupted: --resume goes on from there; delete the file to begin anew"
+        )
+    if resume and not running.exists():
+        print(f"nothing to resume: there is no {running}; the run begins anew")
     settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr or RATES[model], "noise": noise, "seed": seed}
     result = train(net, dataset, **settings, checkpoint=running)
     if result.stopped:
@@ -280,4 +284,6 @@ if __name__ == "__main__":
         else:
             main(**args)
     except (ValueError, OSError, ArithmeticError, jaxnet.checkpoint.CheckpointError) as error:
-        raise SystemExit(f"digits.py: {error}") from None
+        # The flag of this program, not the argument of the function that it calls.
+        text = str(error).replace("download=True", "--download")
+        raise SystemExit(f"digits.py: {text}") from None

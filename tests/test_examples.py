@@ -295,3 +295,21 @@ def test_what_an_ensemble_gains(ensemble, tmp_path):
         print(f"{row:28}" + "".join(f"  {m} {np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for m, x in cells.items()))
     gains = [table["median of the best quarter"]["NLL"] - table["mean of the best quarter"]["NLL"] for table in tables]
     assert min(gains) > 0 and np.mean([table["mean of all"]["accuracy"] for table in tables]) > 0.95
+
+
+def test_digits_does_not_delete_an_interrupted_run(tmp_path):
+    running = tmp_path / "mlp_running.safetensors"
+    running.write_bytes(b"steps of an hour")
+    command = [sys.executable, str(EXAMPLES / "digits.py"), "--epochs", "1", "--out", str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert told.returncode == 1 and running.read_bytes() == b"steps of an hour"
+    assert "is of a run that was interrupted: --resume goes on from there; delete the file to begin anew" in told.stderr
+    running.unlink()
+    told = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0 and f"nothing to resume: there is no {running}; the run begins anew" in told.stdout
+
+
+def test_digits_names_its_own_flag(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "digits.py"), "--data", str(tmp_path / "none"), "--out", str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert told.returncode == 1 and "--download" in told.stderr and "download=True" not in told.stderr

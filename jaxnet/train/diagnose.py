@@ -74,6 +74,15 @@ def explain(
                 train_state,
                 history,
             )
+        if cause and "out-of-bounds" in cause:
+            return NonFiniteError(
+                f"fit: at step {number} {what}. An index in the data is out of range: jaxnet.data.check_labels(labels, "
+                "classes) finds labels outside 0 .. classes - 1",
+                number,
+                paths,
+                train_state,
+                history,
+            )
         return NonFiniteError(
             f"fit: at step {number} {what}. A smaller learning rate or clipped gradients may help; labels outside 0 .. "
             "classes - 1 also give nan (jaxnet.data.check_labels finds them)",

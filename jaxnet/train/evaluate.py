@@ -14,7 +14,8 @@ from jaxnet.checks import size_of
 from jaxnet.train.batch import Weighted, examples
 from jaxnet.train.pairs import refuse_pairs
 from jaxnet.train.source import is_lazy, on_device
-from jaxnet.train.step import TrainState, check_train_state
+from jaxnet.train.state import TrainState, check_train_state
+from jaxnet.train.told import batch_in_words, explained
 
 __all__ = ["evaluate"]
 
@@ -44,16 +45,25 @@ def evaluate(
       >>> float(count(TrainState({}, {}, (), None, None))["mean"])
       2.0
     """
+    if not callable(metrics):
+        raise TypeError(
+            f"evaluate: metrics must be a function (params, batch) -> dict, got {batch_in_words(metrics)}; the function "
+            "comes first: evaluate(metrics, data)"
+        )
     stateful = "state" in inspect.signature(metrics).parameters
 
     def values_of(batch, params, state):
-        return metrics(params, batch, state) if stateful else metrics(params, batch)
+        with explained(batch, state if stateful else None):
+            return metrics(params, batch, state) if stateful else metrics(params, batch)
 
     def means(params, state, batch):
         refuse_pairs("evaluate: a metric", values_of, batch, params, state)
         values = values_of(batch, params, state)
         if not isinstance(values, Mapping):
-            raise TypeError(f"evaluate: metrics returns a dict of values by name, got {type(values).__name__}")
+            raise TypeError(
+                f"evaluate: metrics must return a dict of values by name, got {_brief(values)}; write for instance "
+                "{'test_loss': value}"
+            )
         return {name: jnp.mean(value, dtype=jnp.result_type(value, jnp.float32)) for name, value in values.items()}
 
     if isinstance(data, Weighted):
@@ -94,6 +104,10 @@ def evaluate(
     # `fit` may find the names of the results by `jax.eval_shape`.
     evaluated.traceable = True  # pyright: ignore[reportFunctionMemberAccess]
     return evaluated
+
+
+def _brief(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") and hasattr(x, "dtype") else f"a {type(x).__name__}"
 
 
 def _over_batches(means: Callable, batches: Callable) -> Callable[[TrainState], dict[str, jax.Array]]:

@@ -20,10 +20,11 @@ from jaxnet.train.keeper import Keeper
 from jaxnet.train.order import Order, shuffle
 from jaxnet.train.programs import Programs, ordinary
 from jaxnet.train.progress import Progress
-from jaxnet.train.rules import Best
+from jaxnet.train.rules import Best, best_of
 from jaxnet.train.run import Looks, Run
 from jaxnet.train.schedule import Schedule, default_record_every
 from jaxnet.train.step import TrainState
+from jaxnet.train.writers import begin_all
 
 if TYPE_CHECKING:
     from jaxnet.checkpoint import Checkpoints
@@ -62,6 +63,13 @@ class Result(_Result):
         # A program that reads this decides itself whether a signal ends more than this run.
         handled()
         return self[3]
+
+    def __repr__(self) -> str:
+        # The arrays of a train state would fill screens.
+        best = None if self.best is None else f"{self.best.value:.6g} at step {self.best.step}"
+        return (
+            f"Result(step={int(self.train_state.step)}, records={len(self.history)}, best={best}, stopped={self[3]!r})"
+        )
 
     @property
     def exit_code(self) -> int:
@@ -114,14 +122,14 @@ def fit(
       record_every: steps per record; the default is about 100, an equal part of an epoch if possible, and at most 1,000
         records in all.
       best: 'min test_loss', 'max test_accuracy', ...: keep the parameters of the best evaluation.
-      stop: a condition (history) -> bool or a reason, called after each record: `early_stopping`, `time_budget`.
-      callbacks: functions of a record, called with each new record: `write_jsonl(path)`, `wandb.log`, `print`.
-      checkpoint: a file, or a `jaxnet.checkpoint.Checkpoints`, a folder with one file per step. If it exists, the run
-        resumes from it; data, batch size, order and key must then be the same. It is written after the first epoch,
-        evaluation or 5 seconds of training, every `save_every` seconds, at the end, on a signal, and before an error is
-        raised. A store with a metric is also written after each evaluation.
-      save_every: seconds between two saves.
-      check_finite: stop when a loss, parameter or state is no longer finite, and return the last finite values. This needs
+      stop: a condition (history) -> bool or a reason, asked after each record: `early_stopping`, `time_budget`.
+      callbacks: functions of a record, called with each as it comes: `write_jsonl(path)`, `wandb.log`, `print`.
+      checkpoint: a file, or a `jaxnet.checkpoint.Checkpoints`, a folder with one file per step. If it exists, the run goes
+        on from there; data, batch size, order, key and the parameters at the start must then be the same. It is written
+        after the first epoch, evaluation or 5 seconds of training, every `save_every` seconds, at the end, on a signal,
+        and before an error is raised; a store with a metric after each evaluation, too.
+      save_every: seconds from one save to the next.
+      check_finite: stop when a loss, parameter or state ceases to be finite, and keep the values before, at the price of
         a second copy of the train state on the device.
       progress: a line on stderr, rewritten in place on a terminal; elsewhere one line per epoch and evaluation, and at least
         every 30 seconds. False is silent.
@@ -137,12 +145,12 @@ def fit(
     Raises:
       ValueError, TypeError, KeyError: an argument is wrong: data that is empty, of unequal lengths or out of range; a batch
         larger than the data; a step that changes the type of the train state; a metric that is not a scalar; a name
-        that no record has; a checkpoint of a run with other data, order or key, or beyond the last step. All of these are
-        raised before the first step.
-      NonFiniteError: a FloatingPointError that names the step, the parameters and the operation where NaN or infinity began.
-      CheckpointError, OSError: the checkpoint is damaged, is of another network, or cannot be written.
-
-    An error during training has the last state in its attribute `train_state`.
+        that no record has; a checkpoint of a run with other data, order, key or start, or beyond the last step. All before the
+        first step is taken.
+      NonFiniteError (a FloatingPointError): names the step, the parameters and the operation where it began.
+      CheckpointError, OSError: the checkpoint is damaged, of another network, or cannot be written; or another program
+        writes the same file, which is then left as it is.
+      Every error that comes during the training has the state until then as its `train_state`.
     """
     epochs, steps = _length(epochs, steps)
     sizes = {"evaluate_every": evaluate_every, "record_every": record_every}
@@ -163,10 +171,17 @@ def fit(
         schedule = Schedule(feed.total, feed.epoch_steps, every, evaluate_every, cut_epochs, stop is not None)
         programs = Programs(step, feed, check_finite, digests=bool(keeper))
         run = Run(train_state, feed, programs, looks, schedule, keeper)
-        found = keeper.newest(saved.template_of(run))
+        found = saved.newest(run, keeper)
         notes = [] if found is None else saved.restore(run, found)
+        writes = begin_all(looks.callbacks, run.history.step, resumed=found is not None)
+        run.save_start = bool(keeper) and found is None and writes
         show = Progress(
-            feed.total, feed.epoch_steps, step=run.history.step, show=progress, evaluations=schedule.evaluations
+            feed.total,
+            feed.epoch_steps,
+            step=run.history.step,
+            show=progress,
+            evaluations=schedule.evaluations,
+            metric=None if best is None else best_of(best)[0],
         )
         _say_where(run, int(train_state.step), found, notes, show)
         _run(run, keeper, show, save_every)
@@ -180,6 +195,7 @@ def _run(run: Run, keeper: Keeper, show: Progress, save_every: float) -> None:
 
     def tell(name: str) -> None:
         show.note(f"{name}: finishing the running call; a second one ends the program at once")
+        show.ending = True
 
     with interruptible(tell) as flag:
         try:
@@ -187,7 +203,7 @@ def _run(run: Run, keeper: Keeper, show: Progress, save_every: float) -> None:
             if run.stopped:
                 _say_why(run, keeper, show)
         except Exception as error:
-            if keeper and run.started and not (run.spoiled and keeper.has_some()):
+            if keeper and run.started and not (run.spoiled and keeper.has_some()) and not keeper.taken:
                 with contextlib.suppress(Exception):
                     run.settle(error)
                 try:
@@ -270,6 +286,8 @@ def _say_done(run: Run, found: saved.Found, show: Progress) -> None:
     else:
         at, beyond = f"at step {step:,} of {total:,}", step > total
     text = f"{found.path} is {at}: nothing left to train. To begin anew, delete it or name another file"
+    if run.looks.best and run.best is None:
+        text += f". run.best stays None: no step is left in which best={run.looks.best!r} could be found"
     if beyond:
         raise ValueError(f"fit: {text}; to go on, ask for more")
     if saved.step_changed(run, found):
@@ -286,7 +304,7 @@ def _say_why(run: Run, keeper: Keeper, show: Progress) -> None:
     by = f"by {run.stopped} " if run.stopped in ("SIGINT", "SIGTERM") else ""
     text = f"stopped {by}at step {run.history.step:,}{of}" + ("" if by else f": {run.stopped}")
     if keeper and run.started:
-        text += f", saved in {keeper}" + ("; the same call goes on from there" if by else "")
+        text += f", saved in {keeper}"
     if run.stopped == "SIGINT":
         text += f"; Ctrl-C again within {AGAIN:.0f} s ends the program"
     show.note(text)

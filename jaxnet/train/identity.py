@@ -14,12 +14,13 @@ import numpy as np
 from jaxnet import tree
 from jaxnet.train.source import is_lazy
 
-__all__ = ["changed", "data_digest", "key_text", "program_digest", "tree_differences"]
+__all__ = ["begins_alike", "changed", "data_digest", "key_text", "program_digest", "start_of", "tree_differences"]
 
-# The digest of an array of up to this number of bytes covers all of them.
-WHOLE = 1 << 24
-# The digest of a larger array covers this number of rows; that of a lazy array covers 8.
-SAMPLE = 32
+WHOLE = 1 << 24  # bytes of an array up to which all of them count in its digest
+SAMPLE = 32  # rows that count in the digest of a larger one, and of one that is read lazily: 8
+LEAVES = 256  # leaves of a train state that count in how a run begins
+ELEMENTS = 1 << 16  # elements of a leaf that count there
+ROUNDING = 1e-4  # the difference, relative to the norm, up to which two starts are the same
 
 # A key also determines noise and initial values, so a run resumed with another key would equal neither run.
 NAMES = {
@@ -51,6 +52,41 @@ def data_digest(data: Any) -> str:
         crc = zlib.crc32(f"{path} {dtype} {list(np.shape(leaf))}".encode(), crc)
         crc = zlib.crc32(np.ascontiguousarray(_sample(leaf)).tobytes(), crc)
     return f"{crc:08x}"
+
+
+def start_of(train_state: Any) -> dict[str, Any]:
+    """How a run begins: {'step': n, 'leaves': [[a number that depends on all of the values, their norm], ...]}.
+
+    These are numbers and not bits, since initial values may round in another way on another kind of device.
+    """
+    leaves = jax.tree.leaves((train_state.params, train_state.state))
+    chosen = range(len(leaves))
+    if len(leaves) > LEAVES:
+        chosen = np.unique(np.linspace(0, len(leaves) - 1, LEAVES).astype(np.int64)).tolist()
+    return {"step": int(train_state.step), "leaves": [_sketch(leaves[i]) for i in chosen]}
+
+
+def begins_alike(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> bool:
+    """Whether two starts agree, as far as that can be told: older files know no start, and a later state is no start."""
+    if before is None or before["step"] != now["step"] or len(before["leaves"]) != len(now["leaves"]):
+        return True
+    pairs = zip(before["leaves"], now["leaves"], strict=True)
+    return all(abs(a[i] - b[i]) <= ROUNDING * max(a[1], b[1]) for a, b in pairs for i in (0, 1))
+
+
+def _sketch(leaf: Any) -> list[float]:
+    """Two numbers of a leaf, or of a sample of its elements if there are many: a weighted sum, and the norm."""
+    if isinstance(leaf, jax.Array):
+        if not leaf.is_fully_addressable:
+            return [0.0, 0.0]
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+    flat = np.asarray(leaf).reshape(-1)
+    if flat.size > ELEMENTS:
+        flat = flat[np.linspace(0, flat.size - 1, ELEMENTS).astype(np.int64)]
+    values = np.nan_to_num(np.real(flat).astype(np.float64), posinf=0.0, neginf=0.0)
+    weights = np.cos(np.arange(values.size))
+    return [float(f"{x:.7g}") for x in (values @ weights, np.linalg.norm(values))]
 
 
 def _sample(leaf: Any) -> np.ndarray:

@@ -57,7 +57,7 @@ def check_functions(evaluate: Any, best: str | None, stop: Any, callbacks: Any) 
         if evaluate is None:
             raise ValueError(f"fit: best={best!r} looks at what `evaluate` returns; pass that, too")
     if evaluate is not None:
-        _check_call("evaluate", evaluate, "a function (train_state) -> dict of numbers")
+        _check_call("evaluate", evaluate, "a function (train_state) -> dict of numbers", _OF_BATCH)
     if stop is not None:
         _check_call("stop", stop, "a function (history) -> bool or a reason, as early_stopping(...) makes it")
     if callable(callbacks) or isinstance(callbacks, str | Mapping) or not isinstance(callbacks, Iterable):
@@ -66,6 +66,9 @@ def check_functions(evaluate: Any, best: str | None, stop: Any, callbacks: Any) 
         )
     for i, callback in enumerate(callbacks):
         _check_call(f"callbacks[{i}]", callback, "a function (record)")
+
+
+_OF_BATCH = "; evaluate(test, data) makes it of a function test(params, batch)"
 
 
 def check_names(metrics: Iterable[str], evaluated: Iterable[str], stop: Any, metric: str | None) -> None:
@@ -102,10 +105,31 @@ def evaluated(evaluate: Callable, train_state: TrainState, best: str | None) -> 
             values = jax.eval_shape(evaluate, train_state)
         else:
             values = evaluate(train_state)
+    except (TypeError, AttributeError, ValueError) as error:
+        if takes_params(error):
+            raise TypeError(
+                "fit: evaluate receives the train state, and this one takes it for parameters: use `state.params`, as in "
+                "lambda state: {'test_loss': f(state.params)}, or `evaluate(test, data)` of a function test(params, batch)"
+            ) from None
+        if maybe_takes_params(error):
+            error.add_note("fit: evaluate receives the train state: use `state.params`, or `evaluate(test, data)`")
+        raise
     except LookupError:
         # For instance, a table of values by step may have no entry for the start.
         return None
     return tuple(check_evaluation(values, best))
+
+
+def takes_params(error: Exception) -> bool:
+    """Whether an error looks as if a function took the train state for parameters."""
+    return "got TrainState(" in str(error) or (
+        isinstance(error, AttributeError) and isinstance(error.obj, TrainState) and hasattr(dict, error.name or "")
+    )
+
+
+def maybe_takes_params(error: Exception) -> bool:
+    """Whether an error is that of `params['weight']` on some tuple, which may be the train state."""
+    return str(error).startswith("tuple indices must be")
 
 
 def check_evaluation(values: Any, best: str | None) -> Mapping[str, Any]:
@@ -174,7 +198,7 @@ def _check_lists(path: str, data: Any) -> None:
     if isinstance(data, Mapping):
         parts = data.items()
     elif isinstance(data, list | tuple):
-        parts = enumerate(data)
+        parts = zip(getattr(data, "_fields", range(len(data))), data, strict=True)
     else:
         return
     for name, part in parts:
@@ -189,6 +213,9 @@ def check_iterable(data: Any) -> None:
             f"fit: without batch_size the data is an iterable of batches, got {type(data).__name__}; "
             "for arrays say batch_size"
         )
+    if callable(data) and not isinstance(data, Iterable):
+        hint = "; fit calls it with the number of the pass: write lambda number: ..."
+        _check_call("data", data, "an iterable of batches or a function (number of the pass) -> iterable", hint)
     if isinstance(data, list) and data and isinstance(data[0], tuple) and len(data[0]) > 1:
         if np.ndim(data[0][-1]) == 0 and not isinstance(data[0][-1], str | Mapping | tuple | list):
             raise TypeError(
@@ -203,7 +230,7 @@ def _is_loader(data: Any) -> bool:
     return leaf and not hasattr(data, "shape") and hasattr(data, "__iter__") and not isinstance(data, str)
 
 
-def _check_call(name: str, function: Any, what: str) -> None:
+def _check_call(name: str, function: Any, what: str, hint: str = "") -> None:
     if not callable(function):
         raise TypeError(f"fit: {name} must be {what}, got {_describe(function)}")
     # Some built-in functions have no signature.
@@ -213,7 +240,7 @@ def _check_call(name: str, function: Any, what: str) -> None:
             signature.bind(None)
         except TypeError:
             text = f"fit: {name} must be {what}, got {_describe(function)}{signature}"
-            raise TypeError(f"{text}, which cannot be called with one argument") from None
+            raise TypeError(f"{text}, which cannot be called with one argument{hint}") from None
 
 
 def _describe(x: Any) -> str:

@@ -34,6 +34,10 @@ class Keeper:
         self.place = None if place is None else os.fsdecode(place)
         self.store: Any = checkpoint if hasattr(checkpoint, "folder") else None
         self.saved = -1
+        # Which file this run has read or written last, and whether another program has put its own in that place.
+        self.known: tuple[int, int, int] | None = None
+        self.text: str | None = None
+        self.taken = False
         if self.place == "":
             raise ValueError("fit: checkpoint must be the name of a file, as in 'run.safetensors', got ''")
 
@@ -57,7 +61,12 @@ class Keeper:
         places.check_engine(self.place, getattr(self.store, "engine", None))
         if self.store is None:
             _check_name(self.place)
-        places.check_writable(self.place if self.store is not None else os.path.dirname(os.path.abspath(self.place)))
+        folder = self.place if self.store is not None else os.path.dirname(os.path.abspath(self.place))
+        try:
+            places.check_writable(folder)
+        except OSError as error:
+            text = f"fit: checkpoint={self.place!r} cannot be written: {error.strerror or error}"
+            raise type(error)(error.errno, text, folder) from None
 
     def has_some(self) -> bool:
         """Whether there is a checkpoint, good or not."""
@@ -84,22 +93,66 @@ class Keeper:
             return Found(found.tree, found.metadata, found.path)
         if self.place is None or not os.path.exists(self.place):
             return None
+        self.known = _identity(self.place)
         tree, info = load_with_info(self.place, template=template)
+        self.text = info.metadata["fit"]
         return Found(tree, info.metadata, self.place)
 
     def save(self, step: int, tree: Any, record: dict[str, float] | None, metadata: dict[str, Any]) -> None:
         from jaxnet import checkpoint
 
         if self.store is None:
+            self._check_own()
             checkpoint.save(str(self.place), tree, metadata=metadata)
+            self.known, self.text = _identity(str(self.place)), metadata["fit"]
         elif step != self.saved:
             known = self.metric is None or self.metric in (record or {})
             self.store.save(step, tree, record if known else None, metadata)
         self.saved = step
 
+    def _check_own(self) -> None:
+        """Raise CheckpointError if the file is not the one that this run has read or written last.
+
+        A file that was deleted is written again. One that was only touched or copied back holds the same run at the same
+        second, and is this run's own.
+        """
+        from jaxnet.checkpoint.format import CheckpointError
+
+        place = str(self.place)
+        found = _identity(place)
+        if found is None or found == self.known or (self.text is not None and _text(place) == self.text):
+            return
+        self.taken = True
+        raise CheckpointError(
+            place,
+            None,
+            "another program writes this checkpoint, too, so this run does not replace it: give each run a file of its "
+            "own. The state of this run is the `train_state` of this error",
+        )
+
     def wait(self) -> None:
         if self.store is not None:
             self.store.wait()
+
+
+def _identity(path: str) -> tuple[int, int, int] | None:
+    """What a file is known by without reading it; None if there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _text(path: str) -> str | None:
+    """What `fit` says of its run in a file; None if the file says nothing or cannot be read."""
+    from jaxnet.checkpoint.errors import CheckpointError
+    from jaxnet.checkpoint.file import inspect
+
+    try:
+        return inspect(path).metadata.get("fit")
+    except (CheckpointError, OSError):
+        return None
 
 
 def _check_name(path: str) -> None:

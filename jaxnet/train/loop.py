@@ -224,7 +224,13 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
         def batch_at(i):
             return batch_of(jax.tree.map(lambda leaf: leaf[first + i], plan))
 
-        new, metrics = jax.eval_shape(lambda: step(train_state, batch_at(0)))
+        outputs = jax.eval_shape(lambda: step(train_state, batch_at(0)))
+        if not isinstance(outputs, tuple) or len(outputs) != 2:
+            got = f"{len(outputs)} parts" if isinstance(outputs, tuple) else f"a {type(outputs).__name__}"
+            raise TypeError(
+                f"a step returns (train_state, metrics), got {got}; train_step(loss, optimizer) makes a step of a loss"
+            )
+        new, metrics = outputs
         check_same(train_state, new)
         check_metrics(metrics)
 

@@ -211,9 +211,10 @@ def check_state(what: str, optimizer: Any, params: Any, opt: Any) -> None:
             # The optimizer cannot be traced, so there is nothing to compare.
             return
     if jax.tree.structure(wanted) != jax.tree.structure(opt):
+        differs = _first_difference(opt, wanted) or "their structures differ"
         raise ValueError(
             f"{what}: the train state was made with another optimizer, or for other parameters: its `opt` is "
-            f"{_describe(opt)}, this optimizer's is {_describe(wanted)}; give the same optimizer to train_state and "
+            f"{_describe(opt)}, this optimizer's is {_describe(wanted)}; {differs}; give the same optimizer to train_state and "
             "train_step, or begin anew with train_state(params, optimizer, key)"
         )
     for path, a, b in zip(tree.paths(wanted), jax.tree.leaves(wanted), jax.tree.leaves(opt), strict=True):
@@ -223,6 +224,31 @@ def check_state(what: str, optimizer: Any, params: Any, opt: Any) -> None:
                 f"{list(jnp.shape(b))}, these parameters need {list(a.shape)}; begin anew with train_state(params, "
                 "optimizer, key)"
             )
+
+
+def _first_difference(here: Any, wanted: Any, path: str = "opt") -> str | None:
+    """Name the first container or leaf in which two states of optimizers differ, as a clause; None if there is none."""
+    (ours, children), (theirs, others) = (_opened(node) for node in (here, wanted))
+    if ours != theirs:
+        return f"'{path}' is {ours} there and {theirs} here"
+    for (name, child), (_, other) in zip(children, others, strict=True):
+        if found := _first_difference(child, other, f"{path}/{name}"):
+            return found
+    return None
+
+
+def _opened(node: Any) -> tuple[str, list[tuple[str, Any]]]:
+    """A node of a tree in a few words, and its children by name."""
+    found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)[0]
+    children = [(jax.tree_util.keystr(keys, simple=True, separator="/"), child) for keys, child in found]
+    if node is None:
+        return "None", []
+    if len(found) == 1 and found[0][1] is node:
+        return "an array", []
+    kind = type(node).__name__
+    if isinstance(node, dict):
+        return f"a dict with {', '.join(name for name, _ in children) or 'nothing'}", children
+    return f"a {kind} of {len(children)} parts" if children else f"an empty {kind}", children
 
 
 def _describe(opt: Any) -> str:

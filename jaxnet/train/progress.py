@@ -37,6 +37,10 @@ class Progress:
       step: where the run begins.
       show: False to be silent.
       evaluations: how many evaluations are expected; 0 if that is unknown.
+      metric: the name that a narrow line keeps to the last; None for the first one.
+
+    Attributes:
+      ending: whether the run is about to stop: of a call's records only the last is shown then.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Progress:
         step: int = 0,
         show: bool | None = None,
         evaluations: int = 0,
+        metric: str | None = None,
     ):
         self.total, self.stream, self.epochs = total, sys.stderr, epoch_steps is not None
         self.show = show is not False and self.stream is not None
@@ -54,6 +59,7 @@ class Progress:
         # The stream may be closed.
         with contextlib.suppress(AttributeError, OSError, ValueError):
             self.terminal = self.show and self.stream.isatty()  # pyright: ignore[reportOptionalMemberAccess]
+        self.metric, self.ending = metric, False
         self.width = 0
         self.every = epoch_steps or 1
         if total is not None:
@@ -79,6 +85,8 @@ class Progress:
         late = not self.terminal and time.perf_counter() - self.written > QUIET
         if stays:
             self.shown = count
+        if self.ending and not last:
+            return
         if self.show and (stays or late or (self.terminal and last)):
             self._write(self.line(record), newline=stays or late)
 
@@ -87,7 +95,7 @@ class Progress:
         if self.show:
             lines = [text]
             if self.terminal:
-                lines = textwrap.wrap(text, max(self._columns() - 1, 20), subsequent_indent="  ")
+                lines = textwrap.wrap(text, max(self._columns() - 1, 4), subsequent_indent="  ")
             for line in lines:
                 self._write(line, newline=True)
 
@@ -116,12 +124,21 @@ class Progress:
             left = f"{_clock(seconds / max(step, 1) * (self.total - step))} left"
         of = "" if self.total is None else f"/{self.total:,}"
         epoch = f"epoch {int(record['epoch'])}" if record["epoch"] else ""
-        values = [f"{name} {value:.4g}" for name, value in record.items() if name not in FIXED]
+        texts = {name: f"{value:.4g}" for name, value in record.items() if name not in FIXED}
+        values = [_printable(f"{name} {text}", self.stream) for name, text in texts.items()]
         rate = f"{record['samples_per_second']:,.0f} samples/s"
         parts = [epoch, f"step {step:,}{of}", *values, rate, left]
         limit = self._columns() - 1 if self.terminal else None
         if limit is not None:
-            parts = _fitting(parts, [rate, left, f"step {step:,}{of}", *values[1:]], limit)
+            kept = self.metric if self.metric in texts else next(iter(texts), "")
+            at = list(texts).index(kept) if texts else 0
+            # The first value, the loss, goes last of those that are not looked at.
+            others = [*values[:at], *values[at + 1 :]]
+            others = others[1:] + others[:1] if at else others
+            parts = _fitting(parts, [rate, left, f"step {step:,}{of}", *others, epoch], limit)
+            if parts and _width("  ".join(parts)) > limit:
+                # Digits that are cut off make another number: the number alone, or nothing.
+                parts = [text for text in [texts.get(kept, "")] if _width(text) <= limit]
         return "  ".join(part for part in parts if part)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from jaxnet.train.clock import Clock
 from jaxnet.train.diagnose import NonFiniteError, explain
 from jaxnet.train.feed import Feed
 from jaxnet.train.history import History, New
+from jaxnet.train.identity import start_of
 from jaxnet.train.interrupt import Interrupted
 from jaxnet.train.keeper import Keeper
 from jaxnet.train.optimizers import Guarded, find
@@ -23,17 +25,16 @@ from jaxnet.train.programs import Programs
 from jaxnet.train.progress import Progress
 from jaxnet.train.rules import Best, best_of
 from jaxnet.train.saved import save
+from jaxnet.train.saves import Saves
 from jaxnet.train.schedule import Schedule
 from jaxnet.train.step import TrainState
 
 __all__ = ["Looks", "Run", "copied"]
 
-# The longest time of a compiled call in seconds, for which Ctrl-C has to wait.
-CALL = 0.3
-# The host waits for calls shorter than this number of seconds, because it could not tell their ends apart.
-QUICK = 0.02
-# The state is first saved after this number of seconds of training, unless an epoch ends before.
-SOON = 5.0
+CALL = 0.3  # seconds that a compiled call should take at most: how long Ctrl-C waits
+QUICK = (
+    0.02  # seconds of a call below which the host waits for it, since it could not tell its end from that of the next
+)
 
 
 class Looks(NamedTuple):
@@ -52,6 +53,7 @@ class _Pending(NamedTuple):
     first: int
     n: int
     outputs: tuple
+    fresh: bool
 
 
 class Run:
@@ -62,6 +64,8 @@ class Run:
     ):
         self.feed, self.programs, self.looks, self.schedule, self.keeper = feed, programs, looks, schedule, keeper
         self.current: TrainState = jax.tree.map(copied, train_state)
+        # How the run began, which tells it from another one with other parameters; only a checkpoint needs it.
+        self.start: dict[str, Any] | None = start_of(train_state) if keeper else None
         self.history = History(schedule.next_record, self.epoch, schedule.ends_between)
         self.history.begin(int(train_state.step))
         self.best: Best | None = None
@@ -73,11 +77,13 @@ class Run:
         self.limit, self.in_a_row = None if guard is None else int(guard.limit), 0
         self.good = jnp.bool_(True)
         self.clock = Clock()
-        # Steps per call, and whether calls are too short to be sent in advance.
-        self.pace, self.quick = 1, True
-        # Elapsed seconds that belong to the pending call.
-        self.credit = 0.0
+        self.pace, self.quick = 1, True  # steps per call; whether calls are too short to be sent ahead
+        # Steps and seconds of the first call of a program, until the next call tells how much of it was training.
+        self.loading: tuple[int, float] | None = None
+        self.credit = 0.0  # seconds that belong to the pending call, and have passed already
         self.started = self.spoiled = self.ended = False
+        # Whether the start is saved, too: a run that is killed soon finds then that its records are its own.
+        self.save_start = False
         self.pending: _Pending | None = None
         self.feeding: Any = None
 
@@ -104,7 +110,7 @@ class Run:
         self.feeding = self.feed.stacks(
             self.current, self.history.step, self.position, self.schedule.next_look, abandoned
         )
-        saves = _Saves(self.keeper, save_every, self.history.step, self.feed.epoch_steps)
+        saves = Saves(self.keeper, save_every, self.history.step, self.feed.epoch_steps)
         ahead = self.history.step
         while not (self.stopped or flag.name or self.passed() or ahead == self.feed.total):
             stack = next(self.feeding, None)
@@ -146,18 +152,21 @@ class Run:
     def _train(self, stack: source.Stack, done: int, n: int, show: Progress) -> None:
         """Send n steps to the device, and receive the results of the previous call."""
         program, first = self.programs.get(stack.size, stack.inputs), self.feed.first(done)
+        fresh = program is None
         if program is None:
             self._receive_pending(show)
             with self.clock.excluded():
                 program = self._prepare(stack, show)
+            if self.save_start and not self.started:
+                self._save()
         if not self.started:
             self.clock.lap()
         self.current, self.good, *outputs = program(
             self.current, self.good, np.int32(first), np.int32(n), *stack.inputs
         )
         self.started = True
-        # Receive the previous call while the device works on this one.
-        waiting, self.pending = self.pending, _Pending(stack, done, n, (self.good, *outputs))
+        # The call before is received while the device works on this one.
+        waiting, self.pending = self.pending, _Pending(stack, done, n, (self.good, *outputs), fresh)
         if waiting is not None:
             self._receive(waiting, show)
 
@@ -165,7 +174,7 @@ class Run:
         """Compile the program for stacks of this kind. Before the first one, check the names of the metrics."""
         begin = time.perf_counter()
         with show.busy("compiling"):
-            traced = self.programs.trace(stack.size, stack.inputs, self.current, self.good)
+            traced = self._traced(stack)
             traced_in = time.perf_counter() - begin
             if not self.started:
                 self._check()
@@ -176,6 +185,22 @@ class Run:
         program = self.programs.get(stack.size, stack.inputs)
         assert program is not None
         return program
+
+    def _traced(self, stack: source.Stack) -> Any:
+        try:
+            return self.programs.trace(stack.size, stack.inputs, self.current, self.good)
+        except (TypeError, AttributeError, ValueError) as error:
+            own = not hasattr(self.programs.step, "parts")
+            if own and inputs.maybe_takes_params(error):
+                error.add_note(
+                    "fit: step receives the train state; train_step(loss, optimizer) makes a step of a loss (params, batch)"
+                )
+            if own and inputs.takes_params(error):
+                raise TypeError(
+                    "fit: step receives the train state, and this one takes it for parameters: train_step(loss, optimizer) "
+                    "makes a step of a loss (params, batch)"
+                ) from None
+            raise
 
     def _check(self) -> None:
         evaluate, best, stop, _ = self.looks
@@ -206,7 +231,10 @@ class Run:
         if before:
             # A resumed run may find its pass finished, so take the number of the pass from the stack.
             self.passes = before["passes"]
+        self._forget_loading(call, seconds)
         new = self.history.add(call.n, metrics, seconds, samples, cut=end)
+        # A record that is complete has been handed out, and is not changed any more.
+        self.loading = (call.n, seconds) if call.fresh and not new else None
         self.position = before and {**before, "skip": before["skip"] + call.first + call.n}
         if end:
             self.passes += 1
@@ -221,6 +249,12 @@ class Run:
             return
         self._tell(new, show)
         self._check_skipped(metrics)
+
+    def _forget_loading(self, call: _Pending, seconds: float) -> None:
+        """Take the loading of a program, which its first execution did, out of the seconds of training."""
+        if self.loading is not None and not call.fresh:
+            n, first = self.loading
+            self.history.seconds -= max(0.0, first - n * seconds / call.n)
 
     def _evaluation_is_due(self, end: bool) -> bool:
         every, step = self.schedule.evaluate_every, self.history.step
@@ -262,7 +296,8 @@ class Run:
             raise KeyError(f"fit: no record has '{name}', on which it is to stop; there are {sorted(new.record)}")
         if self.looks.best is not None:
             name, better = best_of(self.looks.best)
-            if self.best is None or better(values[name], self.best.value):
+            first = self.best is None and not math.isnan(values[name])
+            if first or (self.best is not None and better(values[name], self.best.value)):
                 params, state = jax.tree.map(copied, (self.current.params, self.current.state))
                 self.best = Best(values[name], int(new.record["step"]), params, state)
 
@@ -294,32 +329,6 @@ class Run:
         return explain(
             self.programs.step, self.current, batches, self.history.records, getattr(self.feed, "data", None)
         )
-
-
-class _Saves:
-    """Decide when to save a run: first after an epoch, an evaluation or `SOON` seconds, then every `every` seconds."""
-
-    def __init__(self, keeper: Keeper, every: float, step: int, epoch_steps: int | None):
-        self.keeper, self.every, self.at = keeper, every, time.perf_counter()
-        self.first_epoch = None if epoch_steps is None else (step // epoch_steps + 1) * epoch_steps
-        self.none = True
-
-    def due(self, step: int, looking: bool, evaluating: bool) -> bool:
-        if not self.keeper:
-            return False
-        seconds = time.perf_counter() - self.at
-        over = self.first_epoch is not None and step >= self.first_epoch
-        first = self.none and (seconds > SOON or evaluating or over)
-        return first or seconds > self.every or (looking and self.keeper.metric is not None)
-
-    def room(self, step: int) -> int:
-        """The most steps of the next call. The first epoch must end with a call."""
-        if not self.keeper or not self.none or self.first_epoch is None:
-            return 1 << 30
-        return max(self.first_epoch - step, 1)
-
-    def done(self) -> None:
-        self.none, self.at = False, time.perf_counter()
 
 
 def copied(leaf: Any) -> jax.Array:

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from jaxnet.checkpoint import Info
     from jaxnet.train.run import Run
 
-__all__ = ["Found", "restore", "save", "step_changed", "template_of"]
+__all__ = ["Found", "newest", "restore", "save", "step_changed", "template_of"]
+
+REMEDY = "name another file, or delete this one to begin anew"
 
 
 def save(run: Run, keeper: Keeper) -> None:
-    """Save the current state of the run."""
+    """Write the run as it is now. Raises CheckpointError if another program has written the file meanwhile."""
     numbers, arrays = run.history.state()
     best = None if run.best is None else run.best._asdict()
     text = {
@@ -30,6 +32,7 @@ def save(run: Run, keeper: Keeper) -> None:
         "passes": run.passes,
         "in_a_row": run.in_a_row,
         "facts": run.feed.facts,
+        "start": run.start,
         "total": run.feed.total,
         "best": run.looks.best,
         "step_digest": run.programs.digest,
@@ -45,19 +48,19 @@ def template_of(run: Run) -> Callable[[Info], Any]:
     def template(info: Info) -> Any:
         from jaxnet.checkpoint.format import Misfit
 
-        remedy = "name another file, or delete this one to begin anew"
         if "fit" not in info.metadata:
-            raise Misfit(info.path, None, f"not written by `fit`: {remedy}")
+            raise Misfit(info.path, None, f"not written by `fit`: {REMEDY}")
         text = json.loads(info.metadata["fit"])
         if differences := identity.changed(text["facts"], run.feed.facts):
             raise ValueError(
                 f"fit: {info.path} is of a run with {differences}; to go on from it, use the same data and batch size, order and "
-                f"key; else {remedy}"
+                f"key; else {REMEDY}"
             )
-        leaves = {leaf.path: (leaf.dtype, leaf.shape) for leaf in info.leaves}
-        state = {p.removeprefix("train_state/"): x for p, x in leaves.items() if p.startswith("train_state/")}
-        if differences := identity.tree_differences(run.current, state):
-            raise Misfit(info.path, None, f"of another network or optimizer: {differences}. For this one, {remedy}")
+        _check_tree(run, info)
+        if not identity.begins_alike(text.get("start"), run.start or {}):
+            raise ValueError(
+                f"fit: {info.path} is of a run that began with other parameters (another key of init?); {REMEDY}"
+            )
         best = None
         if "best/value" in info.scalars:
             best = Best(0.0, 0, run.current.params, run.current.state)._asdict()
@@ -67,6 +70,16 @@ def template_of(run: Run) -> Callable[[Info], Any]:
         return like | {"history": _arrays(info)}
 
     return template
+
+
+def _check_tree(run: Run, info: Info) -> None:
+    """Raise Misfit unless the train state of a file has the leaves and the containers of this one."""
+    from jaxnet.checkpoint.format import Misfit
+
+    leaves = {leaf.path: (leaf.dtype, leaf.shape) for leaf in info.leaves}
+    state = {p.removeprefix("train_state/"): x for p, x in leaves.items() if p.startswith("train_state/")}
+    if differences := identity.tree_differences(run.current, state):
+        raise Misfit(info.path, None, f"of another network or optimizer: {differences}. For this one, {REMEDY}")
 
 
 def _arrays(info: Info) -> Any:
@@ -84,6 +97,27 @@ def _arrays(info: Info) -> Any:
     return tree
 
 
+def newest(run: Run, keeper: Keeper) -> Found | None:
+    """The newest checkpoint that a run can go on from; None if there is none. Raises if it is of another run."""
+    from jaxnet.checkpoint.format import Misfit
+
+    try:
+        return keeper.newest(template_of(run))
+    except Misfit as error:
+        text = str(error)
+        if "template `like`" not in text:
+            raise
+        # All leaves are the same: only what holds them differs, which is the optimizer's matter.
+        lines = [line.strip() for line in text.splitlines()[1:]]
+        differs = next((line for line in lines if line), "another structure")
+        differs = differs.replace("template ", "here ").replace("container differs: train_state/", "container ")
+        raise Misfit(
+            error.path,
+            None,
+            f"of another network or optimizer: {differs}. For this one, {REMEDY}",
+        ) from None
+
+
 def restore(run: Run, found: Found) -> list[str]:
     """Restore a run from a checkpoint, and return notes to print."""
     from jaxnet.train.run import copied
@@ -93,6 +127,8 @@ def restore(run: Run, found: Found) -> list[str]:
     run.history.restore(text["history"], found.tree.get("history"))
     run.position, run.passes, run.in_a_row = text["position"], text["passes"], text["in_a_row"]
     run.programs.expected = text.get("step_digest")
+    # The run began where its file says, which older files do not.
+    run.start = text.get("start")
     notes = []
     if found.tree["best"] is not None:
         rule, before = run.looks.best, text.get("best")

@@ -15,6 +15,7 @@ from jaxnet.train.batch import Weighted, check_shape, examples, unweighted
 from jaxnet.train.optimizers import Guarded, check_optimizer, check_state, find, keep
 from jaxnet.train.pairs import refuse_pairs
 from jaxnet.train.state import TrainState, check_params, check_train_state, sgd, train_state
+from jaxnet.train.told import explained
 
 __all__ = ["TrainState", "Weighted", "augmented", "check_train_state", "examples", "sgd", "train_state", "train_step"]
 
@@ -55,7 +56,8 @@ def train_step(
 
     def call_loss(batch, params, state, key):
         offered = {"state": state, "key": key}
-        return loss(params, batch, **{name: offered[name] for name in wanted})
+        with explained(batch, state if "state" in wanted else None):
+            return loss(params, batch, **{name: offered[name] for name in wanted})
 
     def objective(params, batch, weights, state, key, scale):
         """The mean over this part, and (new state, metrics, sum of weights)."""

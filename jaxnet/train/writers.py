@@ -8,75 +8,130 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["write_csv", "write_jsonl"]
+__all__ = ["Writer", "begin_all", "write_csv", "write_jsonl"]
 
 # The bytes of an existing file that are checked when the callback is made.
 HEAD = 1 << 16
 
 
-def write_jsonl(path: str | os.PathLike) -> Callable[[Mapping[str, float]], None]:
-    """Make a callback that appends each record to a file, one JSON object per line.
-
-    A resumed run continues the same file, after deleting the lines of steps that it repeats.
+class Writer:
+    """A callback that writes records to a file, and takes out earlier lines only if a run is really resumed.
 
     Args:
-      path: the file. Values that are not finite become null in it.
+      what: the name of the function that made it, for its errors.
+      path: the file.
+      step_of: (number of a line, its text) -> the step of a line of the file. Raises ValueError for other lines.
+      open_with: takes the lines that stay when the file is begun.
+      add: adds a record.
+    """
 
-    Returns:
-      The callback, a function of a record.
+    def __init__(
+        self,
+        what: str,
+        path: Any,
+        step_of: Callable[[int, str], float],
+        open_with: Callable[[str, list[str]], None],
+        add: Callable[[str, Mapping[str, float]], None],
+    ):
+        self.what, self.step_of, self.open_with, self.add = what, step_of, open_with, add
+        self.name = _checked(what, path, step_of)
+        # The step up to which lines stay if a run is resumed; None if nothing is known of a run.
+        self.resumed: int | None = None
+        self.begun = False
+
+    def begin(self, step: int, resumed: bool) -> None:
+        """Take note that a run begins behind this step.
+
+        Raises:
+          ValueError: the run is a fresh one, and the file holds later records, which are of another run.
+        """
+        self.begun, self.resumed = False, step if resumed else None
+        if not resumed:
+            self._refuse_later(step)
+
+    def __call__(self, record: Mapping[str, float]) -> None:
+        if not self.begun:
+            if self.resumed is None:
+                self._refuse_later(record["step"] - 1)
+            keep = record["step"] if self.resumed is None else self.resumed + 1
+            self.open_with(self.name, [line for number, line in self._lines() if number < keep])
+            self.begun = True
+        self.add(self.name, record)
+
+    def _lines(self) -> list[tuple[float, str]]:
+        return _lines(self.what, self.name, self.step_of) if os.path.exists(self.name) else []
+
+    def _refuse_later(self, step: float) -> None:
+        last = max((number for number, _ in self._lines()), default=-1.0)
+        if last > step:
+            raise ValueError(
+                f"{self.what}: {self.name} holds records up to step {last:,.0f} of another run: name another file or "
+                "delete it"
+            )
+
+
+def begin_all(callbacks: Iterable[Any], step: int, *, resumed: bool) -> bool:
+    """Tell each `Writer` among the callbacks where a run begins, and whether it goes on; returns if there is one."""
+    writers = [callback for callback in callbacks if isinstance(callback, Writer)]
+    for writer in writers:
+        writer.begin(step, resumed)
+    return bool(writers)
+
+
+def write_jsonl(path: str | os.PathLike) -> Writer:
+    """A callback that appends each record to a file, one JSON object per line. Values that are not finite become null.
+
+    If `fit` goes on from a checkpoint, it goes on in the same file, and lines of steps that are done again are taken out
+    first. A fresh run does not touch the records of another one. Pass the callback itself to `fit`: inside of a function
+    of yours it cannot know that a run is resumed.
 
     Raises:
-      ValueError: the file exists and holds something other than records.
+      ValueError: the file exists and holds something other than records, or a fresh run begins and the file holds
+        records behind its start.
       OSError: the file cannot be written.
     """
-    name, begun = _checked("write_jsonl", path, _step_of_json), False
 
-    def write(record):
-        nonlocal begun
-        if not begun:
-            _replace(name, "".join(_earlier("write_jsonl", name, _step_of_json, record["step"])))
-            begun = True
+    def open_with(name, lines):
+        _replace(name, "".join(lines))
+
+    def add(name, record):
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         with open(name, "a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
-    return write
+    return Writer("write_jsonl", path, _step_of_json, open_with, add)
 
 
-def write_csv(path: str | os.PathLike) -> Callable[[Mapping[str, float]], None]:
-    """Make a callback that writes each record as a row of a table. It resumes like `write_jsonl`.
-
-    Args:
-      path: the file. A new metric adds a column to it.
-
-    Returns:
-      The callback, a function of a record.
+def write_csv(path: str | os.PathLike) -> Writer:
+    """A callback that writes each record as a row of a table. A new metric adds a column. Otherwise as `write_jsonl`.
 
     Raises:
-      ValueError: the file exists and is not a table of records, whose first column is 'step'.
+      ValueError: the file exists and is no table of records (one whose first column is 'step'), or a fresh run begins
+        and the file holds records behind its start.
       OSError: the file cannot be written.
     """
-    name, rows, columns = _checked("write_csv", path, _step_of_row), None, []
+    rows: list[Mapping[str, str]] = []
+    columns: list[str] = []
 
-    def write(record):
-        nonlocal rows
-        begin = rows is None
-        if rows is None:
-            rows = list(csv.DictReader(_earlier("write_csv", name, _step_of_row, record["step"])))
-            columns.extend(rows[0] if rows else [])
+    def open_with(name, lines):
+        rows[:] = csv.DictReader(lines)
+        columns[:] = rows[0] if rows else []
+        # Even a table without a new column is written once, without the lines that were taken out.
+        _replace(name, _table([{key: key for key in columns}, *rows], columns) if columns else "")
+
+    def add(name, record):
         rows.append({key: str(value) for key, value in record.items()})
-        new = [key for key in record if key not in columns]
-        if begin or new:
+        if new := [key for key in record if key not in columns]:
             columns.extend(new)
             _replace(name, _table([{key: key for key in columns}, *rows], columns))
         else:
             with open(name, "a") as file:
                 file.write(_table(rows[-1:], columns))
 
-    return write
+    return Writer("write_csv", path, _step_of_row, open_with, add)
 
 
 def _table(rows: Sequence[Mapping[str, str]], columns: list[str]) -> str:
@@ -123,13 +178,6 @@ def _checked(what: str, path: Any, step_of: Callable[[int, str], float]) -> str:
         raise PermissionError(errno.EACCES, f"{what}: this file cannot be written", name)
     _lines(what, name, step_of, HEAD if size > HEAD else None)
     return name
-
-
-def _earlier(what: str, path: str, step_of: Callable[[int, str], float], step: float) -> list[str]:
-    """The lines of an existing file of records that belong to steps before this one."""
-    if not os.path.exists(path):
-        return []
-    return [line for number, line in _lines(what, path, step_of) if number < step]
 
 
 def _lines(
