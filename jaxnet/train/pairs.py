@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from jaxnet.train.axes import MARK, Found, pairs_in
+from jaxnet.train.origin import name_in
+
 __all__ = ["all_pairs", "refuse_pairs"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class Pairs(NamedTuple):
-    """An operation that pairs examples.
-
-    Attributes:
-      operation: its name.
-      shapes: of the two operands that are paired.
-      where: file and line of the call, "" if unknown.
-    """
-
-    operation: str
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
-    where: str
 
 
 def all_pairs(function: Function) -> Function:
@@ -50,7 +38,7 @@ def all_pairs(function: Function) -> Function:
 
     @functools.wraps(function)
     def marked(*args, **kwargs):
-        with jax.named_scope(_MARK):
+        with jax.named_scope(MARK):
             return function(*args, **kwargs)
 
     return marked  # pyright: ignore[reportReturnType]
@@ -76,13 +64,9 @@ def refuse_pairs(what: str, function: Callable, batch: Any, *rest: Any) -> None:
     if not sizes - {1}:
         return
     rest = jax.tree.map(_spec, rest)
-    found: set[Pairs] | None = None
-    for factor in _FACTORS:
-        now = _pairs_at(factor, sizes, function, batch, rest)
-        found = now if found is None else found & now
-        if not found:
-            return
-    pairs = min(found or (), key=lambda p: (p.where, p.operation, p.shapes))
+    pairs = _pairs(sizes, function, batch, rest)
+    if pairs is None:
+        return
     a, b = (f"[{', '.join(map(str, shape))}]" for shape in pairs.shapes)
     place = f" ({pairs.where})" if pairs.where else ""
     raise ValueError(
@@ -92,32 +76,50 @@ def refuse_pairs(what: str, function: Callable, batch: Any, *rest: Any) -> None:
     )
 
 
-_MARK = "all_pairs"
 _FACTORS = (3, 5)
 
 
-def _pairs_at(factor: int, sizes: set[int], function: Callable, batch: Any, rest: Any) -> set[Pairs]:
-    """The pairs in the trace for a batch that is `factor` times as long, with the true sizes."""
-    longer = jax.tree.map(lambda leaf: _spec(leaf, factor), batch)
-    try:
-        return set(_pairs_in(_program(function, longer, rest), factor, {factor * size for size in sizes}))
-    except Exception as error:
-        refused = _refused_pairs(error, factor, {factor * size for size in sizes})
+def _pairs(sizes: set[int], function: Callable, batch: Any, rest: Any) -> Found | None:
+    """The first operation that pairs examples, with the true shapes; None if there is none."""
+    found = []
+    for factor in _FACTORS:
+        longer = frozenset(factor * size for size in sizes)
+        try:
+            found.append(_pairs_at(function, jax.tree.map(lambda leaf, k=factor: _spec(leaf, k), batch), rest, longer))
+        except Exception as error:
+            return _pairs_at_true_size(function, batch, rest, _refused_pairs(error, factor, longer))
+        if not found[-1]:
+            return None
+    others = {(p.operation, p.where, tuple(map(len, p.shapes))): p for p in reversed(found[1])}
+    for one in found[0]:
+        other = others.get((one.operation, one.where, tuple(map(len, one.shapes))))
+        if other is not None:
+            return one._replace(shapes=tuple(map(_true_shape, one.shapes, other.shapes)))
+    return None
+
+
+def _pairs_at_true_size(function: Callable, batch: Any, rest: Any, refused: Found | None) -> Found | None:
     # The trace with the true size decides. If it fails as well, the caller sees its error, which is better.
     try:
-        program = _program(function, jax.tree.map(_spec, batch), rest)
+        found = _pairs_at(function, jax.tree.map(_spec, batch), rest, frozenset())
     except Exception:
-        return set()
-    return refused or set(_pairs_in(program, 1, sizes))
+        return None
+    return refused or next(iter(found), None)
 
 
-def _program(function: Callable, batch: Any, rest: Any) -> Any:
+def _true_shape(three: tuple[int, ...], five: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape for the true size, from those for 3 and 5 times the size."""
+    return tuple(2 * a - b for a, b in zip(three, five, strict=True))
+
+
+def _pairs_at(function: Callable, batch: Any, rest: Any, stretched: frozenset[int]) -> list[Found]:
     def arrays(batch, rest):
         return [leaf for leaf in jax.tree.leaves(function(batch, *rest)) if hasattr(leaf, "dtype")]
 
     # The error for pairs is more specific than JAX's error for rank promotion.
     with jax.numpy_rank_promotion("allow"):
-        return jax.make_jaxpr(arrays)(batch, rest).jaxpr
+        program = jax.make_jaxpr(arrays)(batch, rest).jaxpr
+    return pairs_in(program, len(jax.tree.leaves(batch)), stretched)
 
 
 def _spec(leaf: Any, factor: int = 1) -> Any:
@@ -127,150 +129,15 @@ def _spec(leaf: Any, factor: int = 1) -> Any:
     return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True))
 
 
-def _pairs_in(program: Any, factor: int, sizes: set[int], place: str = "") -> Iterator[Pairs]:
-    """The pairs in a program and in the programs that it calls."""
-    made = {}
-    for equation in program.eqns:
-        if _MARK in str(equation.source_info.name_stack):
-            continue
-        here = _place(equation) or place
-        for inner in _inner_programs(equation):
-            yield from _pairs_in(inner, factor, sizes, here)
-        if len(equation.outvars) == 1:
-            made[equation.outvars[0]] = equation
-            if shapes := _paired_shapes(equation, made, sizes):
-                a, b = (tuple(_true_size(n, factor, sizes) for n in shape) for shape in shapes)
-                yield Pairs(_name(equation), (a, b), here)
-
-
-def _inner_programs(equation: Any) -> Iterator[Any]:
-    for value in equation.params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            part = getattr(part, "jaxpr", part)
-            if hasattr(part, "eqns"):
-                yield part
-
-
-class Operand(NamedTuple):
-    """An operand before JAX broadcast it for an operation.
-
-    Attributes:
-      sizes: one per axis of the result, 1 along the axes that broadcasting added.
-      added: the axes that broadcasting added.
-      shape: its shape before broadcasting.
-      root: the variable with its values, perhaps in another shape.
-    """
-
-    sizes: tuple[int, ...]
-    added: frozenset[int]
-    shape: tuple[int, ...]
-    root: Any
-
-
-def _paired_shapes(equation: Any, made: dict, sizes: set[int]) -> tuple | None:
-    """The shapes of two operands, one of which JAX broadcast along the examples of the other; None if there are none."""
-    shape = getattr(equation.outvars[0].aval, "shape", ())
-    examples = [axis for axis, size in enumerate(shape) if any(size % n == 0 for n in sizes if n > 1)]
-    if len(examples) < 2 or len(equation.invars) < 2:
-        return None
-    ranked = [v for v in equation.invars if not hasattr(v, "val") and np.ndim(v.aval) == len(shape)]
-    operands = [_operand(variable, equation, made) for variable in ranked]
-    for short, long in ((a, b) for a in operands for b in operands):
-        for i, j in ((i, j) for i in short.added for j in examples if shape[i] == shape[j] == short.sizes[j]):
-            size = shape[i]
-            pairs_before = any(other.sizes[i] == other.sizes[j] == size for other in operands)
-            along_examples = long.sizes[i] == size and long.sizes[j] == 1 and j not in long.added
-            if along_examples and not pairs_before and long.root is not short.root:
-                return long.shape, short.shape
-    return None
-
-
-def _operand(variable: Any, equation: Any, made: dict) -> Operand:
-    sizes, added, own, root = list(variable.aval.shape), set(), None, None
-    # The axis of the result for each axis of the variable.
-    axes = list(range(len(sizes)))
-    while (maker := made.get(variable)) is not None and maker is not equation:
-        name, arrays = maker.primitive.name, [v for v in maker.invars if not hasattr(v, "val") and np.shape(v.aval)]
-        if name == "broadcast_in_dim" and own is None and _by_jax(maker, equation):
-            kept, source_shape = maker.params["broadcast_dimensions"], np.shape(maker.invars[0].aval)
-            added |= {axis for k, axis in enumerate(axes) if k not in kept}
-            axes = [axes[k] for k in kept]
-            for axis in added:
-                sizes[axis] = 1
-            for axis, size in zip(axes, source_shape, strict=True):
-                sizes[axis] = size
-        elif len(arrays) == 1 and arrays[0].aval.shape != variable.aval.shape:
-            # The user's code gave it this shape.
-            own = variable.aval.shape if own is None else own
-            if name not in _RESHAPES:
-                break
-        elif root is None and name not in _RESHAPES:
-            root = variable
-        if len(arrays) != 1:
-            break
-        variable = arrays[0]
-    return Operand(tuple(sizes), frozenset(added), variable.aval.shape if own is None else own, root or variable)
-
-
-_RESHAPES = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims")
-
-
-def _by_jax(broadcast: Any, equation: Any) -> bool:
-    """Whether JAX added a broadcast as part of an operation, rather than the user's code."""
-    frames = _frames(broadcast)
-    return frames == _frames(equation) or any(name in _PROMOTING for _, name, _ in frames)
-
-
-_PROMOTING = {"promote_shapes", "broadcast_arrays", "_broadcast_arrays", "_where"}
-
-
-def _frames(equation: Any) -> list[tuple[str, str, int]]:
-    """The calls inside JAX that made an equation, from its innermost to the code that called JAX."""
-    trace, frames = equation.source_info.traceback, []
-    for frame in trace.frames if trace is not None else ():
-        frames.append((frame.file_name, frame.function_name.rpartition(".")[2], frame.line_num))
-        if not frame.file_name.startswith(_JAX):
-            break
-    return frames
-
-
-_JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
-
-
-def _name(equation: Any) -> str:
-    """The name of the operation in the user's code."""
-    name, frames = equation.primitive.name, _frames(equation)
-    if name in ("jit", "custom_jvp_call", "custom_vjp_call") and len(frames) > 1:
-        name = next((name for _, name, _ in reversed(frames[:-1]) if name.isidentifier() and name[0] != "_"), name)
-    return _NAMES.get(name, name)
-
-
-_NAMES = {"select_n": "where", "sub": "subtract", "mul": "multiply", "eq": "equal", "ne": "not_equal", "max": "maximum"}
-_NAMES |= {"div": "divide", "min": "minimum", "ge": "greater_equal", "gt": "greater", "lt": "less", "le": "less_equal"}
-
-
-def _place(equation: Any) -> str:
-    """The file and line of the innermost caller that is not in a library."""
-    trace = equation.source_info.traceback
-    for frame in trace.frames if trace is not None else ():
-        if not re.search(r"[/\\](site-packages|jaxnet)[/\\]", frame.file_name) and not frame.file_name.startswith(_JAX):
-            return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
-    return ""
-
-
-def _true_size(size: int, factor: int, sizes: set[int]) -> int:
-    return size // factor if any(size % n == 0 for n in sizes if n > 1) else size
-
-
-def _refused_pairs(error: Exception, factor: int, sizes: set[int]) -> set[Pairs]:
+def _refused_pairs(error: Exception, factor: int, sizes: frozenset[int]) -> Found | None:
     """The pairs in an error about shapes: [B, C] and [B] broadcast only if B happens to equal C."""
     text = str(error).splitlines()[0] if str(error) else ""
     if "ncompatible shapes" not in text:
-        return set()
+        return None
     shapes = [tuple(map(int, re.findall(r"\d+", part))) for part in re.findall(r"\(([\d, ]+)\)", text)]
     for long in shapes:
         for short in shapes:
             if len(short) < len(long) and short[0] == long[0] and short[0] in sizes:
-                a, b = (tuple(_true_size(n, factor, sizes) for n in shape) for shape in (long, short))
-                return {Pairs(text.split(" ")[0] if "got" in text else "broadcasting", (a, b), "")}
-    return set()
+                a, b = ((shape[0] // factor, *shape[1:]) for shape in (long, short))
+                return Found(name_in(error) or text.split(" ")[0].lower(), "", (a, b))
+    return None
