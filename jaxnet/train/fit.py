@@ -22,6 +22,7 @@ from jaxnet.train.programs import Programs, ordinary
 from jaxnet.train.progress import Progress
 from jaxnet.train.rules import Best
 from jaxnet.train.run import Looks, Run
+from jaxnet.train.sharding import on_mesh_of
 from jaxnet.train.schedule import Schedule, default_record_every
 from jaxnet.train.step import TrainState
 
@@ -162,7 +163,7 @@ def fit(
         cut_epochs = record_every is None and (feed.epoch_steps or 0) >= every
         schedule = Schedule(feed.total, feed.epoch_steps, every, evaluate_every, cut_epochs, stop is not None)
         programs = Programs(step, feed, check_finite, digests=bool(keeper))
-        run = Run(train_state, feed, programs, looks, schedule, keeper)
+        run = Run(on_mesh_of(feed.data if batch_size else (), train_state), feed, programs, looks, schedule, keeper)
         found = keeper.newest(saved.template_of(run))
         notes = [] if found is None else saved.restore(run, found)
         show = Progress(

@@ -13,6 +13,7 @@ from jaxnet import tree
 from jaxnet.checks import size_of
 from jaxnet.train.batch import Uneven, examples
 from jaxnet.train.order import Order, check_order, shuffle
+from jaxnet.train.sharding import gathered, on_mesh_of, zeros_like_spec
 from jaxnet.train.step import TrainState, check_train_state
 
 __all__ = ["train_epoch", "train_steps"]
@@ -50,6 +51,7 @@ def train_steps(
     def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
         check_train_state("train_steps", train_state)
         data = jax.tree.map(jnp.asarray, data)
+        train_state = on_mesh_of(data, train_state)
         plan = planned(train_state, examples(data), steps, batch_size, order, drop_last)
         one = on_uneven(step)
 
@@ -188,7 +190,8 @@ def planned_ahead(train_state: TrainState, n: int, size: int, count: jax.Array, 
         return jax.tree.map(put, plan, draw(i))
 
     one = jax.eval_shape(draw, jnp.int32(0))
-    room = jax.tree.map(lambda x: jnp.zeros((blocks * block, *x.shape[1:]), x.dtype), one)
+    room = jax.tree.map(lambda x: zeros_like_spec(x, blocks), one)
+    room = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), room)
     return jax.lax.fori_loop(0, -(-count // block), add, room)
 
 
@@ -202,7 +205,7 @@ def take(data: Any, rows: Any) -> Any:
         return data
     if isinstance(rows, Uneven):
         return Uneven(take(data, rows.batch), rows.last, rows.rest)
-    return jax.tree.map(lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), data)
+    return jax.tree.map(lambda leaf: gathered(leaf, rows), data)
 
 
 def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool = True) -> Callable:
@@ -236,7 +239,7 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
             )  # `.at` minds the sign of i
             return train_state, jax.tree.map(set_one, values, metrics)
 
-        values = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), metrics)
+        values = jax.tree.map(lambda x: zeros_like_spec(x, size), metrics)
         new, values = jax.lax.fori_loop(0, n, body, (train_state, values))
         if not check_finite:
             return new, good, values
