@@ -17,13 +17,13 @@ from jaxnet.train.feed import Feed, StreamFeed, arrays_of
 from jaxnet.train.history import Record
 from jaxnet.train.interrupt import AGAIN, handled, interruptible
 from jaxnet.train.keeper import Keeper
-from jaxnet.train.order import Order, shuffle
+from jaxnet.train.order import Order, order_digest, shuffle
 from jaxnet.train.programs import Programs, ordinary
 from jaxnet.train.progress import Progress
 from jaxnet.train.rules import Best
 from jaxnet.train.run import Looks, Run
-from jaxnet.train.sharding import on_mesh_of
 from jaxnet.train.schedule import Schedule, default_record_every
+from jaxnet.train.sharding import on_mesh_of
 from jaxnet.train.step import TrainState
 
 if TYPE_CHECKING:
@@ -231,9 +231,11 @@ def _feed(
         feed: Feed = StreamFeed(data, epochs, steps)
     else:
         inputs.check_arrays(data)
-        feed = arrays_of(data, batch_size, epochs, steps, order, drop_last)
+        feed = rows = arrays_of(data, batch_size, epochs, steps, order, drop_last)
         if digest:
             feed.facts["data"] = identity.data_digest(data)
+            if order_of := order_digest(order, rows.n, rows.batching["batch_size"]):
+                feed.facts["order_digest"] = order_of
     if digest and (key := identity.key_text(train_state.key)):
         feed.facts["key"] = key
     return feed

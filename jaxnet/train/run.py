@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -172,7 +173,7 @@ class Run:
             line = self.programs.compile(stack.size, stack.inputs, traced, traced_in)
         show.note(line)
         if not self.started and self.programs.expected not in (None, self.programs.digest):
-            show.note("the step is not that of the run before: another learning rate, loss or network")
+            _say_changed(show)
         program = self.programs.get(stack.size, stack.inputs)
         assert program is not None
         return program
@@ -320,6 +321,15 @@ class _Saves:
 
     def done(self) -> None:
         self.none, self.at = False, time.perf_counter()
+
+
+def _say_changed(show: Progress) -> None:
+    text = "the step is not that of the run before: another learning rate, loss or network"
+    if show.show:
+        show.note(text)
+    else:
+        # The numbers are those of neither run alone, so a silent run is told, too.
+        warnings.warn(f"fit: {text}", stacklevel=7)
 
 
 def copied(leaf: Any) -> jax.Array:
