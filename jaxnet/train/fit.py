@@ -115,7 +115,8 @@ def fit(
       record_every: steps per record; the default is about 100, an equal part of an epoch if possible, and at most 1,000
         records in all.
       best: 'min test_loss', 'max test_accuracy', ...: keep the parameters of the best evaluation.
-      stop: a condition (history) -> bool or a reason, called after each record: `early_stopping`, `time_budget`.
+      stop: a condition (history) -> bool or a reason, called after each record: `early_stopping`, `time_budget`. It is also
+        called once before the first step, with a record of NaN, so its errors come early.
       callbacks: functions of a record, called with each new record: `write_jsonl(path)`, `wandb.log`, `print`.
       checkpoint: a file, or a `jaxnet.checkpoint.Checkpoints`, a folder with one file per step. If it exists, the run
         resumes from it; data, batch size, order and key must then be the same. It is written after the first epoch,
@@ -150,6 +151,7 @@ def fit(
     for name, value in sizes.items():
         sizes[name] = None if value is None else _size(name, value)
     inputs.check_start(step, train_state)
+    inputs.check_save_every(save_every)
     inputs.check_functions(evaluate, best, stop, callbacks)
     looks = Looks(evaluate, best, stop, list(callbacks))
     keeper = Keeper(checkpoint)

@@ -48,7 +48,7 @@ def data_digest(data: Any) -> str:
     """A cheap digest of arrays: shapes, dtypes, all bytes of small arrays, and a sample of the rows of large ones."""
     crc = 0
     for path, leaf in tree.flatten(data).items():
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype) if hasattr(leaf, "dtype") else "object"
+        dtype = _dtype_on_device(leaf.dtype) if hasattr(leaf, "dtype") else "object"
         crc = zlib.crc32(f"{path} {dtype} {list(np.shape(leaf))}".encode(), crc)
         crc = zlib.crc32(np.ascontiguousarray(_sample(leaf)).tobytes(), crc)
     return f"{crc:08x}"
@@ -65,7 +65,12 @@ def _sample(leaf: Any) -> np.ndarray:
     if host.nbytes > WHOLE:
         host = host[np.linspace(0, len(host) - 1, SAMPLE).astype(np.int64)]
     # Use the dtype on the device, so that float64 and float32 copies of an array have the same digest.
-    return host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+    return host.astype(_dtype_on_device(host.dtype), copy=False)
+
+
+def _dtype_on_device(dtype: Any) -> Any:
+    native = dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+    return jax.dtypes.canonicalize_dtype(native)
 
 
 def program_digest(jaxpr: Any) -> str:

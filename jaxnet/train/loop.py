@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnet import tree
 from jaxnet.checks import size_of
+from jaxnet.train.arrays import fitting
 from jaxnet.train.batch import Uneven, examples
 from jaxnet.train.order import Order, check_order, shuffle
 from jaxnet.train.sharding import gathered, on_mesh_of, zeros_like_spec
@@ -50,7 +52,8 @@ def train_steps(
 
     def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
         check_train_state("train_steps", train_state)
-        data = jax.tree.map(jnp.asarray, data)
+        _check_counter(train_state.step, steps)
+        data = jax.tree.map(jnp.asarray, tree.map_with_path(fitting, data))
         train_state = on_mesh_of(data, train_state)
         plan = planned(train_state, examples(data), steps, batch_size, order, drop_last)
         one = on_uneven(step)
@@ -107,6 +110,18 @@ def _steps_of(what: str, steps: Any) -> int:
     if steps >= 2**31:
         raise ValueError(f"{what} must be less than 2**31, since steps are counted in int32, got {steps}")
     return steps
+
+
+def _check_counter(start: Any, steps: int) -> None:
+    """Raise ValueError if the counter of a train state cannot hold the last step. A traced counter is not checked."""
+    if isinstance(start, jax.core.Tracer) or np.ndim(start):
+        return
+    last = int(start) + steps
+    if last >= 2**31:
+        raise ValueError(
+            f"train_steps: steps are counted in int32, so the last one must be less than 2**31, got {int(start)} done + "
+            f"{steps} = {last}; start again with step 0, as train_state(params, optimizer, key) makes it"
+        )
 
 
 def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order: Order | None, drop_last: bool) -> Any:

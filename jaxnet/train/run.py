@@ -182,7 +182,10 @@ class Run:
         evaluate, best, stop, _ = self.looks
         names = None if evaluate is None else inputs.evaluated(evaluate, self.current, best)
         if evaluate is None or names is not None:
-            inputs.check_names(self.programs.metrics or (), names or (), stop, self.keeper.metric)
+            metrics = self.programs.metrics or ()
+            inputs.check_names(metrics, names or (), stop, self.keeper.metric)
+            if stop is not None and not self.history.records:
+                inputs.check_stop(stop, {*metrics, *(names or ())} - {"weight"})
 
     def _receive_pending(self, show: Progress | None) -> None:
         pending, self.pending = self.pending, None
@@ -246,8 +249,8 @@ class Run:
         stop, records = self.looks.stop, self.history.records
         if stop is None or not records:
             return
-        if reason := stop(records):
-            self.stopped = reason if isinstance(reason, str) else "the condition held"
+        if reason := inputs.reason_of(stop(records)):
+            self.stopped = reason
 
     def _evaluate(self, new: New) -> None:
         assert self.looks.evaluate is not None
@@ -259,7 +262,10 @@ class Run:
         summary = self.history.summary() if new.summary is None else new.summary
         summary.update(values)
         self.history.evaluations.append(summary)
-        if (name := getattr(self.looks.stop, "metric", None)) and name not in new.record:
+        if (name := getattr(self.looks.stop, "metric", None)) and name not in {
+            *new.record,
+            *(self.programs.metrics or ()),
+        }:
             raise KeyError(f"fit: no record has '{name}', on which it is to stop; there are {sorted(new.record)}")
         if self.looks.best is not None:
             name, better = best_of(self.looks.best)
