@@ -64,7 +64,7 @@ def test_idx_bytes_are_those_of_the_format(tmp_path):
 
 
 def test_idx_is_gzipped_by_its_content_not_by_its_name(tmp_path):
-    (tmp_path / "packed").write_bytes(gzip.compress(SAMPLE_BYTES))
+    (tmp_path / "packed").write_bytes(gzip.compress(SAMPLE_BYTES, mtime=0))
     (tmp_path / "plain.gz").write_bytes(SAMPLE_BYTES)
     np.testing.assert_array_equal(read_idx(tmp_path / "packed"), SAMPLE)
     np.testing.assert_array_equal(read_idx(str(tmp_path / "plain.gz")), SAMPLE)
@@ -158,12 +158,12 @@ def test_idx_no_bit_flip_of_a_gzip_file_changes_what_is_read(tmp_path):
         (bytes.fromhex("00000803 00000001"), r"expected 3 sizes of 4 bytes in the header, got 4 bytes"),
         (SAMPLE_BYTES + b"\0", r"expected 12 bytes of elements \(int16 of shape \(2, 3\).*, got more than that"),
         (SAMPLE_BYTES[:-1], r"expected 12 bytes of elements .*, got 11;"),
-        (gzip.compress(SAMPLE_BYTES + b"\0"), r"expected 12 bytes of elements .*, got more than that"),
-        (gzip.compress(SAMPLE_BYTES[:-1]), r"expected 12 bytes of elements .*, got 11;"),
-        (gzip.compress(b""), r"expected an IDX header .* got an empty file"),
-        (gzip.compress(SAMPLE_BYTES) + b"x", r"expected a whole gzip stream, got .* do not unpack \(Not a gzipped"),
-        (gzip.compress(SAMPLE_BYTES) + gzip.compress(b"more"), r"got more than that"),
-        (gzip.compress(SAMPLE_BYTES)[:-8] + bytes(8), r"expected a whole gzip stream, .*\(CRC check failed"),
+        (gzip.compress(SAMPLE_BYTES + b"\0", mtime=0), r"expected 12 bytes of elements .*, got more than that"),
+        (gzip.compress(SAMPLE_BYTES[:-1], mtime=0), r"expected 12 bytes of elements .*, got 11;"),
+        (gzip.compress(b"", mtime=0), r"expected an IDX header .* got an empty file"),
+        (gzip.compress(SAMPLE_BYTES, mtime=0) + b"x", r"expected a whole gzip stream, got .* do not unpack \(Not a gzipped"),
+        (gzip.compress(SAMPLE_BYTES, mtime=0) + gzip.compress(b"more", mtime=0), r"got more than that"),
+        (gzip.compress(SAMPLE_BYTES, mtime=0)[:-8] + bytes(8), r"expected a whole gzip stream, .*\(CRC check failed"),
         (b"\x1f\x8b", r"expected a whole gzip stream, got 2 bytes"),
         (bytes.fromhex("00000841") + bytes(4 * 65), r"expected a shape that NumPy can hold, got \(0, 0"),
         (bytes.fromhex("00000804 00000000") + b"\xff" * 12, r"expected a shape that NumPy can hold"),
@@ -176,7 +176,7 @@ def test_idx_says_what_is_wrong_with_a_file(tmp_path, content, message):
 
 
 def test_idx_allows_the_zero_padding_that_gzip_allows(tmp_path):
-    (tmp_path / "a").write_bytes(gzip.compress(SAMPLE_BYTES) + bytes(512))
+    (tmp_path / "a").write_bytes(gzip.compress(SAMPLE_BYTES, mtime=0) + bytes(512))
     np.testing.assert_array_equal(read_idx(tmp_path / "a"), SAMPLE)
 
 
