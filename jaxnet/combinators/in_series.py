@@ -71,6 +71,7 @@ def repeat(
     n = size_of("repeat: n", n, 0)
     each = (each,) if isinstance(each, str) else tuple(each)
     label = f"repeat[{n}]"
+    unroll = size_of("repeat: unroll", unroll)
     options: dict[str, Any] = dict(each=each, collect=collect, reverse=reverse, remat=remat, unroll=unroll)
     if "train" in each or "key" in each or "state" in each:
         raise ValueError(f"{label}: each copy has its own key and state already; each= names inputs, got {each}")

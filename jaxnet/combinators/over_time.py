@@ -54,6 +54,7 @@ def scan(
     cell = as_layer(cell, "scan")
     axis = size_of("scan: axis", axis, 0)
     length = None if length is None else size_of("scan: length", length, 0)
+    unroll = size_of("scan: unroll", unroll)
     options: dict[str, Any] = dict(axis=axis, length=length, reverse=reverse, remat=remat, unroll=unroll)
     returns = "the cell returns (carry, y)"
 

@@ -69,7 +69,15 @@ def fitting(path: str, leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return leaf
     array = _as_numpy(path, leaf)
-    if array.dtype.kind not in "biufcV":
+    # JAX has no other byte order than the machine's.
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype.names:
+        raise TypeError(
+            f"data: '{path}' is a structured array with the fields {list(array.dtype.names)}; pass a dict of its fields, "
+            "{name: array[name] for name in array.dtype.names}"
+        )
+    # The narrow floats of JAX are of kind V, as raw bytes are.
+    if array.dtype.kind not in "biufcV" or array.dtype.type is np.void:
         raise TypeError(f"data: '{path}' must hold numbers, got {array.dtype}; encode it first")
     wanted = jax.dtypes.canonicalize_dtype(array.dtype)
     if array.dtype.kind in "iu" and wanted != array.dtype and array.size:

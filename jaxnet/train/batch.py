@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
+from jaxnet.train.sharding import first_rows
 
 __all__ = ["Uneven", "Weighted", "check_weights", "examples", "unweighted"]
 
@@ -50,7 +51,7 @@ class Uneven:
 
     def short(self) -> Any:
         """The last batch of an epoch."""
-        return jax.tree.map(lambda leaf: leaf[: self.rest], self.batch)
+        return jax.tree.map(lambda leaf: first_rows(leaf, self.rest), self.batch)
 
     def true(self) -> Any:
         """The batch with its true length. `last` must not be traced."""

@@ -64,6 +64,10 @@ def explain(
             what += f"; gradients that are not finite: {_brief(paths)}" if paths else "; all gradients are finite"
         elif paths:
             what += f"; parameters that are no longer finite: {_brief(paths)}"
+        if held := tuple(tree.paths(_only_nan({"params": train_state.params, "state": train_state.state}))):
+            before = "the first step" if number == 0 else f"step {number}"
+            text = f"fit: {_brief(held)}: NaN before {before}; start with finite numbers, as net.init makes them"
+            return NonFiniteError(text, number, paths, train_state, history)
         if cause := _cause(step, train_state, batch):
             what += f"; it begins with: {cause}"
         if wrong := wrong_input(batch, data):
@@ -163,6 +167,11 @@ def _is_float(leaf: Any) -> bool:
 def _only_lost(values: Any) -> Any:
     """The leaves that are not all finite; None in place of the others."""
     return jax.tree.map(lambda x: x if _is_float(x) and not bool(jnp.isfinite(x).all()) else None, values)
+
+
+def _only_nan(values: Any) -> Any:
+    """The tree with only its leaves that have NaN."""
+    return jax.tree.map(lambda x: x if _is_float(x) and bool(jnp.isnan(x).any()) else None, values)
 
 
 def _lost(new: Any, old: Any) -> bool:

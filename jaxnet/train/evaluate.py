@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxnet.checks import size_of
 from jaxnet.train.batch import Weighted, examples
 from jaxnet.train.pairs import refuse_pairs
+from jaxnet.train.sharding import sliced
 from jaxnet.train.source import is_lazy, on_device
 from jaxnet.train.state import TrainState, check_train_state
 from jaxnet.train.told import batch_in_words, explained
@@ -88,12 +89,12 @@ def evaluate(
     @jax.jit
     def run(params, state, data):
         def batch(i):
-            return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * size, size), data)
+            return jax.tree.map(lambda leaf: sliced(leaf, i * size, size), data)
 
         sums = jax.lax.map(lambda i: means(params, state, batch(i)), jnp.arange(full))
         total = jax.tree.map(lambda values: values.sum() * size, sums)
         if full * size < n:
-            rest = means(params, state, jax.tree.map(lambda leaf: leaf[full * size :], data))
+            rest = means(params, state, jax.tree.map(lambda leaf: sliced(leaf, full * size, n - full * size), data))
             total = jax.tree.map(lambda a, b: a + b * (n - full * size), total, rest)
         return jax.tree.map(lambda value: value / n, total)
 

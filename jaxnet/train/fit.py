@@ -17,12 +17,13 @@ from jaxnet.train.feed import Feed, StreamFeed, arrays_of
 from jaxnet.train.history import Record
 from jaxnet.train.interrupt import AGAIN, handled, interruptible
 from jaxnet.train.keeper import Keeper
-from jaxnet.train.order import Order, shuffle
+from jaxnet.train.order import Order, order_digest, shuffle
 from jaxnet.train.programs import Programs, ordinary
 from jaxnet.train.progress import Progress
 from jaxnet.train.rules import Best, best_of
 from jaxnet.train.run import Looks, Run
 from jaxnet.train.schedule import Schedule, default_record_every
+from jaxnet.train.sharding import on_mesh_of
 from jaxnet.train.step import TrainState
 from jaxnet.train.writers import begin_all
 
@@ -122,14 +123,15 @@ def fit(
       record_every: steps per record; the default is about 100, an equal part of an epoch if possible, and at most 1,000
         records in all.
       best: 'min test_loss', 'max test_accuracy', ...: keep the parameters of the best evaluation.
-      stop: a condition (history) -> bool or a reason, asked after each record: `early_stopping`, `time_budget`.
-      callbacks: functions of a record, called with each as it comes: `write_jsonl(path)`, `wandb.log`, `print`.
-      checkpoint: a file, or a `jaxnet.checkpoint.Checkpoints`, a folder with one file per step. If it exists, the run goes
-        on from there; data, batch size, order, key and the parameters at the start must then be the same. It is written
+      stop: a condition (history) -> bool or a reason, called after each record: `early_stopping`, `time_budget`. It is also
+        called once before the first step, with a record of NaN, so its errors come early.
+      callbacks: functions of a record, called with each new record: `write_jsonl(path)`, `wandb.log`, `print`.
+      checkpoint: a file, or a `jaxnet.checkpoint.Checkpoints`, a folder with one file per step. If it exists, the run
+        resumes from it; data, batch size, order, key and the parameters at the start must then be the same. It is written
         after the first epoch, evaluation or 5 seconds of training, every `save_every` seconds, at the end, on a signal,
-        and before an error is raised; a store with a metric after each evaluation, too.
-      save_every: seconds from one save to the next.
-      check_finite: stop when a loss, parameter or state ceases to be finite, and keep the values before, at the price of
+        and before an error is raised. A store with a metric is also written after each evaluation.
+      save_every: seconds between two saves.
+      check_finite: stop when a loss, parameter or state is no longer finite, and return the last finite values. This needs
         a second copy of the train state on the device.
       progress: a line on stderr, rewritten in place on a terminal; elsewhere one line per epoch and evaluation, and at least
         every 30 seconds. False is silent.
@@ -157,6 +159,7 @@ def fit(
     for name, value in sizes.items():
         sizes[name] = None if value is None else _size(name, value)
     inputs.check_start(step, train_state)
+    inputs.check_save_every(save_every)
     inputs.check_functions(evaluate, best, stop, callbacks)
     looks = Looks(evaluate, best, stop, list(callbacks))
     keeper = Keeper(checkpoint)
@@ -170,7 +173,7 @@ def fit(
         cut_epochs = record_every is None and (feed.epoch_steps or 0) >= every
         schedule = Schedule(feed.total, feed.epoch_steps, every, evaluate_every, cut_epochs, stop is not None)
         programs = Programs(step, feed, check_finite, digests=bool(keeper))
-        run = Run(train_state, feed, programs, looks, schedule, keeper)
+        run = Run(on_mesh_of(feed.data if batch_size else (), train_state), feed, programs, looks, schedule, keeper)
         found = saved.newest(run, keeper)
         notes = [] if found is None else saved.restore(run, found)
         writes = begin_all(looks.callbacks, run.history.step, resumed=found is not None)
@@ -246,9 +249,11 @@ def _feed(
         feed: Feed = StreamFeed(data, epochs, steps)
     else:
         inputs.check_arrays(data)
-        feed = arrays_of(data, batch_size, epochs, steps, order, drop_last)
+        feed = rows = arrays_of(data, batch_size, epochs, steps, order, drop_last)
         if digest:
             feed.facts["data"] = identity.data_digest(data)
+            if order_of := order_digest(order, rows.n, rows.batching["batch_size"]):
+                feed.facts["order_digest"] = order_of
     if digest and (key := identity.key_text(train_state.key)):
         feed.facts["key"] = key
     return feed

@@ -140,10 +140,12 @@ class History:
 
     def _record(self, sums: Mapping[str, float], weight: float, samples: float, seconds: float) -> Record:
         record: Record = {"step": self.step, "epoch": self.epoch(self.step)}
-        if "loss" in sums:
-            record["loss"] = math.nan
-        for name, x in sums.items():
-            record[name] = x / weight if weight else math.nan
+        # Without any weight there is no mean. Steps that were skipped had one that is not finite.
+        if weight or sums.get("skipped"):
+            if "loss" in sums:
+                record["loss"] = math.nan
+            for name, x in sums.items():
+                record[name] = x / weight if weight else math.nan
         if "skipped" in sums:
             record["skipped"] = sums["skipped"]
         record["samples_per_second"] = samples / max(seconds, 1e-9)

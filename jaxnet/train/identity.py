@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ ROUNDING = 1e-4  # the difference, relative to the norm, up to which two starts 
 NAMES = {
     "key": "another key",
     "order": "another order",
+    "order_digest": "an order of other labels or rows",
     "data": "other data",
     "examples": "data of another length",
     "batch_size": "another batch size",
@@ -48,7 +49,7 @@ def data_digest(data: Any) -> str:
     """A cheap digest of arrays: shapes, dtypes, all bytes of small arrays, and a sample of the rows of large ones."""
     crc = 0
     for path, leaf in tree.flatten(data).items():
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype) if hasattr(leaf, "dtype") else "object"
+        dtype = _dtype_on_device(leaf.dtype) if hasattr(leaf, "dtype") else "object"
         crc = zlib.crc32(f"{path} {dtype} {list(np.shape(leaf))}".encode(), crc)
         crc = zlib.crc32(np.ascontiguousarray(_sample(leaf)).tobytes(), crc)
     return f"{crc:08x}"
@@ -100,12 +101,35 @@ def _sample(leaf: Any) -> np.ndarray:
     if host.nbytes > WHOLE:
         host = host[np.linspace(0, len(host) - 1, SAMPLE).astype(np.int64)]
     # Use the dtype on the device, so that float64 and float32 copies of an array have the same digest.
-    return host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+    return host.astype(_dtype_on_device(host.dtype), copy=False)
+
+
+def _dtype_on_device(dtype: Any) -> Any:
+    native = dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+    return jax.dtypes.canonicalize_dtype(native)
 
 
 def program_digest(jaxpr: Any) -> str:
-    """A digest of a traced program. It depends on the learning rate, the loss and the network."""
-    return f"{zlib.crc32(re.sub(r'0x[0-9a-f]+', '', str(jaxpr)).encode()):08x}"
+    """A digest of a traced program and its constants. It depends on the learning rate, the loss and the network."""
+    crc = zlib.crc32(re.sub(r"0x[0-9a-f]+", "", str(jaxpr)).encode())
+    for constant in _constants(jaxpr):
+        crc = zlib.crc32(np.ascontiguousarray(_sample(constant)).tobytes(), crc)
+    return f"{crc:08x}"
+
+
+def _constants(x: Any) -> Iterator[Any]:
+    """The arrays in a traced program, whose values its text lacks: constants and literals, also of programs inside it."""
+    if isinstance(x, tuple | list):
+        for part in x:
+            yield from _constants(part)
+    elif isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer):
+        yield jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    elif hasattr(x, "consts"):
+        yield from _constants([*x.consts, x.jaxpr])
+    elif hasattr(x, "eqns"):
+        for equation in x.eqns:
+            literals = [getattr(variable, "val", None) for variable in equation.invars]
+            yield from _constants([*literals, *equation.params.values()])
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -123,7 +147,7 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         what = NAMES.get(name, f"another {name}")
         told = (
             ""
-            if name in ("data", "key")
+            if name in ("data", "key", "order_digest")
             else f" ('{name}': {before[name]!r} in the file, '{name}': {now[name]!r} here)"
         )
         shown.append(what + told)

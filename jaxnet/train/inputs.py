@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxnet.train.feed import LIMIT
 from jaxnet.train.history import FIXED
-from jaxnet.train.rules import best_of
+from jaxnet.train.rules import best_of, time_budget
 from jaxnet.train.step import TrainState
+from jaxnet.train.writers import write_csv, write_jsonl
 
 __all__ = [
     "check_arrays",
@@ -22,8 +23,11 @@ __all__ = [
     "check_iterable",
     "check_length",
     "check_names",
+    "check_save_every",
     "check_start",
+    "check_stop",
     "evaluated",
+    "reason_of",
 ]
 
 
@@ -59,16 +63,58 @@ def check_functions(evaluate: Any, best: str | None, stop: Any, callbacks: Any) 
     if evaluate is not None:
         _check_call("evaluate", evaluate, "a function (train_state) -> dict of numbers", _OF_BATCH)
     if stop is not None:
+        if stop is time_budget:
+            raise TypeError("fit: stop is time_budget itself; call it first: time_budget(seconds)")
         _check_call("stop", stop, "a function (history) -> bool or a reason, as early_stopping(...) makes it")
     if callable(callbacks) or isinstance(callbacks, str | Mapping) or not isinstance(callbacks, Iterable):
         raise TypeError(
             f"fit: callbacks must be a list of functions, got {_describe(callbacks)}; write callbacks=[...]"
         )
     for i, callback in enumerate(callbacks):
+        if callback in (write_csv, write_jsonl):
+            name = callback.__name__
+            raise TypeError(f"fit: callbacks[{i}] is {name} itself; call it first, with the path: {name}('history')")
         _check_call(f"callbacks[{i}]", callback, "a function (record)")
 
 
 _OF_BATCH = "; evaluate(test, data) makes it of a function test(params, batch)"
+
+
+def check_save_every(seconds: Any) -> None:
+    """Raise unless this is a number of seconds, at least 0."""
+    number = isinstance(seconds, int | float | np.number) and not isinstance(seconds, bool)
+    if not number or not seconds >= 0:
+        raise ValueError(f"fit: save_every must be a number of seconds of at least 0, got {seconds!r}")
+
+
+def check_stop(stop: Callable, names: Iterable[str]) -> None:
+    """Call a stop condition with one record of NaN, to find wrong names and values before the first step.
+
+    Args:
+      stop: the condition.
+      names: the names in records.
+
+    Raises:
+      TypeError, NameError, AttributeError, KeyError: the condition raised it. Other errors may depend on the numbers.
+    """
+    record = dict.fromkeys([*FIXED, *names], float("nan")) | {"step": 0, "epoch": 1, "seconds": 0.0}
+    try:
+        reason = stop([record])
+    except (TypeError, NameError, AttributeError, KeyError) as error:
+        error.add_note(f"fit: stop raised this for a record with {sorted(record)}, before the first step")
+        raise
+    except Exception:
+        return
+    reason_of(reason)
+
+
+def reason_of(result: Any) -> str | None:
+    """The reason to stop in the result of a condition; None to go on. Raises TypeError for an array."""
+    if isinstance(result, str):
+        return result or None
+    if np.ndim(result):
+        raise TypeError(f"fit: stop must return a bool or a reason, got {_describe(result)}; reduce it to one number")
+    return "the condition held" if result else None
 
 
 def check_names(metrics: Iterable[str], evaluated: Iterable[str], stop: Any, metric: str | None) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnet import tree
 from jaxnet.checks import size_of
+from jaxnet.train.arrays import fitting
 from jaxnet.train.batch import Uneven, examples
 from jaxnet.train.order import Order, check_order, shuffle
+from jaxnet.train.sharding import gathered, on_mesh_of, zeros_like_spec
 from jaxnet.train.step import TrainState, check_train_state
 
 __all__ = ["train_epoch", "train_steps"]
@@ -49,7 +52,9 @@ def train_steps(
 
     def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
         check_train_state("train_steps", train_state)
-        data = jax.tree.map(jnp.asarray, data)
+        _check_counter(train_state.step, steps)
+        data = jax.tree.map(jnp.asarray, tree.map_with_path(fitting, data))
+        train_state = on_mesh_of(data, train_state)
         plan = planned(train_state, examples(data), steps, batch_size, order, drop_last)
         one = on_uneven(step)
 
@@ -105,6 +110,18 @@ def _steps_of(what: str, steps: Any) -> int:
     if steps >= 2**31:
         raise ValueError(f"{what} must be less than 2**31, since steps are counted in int32, got {steps}")
     return steps
+
+
+def _check_counter(start: Any, steps: int) -> None:
+    """Raise ValueError if the counter of a train state cannot hold the last step. A traced counter is not checked."""
+    if isinstance(start, jax.core.Tracer) or np.ndim(start):
+        return
+    last = int(start) + steps
+    if last >= 2**31:
+        raise ValueError(
+            f"train_steps: steps are counted in int32, so the last one must be less than 2**31, got {int(start)} done + "
+            f"{steps} = {last}; start again with step 0, as train_state(params, optimizer, key) makes it"
+        )
 
 
 def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order: Order | None, drop_last: bool) -> Any:
@@ -188,7 +205,8 @@ def planned_ahead(train_state: TrainState, n: int, size: int, count: jax.Array, 
         return jax.tree.map(put, plan, draw(i))
 
     one = jax.eval_shape(draw, jnp.int32(0))
-    room = jax.tree.map(lambda x: jnp.zeros((blocks * block, *x.shape[1:]), x.dtype), one)
+    room = jax.tree.map(lambda x: zeros_like_spec(x, blocks), one)
+    room = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), room)
     return jax.lax.fori_loop(0, -(-count // block), add, room)
 
 
@@ -202,7 +220,7 @@ def take(data: Any, rows: Any) -> Any:
         return data
     if isinstance(rows, Uneven):
         return Uneven(take(data, rows.batch), rows.last, rows.rest)
-    return jax.tree.map(lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), data)
+    return jax.tree.map(lambda leaf: gathered(leaf, rows), data)
 
 
 def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool = True) -> Callable:
@@ -242,7 +260,7 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
             )  # `.at` minds the sign of i
             return train_state, jax.tree.map(set_one, values, metrics)
 
-        values = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), metrics)
+        values = jax.tree.map(lambda x: zeros_like_spec(x, size), metrics)
         new, values = jax.lax.fori_loop(0, n, body, (train_state, values))
         if not check_finite:
             return new, good, values

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -54,8 +56,9 @@ def balanced(labels: Any) -> Order:
         place = (first[group] + turn) % size[group]
         return jnp.asarray(members)[jnp.asarray(starts, jnp.int32)[group] + place]
 
-    # `check_order` skips orders with this attribute.
+    # `check_order` skips orders with this attribute, and `order_digest` reads the other.
     order.in_range = True  # pyright: ignore[reportFunctionMemberAccess]
+    order.digest = _digest([classes])  # pyright: ignore[reportFunctionMemberAccess]
     return order
 
 
@@ -115,6 +118,31 @@ def check_order(order: Order | None, n: int, batch_size: int) -> None:
             if rows.min() < 0 or rows.max() >= n:
                 wrong = int(rows[(rows < 0) | (rows >= n)][0])
                 raise ValueError(f"order: rows must be within 0 .. {n - 1}, got {wrong} in epoch {epoch}")
+
+
+def order_digest(order: Order | None, n: int, batch_size: int) -> str | None:
+    """A digest of an order's labels or, for a function of one's own, of rows that it gives for a fixed key.
+
+    None for an order that its name determines, and for one that cannot be called here.
+    """
+    if order is None or order is shuffle:
+        return None
+    if digest := getattr(order, "digest", None):
+        return digest
+    asked = [(epoch, positions) for epoch in range(3) for positions in _asked(n, batch_size)]
+    # `check_order` raises the errors of an order.
+    with contextlib.suppress(Exception):
+        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+            key = jax.random.key(0)
+            return _digest([order(key, n, jnp.int32(epoch), jnp.asarray(positions)) for epoch, positions in asked])
+    return None
+
+
+def _digest(rows: Sequence[Any]) -> str:
+    crc = 0
+    for part in rows:
+        crc = zlib.crc32(np.asarray(part).astype(np.int64).tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def _asked(n: int, batch_size: int) -> list[np.ndarray]:

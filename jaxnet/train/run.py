@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -181,7 +182,7 @@ class Run:
             line = self.programs.compile(stack.size, stack.inputs, traced, traced_in)
         show.note(line)
         if not self.started and self.programs.expected not in (None, self.programs.digest):
-            show.note("the step is not that of the run before: another learning rate, loss or network")
+            _say_changed(show)
         program = self.programs.get(stack.size, stack.inputs)
         assert program is not None
         return program
@@ -206,7 +207,10 @@ class Run:
         evaluate, best, stop, _ = self.looks
         names = None if evaluate is None else inputs.evaluated(evaluate, self.current, best)
         if evaluate is None or names is not None:
-            inputs.check_names(self.programs.metrics or (), names or (), stop, self.keeper.metric)
+            metrics = self.programs.metrics or ()
+            inputs.check_names(metrics, names or (), stop, self.keeper.metric)
+            if stop is not None and not self.history.records:
+                inputs.check_stop(stop, {*metrics, *(names or ())} - {"weight"})
 
     def _receive_pending(self, show: Progress | None) -> None:
         pending, self.pending = self.pending, None
@@ -279,8 +283,8 @@ class Run:
         stop, records = self.looks.stop, self.history.records
         if stop is None or not records:
             return
-        if reason := stop(records):
-            self.stopped = reason if isinstance(reason, str) else "the condition held"
+        if reason := inputs.reason_of(stop(records)):
+            self.stopped = reason
 
     def _evaluate(self, new: New) -> None:
         assert self.looks.evaluate is not None
@@ -292,7 +296,10 @@ class Run:
         summary = self.history.summary() if new.summary is None else new.summary
         summary.update(values)
         self.history.evaluations.append(summary)
-        if (name := getattr(self.looks.stop, "metric", None)) and name not in new.record:
+        if (name := getattr(self.looks.stop, "metric", None)) and name not in {
+            *new.record,
+            *(self.programs.metrics or ()),
+        }:
             raise KeyError(f"fit: no record has '{name}', on which it is to stop; there are {sorted(new.record)}")
         if self.looks.best is not None:
             name, better = best_of(self.looks.best)
@@ -329,6 +336,15 @@ class Run:
         return explain(
             self.programs.step, self.current, batches, self.history.records, getattr(self.feed, "data", None)
         )
+
+
+def _say_changed(show: Progress) -> None:
+    text = "the step is not that of the run before: another learning rate, loss or network"
+    if show.show:
+        show.note(text)
+    else:
+        # The numbers are those of neither run alone, so a silent run is told, too.
+        warnings.warn(f"fit: {text}", stacklevel=7)
 
 
 def copied(leaf: Any) -> jax.Array:

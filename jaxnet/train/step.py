@@ -14,6 +14,7 @@ from jaxnet.checks import size_of
 from jaxnet.train.batch import Weighted, check_shape, examples, unweighted
 from jaxnet.train.optimizers import Guarded, check_optimizer, check_state, find, keep
 from jaxnet.train.pairs import refuse_pairs
+from jaxnet.train.sharding import in_parts, zeros_like_spec
 from jaxnet.train.state import TrainState, check_params, check_train_state, sgd, train_state
 from jaxnet.train.told import explained
 
@@ -89,7 +90,7 @@ def train_step(
         first = jax.tree.map(lambda leaf: leaf[0], parts)
         (_, (_, *shapes)), grads = jax.eval_shape(lambda: differentiate(params, *first, state, key, scale))
         like = (shapes[0], grads)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), like)
+        zeros = jax.tree.map(lambda x: zeros_like_spec(x).astype(jnp.promote_types(x.dtype, jnp.float32)), like)
         (state, total, sums), _ = jax.lax.scan(
             add, (state, jnp.zeros_like(shapes[1]), zeros), (jnp.arange(accumulate), parts)
         )
@@ -275,7 +276,8 @@ def _sizes(batch: Any) -> set[int]:
 
 
 def _in_parts(leaf: jax.Array, parts: int) -> jax.Array:
-    return leaf.reshape(parts, _part(leaf, parts), *leaf.shape[1:])
+    _part(leaf, parts)
+    return in_parts(leaf, parts)
 
 
 def _one_part(leaf: Any, parts: int) -> Any:
