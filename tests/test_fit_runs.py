@@ -241,7 +241,7 @@ def test_the_first_save_comes_with_the_first_evaluation(file):
 
 
 def test_the_first_save_comes_soon_in_a_long_epoch(file, monkeypatch):
-    monkeypatch.setattr(sys.modules["jaxnet.train.run"], "SOON", 0.0)
+    monkeypatch.setattr(sys.modules["jaxnet.train.saves"], "SOON", 0.0)
     seen = []
     fitted(file, data=regression(400), epochs=1, record_every=1, callbacks=[lambda r: seen.append(file.exists())])
     assert any(seen[:50])

@@ -165,7 +165,8 @@ RESEARCH = {
         0,
         5,
         lambda i, uv: (lambda u, v, C: (-jax.nn.logsumexp((v - C), 1), -jax.nn.logsumexp(u[:, None] - C, 0)))(
-            *uv, b[0] @ b[0].T
+            *uv,
+            b[0] @ b[0].T,  # pyright: ignore
         ),
         (jnp.zeros(len(b[0])), jnp.zeros(len(b[0]))),
     ),

@@ -177,4 +177,4 @@ def test_unroll_is_a_size(unroll):
         repeat(lambda x: x, 3, unroll=unroll)
     with pytest.raises(ValueError, match="scan: unroll must be a positive int"):
         scan(lambda carry, x: (carry, x), unroll=unroll)
-    assert repeat(lambda x: x + 1, 3, unroll=np.int64(2)).apply({}, jnp.zeros(())) == 3
+    assert repeat(lambda x: x + 1, 3, unroll=np.int64(2)).apply({}, jnp.zeros(())) == 3  # pyright: ignore

@@ -41,7 +41,7 @@ def _published() -> tuple[np.ndarray, np.ndarray]:
             "install scikit-learn, e.g. `pip install -e '.[examples]'` in the checkout"
         ) from error
     pixels, labels = load_digits(return_X_y=True)
-    return pixels, labels
+    return np.asarray(pixels), np.asarray(labels)
 
 
 def _test_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -119,15 +120,16 @@ def program_digest(jaxpr: Any) -> str:
 
 def _constants(x: Any) -> Iterator[Any]:
     """The arrays in a traced program, whose values its text lacks: constants and literals, also of programs inside it."""
+    traced: Any = x
     if isinstance(x, tuple | list):
         for part in x:
             yield from _constants(part)
     elif isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer):
         yield jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     elif hasattr(x, "consts"):
-        yield from _constants([*x.consts, x.jaxpr])
+        yield from _constants([*traced.consts, traced.jaxpr])
     elif hasattr(x, "eqns"):
-        for equation in x.eqns:
+        for equation in traced.eqns:
             literals = [getattr(variable, "val", None) for variable in equation.invars]
             yield from _constants([*literals, *equation.params.values()])
 

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -54,7 +55,8 @@ def on_mesh_of(data: Any, state: Any) -> Any:
     JAX infers the sharding of a gradient, a sum over sharded examples, only if the parameters are on the mesh.
     """
     leaves = [leaf for leaf in jax.tree.leaves(data) if isinstance(leaf, jax.Array)]
-    meshes = [leaf.sharding.mesh for leaf in leaves if not isinstance(leaf, jax.core.Tracer) and _is_sharded(leaf)]
+    concrete: list[Any] = [leaf for leaf in leaves if not isinstance(leaf, jax.core.Tracer) and _is_sharded(leaf)]
+    meshes = [leaf.sharding.mesh for leaf in concrete]
     meshes += [jax.typeof(leaf).sharding.mesh for leaf in leaves if _is_sharded(leaf)]
     if not meshes:
         return state
