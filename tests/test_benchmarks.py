@@ -185,7 +185,7 @@ def test_no_round_starts_after_the_budget(measure, options):
     [
         ("xor.py", ["--only", "train_steps", "--only", "Keras"], "jaxnet, one loop: train_steps", "Keras fit", "keras"),
         ("convnet.py", ["--only", "jaxnet, jit", "--only", "Keras"], "jaxnet, jitted step", "Keras fit", "keras"),
-        ("first_step.py", ["--only", "Haiku"], "jaxnet, fit", "Haiku", "haiku"),
+        pytest.param("first_step.py", ["--only", "Haiku"], "jaxnet, fit", "Haiku", "haiku", marks=pytest.mark.slow),
         ("startup.py", ["--only", "Haiku, eager", "--depth", "1"], "jaxnet, eager", "Haiku, eager", "haiku"),
         (
             "checkpoints.py",
@@ -242,6 +242,7 @@ def overhead(folder, *flags):
     return {table["title"]: {row["name"]: row for row in table["rows"]} for table in tables}, done.stdout
 
 
+@pytest.mark.slow
 def test_overhead_is_measured_beside_the_hand_written_network(tmp_path):
     """A row exists only if the network has the hand-written one's weights, and gives its output."""
     flags = [part for title in OVERHEADS for part in ("--row", title)]
@@ -291,6 +292,7 @@ def test_ensembles_train_alike_in_every_form(tmp_path):
     assert min(multiples) == 1.0
 
 
+@pytest.mark.slow
 def test_the_faults_of_checkpoints_are_counted(tmp_path):
     """A small run: jaxnet loses nothing, and NumPy's savez, which writes in place, does (its zip files have checksums)."""
     flags = "--damages 2 --pages 1 --kills 2 --writers 1 --only numpy --only".split() + ["jaxnet save"]
