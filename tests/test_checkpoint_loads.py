@@ -686,3 +686,80 @@ def test_networks_and_swapped_arguments_are_answered_in_words(tmp_path):
         jaxnet.load(file, like=jaxnet.dense(3))
     with pytest.raises(TypeError, match=r"save takes the path first: save\(path, tree\)"):
         jaxnet.save({"w": jnp.ones(2)}, str(file))  # pyright: ignore[reportArgumentType]
+
+
+# --- parts of the file of a run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    """A file that `fit` wrote, with a best evaluation, and the run."""
+
+    def loss(params, batch):
+        return ((network.apply(params, batch["x"]) - batch["y"]) ** 2).mean(axis=-1)
+
+    network, optimizer = jaxnet.chain(a=jaxnet.dense(4), b=jaxnet.dense(1)), optax.adam(0.1)
+    x = np.linspace(-1, 1, 48, dtype=np.float32).reshape(16, 3)
+    data = {"x": x, "y": x[:, :1]}
+    start = train.train_state(network.init(jax.random.key(0), x), optimizer, jax.random.key(1))
+    file = tmp_path_factory.mktemp("run") / "run.safetensors"
+    step, test = train.train_step(loss, optimizer), train.evaluate(lambda p, batch: {"error": loss(p, batch)}, data)
+    run = train.fit(step, start, data, batch_size=8, epochs=3, evaluate=test, best="min error", checkpoint=file)
+    return file, run
+
+
+def pasted(error, like):
+    """The result of the call that an error ends with."""
+    return eval("load(" + str(error).rpartition("load(")[2], {"load": load, "like": like})
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_template_of_a_part_of_a_run_is_answered_with_the_call(strict, run_file):
+    file, run = run_file
+    state = run.train_state
+    some = {"b": state.params["b"]}
+    cases = [
+        ("train_state/params", state.params, state.params),
+        ("train_state/params", some, some),
+        ("train_state", state, state),
+        ("train_state", {"params": state.params}, {"params": state.params}),
+        ("train_state/params", {"a": state.params["a"]}, {"a": state.params["a"]}),
+        ("best", {"params": run.best.params, "value": 0.0}, {"params": run.best.params, "value": run.best.value}),
+    ]
+    for place, like, expected in cases:
+        with pytest.raises(CheckpointError) as caught:
+            load(file, like, strict=strict)
+        assert f"fit wrote this file, and paths of `like` are below '{place}' there: load(" in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 2
+        assert_equal(pasted(caught.value, like), expected)
+
+
+def test_a_template_with_more_than_a_run_has_gets_the_differences_and_the_call(run_file, tmp_path):
+    file, run = run_file
+    params = run.train_state.params
+    with pytest.raises(CheckpointError, match="missing from the file: new/w float32.2.") as caught:
+        load(file, params | {"new": {"w": jnp.ones(2)}})
+    assert "below 'train_state/params' there: load(" in str(caught.value).splitlines()[-1]
+    # No path fits anywhere, or the file is not one of `fit`.
+    save(tmp_path / "a", {"train_state": {"params": params}})
+    for path, like in [(file, {"new": jnp.ones(2)}), (tmp_path / "a", params)]:
+        with pytest.raises(CheckpointError) as caught:
+            load(path, like)
+        assert "fit wrote this file" not in str(caught.value)
+
+
+def test_only_takes_new_paths_or_paths_of_the_file(run_file, tmp_path):
+    file, run = run_file
+    params = run.train_state.params
+    for only, new, expected in [
+        ("params", "params", {"params": params}),
+        ("train_state/params", "params", {"params": params}),
+        ("train_state/params/*/kernel", "", {name: {"kernel": x["kernel"]} for name, x in params.items()}),
+        (["a", "train_state/params/b"], "", params),
+    ]:
+        assert_equal(load(file, only=only, rename={"train_state/params": new}), expected)
+    with pytest.raises(CheckpointError, match=r"no path matches 'train_state/parms/a'; .*'train_state/params/a/"):
+        load(file, only="train_state/parms/a", rename={"train_state/params": ""})
+    # A new path goes before a path of the file: after a swap, 'a' is the old 'b'.
+    save(tmp_path / "swap", {"a": 1, "b": 2})
+    assert load(tmp_path / "swap", only="a", rename={"a": "b", "b": "a"}) == {"a": 2}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jaxnet.checkpoint import atomic, container, match, places, structure
 from jaxnet.checkpoint import format as fmt
+from jaxnet.checkpoint import template as template_of
 from jaxnet.checkpoint.container import Content, opened, read_content, steadily
 from jaxnet.checkpoint.format import Header, Tensor
 from jaxnet.checkpoint.metadata import exact_json
@@ -170,7 +171,8 @@ def load(
         them, as `jaxnet.tree.split(tree, only)[0]` gives it.
       rename: new paths for leaves of the file: a dict {path or node in the file: path or node in the result}, of which
         the longest that fits counts, or a function from path to path. The leaves then have no containers but those of
-        `like` or, without it, nested dicts. `only` speaks of the new paths.
+        `like` or, without it, nested dicts. A pattern in `only` applies to the new paths or, if it matches none of
+        them, to the paths of the file.
       strict: False (with `like`) to keep the leaves of `like` that the file lacks, which must have values, and to
         leave out those of the file that `like` lacks. What both have must still fit, and they must share something.
       cast: True (with `like`) to convert arrays to the dtypes of `like`. Between floats, values are rounded to the
@@ -179,7 +181,7 @@ def load(
 
     Raises:
       CheckpointError: the file is damaged, not a checkpoint, or is not what was asked for (all differences in one
-        error, with guesses at what has been renamed).
+        error, with guesses at what has been renamed; for a part of a file that `fit` wrote, the call that loads it).
       OSError: the file is missing or cannot be opened.
     """
     return _load(path, like, only, rename, strict, cast)[0]
@@ -230,15 +232,17 @@ def _load(
         content = read_content(file, fd, size)
         info, kept = functools.partial(_info, file, size, content), {}
         wanted = like if template is None else template(info())
+        old = {}
         if rename is not None:
-            content = match.rename_all(file, content, rename)
+            content, old = match.rename_all(file, content, rename)
         if patterns is not None:
-            content = match.select_part(file, content, patterns)
+            content = match.select_part(file, content, patterns, old)
         header, node, nodes, tensors = content[:4]
         targets = {name: arrays.Target(nodes[name].kind, nodes[name].value) for name in tensors}
         if wanted is not None:
             what = "it" if only is None else "what `only` selects"
-            targets, kept = _match(file, what, wanted, content, strict, cast, patterns is not None)
+            part = patterns is not None
+            targets, kept = template_of.fit(file, what, wanted, content, strict=strict, cast=cast, part=part)
         # Blocks of a tree in parts that only other processes need are not read. A cast must look at all values.
         needed = {tensors[n].name: arrays.blocks(file, t, tensors[n].shape) for n, t in targets.items() if not cast}
         raw = read_tensors(file, fd, header, [tensors[name] for name in targets], arrays.empty, needed)
@@ -310,22 +314,6 @@ def _info(file: str, size: int, content: Content) -> Info:
     size += sum(nbytes for _, nbytes in header.parts.files) if header.parts else 0
     size += sum(t.stop - t.start for t in header.tensors) if header.orbax else 0
     return Info(file, header.manifest["version"], header.manifest["metadata"], leaves, scalars, size)
-
-
-def _match(
-    file: str, what: str, like: Any, content: Content, strict: bool, cast: bool, part: bool
-) -> tuple[dict[str, "Target"], dict[str, Any]]:
-    """`match.fit` for the leaves of a file and their containers."""
-    from jaxnet.checkpoint import arrays
-
-    template, leaves = structure.encode(file, like, functools.partial(arrays.describe_template, file))
-    containers = (template, content.node) if content.structured else None
-    if containers and part:
-        # A part of a file has no empty containers, so those of the template count for nothing.
-        nodes = structure.leaves(template)
-        containers = match.prune(template, set(nodes)) or template, content.node
-    found = structure.specs_in_file(content.leaves, content.tensors)
-    return match.fit(file, what, structure.leaves(template), leaves, found, containers, strict=strict, cast=cast)
 
 
 def read_tensors(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxnet.checkpoint import structure
@@ -50,7 +50,7 @@ def renamed(file: str, names: Iterable[str], rename: dict[str, str] | Callable[[
         select(file, names, [glob.escape(old) for old in rename])
         new = {name: _with_prefix(name, rename) for name in names}
     if odd := [(name, x) for name, x in new.items() if not isinstance(x, str)]:
-        raise TypeError(f"rename must give a str for each path, got {odd[0][1]!r} for '{odd[0][0]}'")
+        raise TypeError(f"rename must give a str for each path, got {odd[0][1]!r} for '{shown(odd[0][0])}'")
     paths = {name: structure.leaf_path(x) for name, x in new.items()}
     taken: dict[Path, str] = {}
     for name, path in paths.items():
@@ -64,20 +64,30 @@ def renamed(file: str, names: Iterable[str], rename: dict[str, str] | Callable[[
     return paths
 
 
-def rename_all(file: str, content: Content, rename: dict[str, str] | Callable[[str], str]) -> Content:
-    """The same leaves under other names, without the containers."""
+def rename_all(
+    file: str, content: Content, rename: dict[str, str] | Callable[[str], str]
+) -> tuple[Content, dict[str, str]]:
+    """The same leaves under other names, without the containers; and the name in the file by the new name."""
     paths = renamed(file, content.leaves, rename)
-    leaves = {structure.leaf_name(path): content.leaves[name] for name, path in paths.items()}
-    tensors = {structure.leaf_name(path): content.tensors[n] for n, path in paths.items() if n in content.tensors}
+    leaves = {leaf_name(path): content.leaves[name] for name, path in paths.items()}
+    tensors = {leaf_name(path): content.tensors[n] for n, path in paths.items() if n in content.tensors}
     node = structure.nest({path: content.leaves[name] for name, path in paths.items()})
-    return Content(content.header, node, leaves, tensors, False)
+    old = {leaf_name(path): name for name, path in paths.items()}
+    return Content(content.header, node, leaves, tensors, False), old
 
 
-def select_part(file: str, content: Content, patterns: list[str]) -> Content:
-    """The part of a file's tree that matches the patterns."""
+def select_part(file: str, content: Content, patterns: list[str], old: Mapping[str, str]) -> Content:
+    """The part of a file's tree that matches the patterns, each by the new names or, if none matches, by the old ones."""
+    from jaxnet import tree
+
     if not patterns:
         raise ValueError("only must be a pattern of paths or several, got none")
-    names = select(file, content.leaves, patterns)
+    names: set[str] = set()
+    for pattern in patterns:
+        chosen = {name for name in content.leaves if tree.matches(name, pattern)}
+        chosen = chosen or {new for new, name in old.items() if tree.matches(name, pattern)}
+        # Without a match this raises, and names the nearest of all paths.
+        names |= chosen or select(file, [*content.leaves, *old.values()], [pattern])
     node = prune(content.node, names) or content.node
     leaves, tensors = ({n: x for n, x in part.items() if n in names} for part in (content.leaves, content.tensors))
     return content._replace(node=node, leaves=leaves, tensors=tensors)

@@ -114,6 +114,18 @@ def _variables(file: str) -> dict[str, Any]:
     tree = load(file)
     parts = {name: tree[name] for name in ("params", "state") if isinstance(tree, dict) and name in tree}
     if "params" not in parts:
-        text = "it has no 'params' at its top; if the whole tree is params, move it: jaxnet convert IN OUT --rename =params"
-        raise CheckpointError(file, None, text)
+        raise CheckpointError(file, None, f"it has no 'params' at its top; {_way_to_params(tree)}")
     return parts
+
+
+def _way_to_params(tree: Any) -> str:
+    """The command that gives a checkpoint `params` at its top."""
+    import jax
+
+    run = tree.get("train_state") if isinstance(tree, dict) else None
+    if not (isinstance(run, dict) and "params" in run):
+        return "if the whole tree is params, move it: jaxnet convert IN OUT --rename =params"
+    # A network without state has an empty dict there, which no pattern matches.
+    only = ["params", *(["state"] if jax.tree.leaves(run.get("state")) else [])]
+    options = " ".join(f"--only train_state/{name}" for name in only)
+    return f"it is a run of fit, so convert its variables first: jaxnet convert IN NEW {options} --rename train_state="

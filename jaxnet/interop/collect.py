@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from jaxnet.checkpoint.format import CheckpointError
 from jaxnet.checkpoint.structure import CODES, MAX_DEPTH
+from jaxnet.checkpoint.words import shown
 
 __all__ = ["Refused", "by_path", "collect", "flat", "to_numpy"]
 
@@ -45,7 +46,7 @@ def collect(file: str, content: Any) -> dict[str, Any]:
                 visit(child, f"{name}.{step}" if depth else step, depth + 1)
         elif problem is not None or _is_array(x):
             if name in found:
-                text = f"two arrays have this path, '{name}' and another: rename one there"
+                text = f"two arrays have this path, '{shown(name)}' and another: rename one there"
                 raise CheckpointError(file, name.replace(".", "/"), text)
             found[name] = x if problem is None else Refused(problem)
 
@@ -63,7 +64,7 @@ def by_path(file: str, leaves: Iterable[tuple[str, Any]], path: Callable[[str], 
     result = {}
     for name, x in leaves:
         if path(name) in result:
-            text = f"two arrays have this path, '{name}' and another: rename one there"
+            text = f"two arrays have this path, '{shown(name)}' and another: rename one there"
             raise CheckpointError(file, path(name), text)
         result[path(name)] = x
     return result
@@ -95,7 +96,7 @@ def to_numpy(file: str, name: str, x: Any) -> Any:
     try:
         a = _tensor_to_numpy(x) if _is_tensor(x) else np.asarray(x)
     except Exception as e:  # The libraries raise errors of many kinds, and none of them names the array.
-        text = f"a {_type_name(x)} that has no values to copy: {type(e).__name__}: {str(e).splitlines()[0]}"
+        text = f"a {_type_name(x)} that has no values to copy: {type(e).__name__}: {shown((str(e).splitlines() or [''])[0], 3000)}"
         raise CheckpointError(file, name, text) from e
     a = a.astype(a.dtype.newbyteorder("=")) if a.dtype.byteorder == ">" else a
     arrays.describe_template(file, name, a)

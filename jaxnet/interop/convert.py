@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jaxnet.checkpoint import match, structure
 from jaxnet.checkpoint.format import CheckpointError, Misfit
 from jaxnet.checkpoint.structure import Node, Spec, leaf_name
+from jaxnet.checkpoint.words import shown
 from jaxnet.interop.collect import to_numpy
 
 __all__ = ["STATE", "Convention", "Rename", "convert", "merged", "unstacked"]
@@ -99,7 +100,7 @@ def merged(
     nodes = structure.leaves(template)
     short = {name: name.partition("/")[2] for name in nodes}
     if twice := [name for name in short if name.startswith("state/") and f"params/{short[name]}" in nodes]:
-        raise ValueError(f"{what}: '{short[twice[0]]}' is in params and in state: rename one")
+        raise ValueError(f"{what}: '{shown(short[twice[0]])}' is in params and in state: rename one")
     whole = {below: name for name, below in short.items()}
     return {short[n]: x for n, x in nodes.items()}, {short[n]: x for n, x in leaves.items()}, whole
 
@@ -110,7 +111,7 @@ def unstacked(leaves: dict[str, Any], path: str) -> dict[str, Any]:
     sizes = {x.shape[:1] for x in inside.values()}
     if len(sizes) != 1 or sizes == {()}:
         text = f"have first axes of sizes {sorted(s[0] if s else 1 for s in sizes)}" if sizes else "do not exist"
-        raise ValueError(f"stacked: the leaves below '{path}' must share a leading axis, these {text}")
+        raise ValueError(f"stacked: the leaves below '{shown(path)}' must share a leading axis, these {text}")
     rest = {name: x for name, x in leaves.items() if name not in inside}
     for name, x in inside.items():
         for number, part in enumerate(x):
@@ -192,7 +193,9 @@ def _chosen(
         if not any(hits):
             known = list(dict.fromkeys(x for which in (0, 2) for x in (y[which] for y in names.values())))
             close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
-            raise Misfit(file, None, f"only: no path matches '{pattern}'; the nearest of {len(known)} are {close}")
+            raise Misfit(
+                file, None, f"only: no path matches '{shown(pattern)}'; the nearest of {len(known)} are {close}"
+            )
         kept |= next(filter(None, hits))
     return {path: name for path, name in new.items() if path in kept}
 

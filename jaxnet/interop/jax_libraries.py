@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxnet.checkpoint.words import shown
 from jaxnet.interop.collect import by_path, flat
 from jaxnet.interop.convert import STATE, Convention, Rename, convert
 
@@ -51,7 +52,9 @@ def from_flax(
     if isinstance(variables, Mapping) and "params" in variables:
         leaves, statistics = (by_path(file, flat(variables.get(name)), str) for name in ("params", "batch_stats"))
         if both := sorted(leaves.keys() & statistics.keys()):
-            raise ValueError(f"the variables of Flax have '{both[0]}' in params and in batch_stats: rename one of them")
+            raise ValueError(
+                f"the variables of Flax have '{shown(both[0])}' in params and in batch_stats: rename one of them"
+            )
         leaves |= statistics
     else:
         leaves = by_path(file, flat(variables), lambda name: name.removesuffix("/value"))

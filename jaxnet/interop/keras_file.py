@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from jaxnet.checkpoint.container import opened
 from jaxnet.checkpoint.format import RESTORE, CheckpointError
 from jaxnet.checkpoint.structure import MAX_DEPTH
+from jaxnet.checkpoint.words import shown
 from jaxnet.interop.keras_layers import Weights, kind_of_class, named
 from jaxnet.interop.kinds import check_archive, kind_of_file, refused_kind
 
@@ -56,7 +57,7 @@ def _read_hdf5(file: str, raw: Any, size: int, config: bytes | None) -> list[Wei
     try:
         import h5py  # pyright: ignore[reportMissingImports]
     except ImportError as e:
-        raise ImportError(f"{file}: needs h5py to be opened: pip install 'jaxnet[keras]'") from e
+        raise ImportError(f"{shown(file, 5000)}: needs h5py to be opened: pip install 'jaxnet[keras]'") from e
     try:
         with h5py.File(raw, "r") as content:
             return _read_groups(_Reader(file, h5py, size), content, config)

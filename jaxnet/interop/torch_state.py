@@ -11,6 +11,7 @@ from jaxnet.checkpoint import match
 from jaxnet.checkpoint.container import opened
 from jaxnet.checkpoint.format import CheckpointError
 from jaxnet.checkpoint.lazy import lazy
+from jaxnet.checkpoint.words import shown
 from jaxnet.interop.collect import Refused, by_path, collect, to_numpy
 from jaxnet.interop.convert import STATE, Convention, Rename, convert, merged, unstacked
 from jaxnet.interop.kinds import check_archive, kind_of_file, refused_kind
@@ -119,7 +120,9 @@ def to_torch(
     file = "the variables"
     nodes, leaves, whole = merged(file, "variables", variables, arrays.describe)
     if odd := [name for name, node in nodes.items() if node.kind not in ("jax", "numpy", "numpy_scalar")]:
-        raise ValueError(f"variables must be arrays of numbers: '{whole[odd[0]]}' is of kind {nodes[odd[0]].kind}")
+        raise ValueError(
+            f"variables must be arrays of numbers: '{shown(whole[odd[0]])}' is of kind {nodes[odd[0]].kind}"
+        )
     leaves = {name: to_numpy(file, whole[name], x) for name, x in leaves.items()}
     for path in [stacked] if isinstance(stacked, str) else stacked:
         leaves = unstacked(leaves, path)
@@ -134,7 +137,9 @@ def to_torch(
             path = (*path[:-1], TO_TORCH.get(last, last))
         new = ".".join(path).replace("/", ".")
         if new in result:
-            raise CheckpointError(file, name, f"another leaf is called '{new}' too: give one another name by `rename`")
+            raise CheckpointError(
+                file, name, f"another leaf is called '{shown(new)}' too: give one another name by `rename`"
+            )
         result[new] = x.copy(order="C")
     return result
 
@@ -180,10 +185,12 @@ def _torch(file: str) -> Any:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         text = "needs torch to be opened: pip install 'jaxnet[torch]', or save it as safetensors where torch is"
-        raise ImportError(f"{file}: {text}") from e
+        raise ImportError(f"{shown(file, 5000)}: {text}") from e
     # CVE-2025-32434: before 2.6, files could run code despite weights_only=True.
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
-        raise ImportError(f"{file}: torch {torch.__version__} does not open files safely; from 2.6 on it does: upgrade")
+        raise ImportError(
+            f"{shown(file, 5000)}: torch {torch.__version__} does not open files safely; from 2.6 on it does: upgrade"
+        )
     return torch
 
 
@@ -195,7 +202,7 @@ def _refusal(error: Exception) -> str:
         )
         return f"{text} the file, read it inside `with torch.serialization.safe_globals([{other[1]}])`"
     text += ": it is damaged, or holds objects of other classes; save model.state_dict() alone, best as safetensors."
-    return f"{text} {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return f"{text} {type(error).__name__}: {shown((str(error).splitlines() or [''])[0], 3000)}"
 
 
 def _collected(file: str, content: Any, size: int) -> dict[str, Any]:
