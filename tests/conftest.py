@@ -1,7 +1,16 @@
 """Strict by default: what a user may do by accident is an error in every test."""
 
+import getpass
 import os
 import pathlib
+import tempfile
+
+# Programs are compiled once for all tests, both processes and the next run: JAX tells them apart by version and options.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / f"jaxnet-tests-{getpass.getuser()}")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest

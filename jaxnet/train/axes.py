@@ -121,13 +121,16 @@ class _Reader:
         if not programs:
             return None
         if kind == "scan":
-            fixed = params["num_consts"] + params["num_carry"]
+            # Rows of xs and of ys lack the axis of the loop; constants and the carry have their shapes inside, too.
+            fixed = sum(np.shape(v.aval) == o.shape for v, o in zip(programs[0].invars, operands, strict=True))
+            pairs = zip(programs[0].outvars, equation.outvars, strict=True)
+            carried = sum(np.shape(inside.aval) == np.shape(outside.aval) for inside, outside in pairs)
             rows = [self.value(v.shape[1:], v.roles[1:], ("row", v.number)) for v in operands[fixed:]]
             outputs = self.read(programs[0], operands[:fixed] + rows, name, place, quiet)
             lead = EXAMPLES if any(v.roles[0] == EXAMPLES for v in operands[fixed:]) else OTHER
             made = []
             for k, (variable, v) in enumerate(zip(equation.outvars, outputs, strict=True)):
-                roles = v.roles if k < params["num_carry"] else (lead, *v.roles)
+                roles = v.roles if k < carried else (lead, *v.roles)
                 made.append(self.value(np.shape(variable.aval), roles, variable))
             return made
         if kind == "while":
