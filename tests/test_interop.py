@@ -425,6 +425,9 @@ def test_exit_codes_of_convert(files, capsys, monkeypatch):
     with open("torch.safetensors", "rb") as a, open("cut.safetensors", "wb") as b:
         b.write(a.read()[:-1])
     save("bare", {"kernel": jnp.ones(2)})
+    run = {"params": {"a": {"kernel": jnp.ones((2, 3))}}, "state": {"a": {}}, "step": 3}
+    save("run", {"train_state": run, "best": None})
+    save("stateful", {"train_state": run | {"state": {"a": {"mean": jnp.ones(3)}}}, "best": None})
     write_zip_of_torch("net.pt")
     for arguments, code, match in [
         (["missing", "out"], 2, "No such file"),
@@ -433,9 +436,60 @@ def test_exit_codes_of_convert(files, capsys, monkeypatch):
         (["torch.safetensors", "out", "--rename", "con=body"], 1, "no path matches 'con'"),
         (["torch.safetensors", "out", "--like", "bare"], 1, "bare: it has no 'params' at its top"),
         (["bare", "out", "--to", "torch"], 1, "jaxnet convert IN OUT --rename =params"),
+        (["run", "out", "--to", "torch"], 1, "--only train_state/params --rename train_state="),
+        (
+            ["stateful", "out", "--to", "torch"],
+            1,
+            "--only train_state/params --only train_state/state --rename train_state=",
+        ),
     ]:
         assert main(["convert", *arguments]) == code
         assert match in capsys.readouterr().err and not os.path.exists("out")
+
+
+def test_the_command_that_convert_advises_gives_the_variables_of_a_run(files, capsys):
+    run = {
+        "params": {"a": {"kernel": jnp.ones((2, 3))}},
+        "state": {"a": {"mean": jnp.zeros(3)}},
+        "opt": {"mu": jnp.ones(2)},
+    }
+    save("run", {"train_state": run, "best": None})
+    assert main(["convert", "run", "out", "--to", "torch"]) == 1
+    options = capsys.readouterr().err.rpartition("IN NEW ")[2].split()
+    assert main(["convert", "run", "new", *options]) == 0 and main(["convert", "new", "out", "--to", "torch"]) == 0
+    assert_equal(load("new"), {"params": run["params"], "state": run["state"]})
+    # PyTorch's kernel of a linear map is [out, in].
+    tensors = {name: x.shape for name, x in load("out").items()}
+    assert tensors == {"a.weight": (3, 2), "a.running_mean": (3,)}
+
+
+EVIL = "\x1b[31m\a\r\n  forged\u202e"
+
+
+@pytest.mark.parametrize("where", ["twice", "both", "stacked", "kind", "weight", "only", "rename", "values", "flax"])
+def test_errors_of_other_libraries_names_are_printable_and_on_one_line(where):
+    one = np.ones(2, np.float32)
+
+    class Odd:
+        shape, dtype = (2,), np.dtype(np.float32)
+
+        def __array__(self, *args, **kwargs):
+            raise RuntimeError(EVIL[:6])
+
+    calls = {
+        "twice": lambda: from_torch({EVIL: {"b": one}, EVIL + ".b": one}),
+        "both": lambda: to_torch({"params": {EVIL: one}, "state": {EVIL: one}}),
+        "stacked": lambda: to_torch({"params": {"a": one}}, stacked=EVIL),
+        "kind": lambda: to_torch({"params": {EVIL: 1.0}}),
+        "weight": lambda: to_torch({"params": {EVIL: {"scale": one, "kernel": one}}}),
+        "only": lambda: from_torch({"a": one}, only=EVIL),
+        "rename": lambda: from_torch({EVIL: one}, rename=lambda name: 3),  # pyright: ignore[reportArgumentType]
+        "values": lambda: from_torch({"a": Odd()}),
+        "flax": lambda: from_flax({"params": {EVIL: one}, "batch_stats": {EVIL: one}}),
+    }
+    with pytest.raises((CheckpointError, ValueError, TypeError)) as caught:
+        calls[where]()
+    assert str(caught.value).isprintable() and r"\x1b[31m" in str(caught.value)
 
 
 def test_convert_opens_files_of_torch(torch, files):

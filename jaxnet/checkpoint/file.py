@@ -4,7 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxnet.checkpoint import atomic, container, match, places, structure
 from jaxnet.checkpoint import format as fmt
@@ -12,9 +12,6 @@ from jaxnet.checkpoint import template as template_of
 from jaxnet.checkpoint.container import Content, opened, read_content, steadily
 from jaxnet.checkpoint.format import Header, Tensor
 from jaxnet.checkpoint.metadata import exact_json
-
-if TYPE_CHECKING:
-    from jaxnet.checkpoint.arrays import Target
 
 
 class Leaf(NamedTuple):

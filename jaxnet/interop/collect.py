@@ -96,7 +96,8 @@ def to_numpy(file: str, name: str, x: Any) -> Any:
     try:
         a = _tensor_to_numpy(x) if _is_tensor(x) else np.asarray(x)
     except Exception as e:  # The libraries raise errors of many kinds, and none of them names the array.
-        text = f"a {_type_name(x)} that has no values to copy: {type(e).__name__}: {shown((str(e).splitlines() or [''])[0], 3000)}"
+        reason = shown((str(e).splitlines() or [""])[0], 3000)
+        text = f"a {_type_name(x)} that has no values to copy: {type(e).__name__}: {reason}"
         raise CheckpointError(file, name, text) from e
     a = a.astype(a.dtype.newbyteorder("=")) if a.dtype.byteorder == ">" else a
     arrays.describe_template(file, name, a)
