@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxnet.checks import size_of
@@ -50,12 +52,15 @@ def dense(
         check_real(label, params)
         kernel = params["kernel"]
         check_input(label, x, width=kernel.shape[0], like=kernel)
-        # Two axes at most: then the kernel's gradient is one plain matrix product, no contraction over all batch axes.
-        flat = x if x.ndim <= 2 else x.reshape(-1, x.shape[-1])
-        if bias:
-            y = affine(flat, kernel, params["bias"], precision)
-        else:
-            y = jnp.matmul(flat, kernel, precision=precision)
-        return y.reshape(*x.shape[:-1], units)
+        return _affine_rows(x, kernel, params["bias"] if bias else None, precision)
 
     return dataclasses.replace(layer(init, fn, label=label), wide=("bias",))
+
+
+# JAX traces and differentiates a jitted function once for all layers of one shape. `inline` leaves no call in the program.
+@functools.partial(jax.jit, static_argnums=3, inline=True)
+def _affine_rows(x, kernel, bias, precision):
+    # With two axes, the gradient of the kernel is one plain matrix product, not a contraction over several axes.
+    flat = x if x.ndim <= 2 else x.reshape(-1, x.shape[-1])
+    y = jnp.matmul(flat, kernel, precision=precision) if bias is None else affine(flat, kernel, bias, precision)
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
