@@ -56,6 +56,7 @@ class Problem(NamedTuple):
       steps: of a compiled loop; fit_steps: of `fit` between two evaluations; record_steps: and between two records.
       checked: params -> what is compared.
       others: the competitors' loops.
+      rtol: how far the result may be from the expected one, relative to the largest value in it.
     """
 
     title: str
@@ -70,6 +71,7 @@ class Problem(NamedTuple):
     record_steps: int
     checked: Callable
     others: Mapping[str, Callable[[], Work]]
+    rtol: float = 2e-3
 
     @property
     def data(self):
@@ -91,7 +93,7 @@ def main(argv=None):
                 unit=problem.unit,
                 reference=reference,
                 expected=functools.partial(after, problem),
-                rtol=2e-3,
+                rtol=problem.rtol,
                 options=options,
             )
         )
@@ -179,6 +181,9 @@ def convnet_problem(rows):
         100,
         convnet.biases,
         others,
+        # In every step a few of the 1.6 million inputs of a ReLU are zero up to rounding. Each that changes its sign moves
+        # the gradient of conv2 by 2e-3, and the runs drift apart. Other batches would give another result altogether.
+        rtol=0.1,
     )
 
 
