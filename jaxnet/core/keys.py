@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from typing import Any, NoReturn
 
@@ -14,7 +15,13 @@ __all__ = ["SharedKey", "fold", "fold_all", "fold_copies", "is_threefry"]
 
 def fold(key: Any, name: str) -> Any:
     """The key of the child `name`. It depends on the name alone, so adding or removing siblings does not change it."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return _fold_in(key, np.uint32(zlib.crc32(name.encode())))
+
+
+@functools.partial(jax.jit, inline=True)
+def _fold_in(key, code):
+    # Outside of a compiled function, a jitted call takes a sixth of the time of `fold_in` itself.
+    return jax.random.fold_in(key, code)
 
 
 def fold_all(key: Any, names: list[str]) -> dict[str, Any]:
