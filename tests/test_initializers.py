@@ -133,8 +133,8 @@ with jax.log_compiles():
     compiled = [
         line.split("jit(")[1].split(")")[0] for line in done.stderr.splitlines() if "XLA compilation of" in line
     ]
-    assert set(compiled) == {"_blocks", "_threefry_fold_in", "convert_element_type"}  # two for the keys
-    assert len(compiled) == 3
+    # One program draws the numbers, the other one derives the keys of the layers.
+    assert sorted(compiled) == ["_blocks", "_fold_in"]
 
 
 def test_what_init_returns_may_be_donated():
