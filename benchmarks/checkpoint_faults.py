@@ -1,22 +1,29 @@
-"""What damage, kills and mistakes do to checkpoints of jaxnet and of others: faults injected, bad outcomes counted.
+"""What damage, kills and mistakes do to checkpoints of jaxnet and of others: faults injected, bad
+outcomes counted.
 
     python benchmarks/checkpoint_faults.py                       all that is installed
     python benchmarks/checkpoint_faults.py --only jaxnet --damages 5000
 
-Every system saves a tree of NumPy arrays (51 kB) as its documentation shows, over its last checkpoint or beside it. The
-kills and the power cut need `strace` (Linux); without it, kills come at random moments. Columns of the table:
+Every system saves a tree of NumPy arrays (51 kB) as its documentation shows, over its last
+checkpoint or beside it. The kills and the power cut need `strace` (Linux); without it, kills come
+at random moments. Columns of the table:
 
   tensor, other   one bit flipped in the bytes of the arrays, or anywhere else
   page            4 KiB at a multiple of 4 KiB zeroed
   cut             a file truncated
-                  Each: silent wrong loads / faults. 'silent': loading gave no error, and wrong values or names.
-  own, foreign    errors of the system's own type for a bad file, and any other errors, of all these faults
-  kill            SIGKILL at a system call that changes the disk, the same for each: LOST / kills that landed in the save.
+                  Each: silent wrong loads / faults. 'silent': loading gave no error, and wrong
+                  values or names.
+  own, foreign    errors of the system's own type for a bad file, and any other errors, of all these
+                  faults
+  kill            SIGKILL at a system call that changes the disk, the same for each: LOST / kills
+                  that landed in the save.
                   'LOST': afterwards neither the previous nor the new checkpoint can be loaded.
-  power           after saving has returned, files written since their last fsync are emptied (POSIX allows that): what
-                  loads, 'new', 'old' or LOST
-  limit           the system refuses to write more (RLIMIT_FSIZE, half of the largest file): what loads
-  2 writers       two processes save at once: mixed / unloadable results of so many (fewer if one dies or waits for ever)
+  power           after saving has returned, files written since their last fsync are emptied (POSIX
+                  allows that): what loads, 'new', 'old' or LOST
+  limit           the system refuses to write more (RLIMIT_FSIZE, half of the largest file): what
+                  loads
+  2 writers       two processes save at once: mixed / unloadable results of so many (fewer if one
+                  dies or waits for ever)
   template        wrong templates refused, of 16; '-': there are none
 """
 
@@ -47,16 +54,19 @@ from measure import environment, wanted
 
 # pyright: reportMissingImports=false
 
-CALLS = "write,pwrite64,writev,pwritev,pwritev2,copy_file_range,sendfile,rename,renameat,renameat2,unlink,unlinkat"
-CALLS += ",mkdir,mkdirat,rmdir,fsync,fdatasync,sync_file_range,ftruncate,fallocate,fchmod,link,linkat,symlink,symlinkat"
+CALLS = "write,pwrite64,writev,pwritev,pwritev2,copy_file_range,sendfile,rename,renameat,renameat2"
+CALLS += ",unlink,unlinkat,mkdir,mkdirat,rmdir,fsync,fdatasync,sync_file_range,ftruncate,fallocate"
+CALLS += ",fchmod,link,linkat,symlink,symlinkat"
 DAMAGES = ("tensor", "other", "page", "cut")
 SECONDS = 120  # what lasts longer hangs
 
 
 class System(NamedTuple):
-    """One way to save. `save(path, tree, step)` goes over the last checkpoint at this path or, in a folder of steps, beside it.
+    """One way to save. `save(path, tree, step)` goes over the last checkpoint at this path or, in a
+    folder of steps, beside it.
 
-    `load(path, like)` gives the newest tree; `errors` are what it raises by its own documentation for a bad file.
+    `load(path, like)` gives the newest tree; `errors` are what it raises by its own documentation
+    for a bad file.
     """
 
     save: Callable[[str, Any, int], Any]
@@ -68,7 +78,9 @@ class System(NamedTuple):
 def jaxnet_file(engine: Literal["orbax"] | None = None) -> System:
     from jaxnet.checkpoint import CheckpointError, load, save
 
-    return System(lambda path, tree, step: save(path, tree, engine=engine), load, (CheckpointError,))
+    return System(
+        lambda path, tree, step: save(path, tree, engine=engine), load, (CheckpointError,)
+    )
 
 
 def jaxnet_store(asynchronous: bool = False) -> System:
@@ -125,7 +137,9 @@ def safetensors_numpy() -> System:
     def save(path, tree, step):
         save_file(flat(tree), path)
 
-    return System(save, lambda path, like: nested(load_file(path)), (SafetensorError,), templates=False)
+    return System(
+        save, lambda path, like: nested(load_file(path)), (SafetensorError,), templates=False
+    )
 
 
 def numpy_npz() -> System:
@@ -195,13 +209,17 @@ SYSTEMS: dict[str, Callable[[], System]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- trees
+# -------------------------------------------------------------------------------------------- trees
 
 
 def tree_of(step: int) -> dict[str, Any]:
-    """51 kB of random bits, which no compression makes smaller: so the bytes of the arrays stand in every file as they are."""
+    """51 kB of random bits, which no compression makes smaller: so the bytes of the arrays stand in
+    every file as they are.
+    """
     rng = np.random.default_rng(step)
-    kernels = {f"layer{i}": {"kernel": rng.integers(0, 2**32, (64, 64), np.uint32)} for i in range(3)}
+    kernels = {
+        f"layer{i}": {"kernel": rng.integers(0, 2**32, (64, 64), np.uint32)} for i in range(3)
+    }
     return kernels | {"count": rng.integers(0, 2**31, 400, np.int32)}
 
 
@@ -227,12 +245,17 @@ def same(tree: Any, expected: dict[str, Any]) -> bool:
     """Same names, types, shapes and bits."""
     got, wanted = flat(tree), flat(expected)
     return got.keys() == wanted.keys() and all(
-        got[name].dtype == x.dtype and got[name].shape == x.shape and got[name].tobytes() == x.tobytes()
+        got[name].dtype == x.dtype
+        and got[name].shape == x.shape
+        and got[name].tobytes() == x.tobytes()
         for name, x in wanted.items()
     )
 
 
-LIKE = {key: {"kernel": np.zeros_like(x["kernel"])} if isinstance(x, dict) else x * 0 for key, x in tree_of(0).items()}
+LIKE = {
+    key: {"kernel": np.zeros_like(x["kernel"])} if isinstance(x, dict) else x * 0
+    for key, x in tree_of(0).items()
+}
 
 
 def found(system: System, path: pathlib.Path) -> str:
@@ -241,17 +264,28 @@ def found(system: System, path: pathlib.Path) -> str:
         tree = system.load(str(path), LIKE)
     except Exception:
         return "LOST"
-    return next((name for step, name in enumerate(("older", "old", "new")) if same(tree, tree_of(step))), "mixed")
+    return next(
+        (name for step, name in enumerate(("older", "old", "new")) if same(tree, tree_of(step))),
+        "mixed",
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ damage
+# ------------------------------------------------------------------------------------------- damage
 
 
-def damage(system: System, root: pathlib.Path, counts: dict[str, int], rng: random.Random) -> dict[str, Any]:
-    """Columns of the table: silent wrong loads of each kind, and how many errors were of which type."""
+def damage(
+    system: System, root: pathlib.Path, counts: dict[str, int], rng: random.Random
+) -> dict[str, Any]:
+    """Columns of the table: silent wrong loads of each kind, and how many errors were of which
+    type.
+    """
     path, tree = root / "ck", tree_of(1)
     system.save(str(path), tree, 1)
-    files = {file: file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file() and file.stat().st_size}
+    files = {
+        file: file.read_bytes()
+        for file in sorted(root.rglob("*"))
+        if file.is_file() and file.stat().st_size
+    }
     outcomes: collections.Counter = collections.Counter()
     for kind in DAMAGES:
         for _ in range(counts[kind]):
@@ -259,7 +293,9 @@ def damage(system: System, root: pathlib.Path, counts: dict[str, int], rng: rand
             file.write_bytes(bad)
             try:
                 with alarm(SECONDS):
-                    outcome = "harmless" if same(system.load(str(path), LIKE), tree) else f"silent {kind}"
+                    outcome = (
+                        "harmless" if same(system.load(str(path), LIKE), tree) else f"silent {kind}"
+                    )
             except Exception as e:
                 outcome = "own" if isinstance(e, system.errors) else "foreign"
             outcomes[outcome] += 1
@@ -273,7 +309,9 @@ def damage(system: System, root: pathlib.Path, counts: dict[str, int], rng: rand
     }
 
 
-def damaged(kind: str, files: dict[pathlib.Path, bytes], tree: Any, rng: random.Random) -> tuple[pathlib.Path, bytes]:
+def damaged(
+    kind: str, files: dict[pathlib.Path, bytes], tree: Any, rng: random.Random
+) -> tuple[pathlib.Path, bytes]:
     """A file, chosen by size, and its content with one fault."""
     for _ in range(10_000):
         file = rng.choices([*files], [len(content) for content in files.values()])[0]
@@ -295,7 +333,11 @@ def damaged(kind: str, files: dict[pathlib.Path, bytes], tree: Any, rng: random.
 def in_arrays(content: bytes, at: int, tree: Any) -> bool:
     """Whether a byte of a file is one of an array."""
     around = content[max(0, at - 8) : at + 8]
-    return any(around[i : i + 8] in x.tobytes() for x in flat(tree).values() for i in range(len(around) - 7))
+    return any(
+        around[i : i + 8] in x.tobytes()
+        for x in flat(tree).values()
+        for i in range(len(around) - 7)
+    )
 
 
 @contextlib.contextmanager
@@ -311,17 +353,22 @@ def alarm(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-# ------------------------------------------------------------------------------------------------ kills and power cuts
+# ----------------------------------------------------------------------------- kills and power cuts
 
 
 def interrupted(name: str, system: System, root: pathlib.Path, kills: int) -> dict[str, Any]:
-    """Columns of the table: what kills, a power cut after saving and a limit of the system leave."""
+    """Columns of the table: what kills, a power cut after saving and a limit of the system
+    leave.
+    """
     system.save(str(root / "before"), tree_of(1), 1)
     size = max(file.stat().st_size for file in root.rglob("*") if file.is_file())
-    trace = run(name, root, strace=["-e", "signal=none", "--seccomp-bpf"])  # the last is faster, and can inject no kill
+    # --seccomp-bpf is faster, but cannot inject a kill.
+    trace = run(name, root, strace=["-e", "signal=none", "--seccomp-bpf"])
     columns = {"power": after_power_cut(system, root, trace) if trace else "-"}
     points = kill_points(trace) if trace else []
-    chosen = [points[i * len(points) // min(kills, len(points))] for i in range(min(kills, len(points)))]
+    chosen = [
+        points[i * len(points) // min(kills, len(points))] for i in range(min(kills, len(points)))
+    ]
     outcomes = []
     for call, n in chosen:
         run(name, root, strace=["-e", f"inject={call}:signal=SIGKILL:when={n}"])
@@ -337,20 +384,25 @@ def interrupted(name: str, system: System, root: pathlib.Path, kills: int) -> di
 
 
 def run(name, root, *, strace=None, kill_after=None, limit=0) -> list[str]:
-    """Save step 2 in a process of its own, over a copy of step 1; returns the trace of its calls, if there is one."""
+    """Save step 2 in a process of its own, over a copy of step 1; returns the trace of its calls,
+    if there is one.
+    """
     for path in (root / "begin", root / "end", *root.glob("ck*")):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    for path in root.glob("before*"):  # some have more than one file or folder, with names that begin alike
+    # Some systems write more than one file or folder, with names that begin alike.
+    for path in root.glob("before*"):
         copy = shutil.copytree if path.is_dir() else shutil.copy
         copy(path, root / path.name.replace("before", "ck"))
     command = [sys.executable, "-B", __file__, "--save", name, str(root), "--limit", str(limit)]
     if strace is not None and shutil.which("strace"):
         options = ["-f", "-qq", "-y", "-o", str(root / "trace"), "-e", f"trace={CALLS}"]
         command = ["strace", *options, *strace, *command]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     if kill_after is not None:
         while process.poll() is None and not (root / "begin").exists():
             time.sleep(0.001)
@@ -373,14 +425,18 @@ def found_after_kill(system: System, root: pathlib.Path) -> str:
 
 
 def calls_of(trace: list[str]) -> Iterator[tuple[str, str, str]]:
-    """(thread, call, arguments and result), without the ends of calls that are shown in two parts."""
+    """(thread, call, arguments and result), without the ends of calls that are shown in two
+    parts.
+    """
     for line in trace:
         if match := re.match(r"(\d+) +(\w+)\((.*)", line):
             yield match[1], match[2], match[3]
 
 
 def kill_points(trace: list[str]) -> list[tuple[str, int]]:
-    """(call, n) for each call between the two marks: strace counts the calls of one name in each thread."""
+    """(call, n) for each call between the two marks: strace counts the calls of one name in each
+    thread.
+    """
     counts: collections.Counter = collections.Counter()
     points, inside = {}, False
     for thread, call, rest in calls_of(trace):
@@ -402,7 +458,9 @@ def after_power_cut(system: System, root: pathlib.Path, trace: list[str]) -> str
         elif call.startswith("rename") and len(names) == 2:
             old, new = names
             moved = {path for path in dirty if path == old or path.startswith(f"{old}/")}
-            dirty = {path for path in dirty - moved if path != new} | {new + path[len(old) :] for path in moved}
+            dirty = {path for path in dirty - moved if path != new} | {
+                new + path[len(old) :] for path in moved
+            }
         elif re.search("write|copy|fallocate|ftruncate", call) and descriptor:
             dirty.add(descriptor[1])
     for path in map(pathlib.Path, dirty):
@@ -411,21 +469,28 @@ def after_power_cut(system: System, root: pathlib.Path, trace: list[str]) -> str
     return found(system, root / "ck")
 
 
-# --------------------------------------------------------------------------------------- two writers, wrong templates
+# --------------------------------------------------------------------- two writers, wrong templates
 
 
 def two_writers(name: str, system: System, root: pathlib.Path, count: int) -> dict[str, Any]:
-    """Two processes save the trees of step 1 and 2 at once, each `count` times, to as many paths with an older one."""
+    """Two processes save the trees of step 1 and 2 at once, each `count` times, to as many paths
+    with an older one.
+    """
     for i in range(count):
         (root / str(i)).mkdir()
         system.save(str(root / str(i) / "ck"), tree_of(0), 0)
     command = [sys.executable, __file__, "--write", name, str(root), str(count)]
     writers = [
-        subprocess.Popen([*command, str(step)], stdin=-1, stdout=-1, stderr=-3, text=True, bufsize=1) for step in (1, 2)
+        subprocess.Popen(
+            [*command, str(step)], stdin=-1, stdout=-1, stderr=-3, text=True, bufsize=1
+        )
+        for step in (1, 2)
     ]
     rounds = -1  # the first line of a writer says that it is ready
     with contextlib.suppress(TimeoutError, BrokenPipeError), alarm(SECONDS):
-        while rounds < count and all(writer.stdout and writer.stdout.readline() for writer in writers):
+        while rounds < count and all(
+            writer.stdout and writer.stdout.readline() for writer in writers
+        ):
             rounds += 1
             for writer in writers:
                 print("go", file=writer.stdin, flush=True)
@@ -442,7 +507,8 @@ def write(system: System, root: str, count: int, step: int):
     for i in range(count):
         print("ready", flush=True)
         input()
-        with contextlib.suppress(Exception), alarm(5):  # that one of two writers gives up, or waits, is no fault
+        # It is not a fault if one of two writers gives up, or waits.
+        with contextlib.suppress(Exception), alarm(5):
             system.save(f"{root}/{i}/ck", tree, step)
     print("done", flush=True)
     input()
@@ -491,15 +557,23 @@ def mismatches(system: System, root: pathlib.Path) -> dict[str, Any]:
     return {"template": f"{refused}/{len(templates)}"}
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def row_of(name: str, options: argparse.Namespace) -> dict[str, str]:
     """All columns of one system, or the problem it had."""
-    counts = {"tensor": options.damages, "other": options.damages, "page": options.pages, "cut": options.pages}
+    counts = {
+        "tensor": options.damages,
+        "other": options.damages,
+        "page": options.pages,
+        "cut": options.pages,
+    }
     row = {"system": name, "problem": ""}
     with tempfile.TemporaryDirectory() as folder:
-        roots = [pathlib.Path(folder).resolve() / part for part in ("damage", "kill", "writers", "templates")]
+        roots = [
+            pathlib.Path(folder).resolve() / part
+            for part in ("damage", "kill", "writers", "templates")
+        ]
         for root in roots:
             root.mkdir()
         try:
@@ -520,26 +594,46 @@ def format_rows(rows: list[dict[str, str]]) -> str:
     titles = list(dict.fromkeys(title for row in rows if not row["problem"] for title in row))
     titles = [title for title in titles if title not in ("system", "problem")]
     wide = max(len(row["system"]) for row in rows)
-    widths = [max([len(title), *(len(row[title]) for row in rows if not row["problem"])]) for title in titles]
+    widths = [
+        max([len(title), *(len(row[title]) for row in rows if not row["problem"])])
+        for title in titles
+    ]
     lines = [" " * wide + "  " + "  ".join(map(str.rjust, titles, widths))]
     for row in rows:
         cells = (
-            "  ".join(str.rjust(row[t], w) for t, w in zip(titles, widths, strict=True)) if not row["problem"] else ""
+            "  ".join(str.rjust(row[t], w) for t, w in zip(titles, widths, strict=True))
+            if not row["problem"]
+            else ""
         )
         lines.append(f"{row['system']:{wide}}  {cells or row['problem']}")
     return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--damages", type=int, default=50, help="bit flips of each kind (default: %(default)s)")
-    parser.add_argument(
-        "--pages", type=int, default=20, help="zeroed pages and truncations, each (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=40, help="at most so many kills (default: %(default)s)")
-    parser.add_argument("--writers", type=int, default=20, help="saves of two at once (default: %(default)s)")
-    parser.add_argument("--only", action="append", metavar="NAME", help="those systems with this in the name")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the table to a file, too")
+    parser.add_argument(
+        "--damages", type=int, default=50, help="bit flips of each kind (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pages",
+        type=int,
+        default=20,
+        help="zeroed pages and truncations, each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kills", type=int, default=40, help="at most so many kills (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--writers", type=int, default=20, help="saves of two at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="those systems with this in the name"
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="write the table to a file, too"
+    )
     parser.add_argument("--save", nargs=2, help=argparse.SUPPRESS)  # what the program starts itself
     parser.add_argument("--write", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, help=argparse.SUPPRESS)

@@ -1,12 +1,14 @@
-"""What it costs to save a tree until it is safe on the disk, and to load it: beside other formats and the disk alone.
+"""What it costs to save a tree until it is safe on the disk, and to load it: beside other formats
+and the disk alone.
 
-    python benchmarks/checkpoints.py                      (three sizes; the peak memory of the largest)
+    python benchmarks/checkpoints.py      (three sizes; the peak memory of the largest)
     python benchmarks/checkpoints.py --megabytes 1000 --folder /some/disk
 
-Wall-clock time on all cores, since waiting for a disk takes no CPU seconds. jaxnet's `save` returns when a power cut
-would lose nothing. The others are measured as their documentation shows them, and again with what they leave to the
-caller ("durable": a temporary name, fsync, rename, fsync of the folder). Each file is loaded and compared with the tree
-before anything is timed, and is in the page cache when it is read.
+Wall-clock time on all cores, since waiting for a disk takes no CPU seconds. jaxnet's `save` returns
+when a power cut would lose nothing. The others are measured as their documentation shows them, and
+again with what they leave to the caller ("durable": a temporary name, fsync, rename, fsync of the
+folder). Each file is loaded and compared with the tree before anything is timed, and is in the page
+cache when it is read.
 """
 
 from __future__ import annotations
@@ -31,10 +33,14 @@ from startup import child
 # pyright: reportMissingImports=false
 
 DISK = "the disk alone"
-RETURNS, WRITTEN = "jaxnet, asynchronous: until save returns", "jaxnet, asynchronous: until it is on the disk"
+RETURNS, WRITTEN = (
+    "jaxnet, asynchronous: until save returns",
+    "jaxnet, asynchronous: until it is on the disk",
+)
 BY_ORBAX = "jaxnet, engine='orbax'"
 PEAK = "peak / tree"
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # glibc then gives back what is freed, so that peaks can be compared
+# With it, glibc gives back freed memory, so that peaks can be compared.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 
 
 class Format(NamedTuple):
@@ -55,37 +61,57 @@ def main(argv=None):
     for title, (leaves, size) in trees.items():
         with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=options.folder) as folder:
             tree = make_tree(leaves, size)
-            durable = [f"{name}, durable" for name in FORMATS if name not in (DISK, "jaxnet", BY_ORBAX)]
+            durable = [
+                f"{name}, durable" for name in FORMATS if name not in (DISK, "jaxnet", BY_ORBAX)
+            ]
             saves = {name: sample(save_work, name, tree, folder) for name in [*FORMATS, *durable]}
-            saves |= {name: sample(asynchronous_work, name, tree, folder) for name in (RETURNS, WRITTEN)}
+            saves |= {
+                name: sample(asynchronous_work, name, tree, folder) for name in (RETURNS, WRITTEN)
+            }
             loads = {name: sample(load_work, name, tree, folder) for name in FORMATS}
             for what, samples in {"save": saves, "load": loads}.items():
-                rows = [Row(name) for name in samples if name == DISK or measure.wanted(name, options)]
+                rows = [
+                    Row(name) for name in samples if name == DISK or measure.wanted(name, options)
+                ]
                 measure.interleave(rows, samples, reference=DISK, options=options)
                 if title == list(trees)[-1]:
                     for row in rows:
                         if row.name in FORMATS and row.name != DISK and not row.problem:
-                            call = f"print_peak({what!r}, {row.name!r}, {leaves}, {size}, {folder!r})"
-                            row.others[PEAK] = [float(child(f"import checkpoints; checkpoints.{call}", **ALLOCATOR))]
+                            call = (
+                                f"print_peak({what!r}, {row.name!r}, {leaves}, {size}, {folder!r})"
+                            )
+                            row.others[PEAK] = [
+                                float(child(f"import checkpoints; checkpoints.{call}", **ALLOCATOR))
+                            ]
                 tables.append(Table(f"{what.capitalize()} {title}", what, "ms", DISK, rows))
     measure.publish(options, *tables)
 
 
 def add_flags(parser):
     parser.set_defaults(wall=True, cores=0)
-    parser.add_argument("--leaves", type=int, default=2000, help="of the tree of many leaves (default: %(default)s)")
-    parser.add_argument("--megabytes", type=int, default=200, help="of the large tree (default: %(default)s)")
-    parser.add_argument("--folder", default=".", help="on the disk to be measured (default: the current folder)")
+    parser.add_argument(
+        "--leaves", type=int, default=2000, help="of the tree of many leaves (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--megabytes", type=int, default=200, help="of the large tree (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--folder", default=".", help="on the disk to be measured (default: the current folder)"
+    )
 
 
 def make_tree(leaves: int, size: int) -> dict[str, Any]:
     """Arrays of `size` float32s, in dicts of ten."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.random(size, np.float32)).block_until_ready() for _ in range(leaves)]
-    return {f"layer_{i}": {f"leaf_{j}": x for j, x in enumerate(arrays[i : i + 10])} for i in range(0, leaves, 10)}
+    return {
+        f"layer_{i}": {f"leaf_{j}": x for j, x in enumerate(arrays[i : i + 10])}
+        for i in range(0, leaves, 10)
+    }
 
 
-# What is timed. Each function prepares outside the clock; it returns what is called inside, and what after it.
+# What is timed. Each function prepares outside the clock; it returns what is called inside, and
+# what after it.
 
 
 def save_work(name: str, tree: Any, folder: str):
@@ -122,7 +148,9 @@ def asynchronous_work(name: str, tree: Any, folder: str):
 
 
 def sample(prepare: Callable, *arguments: Any) -> Callable[[], float]:
-    """() -> seconds a call of the work that `prepare` makes when this is called for the first time."""
+    """() -> seconds a call of the work that `prepare` makes when this is called for the first
+    time.
+    """
     work = functools.cache(lambda: prepare(*arguments))
 
     def seconds() -> float:
@@ -154,10 +182,19 @@ def check(result: Any, tree: Any) -> None:
 
 
 def save_durably(save: Callable, path: str, tree: Any) -> None:
-    """Save under another name, wait for the disk, and put the file or folder in the old one's place."""
+    """Save under another name, wait for the disk, and put the file or folder in the old one's
+    place.
+    """
     new, old = f"{path}.new", f"{path}.old"
     save(new, tree)
-    sync(new, *(os.path.join(root, name) for root, folders, files in os.walk(new) for name in [*folders, *files]))
+    sync(
+        new,
+        *(
+            os.path.join(root, name)
+            for root, folders, files in os.walk(new)
+            for name in [*folders, *files]
+        ),
+    )
     if os.path.isdir(path):
         os.replace(path, old)
     os.replace(new, path)
@@ -173,23 +210,30 @@ def sync(*paths: str) -> None:
 
 
 def print_peak(what: str, name: str, leaves: int, size: int, folder: str) -> None:
-    """In the child: print the most memory that a tree and its saving, or loading, take, in sizes of the tree."""
+    """In the child: print the most memory that a tree and its saving, or loading, take, in sizes of
+    the tree.
+    """
     save, load = FORMATS[name]()
     path, small = file_of(f"{name} small", folder), make_tree(2, 1000)
     save(path, small)
     load(path, shapes(small))
     tree = make_tree(leaves, size if what == "save" else 1)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size,), x.dtype, sharding=x.sharding), tree)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins again, at what is in use now
+    # The peak begins again, at the memory in use now.
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    result = save(file_of(name, folder), tree) if what == "save" else load(file_of(name, folder), like)
+    result = (
+        save(file_of(name, folder), tree) if what == "save" else load(file_of(name, folder), like)
+    )
     jax.block_until_ready(result)
     print((what == "save") + (memory("VmHWM") - before) / (4 * leaves * size))
 
 
 def memory(what: str) -> int:
     """Bytes, as Linux counts them for this process."""
-    return 1024 * int(re.findall(rf"{what}:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())[0])
+    return 1024 * int(
+        re.findall(rf"{what}:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())[0]
+    )
 
 
 # The formats: each function imports what it needs.
@@ -202,7 +246,9 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def unflat(arrays: Any, like: Any) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in flat(like)])
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in flat(like)]
+    )
 
 
 def jaxnet():
@@ -230,7 +276,9 @@ def disk():
                 data = data[file.write(data) :]
 
     def read(path, like):
-        return np.split(np.frombuffer(pathlib.Path(path).read_bytes(), np.float32), len(jax.tree.leaves(like)))
+        return np.split(
+            np.frombuffer(pathlib.Path(path).read_bytes(), np.float32), len(jax.tree.leaves(like))
+        )
 
     return Format(functools.partial(save_durably, write), read)
 
@@ -238,7 +286,10 @@ def disk():
 def safetensors():
     from safetensors.flax import load_file, save_file
 
-    return Format(lambda path, tree: save_file(flat(tree), path), lambda path, like: unflat(load_file(path), like))
+    return Format(
+        lambda path, tree: save_file(flat(tree), path),
+        lambda path, like: unflat(load_file(path), like),
+    )
 
 
 def npz():
@@ -282,7 +333,9 @@ def flax():
     def save(path, tree):
         pathlib.Path(path).write_bytes(serialization.to_bytes(tree))
 
-    return Format(save, lambda path, like: serialization.from_bytes(like, pathlib.Path(path).read_bytes()))
+    return Format(
+        save, lambda path, like: serialization.from_bytes(like, pathlib.Path(path).read_bytes())
+    )
 
 
 def orbax():

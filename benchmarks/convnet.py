@@ -1,10 +1,12 @@
-"""A convnet for 28x28 images: conv 3x3x32, pool, conv 3x3x64, pool, dense 128, dense 10; batch 64, plain SGD.
+"""A convnet for 28x28 images: conv 3x3x32, pool, conv 3x3x64, pool, dense 128, dense 10; batch 64,
+plain SGD.
 
     python benchmarks/convnet.py
 
-On a CPU the same convolution may cost a multiple inside a compiled loop, so the form of the code decides. "in a loop" is
-one compiled call for all steps, everything else a call a step. Synthetic data; all start from the same weights, and the
-biases of all four layers after the steps are checked against the plainest form.
+On a CPU the same convolution may cost a multiple inside a compiled loop, so the form of the code
+decides. "in a loop" is one compiled call for all steps, everything else a call a step. Synthetic
+data; all start from the same weights, and the biases of all four layers after the steps are checked
+against the plainest form.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ from peers import Feed
 # pyright: reportMissingImports=false
 
 BATCH, STEPS, RATE = 64, 5, 0.05
-LAYERS = {"conv1": (3, 3, 1, 32), "conv2": (3, 3, 32, 64), "hidden": (7 * 7 * 64, 128), "output": (128, 10)}
+LAYERS = {
+    "conv1": (3, 3, 1, 32),
+    "conv2": (3, 3, 32, 64),
+    "hidden": (7 * 7 * 64, 128),
+    "output": (128, 10),
+}
 RANDOM = np.random.default_rng(0)
 X = RANDOM.random((BATCH, 28, 28, 1), np.float32)
 Y = RANDOM.integers(0, 10, BATCH).astype(np.int32)
@@ -32,7 +39,9 @@ FEED = Feed(X, Y, BATCH, STEPS)
 TILED = Feed(np.tile(X, (STEPS, 1, 1, 1)), np.tile(Y, STEPS), BATCH)  # the same steps as one epoch
 START = {
     name: {
-        "kernel": (RANDOM.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1]))).astype(np.float32),
+        "kernel": (RANDOM.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1]))).astype(
+            np.float32
+        ),
         "bias": np.zeros(shape[-1], np.float32),
     }
     for name, shape in LAYERS.items()
@@ -73,12 +82,16 @@ def biases_after(steps):
 
 
 def plain_conv(x, kernel):
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 @jax.custom_vjp
 def canonical_conv(x, kernel):
-    """A convolution whose gradients are plain convolutions, too, of operands that are transposed beforehand."""
+    """A convolution whose gradients are plain convolutions, too, of operands that are transposed
+    beforehand.
+    """
     return plain_conv(x, kernel)
 
 
@@ -87,7 +100,9 @@ def canonical_backward(residuals, dy):
     dx = plain_conv(dy, kernel[::-1, ::-1].transpose(0, 1, 3, 2))
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     x, dy = padded.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
-    dk = jax.lax.conv_general_dilated(x, dy, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    dk = jax.lax.conv_general_dilated(
+        x, dy, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     return dx, dk.transpose(1, 2, 0, 3)
 
 
@@ -98,7 +113,9 @@ def im2col_conv(x, kernel):
     """One matrix product of all 3x3 patches."""
     (_, h, w, _), n = x.shape, kernel.shape[-1]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    patches = jnp.concatenate([padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], -1)
+    patches = jnp.concatenate(
+        [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], -1
+    )
     return (patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, n)).reshape(-1, h, w, n)
 
 
@@ -175,14 +192,18 @@ def jaxnet_work(loop):
     data = jnp.asarray(X), jnp.asarray(Y)
     run = jax.jit(train_steps(step, BATCH, STEPS) if loop else step, donate_argnums=0)
     work = {"steps": STEPS} if loop else {"calls": STEPS}
-    return carried(lambda state: run(state, data)[0], state, lambda state: biases(state.params), **work)
+    return carried(
+        lambda state: run(state, data)[0], state, lambda state: biases(state.params), **work
+    )
 
 
 # The peers
 
 
 def chw_kernels():
-    """Kernels as channel-first frameworks have them: OIHW, and (out, in) with the features in the order C, H, W."""
+    """Kernels as channel-first frameworks have them: OIHW, and (out, in) with the features in the
+    order C, H, W.
+    """
     kernels = {name: layer["kernel"] for name, layer in START.items()}
     hidden = kernels["hidden"].reshape(7, 7, 64, 128).transpose(3, 2, 0, 1).reshape(128, -1)
     convs = [kernels[name].transpose(3, 2, 0, 1) for name in ("conv1", "conv2")]
@@ -216,8 +237,15 @@ def equinox(feed=FEED):
         return [net.conv1, net.conv2, net.hidden, net.output]
 
     net = Net(jax.random.key(0))
-    for part, values in {"weight": chw_kernels(), "bias": [layer.bias * 0 for layer in layers(net)]}.items():
-        net = eqx.tree_at(lambda net, p=part: [getattr(x, p) for x in layers(net)], net, [jnp.array(v) for v in values])
+    for part, values in {
+        "weight": chw_kernels(),
+        "bias": [layer.bias * 0 for layer in layers(net)],
+    }.items():
+        net = eqx.tree_at(
+            lambda net, p=part: [getattr(x, p) for x in layers(net)],
+            net,
+            [jnp.array(v) for v in values],
+        )
     feed = feed._replace(x=feed.x.transpose(0, 3, 1, 2))
     result = lambda net: [layer.bias.ravel() for layer in layers(net)]  # noqa: E731
     return peers.equinox(net, cross_entropy, optax.sgd(RATE), feed, result)
@@ -266,7 +294,9 @@ def haiku(feed=FEED):
     def forward(x):
         x = hk.MaxPool(2, 2, "VALID")(jax.nn.relu(hk.Conv2D(32, 3, name="conv1")(x)))
         x = hk.MaxPool(2, 2, "VALID")(jax.nn.relu(hk.Conv2D(64, 3, name="conv2")(x)))
-        return hk.Linear(10, name="output")(jax.nn.relu(hk.Linear(128, name="hidden")(hk.Flatten()(x))))
+        return hk.Linear(10, name="output")(
+            jax.nn.relu(hk.Linear(128, name="hidden")(hk.Flatten()(x)))
+        )
 
     params = {name: {"w": layer["kernel"], "b": layer["bias"]} for name, layer in START.items()}
     result = lambda params: [params[name]["b"] for name in LAYERS]  # noqa: E731
@@ -292,7 +322,9 @@ def keras(feed=TILED, *, shuffle=False):
     )
     net.set_weights([w for layer in START.values() for w in (layer["kernel"], layer["bias"])])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    return peers.keras(net, loss, keras.optimizers.SGD(RATE), feed, lambda weights: weights[1::2], shuffle=shuffle)
+    return peers.keras(
+        net, loss, keras.optimizers.SGD(RATE), feed, lambda weights: weights[1::2], shuffle=shuffle
+    )
 
 
 def torch(feed=FEED, *, channels_last=False, loader=False):
@@ -317,7 +349,9 @@ def torch(feed=FEED, *, channels_last=False, loader=False):
     feed = feed._replace(x=x, y=y)
     parameters = list(net.parameters())
     with torch.no_grad():
-        for kernel, bias, value in zip(parameters[::2], parameters[1::2], chw_kernels(), strict=True):
+        for kernel, bias, value in zip(
+            parameters[::2], parameters[1::2], chw_kernels(), strict=True
+        ):
             kernel.copy_(torch.tensor(value))
             bias.zero_()
     optimizer = torch.optim.SGD(parameters, lr=RATE)

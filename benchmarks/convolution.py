@@ -1,10 +1,12 @@
-"""Convolution and pooling, forward and all gradients, inside and outside of a compiled loop, against plain `jax.lax`.
+"""Convolution and pooling, forward and all gradients, inside and outside of a compiled loop,
+against plain `jax.lax`.
 
     python benchmarks/convolution.py [--only depthwise] [--cores 0 --wall]
 
-A step computes y = op(x, kernel), the gradients of sum(y^2) / 2 with respect to x and kernel, and moves the kernel. "loop"
-is a `lax.scan` over the steps in one compiled call, "step" one compiled call a step. What jax.lax does in a loop is
-measured for few steps only: it may take 100 times longer.
+A step computes y = op(x, kernel), the gradients of sum(y^2) / 2 with respect to x and kernel, and
+moves the kernel. "loop" is a `lax.scan` over the steps in one compiled call, "step" one compiled
+call a step. What jax.lax does in a loop is measured for few steps only: it may take 100 times
+longer.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ CASES = {
     "dilation 2: 32x16x16, 32 -> 32, 3x3": Case(32, (16, 16), 32, 32, 3, padding=2, dilation=2),
     "4 groups: 32x16x16, 64 -> 64, 3x3": Case(32, (16, 16), 64, 64, 3, padding=1, groups=4),
     "depthwise: 32x16x16, 64, 3x3": Case(32, (16, 16), 64, 64, 3, padding=1, groups=64),
-    "depthwise, stride 2: 32x16x16, 64, 3x3": Case(32, (16, 16), 64, 64, 3, stride=2, padding=1, groups=64),
+    "depthwise, stride 2: 32x16x16, 64, 3x3": Case(
+        32, (16, 16), 64, 64, 3, stride=2, padding=1, groups=64
+    ),
     "depthwise: 16x16x16, 64, 7x7": Case(16, (16, 16), 64, 64, 7, padding=3, groups=64),
     "depthwise: 4x32x32, 32, 31x31": Case(4, (32, 32), 32, 32, 31, padding=15, groups=32),
     "1-d, depthwise: 8x512, 32, 255": Case(8, (512,), 32, 32, 255, padding=127, groups=32),
@@ -72,9 +76,14 @@ COLUMNS = ("ours, loop", "ours, step", "lax, loop", "lax, step", "PyTorch")
 def main(argv=None):
     options = measure.arguments(__doc__, rounds=7, seconds=20, argv=argv)
     only, options.only = options.only, None  # names cases here
-    names = [name for name in CASES if not only or any(part.lower() in name.lower() for part in only)]
+    names = [
+        name for name in CASES if not only or any(part.lower() in name.lower() for part in only)
+    ]
     measure.publish(options)
-    print("\nms a step, median [quartiles]; steps in a loop to steps outside; ours to jax.lax outside\n")
+    print(
+        "\nms a step, median [quartiles]; steps in a loop to steps outside; ours to jax.lax "
+        "outside\n"
+    )
     print("".join([f"{'':40}", *(f"{column:>26}" for column in COLUMNS), "  loop/step  ours/lax"]))
     tables = [compare(name, CASES[name], options) for name in names]
     if options.json:
@@ -90,12 +99,23 @@ def compare(name: str, case: Case, options) -> measure.Table:
         "lax, step": functools.partial(by_step, plain(case), case),
         "PyTorch": functools.partial(in_torch, case, options.cores),
     }
-    table = measure.compare(name, competitors, per="step", unit="ms", reference="ours, step", options=options)
+    table = measure.compare(
+        name, competitors, per="step", unit="ms", reference="ours, step", options=options
+    )
     seconds = {row.name: measure.quartiles(row.seconds) for row in table.rows}
-    cells = [f"{1e3 * m:8.2f} [{1e3 * low:6.2f}, {1e3 * high:6.2f}]" for low, m, high in (seconds[c] for c in COLUMNS)]
+    cells = [
+        f"{1e3 * m:8.2f} [{1e3 * low:6.2f}, {1e3 * high:6.2f}]"
+        for low, m, high in (seconds[c] for c in COLUMNS)
+    ]
     loop, step, _, lax_step, _ = (seconds[column][1] for column in COLUMNS)
     print(
-        "".join([f"{name:40}", *(f"{cell:>26}" for cell in cells), f"{loop / step:11.2f}{step / lax_step:10.2f}"]),
+        "".join(
+            [
+                f"{name:40}",
+                *(f"{cell:>26}" for cell in cells),
+                f"{loop / step:11.2f}{step / lax_step:10.2f}",
+            ]
+        ),
         flush=True,
     )
     for row in table.rows:
@@ -106,8 +126,12 @@ def compare(name: str, case: Case, options) -> measure.Table:
 
 def ours(case: Case) -> Callable:
     if case.pool:
-        return lambda x, kernel: kernel * ops.max_pool(x, case.window, strides=case.stride, padding=case.padding)
-    options = dict(strides=case.stride, padding=case.padding, dilation=case.dilation, groups=case.groups)
+        return lambda x, kernel: (
+            kernel * ops.max_pool(x, case.window, strides=case.stride, padding=case.padding)
+        )
+    options = dict(
+        strides=case.stride, padding=case.padding, dilation=case.dilation, groups=case.groups
+    )
     return functools.partial(ops.convolve, **options)
 
 
@@ -116,8 +140,14 @@ def plain(case: Case) -> Callable:
     n = len(case.sizes)
     pads, strides = [(case.padding, case.padding)] * n, (case.stride,) * n
     if case.pool:
-        pads, strides, window = [(0, 0), *pads, (0, 0)], (1, *strides, 1), (1, *(case.window,) * n, 1)
-        return lambda x, kernel: kernel * lax.reduce_window(x, -jnp.inf, lax.max, window, strides, pads)
+        pads, strides, window = (
+            [(0, 0), *pads, (0, 0)],
+            (1, *strides, 1),
+            (1, *(case.window,) * n, 1),
+        )
+        return lambda x, kernel: (
+            kernel * lax.reduce_window(x, -jnp.inf, lax.max, window, strides, pads)
+        )
     axes = "DHW"[-n:]
     return lambda x, kernel: lax.conv_general_dilated(
         x,
@@ -135,12 +165,18 @@ def inputs(case: Case, order: str = "last"):
     random = np.random.default_rng(0)
     x = random.normal(size=(STEPS, case.batch, *case.sizes, case.channels)).astype(np.float32)
     shape = (case.window,) * len(case.sizes) + (case.channels // case.groups, case.features)
-    kernel = np.float32(1) if case.pool else random.normal(size=shape).astype(np.float32) / np.sqrt(np.prod(shape[:-1]))
+    kernel = (
+        np.float32(1)
+        if case.pool
+        else random.normal(size=shape).astype(np.float32) / np.sqrt(np.prod(shape[:-1]))
+    )
     return x, np.asarray(kernel, np.float32)
 
 
 def make_step(op: Callable) -> Callable:
-    """A step of a `scan`: every step has other inputs and another kernel, or XLA would compute what is common only once."""
+    """A step of a `scan`: every step has other inputs and another kernel, or XLA would compute what
+    is common only once.
+    """
 
     def step(carry, x):
         kernel, _ = carry
@@ -153,7 +189,9 @@ def make_step(op: Callable) -> Callable:
 
 def in_loop(op: Callable, case: Case) -> measure.Work:
     xs, kernel = jax.device_put(inputs(case))
-    run = jax.jit(lambda kernel, xs: lax.scan(make_step(op), (kernel, jnp.zeros_like(xs[0])), xs)[0])
+    run = jax.jit(
+        lambda kernel, xs: lax.scan(make_step(op), (kernel, jnp.zeros_like(xs[0])), xs)[0]
+    )
     return measure.Work(lambda: run(kernel, xs), STEPS)
 
 
@@ -178,7 +216,9 @@ def in_torch(case: Case, cores: int) -> measure.Work:
     n = len(case.sizes)
     layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(n, torch.contiguous_format)
     xs, kernel = inputs(case)
-    batches = [torch.tensor(np.moveaxis(x, -1, 1)).to(memory_format=layout).requires_grad_() for x in xs]
+    batches = [
+        torch.tensor(np.moveaxis(x, -1, 1)).to(memory_format=layout).requires_grad_() for x in xs
+    ]
     if not case.pool:
         kernel = np.ascontiguousarray(np.moveaxis(kernel, (-1, -2), (0, 1)))
     start = torch.tensor(kernel)
@@ -187,7 +227,9 @@ def in_torch(case: Case, cores: int) -> measure.Work:
 
     def op(x, kernel):
         if case.pool:
-            return kernel * getattr(functional, f"max_pool{n}d")(x, case.window, case.stride, case.padding)
+            return kernel * getattr(functional, f"max_pool{n}d")(
+                x, case.window, case.stride, case.padding
+            )
         options = (case.stride, case.padding, case.dilation, case.groups)
         return getattr(functional, f"conv{n}d")(x, kernel, None, *options)
 

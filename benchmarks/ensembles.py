@@ -1,13 +1,16 @@
-"""Many trainings at once: M members, each with its own weights, order of the data and learning rate, as one call or as many.
+"""Many trainings at once: M members, each with its own weights, order of the data and learning
+rate, as one call or as many.
 
-    python benchmarks/ensembles.py                          CPU time on one core, a quarter of an hour of it
-    python benchmarks/ensembles.py --cores 0 --wall         wall-clock time on all cores
+    python benchmarks/ensembles.py                       CPU time on one core, 15 minutes
+    python benchmarks/ensembles.py --cores 0 --wall      wall-clock time on all cores
     python benchmarks/ensembles.py --network 64-32-10 --batch 32 --optimizer adam --members 64
 
-A member trains a multilayer perceptron (tanh, squared error) for some steps on batches of 1,024 random examples, drawn anew by
-`jaxnet.train.train_steps`. Times are those of one step of one member, so a table says what a further member costs. All
-forms start from the same weights, and their results are compared with those of the Python loop. `vmap` of a run is, as JAX
-maps loops, one loop over the mapped step. The last table sums up: the time of each form as a multiple of the fastest one's.
+A member trains a multilayer perceptron (tanh, squared error) for some steps on batches of 1,024
+random examples, drawn anew by `jaxnet.train.train_steps`. Times are those of one step of one
+member, so a table says what a further member costs. All forms start from the same weights, and
+their results are compared with those of the Python loop. `vmap` of a run is, as JAX maps loops, one
+loop over the mapped step. The last table sums up: the time of each form as a multiple of the
+fastest one's.
 """
 
 from __future__ import annotations
@@ -25,7 +28,16 @@ from measure import Work
 from jaxnet import chain, dense
 from jaxnet.train import many, train_state, train_step, train_steps
 
-NETWORKS = ("2-2-1", "2-16-1", "16-16-1", "8-32-4", "64-32-10", "64-128-10", "64-256-128-10", "784-256-128-10")
+NETWORKS = (
+    "2-2-1",
+    "2-16-1",
+    "16-16-1",
+    "8-32-4",
+    "64-32-10",
+    "64-128-10",
+    "64-256-128-10",
+    "784-256-128-10",
+)
 BATCHES = (4, 128)
 OPTIMIZERS = {"sgd": lambda rate: rate, "adam": optax.adam}
 EXAMPLES = 1024
@@ -34,14 +46,30 @@ EXAMPLES = 1024
 def main(argv=None):
     def add(parser):
         batches = ", ".join(map(str, BATCHES))
-        parser.add_argument("--network", action="append", choices=NETWORKS, help="these only (default: all)")
-        parser.add_argument("--batch", action="append", type=int, metavar="B", help=f"these only (default: {batches})")
-        parser.add_argument("--optimizer", action="append", choices=OPTIMIZERS, help="this only (default: both)")
-        parser.add_argument("--members", type=int, default=256, help="networks to train (default: %(default)s)")
-        parser.add_argument("--work", type=float, default=1e8, help="multiply-adds a call (default: %(default)g)")
+        parser.add_argument(
+            "--network", action="append", choices=NETWORKS, help="these only (default: all)"
+        )
+        parser.add_argument(
+            "--batch",
+            action="append",
+            type=int,
+            metavar="B",
+            help=f"these only (default: {batches})",
+        )
+        parser.add_argument(
+            "--optimizer", action="append", choices=OPTIMIZERS, help="this only (default: both)"
+        )
+        parser.add_argument(
+            "--members", type=int, default=256, help="networks to train (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--work", type=float, default=1e8, help="multiply-adds a call (default: %(default)g)"
+        )
 
     options = measure.arguments(__doc__, rounds=5, seconds=10.0, add=add, argv=argv)
-    cases = itertools.product(options.network or NETWORKS, options.batch or BATCHES, options.optimizer or OPTIMIZERS)
+    cases = itertools.product(
+        options.network or NETWORKS, options.batch or BATCHES, options.optimizer or OPTIMIZERS
+    )
     tables = {case: compare(*case, options) for case in cases}
     measure.publish(options, *tables.values())
     print(f"\n{summary(tables, options)}")
@@ -87,7 +115,9 @@ def last_kernel(params):
 
 
 def summary(tables, options):
-    """All tables as one: a line for each case, a column for each form, its time as a multiple of the fastest one's."""
+    """All tables as one: a line for each case, a column for each form, its time as a multiple of
+    the fastest one's.
+    """
     names = [row.name for row in next(iter(tables.values())).rows]
     lines = [["", *names]]
     for (network, batch, optimizer), table in tables.items():
@@ -95,12 +125,18 @@ def summary(tables, options):
         cells = [f"{value / np.nanmin(seconds):.2f}" for value in seconds]
         lines.append([f"{network}, batch {batch}, {optimizer}", *cells])
     wide = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join([line[0].ljust(wide[0]), *map(str.rjust, line[1:], wide[1:])]) for line in lines]
-    return "\n".join([f"{options.members} members: time as a multiple of the fastest form's", "", *text])
+    text = [
+        "  ".join([line[0].ljust(wide[0]), *map(str.rjust, line[1:], wide[1:])]) for line in lines
+    ]
+    return "\n".join(
+        [f"{options.members} members: time as a multiple of the fastest form's", "", *text]
+    )
 
 
 def problem(network, batch, optimizer, options):
-    """A run (params, key, rate) -> params, its arguments for all members, and its number of steps."""
+    """A run (params, key, rate) -> params, its arguments for all members, and its number of
+    steps.
+    """
     widths = [int(width) for width in network.split("-")]
     hidden = [layer for width in widths[1:-1] for layer in (dense(width), jnp.tanh)]
     net = chain(*hidden, out=dense(widths[-1]))
@@ -111,7 +147,8 @@ def problem(network, batch, optimizer, options):
     keys = jax.random.split(jax.random.key(0), options.members)
     params = jax.jit(jax.vmap(lambda key: net.init(key, x)))(keys)
     rates = np.geomspace(1e-4, 1e-2, options.members).astype(np.float32)
-    products = 3 * batch * sum(a * b for a, b in itertools.pairwise(widths))  # forward, and both gradients
+    # The factor 3 counts the forward product and both gradients.
+    products = 3 * batch * sum(a * b for a, b in itertools.pairwise(widths))
     steps = int(np.clip(options.work / (products * options.members), 8, 200))
 
     def loss(params, batch):
@@ -120,7 +157,9 @@ def problem(network, batch, optimizer, options):
 
     def run(params, key, rate):
         tx = OPTIMIZERS[optimizer](rate)
-        return train_steps(train_step(loss, tx), batch, steps)(train_state(params, tx, key), data)[0].params
+        return train_steps(train_step(loss, tx), batch, steps)(train_state(params, tx, key), data)[
+            0
+        ].params
 
     return run, (params, keys, rates), steps
 

@@ -1,11 +1,13 @@
-"""From starting `python` to the loss of the first trained step: an MLP for 8x8 digits, 64-256-128-10, batch 64, AdamW.
+"""From starting `python` to the loss of the first trained step: an MLP for 8x8 digits,
+64-256-128-10, batch 64, AdamW.
 
     python benchmarks/first_step.py
-    python benchmarks/first_step.py --cores 0 --wall      (what a user waits, on a machine that does nothing else)
+    python benchmarks/first_step.py --cores 0 --wall      (what a user waits, on an idle machine)
 
-Every sample is a new process that imports, reads the data from a file, initialises, compiles, takes a step on a cosine
-schedule and fetches the loss: once with nothing compiled before, once with JAX's persistent compilation cache filled by
-an earlier run of the same program. jaxnet's compiled loops have then trained a chunk of 100 steps, or an epoch of 22.
+Every sample is a new process that imports, reads the data from a file, initialises, compiles, takes
+a step on a cosine schedule and fetches the loss: once with nothing compiled before, once with JAX's
+persistent compilation cache filled by an earlier run of the same program. jaxnet's compiled loops
+have then trained a chunk of 100 steps, or an epoch of 22.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from typing import NamedTuple
 # pyright: reportMissingImports=false
 
 SIZES, BATCH, RATE, STEPS = (64, 256, 128, 10), 64, 3e-3, 880
-CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+CACHE = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 DATA = {
     "jaxnet.data.digits()": "import jaxnet.data as data; data.digits()",
     "scikit-learn's load_digits()": "from sklearn import datasets; datasets.load_digits()",
@@ -29,7 +34,9 @@ DATA = {
 
 
 class Run(NamedTuple):
-    """One process: the loss that it got, seconds of wall-clock and CPU time since its start, and its peak memory in MB."""
+    """One process: the loss that it got, seconds of wall-clock and CPU time since its start, and
+    its peak memory in MB.
+    """
 
     loss: float
     wall: float
@@ -50,7 +57,10 @@ def main(argv=None):
         file = pathlib.Path(folder) / "digits.npz"
         np.savez(file, images=images.reshape(len(images), -1), labels=labels)
         tables = []
-        for title, cache in [("nothing compiled before", None), ("persistent compilation cache", folder)]:
+        for title, cache in [
+            ("nothing compiled before", None),
+            ("persistent compilation cache", folder),
+        ]:
             runs = collections.defaultdict(list)
 
             def sample(name, cache=cache, runs=runs):
@@ -59,20 +69,31 @@ def main(argv=None):
 
             samples = {name: functools.partial(sample, name) for name in PROGRAMS}
             title = f"Process start to first trained step, {title}"
-            tables.append(table := startup.table(title, samples, "process", "s", "jaxnet, fit", options))
+            tables.append(
+                table := startup.table(title, samples, "process", "s", "jaxnet, fit", options)
+            )
             for row in table.rows:
                 other = [run.cpu if options.wall else run.wall for run in runs[row.name]]
                 row.others = {"CPU s" if options.wall else "wall s": other}
                 row.others["peak MB"] = [run.peak for run in runs[row.name]]
     clock = "perf_counter" if options.wall else "process_time"
     timed = "import time, numpy; t = time.{0}(); {1}; print(time.{0}() - t)"
-    samples = {name: lambda code=code: float(startup.child(timed.format(clock, code))) for name, code in DATA.items()}
-    tables.append(startup.table("The digits as arrays, after numpy", samples, "load", "ms", next(iter(DATA)), options))
+    samples = {
+        name: lambda code=code: float(startup.child(timed.format(clock, code)))
+        for name, code in DATA.items()
+    }
+    tables.append(
+        startup.table(
+            "The digits as arrays, after numpy", samples, "load", "ms", next(iter(DATA)), options
+        )
+    )
     measure.publish(options, *tables)
 
 
 def first_step(name: str, file: pathlib.Path, cache: str | None) -> Run:
-    """Run a program in a new process; with a folder for JAX's compilation cache, once before if that is still empty."""
+    """Run a program in a new process; with a folder for JAX's compilation cache, once before if
+    that is still empty.
+    """
     import startup
 
     if cache and not pathlib.Path(cache).exists():
@@ -80,7 +101,9 @@ def first_step(name: str, file: pathlib.Path, cache: str | None) -> Run:
         first_step(name, file, cache)
     environment = CACHE | {"JAX_COMPILATION_CACHE_DIR": cache} if cache else {}
     start = time.time()
-    printed = startup.child(f"import first_step; first_step.measure_step({name!r}, {str(file)!r})", **environment)
+    printed = startup.child(
+        f"import first_step; first_step.measure_step({name!r}, {str(file)!r})", **environment
+    )
     loss, end, cpu, peak = map(float, printed.split())
     if not 0.5 < loss < 4:  # ln 10 = 2.3 before the first step; the mean of an epoch is lower
         raise ValueError(f"the loss is {loss}")
@@ -105,7 +128,8 @@ def peak_memory() -> float:
     return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
-# The programs: (images [N, 64], labels [N]) -> the first loss, as the documentation of each shows a training loop
+# The programs: (images [N, 64], labels [N]) -> the first loss, as the documentation of each shows a
+# training loop
 
 
 def optimizer():
@@ -129,7 +153,11 @@ def jaxnet_network(images):
     *hidden, out = SIZES[1:]
     net = chain(*[layer for size in hidden for layer in (dense(size), jax.nn.relu)], dense(out))
     init_key, key = jax.random.split(jax.random.key(0))
-    return lambda params, batch: cross_entropy(net.apply(params, batch[0]), batch[1]), net.init(init_key, images), key
+    return (
+        lambda params, batch: cross_entropy(net.apply(params, batch[0]), batch[1]),
+        net.init(init_key, images),
+        key,
+    )
 
 
 def jaxnet_fit(images, labels):
@@ -138,7 +166,9 @@ def jaxnet_fit(images, labels):
     loss, params, key = jaxnet_network(images)
     start = train_state(params, optimizer(), key)
     step = train_step(loss, optimizer())
-    return fit(step, start, (images, labels), epochs=1, batch_size=BATCH, progress=False).history[0]["loss"]
+    return fit(step, start, (images, labels), epochs=1, batch_size=BATCH, progress=False).history[
+        0
+    ]["loss"]
 
 
 def jaxnet_steps(images, labels):
@@ -193,7 +223,10 @@ def equinox(images, labels):
     import peers
 
     keys = jax.random.split(jax.random.key(0), len(SIZES) - 1)
-    linears = [eqx.nn.Linear(*sizes, key=key) for *sizes, key in zip(SIZES[:-1], SIZES[1:], keys, strict=True)]  # pyright: ignore
+    linears = [
+        eqx.nn.Linear(*sizes, key=key)
+        for *sizes, key in zip(SIZES[:-1], SIZES[1:], keys, strict=True)
+    ]  # pyright: ignore
     relu = eqx.nn.Lambda(jax.nn.relu)
     model = eqx.nn.Sequential([linears[0], relu, linears[1], relu, linears[2]])
     feed = peers.Feed(images[:BATCH], labels[:BATCH], BATCH)
@@ -206,7 +239,9 @@ def linen(images, labels):
     from flax import linen as nn
 
     *hidden, out = SIZES[1:]
-    model = nn.Sequential([*[layer for size in hidden for layer in (nn.Dense(size), nn.relu)], nn.Dense(out)])
+    model = nn.Sequential(
+        [*[layer for size in hidden for layer in (nn.Dense(size), nn.relu)], nn.Dense(out)]
+    )
     params = model.init(jax.random.key(0), images[:1])["params"]
     feed = peers.Feed(images[:BATCH], labels[:BATCH], BATCH)
     return peers.linen(model, params, cross_entropy, optimizer(), feed, None).run()[-1]
@@ -241,7 +276,9 @@ def torch(images, labels):
     from torch import nn
 
     *hidden, out = zip(SIZES[:-1], SIZES[1:], strict=True)
-    model = nn.Sequential(*[layer for sizes in hidden for layer in (nn.Linear(*sizes), nn.ReLU())], nn.Linear(*out))
+    model = nn.Sequential(
+        *[layer for sizes in hidden for layer in (nn.Linear(*sizes), nn.ReLU())], nn.Linear(*out)
+    )
     adamw = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, STEPS)
     x, y = torch.from_numpy(images[:BATCH]), torch.from_numpy(labels[:BATCH]).long()

@@ -1,12 +1,14 @@
-"""Feed the reader of checkpoints with what a coverage-guided fuzzer makes up: only CheckpointError may come out.
+"""Feed the reader of checkpoints with what a coverage-guided fuzzer makes up: only CheckpointError
+may come out.
 
     pip install atheris
-    python benchmarks/fuzz_checkpoint.py -max_total_time=600 [other flags of libFuzzer, a folder for the corpus]
+    python benchmarks/fuzz_checkpoint.py -max_total_time=600 [other flags, a folder for the corpus]
 
-Four kinds of input, by the first byte: the bytes of a file; the header of another program's file with 64 bytes of data;
-`[tree, tensors]` as JSON, put into a file whose digest and checksums are right, so that the fuzzer gets past them; and the
-manifest of a file whose tensors are elsewhere, in parts or with Orbax, again with the right digest. It starts from the golden
-files of the tests. A crash, an input that takes 5 seconds or 1 GB end the run and are written to a file. Each input goes
+Four kinds of input, by the first byte: the bytes of a file; the header of another program's file
+with 64 bytes of data; `[tree, tensors]` as JSON, put into a file whose digest and checksums are
+right, so that the fuzzer gets past them; and the manifest of a file whose tensors are elsewhere, in
+parts or with Orbax, again with the right digest. It starts from the golden files of the tests. A
+crash, an input that takes 5 seconds or 1 GB end the run and are written to a file. Each input goes
 through `load`, `inspect`, `verify` and `lazy`; what loads is saved, and loads again the same.
 """
 
@@ -46,14 +48,18 @@ def file_of(data: bytes) -> bytes:
 
 
 def sealed(tree, tensors) -> bytes:
-    """A file with this tree and tensors [[name, code, shape], ...], a right digest and right checksums."""
+    """A file with this tree and tensors [[name, code, shape], ...], a right digest and right
+    checksums.
+    """
     layout = fmt.layout([(name, code, tuple(shape)) for name, code, shape in tensors])
     size = layout[-1].stop if layout else 0
     if size > 1 << 16 or any(t.stop < t.start or t.chunks > 1 for t in layout):
         raise ValueError("too large")
     data = bytes(range(256)) * 256
     sums = [f"{zlib.crc32(data[t.start : t.stop], fmt.crc_start(t, 0)):08x}" for t in layout]
-    header = fmt.write_header("", layout, {"version": 1, "metadata": {}, "tree": tree, "crc32": sums})
+    header = fmt.write_header(
+        "", layout, {"version": 1, "metadata": {}, "tree": tree, "crc32": sums}
+    )
     return header + data[:size]
 
 
@@ -83,7 +89,11 @@ def first_inputs(folder: pathlib.Path) -> None:
         entries = json.loads(header)
         manifest = json.loads(entries.pop("__metadata__")["jaxnet"])
         tensors = [[name, entry["dtype"], entry["shape"]] for name, entry in entries.items()]
-        inputs = {"f": data, "h": json.dumps(entries).encode(), "t": json.dumps([manifest["tree"], tensors]).encode()}
+        inputs = {
+            "f": data,
+            "h": json.dumps(entries).encode(),
+            "t": json.dumps([manifest["tree"], tensors]).encode(),
+        }
         if manifest["version"] > 1:
             inputs["m"] = json.dumps(manifest).encode()
         for kind, content in inputs.items():
@@ -94,8 +104,14 @@ def main() -> None:
     seeds = pathlib.Path(FOLDER.name) / "seeds"
     seeds.mkdir()
     first_inputs(seeds)
-    flags = sys.argv[1:] if any(not a.startswith("-") for a in sys.argv[1:]) else [*sys.argv[1:], str(seeds)]
-    atheris.Setup([sys.argv[0], "-timeout=5", "-rss_limit_mb=1024", "-max_len=16384", *flags], one_input)
+    flags = (
+        sys.argv[1:]
+        if any(not a.startswith("-") for a in sys.argv[1:])
+        else [*sys.argv[1:], str(seeds)]
+    )
+    atheris.Setup(
+        [sys.argv[0], "-timeout=5", "-rss_limit_mb=1024", "-max_len=16384", *flags], one_input
+    )
     atheris.Fuzz()
 
 

@@ -1,20 +1,24 @@
-"""The loop around the step: a step at a time, chunks, whole epochs, and `fit` with all it records and shows.
+"""The loop around the step: a step at a time, chunks, whole epochs, and `fit` with all it records
+and shows.
 
     python benchmarks/loops.py
     python benchmarks/loops.py --table xor --table adam --cores 0 --wall
 
-Four networks: XOR 2-2-1 on the full batch, 784-256-128-10 at batch 128 with SGD and with Adam, and the convnet of
-`convnet.py` at batch 64. Everybody starts from the same weights and takes the data in a new order each epoch. Batches of
-the loops in Python are rows of NumPy arrays, where not named otherwise.
+Four networks: XOR 2-2-1 on the full batch, 784-256-128-10 at batch 128 with SGD and with Adam, and
+the convnet of `convnet.py` at batch 64. Everybody starts from the same weights and takes the data
+in a new order each epoch. Batches of the loops in Python are rows of NumPy arrays, where not named
+otherwise.
 
-How `fit` is timed: one run of it goes on in a thread of its own, and its `evaluate` hands over to the clock after every
-sample, in turns with the other competitors. So a sample has all that `fit` does for these steps, its records (one per
-100 steps; 1,000 for XOR, the default for a million steps), the evaluation's stop and the progress, and not its compiling,
-which is in the first sample, as everybody's.
-On 'a file' each epoch is a line; on 'a terminal' the line is written anew after each compiled call, too.
+How `fit` is timed: one run of it goes on in a thread of its own, and its `evaluate` hands over to
+the clock after every sample, in turns with the other competitors. So a sample has all that `fit`
+does for these steps, its records (one per 100 steps; 1,000 for XOR, the default for a million
+steps), the evaluation's stop and the progress, and not its compiling, which is in the first sample,
+as everybody's. On 'a file' each epoch is a line; on 'a terminal' the line is written anew after
+each compiled call, too.
 
-What takes the same batches must arrive at the same weights as the hand-written step in a Python loop, up to rounding. Keras
-and PyTorch draw an order of their own: of them it is checked that the loss over all data falls nearly as far.
+What takes the same batches must arrive at the same weights as the hand-written step in a Python
+loop, up to rounding. Keras and PyTorch draw an order of their own: of them it is checked that the
+loss over all data falls nearly as far.
 """
 
 from __future__ import annotations
@@ -53,7 +57,8 @@ class Problem(NamedTuple):
     Attributes:
       hand, loss: (params, batch) -> scalar, hand-written and of the jaxnet network.
       feed: the data; one call of a loop in Python goes through it once (or `feed.epochs` times).
-      steps: of a compiled loop; fit_steps: of `fit` between two evaluations; record_steps: and between two records.
+      steps: of a compiled loop; fit_steps: of `fit` between two evaluations; record_steps: and
+        between two records.
       checked: params -> what is compared.
       others: the competitors' loops.
       rtol: how far the result may be from the expected one, relative to the largest value in it.
@@ -101,15 +106,23 @@ def main(argv=None):
 
 
 def add_flags(parser):
-    parser.add_argument("--table", action="append", choices=PROBLEMS, help="those tables (default: all)")
-    parser.add_argument("--rows", type=int, help="examples, instead of 12,800 for the MLP and 1,280 for the convnet")
+    parser.add_argument(
+        "--table", action="append", choices=PROBLEMS, help="those tables (default: all)"
+    )
+    parser.add_argument(
+        "--rows", type=int, help="examples, instead of 12,800 for the MLP and 1,280 for the convnet"
+    )
 
 
 # The problems
 
 
 def xor_problem(rows):
-    others = {name: make for name, make in xor.COMPETITORS.items() if not name.startswith(("JAX", "jaxnet", "NumPy"))}
+    others = {
+        name: make
+        for name, make in xor.COMPETITORS.items()
+        if not name.startswith(("JAX", "jaxnet", "NumPy"))
+    }
     return Problem(
         "XOR, 2-2-1 sigmoid without biases, full batch, plain SGD",
         "us",
@@ -139,7 +152,10 @@ def mlp_problem(rule, rows):
         "PyTorch eager, DataLoader": lambda: mlp.torch(feed, rule, loader=True),
     }
     return Problem(
-        f"784-256-128-10, batch 128, {len(feed.x):,} rows, {'Adam' if rule == 'adam' else 'plain SGD'}",
+        (
+            f"784-256-128-10, batch 128, {len(feed.x):,} rows, "
+            f"{'Adam' if rule == 'adam' else 'plain SGD'}"
+        ),
         "ms",
         mlp.hand_loss,
         mlp.jaxnet_loss(),
@@ -199,7 +215,9 @@ PROBLEMS = {
 
 
 def after(problem, steps, rows=None):
-    """The checked part of the parameters after `steps` hand-written steps over the feed's rows, or over those given."""
+    """The checked part of the parameters after `steps` hand-written steps over the feed's rows, or
+    over those given.
+    """
     return problem.checked(trained(problem, steps, rows))
 
 
@@ -218,16 +236,22 @@ def after_own_rows(problem, steps):
     if feed.whole:
         return after(problem, steps)
     state = train.train_state(problem.start, problem.optimizer, jax.random.key(0))
-    plan = jax.jit(lambda: planned(state, len(feed.x), steps, feed.batch_size, train.shuffle, True))()
+    plan = jax.jit(
+        lambda: planned(state, len(feed.x), steps, feed.batch_size, train.shuffle, True)
+    )()
     return after(problem, steps, np.asarray(plan))
 
 
 def falls(problem, work: Work) -> Work:
-    """Work that shuffles by itself: what is checked is that the loss over all data falls at least 0.8 times as far."""
+    """Work that shuffles by itself: what is checked is that the loss over all data falls at least
+    0.8 times as far.
+    """
     loss, data = jax.jit(problem.hand), problem.data
 
     def low_enough(output):
-        begin, end = (float(loss(params, data)) for params in (problem.start, trained(problem, work.steps)))
+        begin, end = (
+            float(loss(params, data)) for params in (problem.start, trained(problem, work.steps))
+        )
         return float(work.result(output) <= begin + 0.8 * (end - begin))
 
     return work._replace(result=low_enough, expected=lambda steps: 1.0)
@@ -269,10 +293,14 @@ def hand_full_batch(problem):
     data = problem.data
 
     def loop(state, data):
-        return jax.lax.scan(lambda state, _: hand_step(problem, state, data), state, length=problem.steps)
+        return jax.lax.scan(
+            lambda state, _: hand_step(problem, state, data), state, length=problem.steps
+        )
 
     run, start = jax.jit(loop, donate_argnums=0), hand_start(problem)
-    return carried(lambda s: run(s, data)[0], start, lambda s: problem.checked(s[0]), steps=problem.steps)
+    return carried(
+        lambda s: run(s, data)[0], start, lambda s: problem.checked(s[0]), steps=problem.steps
+    )
 
 
 def permuted(problem, i):
@@ -283,12 +311,16 @@ def permuted(problem, i):
 
 def hand_scan_on_device(problem):
     work = hand_scan(problem, functools.partial(permuted, problem))
-    return work._replace(expected=lambda steps: after(problem, steps, np.asarray(permuted(problem, 0))))
+    return work._replace(
+        expected=lambda steps: after(problem, steps, np.asarray(permuted(problem, 0)))
+    )
 
 
 def hand_batches(problem):
     run = jax.jit(lambda state, x, y: hand_step(problem, state, (x, y))[0], donate_argnums=0)
-    return peers.each_batch(run, hand_start(problem), problem.feed, lambda state: problem.checked(state[0]))
+    return peers.each_batch(
+        run, hand_start(problem), problem.feed, lambda state: problem.checked(state[0])
+    )
 
 
 def hand_gathers(problem):
@@ -301,7 +333,12 @@ def hand_gathers(problem):
     run = jax.jit(step, donate_argnums=0)
     rows = itertools.chain.from_iterable(problem.feed.rows())
     start, steps = hand_start(problem), problem.feed.steps
-    work = carried(lambda state: run(state, data, next(rows)), start, lambda s: problem.checked(s[0]), calls=steps)
+    work = carried(
+        lambda state: run(state, data, next(rows)),
+        start,
+        lambda s: problem.checked(s[0]),
+        calls=steps,
+    )
     return work
 
 
@@ -316,7 +353,9 @@ def start_of(problem):
 def jaxnet_batches(problem):
     step = train.train_step(problem.loss, problem.optimizer)
     run = jax.jit(lambda state, x, y: step(state, (x, y))[0], donate_argnums=0)
-    return peers.each_batch(run, start_of(problem), problem.feed, lambda state: problem.checked(state.params))
+    return peers.each_batch(
+        run, start_of(problem), problem.feed, lambda state: problem.checked(state.params)
+    )
 
 
 def jaxnet_loop(problem, steps):
@@ -324,7 +363,10 @@ def jaxnet_loop(problem, steps):
     step = train.train_step(problem.loss, problem.optimizer)
     size = problem.feed.batch_size
     epoch = steps * size == len(problem.feed.x)
-    run = jax.jit(train.train_epoch(step, size) if epoch else train.train_steps(step, size, steps), donate_argnums=0)
+    run = jax.jit(
+        train.train_epoch(step, size) if epoch else train.train_steps(step, size, steps),
+        donate_argnums=0,
+    )
     data = problem.data
     work = carried(
         lambda state: run(state, data)[0],
@@ -370,7 +412,8 @@ def jaxnet_fit(problem, stream):
             states.put(error)
 
     def run():
-        with contextlib.redirect_stderr(stream):  # `fit` takes the stream that is there when it begins
+        # `fit` takes the stream that exists when it begins.
+        with contextlib.redirect_stderr(stream):
             resume.release()
             state = states.get()
         if isinstance(state, Exception):
@@ -394,9 +437,16 @@ def competitors_of(problem) -> dict[str, Callable[[], Work]]:
     if problem.feed.whole:
         loops = {
             "JAX, one loop: scan": make(hand_full_batch, problem),
-            f"jaxnet, train_steps, {problem.steps:,} a call": make(jaxnet_loop, problem, problem.steps),
+            f"jaxnet, train_steps, {problem.steps:,} a call": make(
+                jaxnet_loop, problem, problem.steps
+            ),
         }
-        return {**loops, "JAX, jitted step in a Python loop": make(hand_batches, problem), **jaxnet, **problem.others}
+        return {
+            **loops,
+            "JAX, jitted step in a Python loop": make(hand_batches, problem),
+            **jaxnet,
+            **problem.others,
+        }
     loops = {
         REFERENCE: make(hand_scan, problem, None),
         "JAX, whole epoch: scan, rows by jax.random": make(hand_scan_on_device, problem),
@@ -405,7 +455,9 @@ def competitors_of(problem) -> dict[str, Callable[[], Work]]:
         "jaxnet, train_epoch": make(jaxnet_loop, problem, problem.steps),
     }
     own = {
-        name: lambda f=f: falls(problem, f()) for name, f in problem.others.items() if name.startswith(("Ker", "PyT"))
+        name: lambda f=f: falls(problem, f())
+        for name, f in problem.others.items()
+        if name.startswith(("Ker", "PyT"))
     }
     return {**loops, **jaxnet, **problem.others, **own}
 

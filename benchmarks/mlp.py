@@ -1,6 +1,8 @@
-"""The network 784-256-128-10 in every framework, for `loops.py`: `relu` between the layers, cross-entropy, SGD or Adam.
+"""The network 784-256-128-10 in every framework, for `loops.py`: `relu` between the layers,
+cross-entropy, SGD or Adam.
 
-All start from the same weights; the biases of its three layers, which need no transposing, are what is checked.
+All start from the same weights; the biases of its three layers, which need no transposing, are what
+is checked.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ RATES = {"sgd": 0.02, "adam": 1e-3}
 
 
 def images(n):
-    """Rows [n, 784] in 0 .. 1 and labels [n] of ten classes, which a network learns with a rest of error."""
+    """Rows [n, 784] in 0 .. 1 and labels [n] of ten classes, which a network learns with a rest of
+    error.
+    """
     random = np.random.default_rng(0)
     y = random.integers(0, 10, n).astype(np.int32)
     x = random.random((n, WIDTHS[0]), np.float32)
@@ -62,7 +66,9 @@ def jaxnet_loss():
     """(params, batch) -> mean cross-entropy."""
     from jaxnet import chain, dense
 
-    net = chain(layer0=dense(256), relu0=jax.nn.relu, layer1=dense(128), relu1=jax.nn.relu, layer2=dense(10))
+    net = chain(
+        layer0=dense(256), relu0=jax.nn.relu, layer1=dense(128), relu1=jax.nn.relu, layer2=dense(10)
+    )
 
     def loss(params, batch):
         x, y = batch
@@ -90,7 +96,11 @@ def equinox(feed, rule):
     def arrays(net):
         return [array for layer in net.layers for array in (layer.weight, layer.bias)]
 
-    values = [jax.numpy.asarray(v) for layer in start().values() for v in (layer["kernel"].T, layer["bias"])]
+    values = [
+        jax.numpy.asarray(v)
+        for layer in start().values()
+        for v in (layer["kernel"].T, layer["bias"])
+    ]
     net = eqx.tree_at(arrays, Net(jax.random.key(0)), values)
     result = lambda net: [layer.bias for layer in net.layers]  # noqa: E731
     return peers.equinox(net, cross_entropy, optimizer(rule), feed, result)
@@ -171,4 +181,11 @@ def torch(feed, rule, *, loader=False):
             parameter.copy_(torch.tensor(value))
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[rule]
     feed = feed._replace(x=torch.tensor(feed.x), y=torch.tensor(feed.y, dtype=torch.long))
-    return peers.torch(net, nn.functional.cross_entropy, kind(net.parameters(), RATES[rule]), feed, list, loader=loader)
+    return peers.torch(
+        net,
+        nn.functional.cross_entropy,
+        kind(net.parameters(), RATES[rule]),
+        feed,
+        list,
+        loader=loader,
+    )

@@ -1,13 +1,15 @@
-"""What a framework adds around the arithmetic of a network: to its trace, its initialization and a call without jit.
+"""What a framework adds around the arithmetic of a network: to its trace, its initialization and a
+call without jit.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --row trace --row "init again" --only Linen
 
-The network is 24 transformer blocks of width 64 on 8 sequences of 16 tokens: unrolled, and as one loop over stacked
-parameters (`repeat`, `lax.scan`, `nn.scan`, `nnx.scan`, `layer_stack`, a scan over vmapped modules). The attention is one
-function of raw operations that all share. Before the clock starts, every competitor computes the output of the
-hand-written network from the same weights, and has as many of them. A first init is measured in processes of its own; all
-else in one warm process, with a definition and a jitted function that are new for each sample.
+The network is 24 transformer blocks of width 64 on 8 sequences of 16 tokens: unrolled, and as one
+loop over stacked parameters (`repeat`, `lax.scan`, `nn.scan`, `nnx.scan`, `layer_stack`, a scan
+over vmapped modules). The attention is one function of raw operations that all share. Before the
+clock starts, every competitor computes the output of the hand-written network from the same
+weights, and has as many of them. A first init is measured in processes of its own; all else in one
+warm process, with a definition and a jitted function that are new for each sample.
 """
 
 from __future__ import annotations
@@ -34,22 +36,32 @@ WIDTH, HIDDEN, HEADS, TOKENS, BATCH = 64, 256, 4, 16, 8
 BLOCKS = 24
 FORMS = ("unrolled", "scanned")
 REFERENCE = "JAX by hand"
-SHAPES = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
+SHAPES = {
+    "qkv": (WIDTH, 3 * WIDTH),
+    "out": (WIDTH, WIDTH),
+    "up": (WIDTH, HIDDEN),
+    "down": (HIDDEN, WIDTH),
+}
 
 
 @dataclasses.dataclass
 class Network:
-    """One definition of the network. `init` gives a tree of arrays, `apply` takes that tree; both are pure."""
+    """One definition of the network. `init` gives a tree of arrays, `apply` takes that tree; both
+    are pure.
+    """
 
     init: Callable[[Any, Any], Any]
     apply: Callable[[Any, Any], Any]
 
 
-Library = Callable[[str, int], Callable[[], Network]]  # (form, blocks) -> a function that defines a new network
+# (form, blocks) -> a function that defines a new network.
+Library = Callable[[str, int], Callable[[], Network]]
 
 
 def attention(qkv):
-    """Softmax attention of HEADS heads on the projections [..., T, 3 * WIDTH] -> [..., T, WIDTH]."""
+    """Softmax attention of HEADS heads on the projections [..., T, 3 * WIDTH] -> [..., T,
+    WIDTH].
+    """
     q, k, v = jnp.split(qkv.reshape(*qkv.shape[:-1], HEADS, -1), 3, axis=-1)
     scores = jax.nn.softmax(jnp.einsum("...qhd,...khd->...hqk", q, k) / math.sqrt(WIDTH // HEADS))
     return jnp.einsum("...hqk,...khd->...qhd", scores, v).reshape(*qkv.shape[:-1], WIDTH)
@@ -67,27 +79,37 @@ def main(argv=None):
         for form in FORMS:
             if asked_for(title := f"{operation}, {form}", options):
                 print(title, "...", file=sys.stderr, flush=True)
-                prepare = functools.partial(prepared, sample=sample, form=form, blocks=options.blocks)
+                prepare = functools.partial(
+                    prepared, sample=sample, form=form, blocks=options.blocks
+                )
                 tables.append(table(title, libraries, prepare, options))
     if asked_for(title := "first init, ResNet-50", options):
-        tables.append(table(title, resnets, lambda name, _: functools.partial(first_resnet, name), options))
+        tables.append(
+            table(title, resnets, lambda name, _: functools.partial(first_resnet, name), options)
+        )
     measure.publish(options, *tables, text=text_of(tables, options.blocks))
 
 
 def add_flags(parser):
-    parser.add_argument("--blocks", type=int, default=BLOCKS, help="how many blocks (default: %(default)s)")
-    parser.add_argument("--row", action="append", metavar="NAME", help="those rows with this in the name")
+    parser.add_argument(
+        "--blocks", type=int, default=BLOCKS, help="how many blocks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--row", action="append", metavar="NAME", help="those rows with this in the name"
+    )
 
 
 def asked_for(title: str, options) -> bool:
     return not options.row or any(part.lower() in title.lower() for part in options.row)
 
 
-# Samples: each function takes a library's definition, and gives a function that does the work once and returns its CPU
-# and wall seconds.
+# Samples: each function takes a library's definition, and gives a function that does the work once
+# and returns its CPU and wall seconds.
 
 
-def prepared(name: str, library: Library, *, sample: Callable, form: str, blocks: int) -> Callable[[], tuple]:
+def prepared(
+    name: str, library: Library, *, sample: Callable, form: str, blocks: int
+) -> Callable[[], tuple]:
     """A sample of one competitor, after its network has given the right output."""
     if sample is first_init:
         return functools.partial(first_init, name, form, blocks)
@@ -96,7 +118,9 @@ def prepared(name: str, library: Library, *, sample: Callable, form: str, blocks
 
 @functools.cache
 def checked(library: Library, form: str, blocks: int) -> Callable[[], Network]:
-    """What defines the network in a library, if it has the weights of the hand-written one and gives its output."""
+    """What defines the network in a library, if it has the weights of the hand-written one and
+    gives its output.
+    """
     define, x = library(form, blocks), inputs()
     network = define()
     params = network.init(jax.random.key(0), x)
@@ -110,7 +134,9 @@ def checked(library: Library, form: str, blocks: int) -> Callable[[], Network]:
 
 
 def filled(params: Any, blocks: int) -> Any:
-    """The same weights for every library: each entry follows from its indices, and is the same in a transpose."""
+    """The same weights for every library: each entry follows from its indices, and is the same in a
+    transpose.
+    """
 
     def leaf(a):
         shape = a.shape[1:] if a.ndim > 1 and a.shape[0] == blocks else a.shape
@@ -175,9 +201,14 @@ def first_resnet(name: str) -> tuple[float, float]:
 
 
 def in_a_new_process(define: str, x: str) -> tuple[float, float]:
-    """CPU and wall seconds of the first init, after everything has been imported and the backend has been started."""
+    """CPU and wall seconds of the first init, after everything has been imported and the backend
+    has been started.
+    """
     code = "from overhead import *; jax.config.update('jax_enable_compilation_cache', False); "
-    code += f"define, x, key = {define}, {x}, jax.random.key(0); print(*timed(lambda: define().init(key, x)))"
+    code += (
+        f"define, x, key = {define}, {x}, jax.random.key(0); print(*timed(lambda: "
+        "define().init(key, x)))"
+    )
     cpu, wall = map(float, child(code).split())
     return cpu, wall
 
@@ -194,13 +225,16 @@ OPERATIONS = {
 
 
 def table(title: str, competitors: Mapping[str, Any], prepare: Callable, options) -> Table:
-    """The rows of one operation: all competitors in turns, CPU seconds and ratios, wall ratios beside them."""
+    """The rows of one operation: all competitors in turns, CPU seconds and ratios, wall ratios
+    beside them.
+    """
     rows = [Row(name, others={"wall ratio": []}) for name in competitors]
     samples = {}
     for row in rows:
         with measure.problems_of(row):
             sample = prepare(row.name, competitors[row.name])
-            # What a process does only once is not what is measured here, except in the processes of a first init.
+            # What a process does only once is not what is measured here, except in the processes of
+            # a first init.
             if "first" not in title:
                 sample()
             samples[row.name] = sample
@@ -225,19 +259,40 @@ def table(title: str, competitors: Mapping[str, Any], prepare: Callable, options
 
 def text_of(tables: list[Table], blocks: int) -> str:
     """All tables as two: a line for each operation, a column for each library."""
-    names = list(dict.fromkeys(row.name for table in tables for row in table.rows if row.name != REFERENCE))
-    parts = [f"{blocks} transformer blocks of width {WIDTH} on {BATCH} x {TOKENS} tokens; a ResNet-50 of width 16"]
+    names = list(
+        dict.fromkeys(row.name for table in tables for row in table.rows if row.name != REFERENCE)
+    )
+    parts = [
+        (
+            f"{blocks} transformer blocks of width {WIDTH} on {BATCH} x {TOKENS} tokens; a "
+            "ResNet-50 of width 16"
+        )
+    ]
     for kind in ("CPU", "wall"):
         lines = [["", f"{REFERENCE}, ms" if kind == "CPU" else "", *names, "rounds"]]
         for table in tables:
             rows = {row.name: row for row in table.rows}
-            base = measure.digits(1e3 * measure.quartiles(rows[REFERENCE].seconds)[1]) if kind == "CPU" else ""
+            base = (
+                measure.digits(1e3 * measure.quartiles(rows[REFERENCE].seconds)[1])
+                if kind == "CPU"
+                else ""
+            )
             cells = [cell(rows[name], kind) if name in rows else "" for name in names]
             lines.append([table.title, base, *cells, str(len(rows[REFERENCE].seconds))])
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        body = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-        parts += ["", f"{kind} time as a ratio to {REFERENCE}, round by round: median [quartiles]", "", *body]
-    problems = {f"{row.name}: {row.problem}": None for table in tables for row in table.rows if row.problem}
+        body = [
+            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+            for line in lines
+        ]
+        parts += [
+            "",
+            f"{kind} time as a ratio to {REFERENCE}, round by round: median [quartiles]",
+            "",
+            *body,
+        ]
+    problems = {
+        f"{row.name}: {row.problem}": None for table in tables for row in table.rows if row.problem
+    }
     return "\n".join([*parts, *([""] if problems else []), *problems])
 
 
@@ -312,7 +367,11 @@ def jaxnet(form: str, blocks: int) -> Callable[[], Network]:
         return block
 
     def define():
-        net = repeat(block(), blocks) if form == "scanned" else chain(*(block() for _ in range(blocks)))
+        net = (
+            repeat(block(), blocks)
+            if form == "scanned"
+            else chain(*(block() for _ in range(blocks)))
+        )
         return Network(net.init, net.apply)
 
     return define
@@ -364,7 +423,9 @@ def equinox(form: str, blocks: int) -> Callable[[], Network]:
 
         def __init__(self, key):
             keys = jax.random.split(key, 4)
-            layers = [eqx.nn.Linear(*shape, key=k) for k, shape in zip(keys, SHAPES.values(), strict=True)]
+            layers = [
+                eqx.nn.Linear(*shape, key=k) for k, shape in zip(keys, SHAPES.values(), strict=True)
+            ]
             self.qkv, self.out, self.up, self.down = layers
             self.norm1, self.norm2 = eqx.nn.LayerNorm(WIDTH), eqx.nn.LayerNorm(WIDTH)
 
@@ -379,7 +440,9 @@ def equinox(form: str, blocks: int) -> Callable[[], Network]:
 
         def __init__(self, key):
             keys = jax.random.split(key, blocks)
-            self.blocks = eqx.filter_vmap(Block)(keys) if form == "scanned" else [Block(k) for k in keys]
+            self.blocks = (
+                eqx.filter_vmap(Block)(keys) if form == "scanned" else [Block(k) for k in keys]
+            )
 
         def __call__(self, x):
             if form == "scanned":
@@ -409,7 +472,9 @@ def nnx(form: str, blocks: int) -> Callable[[], Network]:
         def __init__(self, rngs):
             layers = [nnx.Linear(*shape, rngs=rngs) for shape in SHAPES.values()]
             self.qkv, self.out, self.up, self.down = layers
-            self.norm1, self.norm2 = (nnx.LayerNorm(WIDTH, epsilon=1e-5, rngs=rngs) for _ in range(2))
+            self.norm1, self.norm2 = (
+                nnx.LayerNorm(WIDTH, epsilon=1e-5, rngs=rngs) for _ in range(2)
+            )
 
         def __call__(self, x):
             x = x + self.out(attention(self.qkv(self.norm1(x))))
@@ -427,7 +492,9 @@ def nnx(form: str, blocks: int) -> Callable[[], Network]:
 
         def __call__(self, x):
             if form == "scanned":
-                return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+                return nnx.scan(
+                    lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+                )(x, self.blocks)
             for block in self.blocks:
                 x = block(x)
             return x
@@ -480,8 +547,8 @@ LIBRARIES: dict[str, Library] = {
 }
 
 
-# ResNet-50 of width 16 (its bottlenecks have 16, 32, 64 and 128 features, times four at their end), of which only init
-# is measured.
+# ResNet-50 of width 16 (its bottlenecks have 16, 32, 64 and 128 features, times four at their end),
+# of which only init is measured.
 
 STAGES = [(16, 3, 1), (32, 4, 2), (64, 6, 2), (128, 3, 2)]  # features, blocks, stride of the first
 
@@ -494,7 +561,11 @@ def hand_resnet() -> Callable[[], Network]:
         channels = 16
         for features, blocks, _ in STAGES:
             for i in range(blocks):
-                yield from [(1, channels, features), (3, features, features), (1, features, 4 * features)]
+                yield from [
+                    (1, channels, features),
+                    (3, features, features),
+                    (1, features, 4 * features),
+                ]
                 if i == 0:
                     yield 1, channels, 4 * features
                 channels = 4 * features
@@ -522,7 +593,13 @@ def jaxnet_resnet(repeated: bool) -> Callable[[], Network]:
         return chain(conv(features, window, strides=strides, bias=False), batch_norm())
 
     def bottleneck(features, strides=1, project=False):
-        body = [normed(features, 1), jax.nn.relu, normed(features, 3, strides), jax.nn.relu, normed(4 * features, 1)]
+        body = [
+            normed(features, 1),
+            jax.nn.relu,
+            normed(features, 3, strides),
+            jax.nn.relu,
+            normed(4 * features, 1),
+        ]
         skip = normed(4 * features, 1, strides) if project else lambda x: x
         return chain(parallel(chain(*body), skip, merge=lambda a, b: jax.nn.relu(a + b)))
 
@@ -550,7 +627,9 @@ def linen_resnet() -> Callable[[], Network]:
         @nn.compact
         def __call__(self, x):
             window, strides = (self.window,) * 2, (self.strides,) * 2
-            return nn.BatchNorm(use_running_average=True)(nn.Conv(self.features, window, strides, use_bias=False)(x))
+            return nn.BatchNorm(use_running_average=True)(
+                nn.Conv(self.features, window, strides, use_bias=False)(x)
+            )
 
     class Bottleneck(nn.Module):
         features: int
@@ -561,7 +640,9 @@ def linen_resnet() -> Callable[[], Network]:
         def __call__(self, x):
             h = nn.relu(Normed(self.features, 1)(x))
             h = Normed(4 * self.features, 1)(nn.relu(Normed(self.features, 3, self.strides)(h)))
-            return nn.relu(h + (Normed(4 * self.features, 1, self.strides)(x) if self.project else x))
+            return nn.relu(
+                h + (Normed(4 * self.features, 1, self.strides)(x) if self.project else x)
+            )
 
     class ResNet(nn.Module):
         @nn.compact

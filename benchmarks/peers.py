@@ -1,8 +1,9 @@
 """How other frameworks train, each loop as its own documentation shows it.
 
-Every function takes a model with its weights set, `loss(prediction, y)`, an optimizer, and a `Feed` of batches (x, y),
-and gives the `Work` of `feed.steps` steps; `weights` reads from the trained model or parameters what is to be checked.
-Keras and PyTorch draw the order of an epoch themselves; where they do, what is checked is the mean loss over all data.
+Every function takes a model with its weights set, `loss(prediction, y)`, an optimizer, and a `Feed`
+of batches (x, y), and gives the `Work` of `feed.steps` steps; `weights` reads from the trained
+model or parameters what is to be checked. Keras and PyTorch draw the order of an epoch themselves;
+where they do, what is checked is the mean loss over all data.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from measure import Work
 class Feed(NamedTuple):
     """What to train on: arrays [n, ...] that are read in batches, in another order each epoch.
 
-    Where one batch is all of the data it is passed as it stands. `epochs` of it are the work of one call.
+    Where one batch is all of the data it is passed as it stands. `epochs` of it are the work of one
+    call.
     """
 
     x: Any
@@ -91,7 +93,9 @@ def linen(model, params, loss, optimizer, feed, weights) -> Work:
 
     @jax.jit
     def train_step(state, x, y):
-        value, grads = jax.value_and_grad(lambda params: loss(state.apply_fn({"params": params}, x), y))(state.params)
+        value, grads = jax.value_and_grad(
+            lambda params: loss(state.apply_fn({"params": params}, x), y)
+        )(state.params)
         return state.apply_gradients(grads=grads), value
 
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
@@ -116,7 +120,9 @@ def nnx(model, loss, optimizer, feed, weights, *, form: str = "jit") -> Work:
         step = nnx.jit_partial(train_step, model, optimizer, graph=False)
     elif form == "cached_partial":
         with nnx.set_graph_mode(True), nnx.set_graph_updates(True):
-            step = nnx.cached_partial(nnx.jit(graph_updates=True, graph=True)(train_step), model, optimizer)
+            step = nnx.cached_partial(
+                nnx.jit(graph_updates=True, graph=True)(train_step), model, optimizer
+            )
     else:
         jitted = nnx.jit(train_step)
 
@@ -155,11 +161,22 @@ def keras(model, loss, optimizer, feed, weights, *, shuffle: bool = True) -> Wor
     model.compile(optimizer=optimizer, loss=loss)
 
     def run():
-        model.fit(feed.x, feed.y, batch_size=feed.batch_size, epochs=feed.epochs, shuffle=shuffle, verbose=0)
+        model.fit(
+            feed.x,
+            feed.y,
+            batch_size=feed.batch_size,
+            epochs=feed.epochs,
+            shuffle=shuffle,
+            verbose=0,
+        )
         return model.get_weights()
 
     def result(output):
-        return model.evaluate(feed.x, feed.y, batch_size=feed.batch_size, verbose=0) if shuffle else weights(output)
+        return (
+            model.evaluate(feed.x, feed.y, batch_size=feed.batch_size, verbose=0)
+            if shuffle
+            else weights(output)
+        )
 
     return Work(run, feed.steps, result)
 

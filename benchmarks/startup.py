@@ -1,9 +1,11 @@
-"""What a user waits for before the first step: imports, and the first init of 64 dense layers nested six deep.
+"""What a user waits for before the first step: imports, and the first init of 64 dense layers
+nested six deep.
 
     python benchmarks/startup.py
-    python benchmarks/startup.py --distinct       (another quarter of an hour: every layer compiles kernels of its own)
+    python benchmarks/startup.py --distinct      (15 minutes more: each layer compiles its kernels)
 
-Every sample is a process of its own, so that nothing is cached in memory and nothing is compiled yet.
+Every sample is a process of its own, so that nothing is cached in memory and nothing is compiled
+yet.
 """
 
 from __future__ import annotations
@@ -38,23 +40,36 @@ IMPORTS = {
 def main(argv=None):
     options = measure.arguments(__doc__, rounds=7, seconds=240, add=add_flags, argv=argv)
     clock = "perf_counter" if options.wall else "process_time"
-    samples = {name: functools.partial(import_seconds, *modules, clock) for name, modules in IMPORTS.items()}
+    samples = {
+        name: functools.partial(import_seconds, *modules, clock)
+        for name, modules in IMPORTS.items()
+    }
     tables = [table("Importing", samples, "import", "ms", "jax", options)]
-    for widths in [[WIDTH] * 2**options.depth, [WIDTH + i for i in range(2**options.depth)]][: 1 + options.distinct]:
+    for widths in [[WIDTH] * 2**options.depth, [WIDTH + i for i in range(2**options.depth)]][
+        : 1 + options.distinct
+    ]:
         samples = {
             f"{name}, {how}": functools.partial(init_seconds, name, how, widths, clock)
             for name in NETWORKS
             for how in ["eager", "under jit"]
         }
-        wide = f"width {WIDTH}" if widths[0] == widths[-1] else f"widths {widths[0]} to {widths[-1]}"
+        wide = (
+            f"width {WIDTH}" if widths[0] == widths[-1] else f"widths {widths[0]} to {widths[-1]}"
+        )
         title = f"First init of {len(widths)} dense layers of {wide}, nested {options.depth} deep"
         tables.append(table(title, samples, "init", "s", "jaxnet, eager", options))
     measure.publish(options, *tables)
 
 
 def add_flags(parser):
-    parser.add_argument("--depth", type=int, default=6, help="how deep the layers are nested (default: %(default)s)")
-    parser.add_argument("--distinct", action="store_true", help="also the network in which no two layers are as wide")
+    parser.add_argument(
+        "--depth", type=int, default=6, help="how deep the layers are nested (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--distinct",
+        action="store_true",
+        help="also the network in which no two layers are as wide",
+    )
 
 
 def table(title, samples, per, unit, reference, options) -> Table:
@@ -65,12 +80,20 @@ def table(title, samples, per, unit, reference, options) -> Table:
 
 def import_seconds(before: str, module: str, clock: str) -> float:
     """Seconds that a new process needs to import `module` after `before`."""
-    return float(child(f"import time, {before}; t = time.{clock}(); import {module}; print(time.{clock}() - t)"))
+    return float(
+        child(
+            f"import time, {before}; t = time.{clock}(); import {module}; print(time.{clock}() - t)"
+        )
+    )
 
 
 def init_seconds(name: str, how: str, widths: list[int], clock: str) -> float:
-    """Seconds that a new process needs to initialise the network, after it has imported everything."""
-    seconds, parameters = child(f"import startup; startup.measure_init({name!r}, {how!r}, {widths}, {clock!r})").split()
+    """Seconds that a new process needs to initialise the network, after it has imported
+    everything.
+    """
+    seconds, parameters = child(
+        f"import startup; startup.measure_init({name!r}, {how!r}, {widths}, {clock!r})"
+    ).split()
     expected = sum((d + 1) * n for d, n in zip([WIDTH, *widths], widths, strict=False))
     if int(parameters) != expected:
         raise ValueError(f"the network has {parameters} parameters, expected {expected}")
@@ -81,7 +104,9 @@ def child(code: str, **environment: str) -> str:
     """What a new Python process prints."""
     path = f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); "
     environment = os.environ | {"KERAS_BACKEND": "jax"} | environment
-    done = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", path + code], capture_output=True, text=True, env=environment
+    )
     if done.returncode:
         error = done.stderr.strip().splitlines()[-1]
         missing = re.match("ModuleNotFoundError: No module named '(.*)'", error)
@@ -102,7 +127,8 @@ def measure_init(name: str, how: str, widths: list[int], clock: str) -> None:
     print(now() - start, sum(leaf.size for leaf in jax.tree.leaves(params)))
 
 
-# The networks: each function imports what it needs and returns build(key, x, widths, jit) -> parameters
+# The networks: each function imports what it needs and returns build(key, x, widths, jit) ->
+# parameters
 
 
 def jaxnet():
@@ -131,7 +157,11 @@ def linen():
         @nn.compact
         def __call__(self, x):
             half = len(self.widths) // 2
-            return Tree(self.widths[half:])(Tree(self.widths[:half])(x)) if half else nn.Dense(self.widths[0])(x)
+            return (
+                Tree(self.widths[half:])(Tree(self.widths[:half])(x))
+                if half
+                else nn.Dense(self.widths[0])(x)
+            )
 
     def build(key, x, widths, jit):
         net = Tree(tuple(widths))
@@ -146,7 +176,11 @@ def nnx():
     class Tree(nnx.Module):
         def __init__(self, features, widths, rngs):
             half = len(widths) // 2
-            self.first = Tree(features, widths[:half], rngs) if half else nnx.Linear(features, widths[0], rngs=rngs)
+            self.first = (
+                Tree(features, widths[:half], rngs)
+                if half
+                else nnx.Linear(features, widths[0], rngs=rngs)
+            )
             self.second = Tree(widths[half - 1], widths[half:], rngs) if half else None
 
     def build(key, x, widths, jit):
@@ -166,7 +200,10 @@ def equinox():
         if len(widths) == 1:
             return eqx.nn.Linear(features, widths[0], key=key)
         half, keys = len(widths) // 2, jax.random.split(key)
-        first, second = tree(features, widths[:half], keys[0]), tree(widths[half - 1], widths[half:], keys[1])
+        first, second = (
+            tree(features, widths[:half], keys[0]),
+            tree(widths[half - 1], widths[half:], keys[1]),
+        )
         return eqx.nn.Sequential([first, second])
 
     def build(key, x, widths, jit):
@@ -189,7 +226,11 @@ def haiku():
 
         def __call__(self, x):
             half = len(self.widths) // 2
-            return Tree(self.widths[half:])(Tree(self.widths[:half])(x)) if half else hk.Linear(self.widths[0])(x)
+            return (
+                Tree(self.widths[half:])(Tree(self.widths[:half])(x))
+                if half
+                else hk.Linear(self.widths[0])(x)
+            )
 
     def build(key, x, widths, jit):
         net = hk.transform(lambda x: Tree(widths)(x))
@@ -198,7 +239,13 @@ def haiku():
     return build
 
 
-NETWORKS = {"jaxnet": jaxnet, "Flax Linen": linen, "Flax NNX": nnx, "Equinox": equinox, "Haiku": haiku}
+NETWORKS = {
+    "jaxnet": jaxnet,
+    "Flax Linen": linen,
+    "Flax NNX": nnx,
+    "Equinox": equinox,
+    "Haiku": haiku,
+}
 
 if __name__ == "__main__":
     main()

@@ -2,9 +2,10 @@
 
     python benchmarks/xor.py
 
-L = 1/2 sum (y - f(x))^2 over the four rows of the table. There is next to nothing to compute, so the time is what a
-framework adds to each step. All start from the same weights; the trained weights are checked against NumPy's in float64.
-Who needs more than microseconds for an epoch does fewer of them in a call; times are always those of one epoch.
+L = 1/2 sum (y - f(x))^2 over the four rows of the table. There is next to nothing to compute, so
+the time is what a framework adds to each step. All start from the same weights; the trained weights
+are checked against NumPy's in float64. Who needs more than microseconds for an epoch does fewer of
+them in a call; times are always those of one epoch.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from jaxnet.train import sgd, train_state, train_step, train_steps
 X = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float32)
 Y = np.array([[0], [1], [1], [0]], np.float32)
 RATE = 0.1
-START = [np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32) for shape in [(2, 2), (2, 1)]]
+START = [
+    np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32) for shape in [(2, 2), (2, 1)]
+]
 EPOCHS = 10_000  # in one compiled call
 FEW = 200  # where every epoch is a call
 FEED = Feed(X, Y, len(X), FEW)
@@ -90,7 +93,9 @@ def hand_loss(weights, batch):
 
 
 def hand_step(weights):
-    return [w - RATE * g for w, g in zip(weights, jax.grad(hand_loss)(weights, (X, Y)), strict=True)]
+    return [
+        w - RATE * g for w, g in zip(weights, jax.grad(hand_loss)(weights, (X, Y)), strict=True)
+    ]
 
 
 def jitted_step():
@@ -103,11 +108,17 @@ def one_loop(descend, state, weights):
 
 
 def hand_scan():
-    return one_loop(lambda ws: jax.lax.scan(lambda ws, _: (hand_step(ws), None), ws, length=EPOCHS)[0], START, list)
+    return one_loop(
+        lambda ws: jax.lax.scan(lambda ws, _: (hand_step(ws), None), ws, length=EPOCHS)[0],
+        START,
+        list,
+    )
 
 
 def hand_fori():
-    return one_loop(lambda ws: jax.lax.fori_loop(0, EPOCHS, lambda _, ws: hand_step(ws), ws), START, list)
+    return one_loop(
+        lambda ws: jax.lax.fori_loop(0, EPOCHS, lambda _, ws: hand_step(ws), ws), START, list
+    )
 
 
 # jaxnet
@@ -132,7 +143,9 @@ def loss(params, batch):
 
 def jaxnet_sgd():
     def descend(params):
-        return jax.lax.fori_loop(0, EPOCHS, lambda _, params: sgd(params, jax.grad(loss)(params, (X, Y)), RATE), params)
+        return jax.lax.fori_loop(
+            0, EPOCHS, lambda _, params: sgd(params, jax.grad(loss)(params, (X, Y)), RATE), params
+        )
 
     return one_loop(descend, PARAMS, kernels)
 
@@ -144,18 +157,24 @@ def jaxnet_loop(loop):
 
 
 def jaxnet_fori():
-    return jaxnet_loop(lambda step, state: jax.lax.fori_loop(0, EPOCHS, lambda _, s: step(s, (X, Y))[0], state))
+    return jaxnet_loop(
+        lambda step, state: jax.lax.fori_loop(0, EPOCHS, lambda _, s: step(s, (X, Y))[0], state)
+    )
 
 
 def jaxnet_scan():
-    return jaxnet_loop(lambda step, state: jax.lax.scan(lambda s, _: step(s, (X, Y)), state, length=EPOCHS)[0])
+    return jaxnet_loop(
+        lambda step, state: jax.lax.scan(lambda s, _: step(s, (X, Y)), state, length=EPOCHS)[0]
+    )
 
 
 def jaxnet_train_steps():
     run = jax.jit(train_steps(train_step(loss, RATE), batch_size=4, steps=EPOCHS), donate_argnums=0)
     start = jax.tree.map(jnp.array, train_state(PARAMS, RATE, jax.random.key(0)))
     data = jax.tree.map(jnp.asarray, (X, Y))
-    return carried(lambda state: run(state, data)[0], start, lambda state: kernels(state.params), steps=EPOCHS)
+    return carried(
+        lambda state: run(state, data)[0], start, lambda state: kernels(state.params), steps=EPOCHS
+    )
 
 
 # The peers
@@ -175,9 +194,14 @@ def equinox():
         return [model.hidden.weight, model.output.weight]
 
     keys = jax.random.split(jax.random.key(0))
-    model = Net(eqx.nn.Linear(2, 2, use_bias=False, key=keys[0]), eqx.nn.Linear(2, 1, use_bias=False, key=keys[1]))
+    model = Net(
+        eqx.nn.Linear(2, 2, use_bias=False, key=keys[0]),
+        eqx.nn.Linear(2, 1, use_bias=False, key=keys[1]),
+    )
     model = eqx.tree_at(weights, model, [jnp.asarray(w.T) for w in START])
-    return peers.equinox(model, half_square, optax.sgd(RATE), FEED, lambda m: [w.T for w in weights(m)])
+    return peers.equinox(
+        model, half_square, optax.sgd(RATE), FEED, lambda m: [w.T for w in weights(m)]
+    )
 
 
 def linen():
@@ -241,7 +265,9 @@ def torch():
     import torch
     from torch import nn
 
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Sigmoid(), nn.Linear(2, 1, bias=False), nn.Sigmoid())
+    model = nn.Sequential(
+        nn.Linear(2, 2, bias=False), nn.Sigmoid(), nn.Linear(2, 1, bias=False), nn.Sigmoid()
+    )
     with torch.no_grad():
         for parameter, w in zip(model.parameters(), START, strict=True):
             parameter.copy_(torch.tensor(w.T))
@@ -251,7 +277,9 @@ def torch():
 
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     feed = FEED._replace(x=torch.tensor(X), y=torch.tensor(Y))
-    return peers.torch(model, loss, optimizer, feed, lambda m: [p.detach().numpy().T for p in m.parameters()])
+    return peers.torch(
+        model, loss, optimizer, feed, lambda m: [p.detach().numpy().T for p in m.parameters()]
+    )
 
 
 COMPETITORS = {

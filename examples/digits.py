@@ -1,15 +1,16 @@
 """Handwritten digits: train, inspect, save, restore in a new process, and see that nothing changed.
 
-    python examples/digits.py                                   98.3 ± 0.2 % of the test images in 10 s
-    python examples/digits.py --model convnet                   99.1 ± 0.3 % in 16 s
-    python examples/digits.py --data FOLDER                     98.6 ± 0.1 % of MNIST's in 25 s
-    python examples/digits.py --data FOLDER --model convnet     99.3 % in 5 minutes (2 seeds: 99.28, 99.29)
+    python examples/digits.py                                 98.3 ± 0.2 % of test images in 10 s
+    python examples/digits.py --model convnet                 99.1 ± 0.3 % in 16 s
+    python examples/digits.py --data FOLDER                   98.6 ± 0.1 % of MNIST's in 25 s
+    python examples/digits.py --data FOLDER --model convnet   99.3 % in 5 minutes (2 seeds)
 
-(as measured on two cores of a shared machine, compilation included; mean and deviation over 5 seeds, one fixed stratified
-split: `python -m pytest -m slow tests/test_examples.py -s` prints them)
+(as measured on two cores of a shared machine, compilation included; mean and deviation over 5
+seeds, one fixed stratified split: `python -m pytest -m slow tests/test_examples.py -s` prints them)
 
-The multilayer perceptron is the 784-256-128-10 store of weights and biases (64-256-128-10 for the 8x8 digits that come with
-scikit-learn, the default). FOLDER holds the four MNIST files; --download fetches them.
+The multilayer perceptron is the 784-256-128-10 store of weights and biases (64-256-128-10 for the
+8x8 digits that come with scikit-learn, the default). FOLDER holds the four MNIST files; --download
+fetches them.
 """
 
 import argparse
@@ -26,12 +27,26 @@ import optax
 import jaxnet
 from jaxnet import Layer, batch_norm, chain, conv, dense, dropout, flatten, max_pool
 from jaxnet.data import Dataset, check_labels, digits, mnist
-from jaxnet.train import Result, augmented, compile_cache, evaluate, fit, plot_history, train_state, train_step
+from jaxnet.train import (
+    Result,
+    augmented,
+    compile_cache,
+    evaluate,
+    fit,
+    plot_history,
+    train_state,
+    train_step,
+)
 
 
 def mlp() -> Layer:
     return chain(
-        flatten=flatten(), hidden1=dense(256), relu1=jax.nn.relu, hidden2=dense(128), relu2=jax.nn.relu, out=dense(10)
+        flatten=flatten(),
+        hidden1=dense(256),
+        relu1=jax.nn.relu,
+        hidden2=dense(128),
+        relu2=jax.nn.relu,
+        out=dense(10),
     )
 
 
@@ -77,16 +92,20 @@ def train(
     checkpoint: pathlib.Path | None = None,
     progress: bool | None = None,
 ) -> Result:
-    """AdamW on a cosine schedule, Gaussian noise on the training images; returns the train state and the history.
+    """AdamW on a cosine schedule, Gaussian noise on the training images; returns the train state
+    and the history.
 
-    With a checkpoint, the run goes on from there if the file exists, and its state is kept there if it is interrupted.
+    With a checkpoint, the run goes on from there if the file exists, and its state is kept there if
+    it is interrupted.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     example = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), jnp.float32)
     params, state = net.init(init_key, example), net.init_state(example) if net.init_state else {}
 
     def add_noise(key, batch):
-        return batch._replace(images=batch.images + noise * jax.random.normal(key, batch.images.shape))
+        return batch._replace(
+            images=batch.images + noise * jax.random.normal(key, batch.images.shape)
+        )
 
     def loss(params, batch, state, key):
         images, labels = batch
@@ -116,7 +135,9 @@ def train(
 def predict(net: Layer, params, state, images) -> np.ndarray:
     """Logits [N, 10] for all images, 1,000 at a time."""
     apply = jax.jit(lambda params, state, images: logits_of(net, params, state, images)[0])
-    return np.concatenate([apply(params, state, images[i : i + 1000]) for i in range(0, len(images), 1000)])
+    return np.concatenate(
+        [apply(params, state, images[i : i + 1000]) for i in range(0, len(images), 1000)]
+    )
 
 
 def confusion(predicted, labels) -> str:
@@ -143,7 +164,9 @@ def draw_errors(path, images, predicted, labels) -> None:
         if i < len(wrong):
             axes.imshow(images[wrong[i], :, :, 0], cmap="gray_r")
             axes.set_title(f"{labels[wrong[i]]}, read as {predicted[wrong[i]]}", fontsize=8)
-    figure.suptitle(f"{np.sum(predicted != labels)} of {len(labels):,} test images misread", fontsize=10)
+    figure.suptitle(
+        f"{np.sum(predicted != labels)} of {len(labels):,} test images misread", fontsize=10
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -164,7 +187,9 @@ def restore(file: str, folder: str | None, logits: str | None) -> float:
     """Load a checkpoint into a fresh process, and test it."""
     saved = jaxnet.load(file)
     if not isinstance(saved, dict) or saved.get("model") not in MODELS:
-        raise ValueError(f"{file} is no checkpoint of this example: it holds {jaxnet.tree.paths(saved)[:5]}")
+        raise ValueError(
+            f"{file} is no checkpoint of this example: it holds {jaxnet.tree.paths(saved)[:5]}"
+        )
     data = load_data(folder)
     answers = predict(MODELS[saved["model"]](), saved["params"], saved["state"], data.test.images)
     if logits:
@@ -189,7 +214,8 @@ def main(
 ) -> float:
     """Train, inspect, save, restore; returns the test accuracy.
 
-    Raises: SystemExit with code 130 or 143 if SIGINT or SIGTERM came; the state is saved, `resume` goes on from there.
+    Raises: SystemExit with code 130 or 143 if SIGINT or SIGTERM came; the state is saved, `resume`
+    goes on from there.
     """
     folder, data_folder = pathlib.Path(out), data
     dataset = load_data(data_folder, download=download)
@@ -199,19 +225,34 @@ def main(
     net = MODELS[model]()
 
     print(dataset)
-    print(jaxnet.summary(net, jax.ShapeDtypeStruct((batch_size, *dataset.train.images.shape[1:]), jnp.float32)), "\n")
+    print(
+        jaxnet.summary(
+            net, jax.ShapeDtypeStruct((batch_size, *dataset.train.images.shape[1:]), jnp.float32)
+        ),
+        "\n",
+    )
     running = folder / f"{model}_running.safetensors"
     if running.exists() and not resume:
         raise ValueError(
-            f"{running} is of a run that was interrupted: --resume goes on from there; delete the file to begin anew"
+            f"{running} is of a run that was interrupted: --resume goes on from there; delete "
+            "the file to begin anew"
         )
     if resume and not running.exists():
         print(f"nothing to resume: there is no {running}; the run begins anew")
-    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr or RATES[model], "noise": noise, "seed": seed}
+    settings = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr or RATES[model],
+        "noise": noise,
+        "seed": seed,
+    }
     result = train(net, dataset, **settings, checkpoint=running)
     if result.stopped:
         step = int(result.train_state.step)
-        print(f"{result.stopped} at step {step}: the state is in {running}; the same command with --resume goes on")
+        print(
+            f"{result.stopped} at step {step}: the state is in {running}; the same command with "
+            "--resume goes on"
+        )
         raise SystemExit(result.exit_code)
     params, state = result.train_state.params, result.train_state.state
 
@@ -226,7 +267,11 @@ def main(
     print(f"test accuracy {accuracy:.2%} ({wrong} of {len(predicted):,} wrong)")
 
     picture = folder / f"{model}.png"
-    plot_history(result.history, picture, title=f"{model} on {len(dataset.train.labels):,} digits: {accuracy:.2%}")
+    plot_history(
+        result.history,
+        picture,
+        title=f"{model} on {len(dataset.train.labels):,} digits: {accuracy:.2%}",
+    )
     mistakes = folder / f"{model}_misread.png"
     draw_errors(mistakes, dataset.test.images, predicted, dataset.test.labels)
     file = folder / f"{model}.safetensors"
@@ -239,41 +284,78 @@ def main(
         command = [sys.executable, __file__, "--restore", file, "--logits", logits]
         subprocess.run([*command, *(["--data", data_folder] if data_folder else [])], check=True)
         same = np.array_equal(np.load(logits), answers)
-    print("in a new process every prediction is " + ("identical, bit for bit" if same else "NOT identical"))
+    print(
+        "in a new process every prediction is "
+        + ("identical, bit for bit" if same else "NOT identical")
+    )
     if not same:
         raise SystemExit(1)
     return accuracy
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", choices=MODELS, default="mlp", help="mlp (default), or convnet with batch norm and dropout"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--data", metavar="FOLDER", help="folder with the four MNIST files (default: scikit-learn's 8x8 digits)"
+        "--model",
+        choices=MODELS,
+        default="mlp",
+        help="mlp (default), or convnet with batch norm and dropout",
     )
     parser.add_argument(
-        "--download", action="store_true", help="fetch the MNIST files that FOLDER lacks (11 MB, checksums verified)"
-    )
-    parser.add_argument("--epochs", type=int, default=0, help="passes over the data (default: 40; 10 with --data)")
-    parser.add_argument("--batch-size", type=int, default=0, help="images a step (default: 64; 128 with --data)")
-    parser.add_argument(
-        "--lr", type=float, default=0, help="learning rate at the start (default: 0.003; convnet: 0.001)"
+        "--data",
+        metavar="FOLDER",
+        help="folder with the four MNIST files (default: scikit-learn's 8x8 digits)",
     )
     parser.add_argument(
-        "--noise", type=float, default=0.1, help="deviation of the noise on training images (default: 0.1)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and noise (default: 0)")
-    parser.add_argument(
-        "--out", metavar="FOLDER", default="out", help="for the picture and the checkpoint (default: out)"
+        "--download",
+        action="store_true",
+        help="fetch the MNIST files that FOLDER lacks (11 MB, checksums verified)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on from where an interrupted run with this --out ended"
+        "--epochs", type=int, default=0, help="passes over the data (default: 40; 10 with --data)"
     )
-    parser.add_argument("--cache-dir", metavar="FOLDER", help="keep compiled programs there: later starts are faster")
-    parser.add_argument("--restore", metavar="FILE", help="load this checkpoint and test it, without training")
-    parser.add_argument("--logits", metavar="FILE", help="with --restore: also write the logits there, as .npy")
+    parser.add_argument(
+        "--batch-size", type=int, default=0, help="images a step (default: 64; 128 with --data)"
+    )
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=0,
+        help="learning rate at the start (default: 0.003; convnet: 0.001)",
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.1,
+        help="deviation of the noise on training images (default: 0.1)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, order and noise (default: 0)"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        default="out",
+        help="for the picture and the checkpoint (default: out)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from where an interrupted run with this --out ended",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        metavar="FOLDER",
+        help="keep compiled programs there: later starts are faster",
+    )
+    parser.add_argument(
+        "--restore", metavar="FILE", help="load this checkpoint and test it, without training"
+    )
+    parser.add_argument(
+        "--logits", metavar="FILE", help="with --restore: also write the logits there, as .npy"
+    )
     args = vars(parser.parse_args())
     if cache_dir := args.pop("cache_dir"):
         compile_cache(cache_dir)

@@ -1,6 +1,7 @@
-"""An ensemble: 256 networks read handwritten digits, each with its own seed and learning rate, trained as one compiled call.
+"""An ensemble: 256 networks read handwritten digits, each with its own seed and learning rate,
+trained as one compiled call.
 
-    python examples/ensemble.py         64-64-10, Adam: 7 to 16 s, and as long again to compile, on two busy cores
+    python examples/ensemble.py   64-64-10, Adam: 7 to 16 s on two busy cores, twice with compiling
 
                                     accuracy        NLL, nats            ECE
     median member                 93.0 ± 1.6 %   0.449 ± 0.168    5.6 ± 0.9 %
@@ -12,15 +13,18 @@
 (on 359 test images; mean and deviation over 5 seeds, each with a split of its own:
 `python -m pytest -m slow tests/test_examples.py -k gains -s` prints them)
 
-What does an ensemble gain over one network, and does it mind bad members? The learning rates are drawn log-uniformly from
-1e-5 to 1, so that some members learn nothing; the best are those with the least loss on a fifth of the training images, kept
-out of training. The mean of all forgives the bad ones in accuracy, but not in confidence: it is far too modest. Without
-them the mean is likelier than its median member on each of the 5 splits (NLL); in accuracy 359 images cannot tell it from
-the best member. Width and epochs were chosen on the images kept out, too; the test images choose nothing.
+What does an ensemble gain over one network, and does it mind bad members? The learning rates are
+drawn log-uniformly from 1e-5 to 1, so that some members learn nothing; the best are those with the
+least loss on a fifth of the training images, kept out of training. The mean of all forgives the bad
+ones in accuracy, but not in confidence: it is far too modest. Without them the mean is likelier
+than its median member on each of the 5 splits (NLL); in accuracy 359 images cannot tell it from the
+best member. Width and epochs were chosen on the images kept out, too; the test images choose
+nothing.
 
-Sources: Lakshminarayanan, Pritzel & Blundell, "Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles",
-NIPS 2017 (the mean of the members' probabilities); Guo, Pleiss, Sun & Weinberger, "On Calibration of Modern Neural
-Networks", ICML 2017 (expected calibration error).
+Sources: Lakshminarayanan, Pritzel & Blundell, "Simple and Scalable Predictive Uncertainty
+Estimation using Deep Ensembles", NIPS 2017 (the mean of the members' probabilities); Guo, Pleiss,
+Sun & Weinberger, "On Calibration of Modern Neural Networks", ICML 2017 (expected calibration
+error).
 """
 
 import argparse
@@ -67,20 +71,27 @@ def held_out(data: Split, fraction: float, seed: int) -> tuple[Split, Split]:
 
 
 def accuracy(probabilities, labels):
-    """The share of images whose most probable digit is the right one.   [..., N, 10], [N] -> [...]"""
+    """The share of images whose most probable digit is the right one.   [..., N, 10], [N] ->
+    [...]
+    """
     return np.mean(probabilities.argmax(-1) == labels, axis=-1)
 
 
 def negative_log_likelihood(probabilities, labels):
     """-1/N sum of log p(label), in nats.   [..., N, 10], [N] -> [...]"""
-    right = np.take_along_axis(probabilities, np.broadcast_to(labels[:, None], (*probabilities.shape[:-1], 1)), -1)
+    right = np.take_along_axis(
+        probabilities, np.broadcast_to(labels[:, None], (*probabilities.shape[:-1], 1)), -1
+    )
     return -np.log(np.maximum(right[..., 0], np.finfo(np.float32).tiny)).mean(-1)
 
 
 def calibration_error(probabilities, labels, bins: int = 15):
-    """Expected calibration error, the sum over bins B of |B|/N |accuracy(B) - confidence(B)|.   [..., N, 10], [N] -> [...]
+    """Expected calibration error, the sum over bins B of |B|/N |accuracy(B) - confidence(B)|.
 
-    The confidence is the largest probability, and bin b holds the images with confidence in ((b-1)/bins, b/bins].
+    [..., N, 10], [N] -> [...]
+
+    The confidence is the largest probability, and bin b holds the images with confidence in
+    ((b-1)/bins, b/bins].
     """
     confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
     place = np.ceil(confidence * bins) - 1
@@ -106,7 +117,9 @@ def by_size(measure, probabilities, labels):
 
 
 def draw(path, rates, test_accuracy, curves, whole) -> None:
-    """Accuracy against the learning rate, and what the size of the ensemble does to accuracy and likelihood."""
+    """Accuracy against the learning rate, and what the size of the ensemble does to accuracy and
+    likelihood.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -115,13 +128,24 @@ def draw(path, rates, test_accuracy, curves, whole) -> None:
     left, middle, right = figure.subplots(1, 3)
     left.scatter(rates, 100 * test_accuracy, s=12, alpha=0.6, label="one member each")
     left.axhline(100 * whole, color="C1", label="the mean of all")
-    left.set(xscale="log", xlabel="learning rate", ylabel="test accuracy, %", title="Members by learning rate")
+    left.set(
+        xscale="log",
+        xlabel="learning rate",
+        ylabel="test accuracy, %",
+        title="Members by learning rate",
+    )
     for name, curve in curves.items():
         n = sizes(2 ** (len(curve["accuracy"]) - 1))
         middle.plot(n, 100 * np.array(curve["accuracy"]), marker="o", label=name)
         right.plot(n, curve["NLL"], marker="o", label=name)
     middle.set(xscale="log", xlabel="members", ylabel="test accuracy, %", title="Accuracy by size")
-    right.set(xscale="log", yscale="log", xlabel="members", ylabel="nats", title="Negative log-likelihood by size")
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel="members",
+        ylabel="nats",
+        title="Negative log-likelihood by size",
+    )
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
@@ -133,11 +157,20 @@ def draw(path, rates, test_accuracy, curves, whole) -> None:
 
 
 def main(
-    members: int = 256, epochs: int = 30, batch_size: int = 32, width: int = 64, seed: int = 0, out: str = "out"
+    members: int = 256,
+    epochs: int = 30,
+    batch_size: int = 32,
+    width: int = 64,
+    seed: int = 0,
+    out: str = "out",
 ) -> dict[str, dict[str, float]]:
-    """Train, compare on the test images, draw, save; returns the measures of each row of the table."""
+    """Train, compare on the test images, draw, save; returns the measures of each row of the
+    table.
+    """
     if members < 4:
-        raise ValueError(f"members must be at least 4, for a quarter of them to be one, got {members}")
+        raise ValueError(
+            f"members must be at least 4, for a quarter of them to be one, got {members}"
+        )
     if epochs < 1 or width < 1:
         raise ValueError(f"epochs and width must be at least 1, got {epochs} and {width}")
     data = digits(seed=seed)
@@ -155,11 +188,16 @@ def main(
     seconds = time.perf_counter() - compiled
     print(
         f"{members} networks 64-{width}-10, {epochs} epochs of {len(training.labels):,} images: "
-        f"{seconds:.1f} s, {members / seconds:.1f} members a second (and {compiled - clock:.1f} s to compile)"
+        f"{seconds:.1f} s, {members / seconds:.1f} members a second (and {compiled - clock:.1f} "
+        "s to compile)"
     )
 
-    predict = jax.jit(jax.vmap(lambda params, images: jax.nn.softmax(net.apply(params, images)), (0, None)))
-    valid, test = (np.asarray(predict(params, part.images), np.float64) for part in (validation, data.test))
+    predict = jax.jit(
+        jax.vmap(lambda params, images: jax.nn.softmax(net.apply(params, images)), (0, None))
+    )
+    valid, test = (
+        np.asarray(predict(params, part.images), np.float64) for part in (validation, data.test)
+    )
     best_first = np.argsort(negative_log_likelihood(valid, validation.labels))
     labels, rates = data.test.labels, np.asarray(rates)
 
@@ -182,20 +220,28 @@ def main(
     curves = {
         "all, at random": {name: by_size(MEASURES[name], test, labels) for name in MEASURES},
         "the best in validation": {
-            name: [MEASURES[name](test[best_first[:size]].mean(0), labels) for size in sizes(members)]
+            name: [
+                MEASURES[name](test[best_first[:size]].mean(0), labels) for size in sizes(members)
+            ]
             for name in MEASURES
         },
     }
     print("\nmembers" + "".join(f"{size:>9}" for size in sizes(members)))
     for name, curve in curves.items():
-        print(f"{name}\n" + "\n".join(f"  {m:9}" + "".join(f"{x:9.3f}" for x in curve[m]) for m in MEASURES))
+        print(
+            f"{name}\n"
+            + "\n".join(f"  {m:9}" + "".join(f"{x:9.3f}" for x in curve[m]) for m in MEASURES)
+        )
 
     print("\nlearning rate     members   median accuracy   worst")
     for low in range(-5, 0):
         group = (rates >= 10.0**low) & (rates < 10.0 ** (low + 1))
         if group.any():
             values = alone["accuracy"][group]
-            print(f"1e{low} to 1e{low + 1:<8} {group.sum():9} {np.median(values):17.2%} {values.min():7.2%}")
+            print(
+                f"1e{low} to 1e{low + 1:<8} {group.sum():9} {np.median(values):17.2%} "
+                f"{values.min():7.2%}"
+            )
 
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,14 +253,28 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--members", type=int, default=256, help="networks to train at once (default: 256)")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the training images (default: 30)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--members", type=int, default=256, help="networks to train at once (default: 256)"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=30, help="passes over the training images (default: 30)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default: 32)")
     parser.add_argument("--width", type=int, default=64, help="hidden units (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, rates, order and split (default: 0)")
-    parser.add_argument("--out", metavar="FOLDER", default="out", help="for picture and checkpoint (default: out)")
-    parser.add_argument("--cache-dir", metavar="FOLDER", help="keep compiled programs there: later starts are faster")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, rates, order and split (default: 0)"
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", default="out", help="for picture and checkpoint (default: out)"
+    )
+    parser.add_argument(
+        "--cache-dir",
+        metavar="FOLDER",
+        help="keep compiled programs there: later starts are faster",
+    )
     args = vars(parser.parse_args())
     if cache_dir := args.pop("cache_dir"):
         compile_cache(cache_dir)

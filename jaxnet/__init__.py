@@ -1,6 +1,7 @@
 """jaxnet: functional neural networks on JAX.
 
-A network is a value made of pure functions over a plain nested dict of arrays; everything else is a function over that dict.
+A network is a value made of pure functions over a plain nested dict of arrays; everything else is a
+function over that dict.
 """
 
 import importlib

@@ -1,8 +1,9 @@
 """Arithmetic in a narrow dtype, float16 or bfloat16, with float32 sums over many examples.
 
-The gradient of a parameter that many examples share is a sum over them. In bfloat16 a sum of ones stops at 256, and in
-float16 at 2,048, because the next one is rounded away. Therefore the layers add biases, apply scales and gather rows in
-float32, and `cast` does not change the parameters in `Layer.wide`. Their gradients never pass through the narrow dtype.
+The gradient of a parameter that many examples share is a sum over them. In bfloat16 a sum of ones
+stops at 256, and in float16 at 2,048, because the next one is rounded away. Therefore the layers
+add biases, apply scales and gather rows in float32, and `cast` does not change the parameters in
+`Layer.wide`. Their gradients never pass through the narrow dtype.
 """
 
 from __future__ import annotations
@@ -16,12 +17,24 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding, PartitionSpec
 
-__all__ = ["Mixed", "add_bias", "affine", "cast_floats", "computed_dtype", "is_float", "narrowed", "rows", "widened"]
+__all__ = [
+    "Mixed",
+    "add_bias",
+    "affine",
+    "cast_floats",
+    "computed_dtype",
+    "is_float",
+    "narrowed",
+    "rows",
+    "widened",
+]
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class Mixed(dict):
-    """The parameters of one layer under `cast`: a dict that also has the dtype in which the layer computes."""
+    """The parameters of one layer under `cast`: a dict that also has the dtype in which the layer
+    computes.
+    """
 
     def __init__(self, items: Mapping[str, Any], dtype: Any):
         super().__init__(items)
@@ -29,7 +42,10 @@ class Mixed(dict):
 
     def tree_flatten_with_keys(self):
         names = sorted(self)
-        return [(jax.tree_util.DictKey(name), self[name]) for name in names], (tuple(names), self.dtype)
+        return [(jax.tree_util.DictKey(name), self[name]) for name in names], (
+            tuple(names),
+            self.dtype,
+        )
 
     def tree_flatten(self):
         names = sorted(self)
@@ -68,7 +84,9 @@ def is_float(x: Any) -> bool:
 
 
 def computed_dtype(params: Any, param: Any) -> Any:
-    """The dtype in which a layer with these parameters computes: that of `cast`, or else that of `param`."""
+    """The dtype in which a layer with these parameters computes: that of `cast`, or else that of
+    `param`.
+    """
     return params.dtype if isinstance(params, Mixed) else param.dtype
 
 
@@ -78,13 +96,16 @@ def widened(x: Any) -> jax.Array:
 
 
 def add_bias(y: jax.Array, bias: Any) -> jax.Array:
-    """y [..., F] + bias [F], in the dtype of y; a narrow sum is rounded once, and its gradient summed in float32."""
+    """y [..., F] + bias [F], in the dtype of y; a narrow sum is rounded once, and its gradient
+    summed in float32.
+    """
     wide = jnp.promote_types(y.dtype, jnp.float32)
     return (y.astype(wide) + jnp.broadcast_to(bias.astype(wide), y.shape)).astype(y.dtype)
 
 
 def affine(x: jax.Array, kernel: jax.Array, bias: Any, precision: Any = None) -> jax.Array:
-    """x [N, D] kernel [D, F] + bias [F], in the dtype of x; a narrow result is rounded once, not twice.
+    """x [N, D] kernel [D, F] + bias [F], in the dtype of x; a narrow result is rounded once, not
+    twice.
 
     In bfloat16, XLA itself leaves out the rounding between the product and the sum.
     """
@@ -113,7 +134,9 @@ def rows(table: jax.Array, ids: jax.Array, dtype: Any = None, **options: Any) ->
 
 
 def _rows_sharding(table: jax.Array, ids: jax.Array) -> NamedSharding | None:
-    """The sharding of `rows` if an explicit mesh axis shards the table or the ids. JAX cannot infer it."""
+    """The sharding of `rows` if an explicit mesh axis shards the table or the ids. JAX cannot infer
+    it.
+    """
     of_table, of_ids = jax.typeof(table).sharding, jax.typeof(ids).sharding
     spec = (*of_ids.spec, *of_table.spec[1:])
     if all(axis is None for axis in spec):
@@ -121,8 +144,8 @@ def _rows_sharding(table: jax.Array, ids: jax.Array) -> NamedSharding | None:
     return NamedSharding(of_table.mesh if of_ids.mesh.empty else of_ids.mesh, PartitionSpec(*spec))
 
 
-# JAX's derivative of a product with a float32 result would multiply float32 matrices. This explicit derivative uses the
-# dtype of x, so every product in the backward pass has narrow operands.
+# JAX's derivative of a product with a float32 result would multiply float32 matrices. This explicit
+# derivative uses the dtype of x, so every product in the backward pass has narrow operands.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _narrow_affine(precision, x, kernel, bias):
     y = jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32)
@@ -136,7 +159,9 @@ def _narrow_affine_jvp(precision, primals, tangents):
     terms = [] if _is_zero(dx) else [widened(multiply(dx, kernel))]
     terms += [] if _is_zero(dkernel) else [widened(multiply(x, dkernel))]
     y = _narrow_affine(precision, x, kernel, bias)
-    terms += [] if _is_zero(dbias) else [jnp.broadcast_to(widened(dbias), y.shape).astype(jnp.float32)]
+    terms += (
+        [] if _is_zero(dbias) else [jnp.broadcast_to(widened(dbias), y.shape).astype(jnp.float32)]
+    )
     return y, functools.reduce(jnp.add, terms).astype(y.dtype)
 
 

@@ -15,17 +15,22 @@ __all__ = ["euclidean"]
 def euclidean(arrays: Sequence[Any]) -> jax.Array:
     """The Euclidean norm of all numbers in these arrays, sqrt(sum |x|^2), in at least float32.
 
-    The numbers are divided by a power of two near the largest one, so their squares neither overflow nor vanish. When the
-    plain formula is accurate, all bits agree with it. The gradient at zero is zero.
+    The numbers are divided by a power of two near the largest one, so their squares neither
+    overflow nor vanish. When the plain formula is accurate, all bits agree with it. The gradient at
+    zero is zero.
     """
     arrays = [_floating(x) for x in arrays]
-    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, map(_largest, arrays), jnp.float32(0)))
-    # Without mantissa bits, rounding gives a power of two. The bounds keep its reciprocal from being subnormal.
+    largest = jax.lax.stop_gradient(
+        functools.reduce(jnp.maximum, map(_largest, arrays), jnp.float32(0))
+    )
+    # Without mantissa bits, rounding gives a power of two. The bounds keep its reciprocal from
+    # being subnormal.
     kind = jnp.finfo(largest.dtype)
     scale = jax.lax.reduce_precision(jnp.minimum(largest / 2, float(kind.max) / 8), kind.nexp, 0)
     scale = jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1)
     squares = sum((_sum_of_squares(x, scale) for x in arrays), jnp.zeros_like(scale))
-    # The derivative of the root is infinite at zero. The inner `where` keeps it from being multiplied by 0 in the gradient.
+    # The derivative of the root is infinite at zero. The inner `where` keeps it from being
+    # multiplied by 0 in the gradient.
     zero = squares == 0
     return scale * jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
 

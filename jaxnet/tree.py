@@ -1,9 +1,10 @@
 """Trees by path: find, select, split, merge, change, count and print the leaves of any pytree.
 
-A path names a leaf as its keys joined by '/': `blocks/attn/query/kernel`, `0/mu/hidden/bias` in an optimizer's state.
-A pattern is a path with wildcards: `*` is any name, `**` any number of names (also none); within a name, `*` is any
-text, `?` any character, `[ab]` one of these, `[!ab]` another.
-A pattern that matches an inner node selects everything below it: `head` is all of the head, `**/bias` every bias.
+A path names a leaf as its keys joined by '/': `blocks/attn/query/kernel`, `0/mu/hidden/bias` in an
+optimizer's state. A pattern is a path with wildcards: `*` is any name, `**` any number of names
+(also none); within a name, `*` is any text, `?` any character, `[ab]` one of these, `[!ab]`
+another. A pattern that matches an inner node selects everything below it: `head` is all of the
+head, `**/bias` every bias.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> Any:
-    """Nested dicts from leaves by path: the inverse of `flatten` for trees of dicts with string keys.
+    """Nested dicts from leaves by path: the inverse of `flatten` for trees of dicts with string
+    keys.
 
     >>> unflatten({"out/bias": 1, "out/kernel": 2})
     {'out': {'bias': 1, 'kernel': 2}}
@@ -74,7 +76,9 @@ def unflatten(leaves: Mapping[str, Any]) -> Any:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ValueError(f"'{path}' goes through a leaf; a path cannot be both a leaf and a node")
+                raise ValueError(
+                    f"'{path}' goes through a leaf; a path cannot be both a leaf and a node"
+                )
         if name in node:
             raise ValueError(f"'{path}' is both a leaf and a node")
         node[name] = leaf
@@ -89,14 +93,18 @@ def paths(tree: Any) -> list[str]:
 def matches(path: str, *patterns: str, below: bool = True) -> bool:
     """Whether one of the patterns matches the path or, unless `below` is False, a node above it.
 
-    >>> matches("blocks/attn/bias", "**/bias"), matches("blocks/attn/bias", "blocks"), matches("head/bias", "*/kernel")
-    (True, True, False)
+    >>> matches("blocks/attn/bias", "**/bias"), matches("blocks/attn/bias", "blocks")
+    (True, True)
+    >>> matches("head/bias", "*/kernel")
+    False
     """
     return any(_matches(_names(path), _names(pattern), below) for pattern in patterns)
 
 
 def select(tree: Any, *patterns: str) -> dict[str, Any]:
-    """The leaves whose path matches one of the patterns, by path. Raises KeyError if a pattern matches nothing."""
+    """The leaves whose path matches one of the patterns, by path. Raises KeyError if a pattern
+    matches nothing.
+    """
     leaves = flatten(tree)
     _check_patterns(leaves, patterns)
     return {path: leaf for path, leaf in leaves.items() if matches(path, *patterns)}
@@ -112,10 +120,12 @@ def mask(tree: Any, *patterns: str) -> Any:
 
 
 def split(tree: Any, *patterns: str) -> tuple[Any, Any]:
-    """Split a tree in two: (what matches one of the patterns, the rest); `merge` puts them together again.
+    """Split a tree in two: (what matches one of the patterns, the rest); `merge` puts them together
+    again.
 
-    What is not in a part is missing from its dicts, so that `jax.grad`, `optax` and checkpoints of that part know
-    nothing of it. In tuples, lists, OrderedDicts and other nodes, where positions count, None stands in its place.
+    What is not in a part is missing from its dicts, so that `jax.grad`, `optax` and checkpoints of
+    that part know nothing of it. In tuples, lists, OrderedDicts and other nodes, where positions
+    count, None stands in its place.
 
     Raises: KeyError if a pattern matches nothing.
 
@@ -141,11 +151,15 @@ def merge(*trees: Any) -> Any:
 
 def map_with_path(fn: Callable, tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` with the path: fn(path, leaf, *leaves of rest)."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(_join(path), *leaves), tree, *rest)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: fn(_join(path), *leaves), tree, *rest
+    )
 
 
 def get(tree: Any, path: str) -> Any:
-    """The leaf or node at a path ('' is the tree itself). Raises KeyError with the nearest names."""
+    """The leaf or node at a path ('' is the tree itself). Raises KeyError with the nearest
+    names.
+    """
     node = tree
     for depth, name in enumerate(_names(path)):
         children = _children(node)
@@ -169,14 +183,17 @@ def count(tree: Any) -> int:
 
 
 def bytes_of(tree: Any) -> int:
-    """How many bytes its leaves take, bit-packed dtypes counted by the byte that each element takes in memory."""
+    """How many bytes its leaves take, bit-packed dtypes counted by the byte that each element takes
+    in memory.
+    """
     return sum(math.prod(np.shape(leaf)) * _dtype(leaf).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def norm(tree: Any) -> jax.Array:
     """The Euclidean norm of all numbers together, sqrt(sum |x|^2), accumulated in at least float32.
 
-    Squares of very large and very small numbers neither overflow nor vanish. The gradient at zero is zero.
+    Squares of very large and very small numbers neither overflow nor vanish. The gradient at zero
+    is zero.
     """
     return euclidean(jax.tree.leaves(tree))
 
@@ -187,7 +204,8 @@ def norms(tree: Any) -> dict[str, jax.Array]:
 
 
 def table(tree: Any) -> str:
-    """The tree as text: path, shape, dtype, count, bytes and Euclidean norm of each leaf, and the totals.
+    """The tree as text: path, shape, dtype, count, bytes and Euclidean norm of each leaf, and the
+    totals.
 
     Leaves without values (`jax.ShapeDtypeStruct`) and those that are no numbers have no norm.
     """
@@ -195,14 +213,23 @@ def table(tree: Any) -> str:
     for path, leaf in flatten(tree).items():
         shape = "x".join(map(str, np.shape(leaf))) or "-"
         rows.append(
-            (path or ".", shape, str(_dtype(leaf)), f"{count(leaf):,}", f"{bytes_of(leaf):,}", _norm_text(leaf))
+            (
+                path or ".",
+                shape,
+                str(_dtype(leaf)),
+                f"{count(leaf):,}",
+                f"{bytes_of(leaf):,}",
+                _norm_text(leaf),
+            )
         )
     rows.append(("total", "", "", f"{count(tree):,}", f"{bytes_of(tree):,}", ""))
     return align(rows, left=3)
 
 
 def align(rows: list[tuple[str, ...]], left: int) -> str:
-    """Rows of words as columns, the first `left` of them flush left, the others right; a rule under the header."""
+    """Rows of words as columns, the first `left` of them flush left, the others right; a rule under
+    the header.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row):
@@ -210,7 +237,9 @@ def align(rows: list[tuple[str, ...]], left: int) -> str:
         cells = [word.ljust(w) if i < left else word.rjust(w) for i, (word, w) in sized]
         return "  ".join(cells).rstrip()
 
-    return "\n".join([line(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows[1:])])
+    return "\n".join(
+        [line(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows[1:])]
+    )
 
 
 class _Missing:
@@ -246,13 +275,17 @@ def _names(path: str) -> list[str]:
 
 
 def _level(node: Any) -> tuple[list[str], list[Any], Any]:
-    """One level of a tree: names of the children, the children, and what puts them together again."""
+    """One level of a tree: names of the children, the children, and what puts them together
+    again.
+    """
     pairs, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     return [_join(path) for path, _ in pairs], [child for _, child in pairs], structure
 
 
 def _is_dict(node: Any) -> bool:
-    """Whether it is a node whose children have names and no order: JAX sorts the keys of these, not of an OrderedDict."""
+    """Whether it is a node whose children have names and no order: JAX sorts the keys of these, not
+    of an OrderedDict.
+    """
     return isinstance(node, dict) and not isinstance(node, collections.OrderedDict)
 
 
@@ -280,13 +313,20 @@ def _split(node: Any, path: str, chosen: Callable[[str], bool]) -> tuple[Any, An
     names, children, structure = _level(node)
     if not children:
         return _MISSING, node
-    parts = [_split(c, f"{path}/{n}" if path else n, chosen) for n, c in zip(names, children, strict=True)]
+    parts = [
+        _split(c, f"{path}/{n}" if path else n, chosen)
+        for n, c in zip(names, children, strict=True)
+    ]
     sides = []
     for side in zip(*parts, strict=True):
         if all(part is _MISSING for part in side):
             sides.append(_MISSING)
         elif _is_dict(node):
-            kept = [(key, part) for key, part in zip(sorted(node), side, strict=True) if part is not _MISSING]
+            kept = [
+                (key, part)
+                for key, part in zip(sorted(node), side, strict=True)
+                if part is not _MISSING
+            ]
             sides.append(_like(node, kept))
         else:
             filled = [None if part is _MISSING else part for part in side]
@@ -301,7 +341,9 @@ def _merge(a: Any, b: Any, path: str) -> Any:
     if a is None or b is None:
         return b if a is None else a
     if _is_leaf(a) or _is_leaf(b):
-        raise ValueError(f"both trees hold '{path.strip('/')}'; the parts of a split have no leaf in common")
+        raise ValueError(
+            f"both trees hold '{path.strip('/')}'; the parts of a split have no leaf in common"
+        )
     (names, left, structure), (others, right, _) = _level(a), _level(b)
     if type(a) is not type(b) or names != others:
         kinds = f"{type(a).__name__} and {type(b).__name__}"
@@ -329,7 +371,10 @@ def _no_child(path: str, depth: int, name: str, children: Mapping[str, Any]) -> 
     where = "/".join(_names(path)[:depth]) or "the top of the tree"
     close = difflib.get_close_matches(name, children, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
-    return f"no '{path}': {where} has no '{name}'{hint} (it has {', '.join(children) or 'no children'})"
+    return (
+        f"no '{path}': {where} has no '{name}'{hint} (it has "
+        f"{', '.join(children) or 'no children'})"
+    )
 
 
 def _dtype(leaf: Any) -> Any:

@@ -5,9 +5,11 @@ import os
 import pathlib
 import tempfile
 
-# Programs are compiled once for all tests, both processes and the next run: JAX tells them apart by version and options.
+# Programs are compiled once for all tests, both processes and the next run: JAX tells them apart by
+# version and options.
 os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / f"jaxnet-tests-{getpass.getuser()}")
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(tempfile.gettempdir()) / f"jaxnet-tests-{getpass.getuser()}"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -19,12 +21,15 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
 )  # where there is one
 jax.config.update("jax_num_cpu_devices", 4)  # before any device is used
-jax.config.update("jax_numpy_rank_promotion", "raise")  # (4,) against (4, 1) is a bug, not a broadcast
+# (4,) against (4, 1) is a bug, not a broadcast.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)  # a key consumed twice is a bug
 
 
 def pytest_runtest_setup(item):
-    """Skip the tests marked `@pytest.mark.cpu_only("reason")` where JAX computes on a GPU or a TPU."""
+    """Skip the tests marked `@pytest.mark.cpu_only("reason")` where JAX computes on a GPU or a
+    TPU.
+    """
     marker = item.get_closest_marker("cpu_only")
     if marker is not None and jax.default_backend() != "cpu":
         (reason,) = marker.args
@@ -33,15 +38,21 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture
 def exact_products():
-    """Products of float32 in float32 on a GPU, too, whose convolutions round their factors to TF32 by default."""
+    """Products of float32 in float32 on a GPU, too, whose convolutions round their factors to TF32
+    by default.
+    """
     with jax.default_matmul_precision("highest"):
         yield
 
 
 @pytest.fixture
 def real_data():
-    """The folder with real data sets (MNIST and others); tests that need it skip where it is missing."""
-    folder = pathlib.Path(os.environ.get("JAXNET_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
+    """The folder with real data sets (MNIST and others); tests that need it skip where it is
+    missing.
+    """
+    folder = pathlib.Path(
+        os.environ.get("JAXNET_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data")
+    )
     if not folder.is_dir():
         pytest.skip("no real data here: set JAXNET_DATA to a folder with mnist/ in it")
     return folder

@@ -1,4 +1,6 @@
-"""Headers that somebody has forged: changed at random, with a right digest, so that only the checks behind it refuse them."""
+"""Headers that somebody has forged: changed at random, with a right digest, so that only the checks
+behind it refuse them.
+"""
 
 import contextlib
 import copy
@@ -62,7 +64,19 @@ ODD += [
     "list",
     "none",
 ]
-ODD += [[], {}, [[]], [0], [1, 2], [0, 0], [[0]], ["jax", "float32"], ["none", None], ["int", "0x1"], ["key", "rbg"]]
+ODD += [
+    [],
+    {},
+    [[]],
+    [0],
+    [1, 2],
+    [0, 0],
+    [[0]],
+    ["jax", "float32"],
+    ["none", None],
+    ["int", "0x1"],
+    ["key", "rbg"],
+]
 ODD += [["dict", []], ["list", []], [1] * 65, [2**32] * 2, [2**62, 0], {"": 0}]
 
 
@@ -82,7 +96,9 @@ def sealed(entries: Any, manifest: Any, data: bytes) -> bytes:
 
 
 def forgeries(data: bytes, count: int, seed: int) -> Iterator[bytes]:
-    """Files with one to three changes in the entries or in the manifest, of the structure or of its text."""
+    """Files with one to three changes in the entries or in the manifest, of the structure or of its
+    text.
+    """
     entries, manifest, rest = split(data)
     rng = random.Random(seed)
     while count:
@@ -105,13 +121,18 @@ def sum_again(entries: dict[str, Any], manifest: Any, data: bytes) -> None:
             if not 0 <= start <= stop <= len(data):
                 return
             sums.append(
-                fmt.crcs(fmt.Tensor(name, entry["dtype"], tuple(entry["shape"]), start, stop), data[start:stop])
+                fmt.crcs(
+                    fmt.Tensor(name, entry["dtype"], tuple(entry["shape"]), start, stop),
+                    data[start:stop],
+                )
             )
         manifest["crc32"] = sums
 
 
 def change(value: Any, rng: random.Random) -> None:
-    """Change something in nested lists and dicts: replace, delete, repeat, swap, or alter a text."""
+    """Change something in nested lists and dicts: replace, delete, repeat, swap, or alter a
+    text.
+    """
     places = [
         (holder, key)
         for holder in holders(value)
@@ -130,7 +151,11 @@ def change(value: Any, rng: random.Random) -> None:
         holder[rng.choice([x for x in ODD if isinstance(x, str)])] = holder.pop(key)
     elif what == 4 and isinstance(holder[key], str) and holder[key]:
         text, at = holder[key], rng.randrange(len(holder[key]))
-        holder[key] = text[:at] + rng.choice(["", "0", "f", "/", "~", "\0", "\n", text]) + text[at + rng.randrange(2) :]
+        holder[key] = (
+            text[:at]
+            + rng.choice(["", "0", "f", "/", "~", "\0", "\n", text])
+            + text[at + rng.randrange(2) :]
+        )
     elif what == 5 and type(holder[key]) is int:
         holder[key] += rng.choice([-1, 1, 2**31, -(2**31), 2**60])
     else:
@@ -145,7 +170,9 @@ def holders(value: Any) -> Iterator[Any]:
 
 
 def forge_file(path: pathlib.Path, count: int, seed: int) -> Iterator[None]:
-    """Put each forgery of a file in its place, and of a part its digest into the manifest; in the end all is as before."""
+    """Put each forgery of a file in its place, and of a part its digest into the manifest; in the
+    end all is as before.
+    """
     main = path.with_name(path.name.partition(".part-")[0])
     data, whole = path.read_bytes(), main.read_bytes()
     entries, manifest, rest = split(whole)

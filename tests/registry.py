@@ -1,8 +1,9 @@
 """Every public layer and combinator as data, for the laws of `test_laws.py`.
 
-A name is that of the constructor, with ': what is special' behind it where a layer has more than one case.
+A name is that of the constructor, with ': what is special' behind it where a layer has more than
+one case.
 
-    python tests/registry.py        writes tests/golden/layouts.json again, after a wanted change of layout
+    python tests/registry.py    writes tests/golden/layouts.json again, after a wanted change
 """
 
 import dataclasses
@@ -38,22 +39,24 @@ from jaxnet.mixed import rows
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "layouts.json"
 
-# Laws from which a case may be exempt, with the reason in the case: `dtype` (dtype in, dtype out), `differences`
-# (gradients equal finite differences), `curvature` (second derivatives too).
+# Laws from which a case may be exempt, with the reason in the case: `dtype` (dtype in, dtype out),
+# `differences` (gradients equal finite differences), `curvature` (second derivatives too).
 LAWS = ("dtype", "differences", "curvature")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_to_compile():
-    """For a module of tests that compiles many small programs: XLA's optimisations would cost more than they save."""
+    """For a module of tests that compiles many small programs: XLA's optimisations would cost more
+    than they save.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-# XLA may leave out a rounding to a narrow dtype between two operations of one program. Which ones it leaves out depends
-# on the program, so two forms of one network differ by roundings. A program from `as_stated` rounds wherever the
-# network says so.
+# XLA may leave out a rounding to a narrow dtype between two operations of one program. Which ones
+# it leaves out depends on the program, so two forms of one network differ by roundings. A program
+# from `as_stated` rounds wherever the network says so.
 as_stated = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
 
 
@@ -65,30 +68,42 @@ class Case:
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     exempt: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def specs(self, dtype: Any = jnp.float32, lead: tuple[int, ...] = ()) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def specs(
+        self, dtype: Any = jnp.float32, lead: tuple[int, ...] = ()
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The inputs with another float dtype and further leading axes."""
         return tuple(
-            jax.ShapeDtypeStruct(lead + x.shape, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+            jax.ShapeDtypeStruct(
+                lead + x.shape, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+            )
             for x in self.inputs
         )
 
-    def data(self, dtype: Any = jnp.float32, lead: tuple[int, ...] = (), seed: int = 7) -> tuple[jax.Array, ...]:
+    def data(
+        self, dtype: Any = jnp.float32, lead: tuple[int, ...] = (), seed: int = 7
+    ) -> tuple[jax.Array, ...]:
         """Normal numbers of those specs; integers in 0 .. 3."""
         return numbers(self.specs(dtype, lead), seed)
 
     def start(self, dtype: Any = jnp.float32) -> tuple[Any, Any]:
         """Parameters, normal numbers all, and state (None for a stateless layer)."""
         specs = self.specs(dtype)
-        return weights(self.net, *specs), state_of(self.net, *specs) if self.net.init_state else None
+        return weights(self.net, *specs), state_of(
+            self.net, *specs
+        ) if self.net.init_state else None
 
 
 def numbers(specs: Any, seed: int = 0) -> Any:
-    """Arrays of these specs: normal numbers, or integers in 0 .. 3. Nothing is compiled for them."""
+    """Arrays of these specs: normal numbers, or integers in 0 .. 3. Nothing is compiled for
+    them.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(spec):
         whole = jnp.issubdtype(spec.dtype, jnp.integer)
-        return jnp.asarray(rng.integers(0, 4, spec.shape) if whole else rng.normal(size=spec.shape), spec.dtype)
+        return jnp.asarray(
+            rng.integers(0, 4, spec.shape) if whole else rng.normal(size=spec.shape), spec.dtype
+        )
 
     return jax.tree.map(draw, specs)
 
@@ -101,7 +116,9 @@ def weights(net: Layer, *inputs: Any, seed: int = 0, **named: Any) -> Any:
 def close(actual, expected, rtol=1e-5, atol=1e-6):
     """Assert that two trees have one structure and nearly the same numbers."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, expected
+    )
 
 
 def state_of(net: Layer, *inputs: Any) -> Any:
@@ -120,7 +137,9 @@ def ints(*shape: int) -> jax.ShapeDtypeStruct:
 
 @wire(norm=layer_norm(), qkv=dense(3 * 4), out=dense(4))
 def attention(f, x):
-    """Pre-norm self-attention with 2 heads, written with jnp alone.  x [..., T, 4] -> y [..., T, 4]."""
+    """Pre-norm self-attention with 2 heads, written with jnp alone.  x [..., T, 4] -> y [..., T,
+    4].
+    """
     q, k, v = jnp.split(f.qkv(f.norm(x)).reshape(*x.shape[:-1], 2, 6), 3, axis=-1)
     scores = jnp.einsum("...qnh,...knh->...nqk", q, k) / 2**0.5
     mixed = jnp.einsum("...nqk,...knh->...qnh", jax.nn.softmax(scores), v)
@@ -133,7 +152,9 @@ def transformer_block(f, x):
     return x + f.drop(f.down(jax.nn.gelu(f.up(f.norm(x)))))
 
 
-@wire(table=param((4, 4), jax.nn.initializers.normal(1.0)), hidden=residual(chain(dense(4), jnp.tanh)))
+@wire(
+    table=param((4, 4), jax.nn.initializers.normal(1.0)), hidden=residual(chain(dense(4), jnp.tanh))
+)
 def tied(f, ids):
     """A language model whose output weights are its embedding."""
     x = rows(f.table(), ids)
@@ -170,7 +191,8 @@ CASES: dict[str, Case] = {
     "dense: without bias": Case(dense(3, bias=False), (floats(2, 3, 4),)),
     "conv": Case(conv(3, 2), (floats(2, 3, 4, 2),)),
     "conv: sequence, dilated, grouped": Case(
-        conv(4, (3,), strides=2, padding="VALID", dilation=2, groups=2, bias=False), (floats(2, 9, 4),)
+        conv(4, (3,), strides=2, padding="VALID", dilation=2, groups=2, bias=False),
+        (floats(2, 9, 4),),
     ),
     "max_pool": Case(max_pool(2), (floats(2, 4, 5, 2),)),
     "avg_pool": Case(avg_pool(2, strides=1, padding="SAME"), (floats(2, 3, 3, 2),)),
@@ -188,15 +210,24 @@ CASES: dict[str, Case] = {
     "wire": Case(product, (floats(4, 4), floats(4, 4))),
     "chain": Case(chain(dense(4), jnp.tanh, out=dense(3)), (floats(4, 4),)),
     "parallel": Case(parallel(dense(4), negative=jnp.negative), (floats(4, 4),)),
-    "parallel: merge": Case(parallel(main=dense(4), shortcut=dense(4), merge=jnp.add), (floats(4, 4),)),
+    "parallel: merge": Case(
+        parallel(main=dense(4), shortcut=dense(4), merge=jnp.add), (floats(4, 4),)
+    ),
     "residual": Case(residual(chain(layer_norm(), dense(4))), (floats(4, 4),)),
     "repeat": Case(repeat(chain(dense(4), jnp.tanh), 2), (floats(4, 4),)),
     "repeat: noisy, stateful, remat": Case(repeat(noisy_block, 2, remat=True), (floats(4, 4),)),
     "scan": Case(recurrent, (floats(4, 3, 4),), {"curvature": "it would take long to compile"}),
-    "vmap": Case(chain(vmap(chain(dense(4), jnp.tanh), 2, in_axes=-2), lambda y: y.sum(0)), (floats(4, 2, 4),)),
-    "vmap: noisy, stateful": Case(chain(vmap(noisy_block, 2, in_axes=None), lambda y: y[0] * y[1]), (floats(4, 4),)),
+    "vmap": Case(
+        chain(vmap(chain(dense(4), jnp.tanh), 2, in_axes=-2), lambda y: y.sum(0)),
+        (floats(4, 2, 4),),
+    ),
+    "vmap: noisy, stateful": Case(
+        chain(vmap(noisy_block, 2, in_axes=None), lambda y: y[0] * y[1]), (floats(4, 4),)
+    ),
     "remat": Case(remat(chain(dense(4), jnp.tanh)), (floats(4, 4),)),
-    "cast": Case(cast(chain(dense(4), jnp.tanh), "bfloat16"), (floats(4, 4),), {"differences": _BFLOAT16}),
+    "cast": Case(
+        cast(chain(dense(4), jnp.tanh), "bfloat16"), (floats(4, 4),), {"differences": _BFLOAT16}
+    ),
     "network: transformer": Case(transformer_block, (floats(1, 4, 4),), {"curvature": _PARTS}),
     "network: convnet": Case(
         chain(conv(2, 3), batch_norm(), jax.nn.silu, max_pool(2), flatten(), head=dense(4)),
@@ -204,7 +235,9 @@ CASES: dict[str, Case] = {
         {"curvature": _PARTS},
     ),
     "network: stateful": Case(
-        chain(stem=dense(4), blocks=repeat(residual(noisy_block), 2)), (floats(4, 4),), {"curvature": _PARTS}
+        chain(stem=dense(4), blocks=repeat(residual(noisy_block), 2)),
+        (floats(4, 4),),
+        {"curvature": _PARTS},
     ),
 }
 

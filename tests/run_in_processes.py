@@ -1,4 +1,6 @@
-"""One of several processes with two devices each: python run_in_processes.py PROCESS PROCESSES PORT FOLDER WHAT."""
+"""One of several processes with two devices each: python run_in_processes.py PROCESS PROCESSES PORT
+FOLDER WHAT.
+"""
 
 import importlib.util
 import json
@@ -15,14 +17,28 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxnet.checkpoint import CheckpointError, Checkpoints, container, inspect, lazy, load, save, to_torch, verify
+from jaxnet.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    container,
+    inspect,
+    lazy,
+    load,
+    save,
+    to_torch,
+    verify,
+)
 
 
 def make_tree(mesh, scale=1):
-    """Arrays over all devices in several ways, and what each process has for itself; `values` says what is in them."""
+    """Arrays over all devices in several ways, and what each process has for itself; `values` says
+    what is in them.
+    """
 
     def spread(x, *spec):
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec(*spec)), lambda index: x[index])
+        return jax.make_array_from_callback(
+            x.shape, NamedSharding(mesh, PartitionSpec(*spec)), lambda index: x[index]
+        )
 
     x = values(scale)
     return {
@@ -76,14 +92,17 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# The scenarios. Each is called in all processes, with a folder of its own and the mesh over all devices.
+# The scenarios. Each is called in all processes, with a folder of its own and the mesh over all
+# devices.
 
 
 def saved_and_loaded(folder, mesh, me):
     path, tree = folder / "x.safetensors", make_tree(mesh)
     save(path, tree, metadata={"by": "two"})
     assert_same(load(path, like=tree), tree)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree["blocks"])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree["blocks"]
+    )
     assert_same(load(path, like={"blocks": like}, only="blocks"), {"blocks": tree["blocks"]})
     fails(
         lambda: to_torch({"params": {"kernel": tree["blocks"]}, "state": {}}),
@@ -92,7 +111,8 @@ def saved_and_loaded(folder, mesh, me):
     )
     assert inspect(path).metadata == {"by": "two"} and verify(path) == inspect(path)
     with lazy(path) as leaves:
-        np.testing.assert_array_equal(leaves["blocks"], values()["blocks"])  # also what the other process has
+        # Also what the other process has.
+        np.testing.assert_array_equal(leaves["blocks"], values()["blocks"])
 
 
 def replaced(folder, mesh, me):
@@ -133,7 +153,9 @@ def a_disk_fails_in_one_process(folder, mesh, me):
 
     os.write = full if me == 1 else real
     try:
-        expected = (OSError, "No space left") if me == 1 else (CheckpointError, "processes [1] failed")
+        expected = (
+            (OSError, "No space left") if me == 1 else (CheckpointError, "processes [1] failed")
+        )
         fails(lambda: save(path, make_tree(mesh, 2)), *expected)
     finally:
         os.write = real
@@ -151,7 +173,9 @@ def the_manifest_cannot_be_written(folder, mesh, me):
 
     container.replace = full
     try:
-        expected = (OSError, "No space left") if me == 0 else (CheckpointError, "processes [0] failed")
+        expected = (
+            (OSError, "No space left") if me == 0 else (CheckpointError, "processes [0] failed")
+        )
         fails(lambda: save(path, make_tree(mesh, 2)), *expected)
     finally:
         container.replace = real
@@ -172,7 +196,11 @@ def processes_that_save_different_trees(folder, mesh, me):
 
 def processes_that_share_no_folder(folder, mesh, me):
     own = folder / str(me)
-    expected = "00001 is not there: all processes must save to one folder" if me == 0 else "processes [0] failed"
+    expected = (
+        "00001 is not there: all processes must save to one folder"
+        if me == 0
+        else "processes [0] failed"
+    )
     fails(lambda: save(own / "x.safetensors", make_tree(mesh)), CheckpointError, expected)
     assert names(own) == []
 
@@ -196,10 +224,20 @@ def rounded_while_it_is_loaded(folder, mesh, me):
     got = load(path, like=like, cast=True)["w"]
     assert got.sharding == sharding and got.dtype == jnp.bfloat16
     for shard in got.addressable_shards:
-        np.testing.assert_array_equal(np.asarray(shard.data, np.float32), values()["blocks"][shard.index])
-    odd = {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("a")))}
+        np.testing.assert_array_equal(
+            np.asarray(shard.data, np.float32), values()["blocks"][shard.index]
+        )
+    odd = {
+        "w": jax.ShapeDtypeStruct(
+            (3,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("a"))
+        )
+    }
     save(path, {"w": tree["a/b"]["own"], "x": tree["blocks"]})
-    fails(lambda: load(path, like=odd, only="w"), CheckpointError, "the shardings of `like` do not suit its shapes")
+    fails(
+        lambda: load(path, like=odd, only="w"),
+        CheckpointError,
+        "the shardings of `like` do not suit its shapes",
+    )
 
 
 def a_store_of_steps(folder, mesh, me):
@@ -218,20 +256,25 @@ def orbax_saves_and_all_load(folder, mesh, me):
     for scale in (1, 2):
         save(path, make_tree(mesh, scale), metadata={"by": "Orbax"}, engine="orbax")
     own = jax.make_mesh((2,), ("own",), devices=jax.local_devices(), axis_types=(AxisType.Auto,))
-    here = jax.device_put(np.arange(4) + 10 * me, NamedSharding(own, PartitionSpec("own")))  # what process 0 has counts
+    # What process 0 has counts.
+    here = jax.device_put(np.arange(4) + 10 * me, NamedSharding(own, PartitionSpec("own")))
     save(folder / "own", {"here": here, "all": make_tree(mesh)["blocks"]}, engine="orbax")
     np.testing.assert_array_equal(load(folder / "own", only="here")["here"], np.arange(4))
     assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 2))
     assert inspect(path).version == 3 and verify(path).metadata == {"by": "Orbax"}
     with lazy(path) as leaves:
-        np.testing.assert_array_equal(leaves["columns"], values(2)["columns"])  # also what the other process has
+        # Also what the other process has.
+        np.testing.assert_array_equal(leaves["columns"], values(2)["columns"])
     multihost_utils.sync_global_devices("loaded")
     assert len(names(folder)) == 4  # each file and one folder
 
 
 def of_orbax_only_what_is_needed_is_read(folder, mesh, me):
     """Each process sees damage to its own half of the rows, and not to that of the other."""
-    path, x = folder / "x.safetensors", np.random.default_rng(0).integers(0, 2**32, (128, 64), np.uint32)
+    path, x = (
+        folder / "x.safetensors",
+        np.random.default_rng(0).integers(0, 2**32, (128, 64), np.uint32),
+    )
     rows = NamedSharding(mesh, PartitionSpec("a"))
     tree = {"x": jax.make_array_from_callback(x.shape, rows, lambda index: x[index])}
     save(path, tree, engine="orbax")
@@ -245,7 +288,11 @@ def of_orbax_only_what_is_needed_is_read(folder, mesh, me):
     if me == 0:
         assert_same(load(path, like=tree), tree)
     else:
-        fails(lambda: load(path, like=tree), CheckpointError, "its block [64, 64] at [64, 0] is not what was saved")
+        fails(
+            lambda: load(path, like=tree),
+            CheckpointError,
+            "its block [64, 64] at [64, 0] is not what was saved",
+        )
     fails(lambda: verify(path), CheckpointError, "CRC-32")
 
 
@@ -270,13 +317,15 @@ def orbax_fails_in_one_process(folder, mesh, me):
         (orbax, "_sums", full_now),
         (orbax, "_check_complete", full_now),
     ]:
-        ill, real = int(name != "_check_complete"), getattr(where, name)  # that one is called by process 0 alone
+        # That one is called by process 0 alone.
+        ill, real = int(name != "_check_complete"), getattr(where, name)
         if me == ill:
             setattr(where, name, broken)
         expected = "No space left" if me == ill else f"processes [{ill}] failed to save"
         began = time.monotonic()
         fails(lambda: save(path, make_tree(mesh, 2), engine="orbax"), Exception, expected)
-        assert time.monotonic() - began < 60  # that no process waits longer than a minute is promised
+        # That no process waits longer than a minute is promised.
+        assert time.monotonic() - began < 60
         setattr(where, name, real)
         assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 1))
         multihost_utils.sync_global_devices("looked")
@@ -286,9 +335,17 @@ def orbax_fails_in_one_process(folder, mesh, me):
 
 
 def orbax_in_processes_that_differ(folder, mesh, me):
-    expected = "of process 0 is not there: all processes must save to one folder" if me == 1 else "processes [1] failed"
+    expected = (
+        "of process 0 is not there: all processes must save to one folder"
+        if me == 1
+        else "processes [1] failed"
+    )
     own = folder / str(me)
-    fails(lambda: save(own / "x.safetensors", make_tree(mesh), engine="orbax"), CheckpointError, expected)
+    fails(
+        lambda: save(own / "x.safetensors", make_tree(mesh), engine="orbax"),
+        CheckpointError,
+        expected,
+    )
     assert not own.exists() or names(own) == []
     tree = make_tree(mesh)
     if me == 1:
@@ -344,13 +401,16 @@ def run_all(folder, mesh, me):
             results[scenario.__name__] = ""
         except Exception:
             results[scenario.__name__] = traceback.format_exc()
-            print(results[scenario.__name__], file=sys.stderr, flush=True)  # if the others are stuck, all that is seen
+            # If the others are stuck, all that is seen.
+            print(results[scenario.__name__], file=sys.stderr, flush=True)
         multihost_utils.sync_global_devices(scenario.__name__)
     print(json.dumps(results))
 
 
 def save_and_die(folder, mesh, me, process, suffix, when):
-    """Save, and save again: then one process is killed when it gives a file its name, `before` or `after` that."""
+    """Save, and save again: then one process is killed when it gives a file its name, `before` or
+    `after` that.
+    """
     path, real = folder / "x.safetensors", os.replace
     save(path, make_tree(mesh, 1))
 
@@ -374,7 +434,9 @@ def save_for_ever(folder, mesh, me, engine=None):
 
 
 def orbax_beside_one_that_dies(folder, mesh, me):
-    """Save, and save again: then process 1 dies while Orbax writes. Process 0 prints how long it waited."""
+    """Save, and save again: then process 1 dies while Orbax writes. Process 0 prints how long it
+    waited.
+    """
     import orbax.checkpoint as ocp
 
     path = folder / "x.safetensors"
@@ -398,13 +460,17 @@ def main():
     me, processes, port, folder, what, *rest = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", 2)
     address, me = f"127.0.0.1:{port}", int(me)
-    patience = 100 if what == "orbax_dies" else 10  # after which JAX ends the processes beside a dead one
+    # After which JAX ends the processes beside a dead one.
+    patience = 100 if what == "orbax_dies" else 10
     jax.distributed.initialize(address, int(processes), me, heartbeat_timeout_seconds=patience)
     auto = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((int(processes), 2), ("a", "b"), axis_types=auto)
-    {"all": run_all, "die": save_and_die, "for_ever": save_for_ever, "orbax_dies": orbax_beside_one_that_dies}[what](
-        pathlib.Path(folder), mesh, me, *rest
-    )
+    {
+        "all": run_all,
+        "die": save_and_die,
+        "for_ever": save_for_ever,
+        "orbax_dies": orbax_beside_one_that_dies,
+    }[what](pathlib.Path(folder), mesh, me, *rest)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A training run for tests that kill it: it goes on from its checkpoint, and ends with a file of everything that it computed.
+"""A training run for tests that kill it: it goes on from its checkpoint, and ends with a file of
+everything that it computed.
 
 python tests/run_to_be_killed.py FOLDER STEPS
 """
@@ -28,7 +29,9 @@ def main(folder: pathlib.Path, steps: int) -> int:
         out, state = net.apply(params, batch[0], state=state, key=key, train=True)
         return jnp.square(out[:, 0] - batch[1]), state
 
-    start = train_state(net.init(jax.random.key(0), x), optimizer, jax.random.key(1), state=net.init_state(x))
+    start = train_state(
+        net.init(jax.random.key(0), x), optimizer, jax.random.key(1), state=net.init_state(x)
+    )
     result = fit(
         train_step(loss, optimizer),
         start,
@@ -40,7 +43,10 @@ def main(folder: pathlib.Path, steps: int) -> int:
         evaluate=lambda state: {"norm": optax.tree.norm(state.params)},
         evaluate_every=20,
         best="min norm",
-        callbacks=[write_jsonl(folder / "history.jsonl"), lambda record: print(record["step"], flush=True)],
+        callbacks=[
+            write_jsonl(folder / "history.jsonl"),
+            lambda record: print(record["step"], flush=True),
+        ],
         checkpoint=folder / "run.safetensors",
         save_every=0.0,
         progress=False,
@@ -49,7 +55,8 @@ def main(folder: pathlib.Path, steps: int) -> int:
         kept = ("step", "epoch", "loss", "norm")
         history = {name: np.array([record[name] for record in result.history]) for name in kept}
         jaxnet.save(
-            folder / "end.safetensors", {"train_state": result.train_state, "best": result.best, "history": history}
+            folder / "end.safetensors",
+            {"train_state": result.train_state, "best": result.best, "history": history},
         )
     return result.exit_code
 

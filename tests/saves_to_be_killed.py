@@ -1,9 +1,10 @@
-"""Four ways of saving, and a program that kills them with SIGKILL at every call that changes the disk.
+"""Four ways of saving, and a program that kills them with SIGKILL at every call that changes the
+disk.
 
 python tests/saves_to_be_killed.py FOLDER RANDOM
 
-FOLDER holds what was there `before` in one folder for each mode; each kill leaves a folder MODE-N beside these, and RANDOM
-kills at random moments leave `random-N`.
+FOLDER holds what was there `before` in one folder for each mode; each kill leaves a folder MODE-N
+beside these, and RANDOM kills at random moments leave `random-N`.
 """
 
 import os
@@ -46,7 +47,12 @@ def save_steps_beside(root, returned):
     save_steps(root, returned, beside=True)
 
 
-SAVES = {"fresh": save_fresh, "overwrite": save_over, "store": save_steps, "asynchronous": save_steps_beside}
+SAVES = {
+    "fresh": save_fresh,
+    "overwrite": save_over,
+    "store": save_steps,
+    "asynchronous": save_steps_beside,
+}
 CALLS = ("open", "write", "lseek", "fchmod", "fsync", "replace", "unlink", "mkdir", "close")
 
 

@@ -1,4 +1,6 @@
-"""The benchmarks run, whatever is installed; the arithmetic of `measure` is checked with a clock that the test moves."""
+"""The benchmarks run, whatever is installed; the arithmetic of `measure` is checked with a clock
+that the test moves.
+"""
 
 import importlib
 import importlib.util
@@ -23,7 +25,8 @@ def measure(monkeypatch):
 
 @pytest.fixture
 def options(measure):
-    return measure.arguments(None, argv=["--rounds", "4", "--cores", "0"])  # the tests' own process is not pinned
+    # The tests' own process is not pinned.
+    return measure.arguments(None, argv=["--rounds", "4", "--cores", "0"])
 
 
 class Clock:
@@ -36,7 +39,9 @@ class Clock:
         return self.now
 
     def work(self, measure, seconds, *, steps=1, output=1.0):
-        """A competitor whose calls take these seconds, one after the other; the last is repeated."""
+        """A competitor whose calls take these seconds, one after the other; the last is
+        repeated.
+        """
         left = list(seconds)
 
         def run():
@@ -48,7 +53,14 @@ class Clock:
 
 def compare(measure, options, clock, competitors, **arguments):
     table = measure.compare(
-        "Title", competitors, per="step", unit="ms", reference="base", options=options, clock=clock, **arguments
+        "Title",
+        competitors,
+        per="step",
+        unit="ms",
+        reference="base",
+        options=options,
+        clock=clock,
+        **arguments,
     )
     return {row.name: row for row in table.rows}, measure.format_table(table)
 
@@ -60,13 +72,34 @@ def test_times_are_per_step_and_ratios_within_the_round(measure, options):
         "base": clock.work(measure, [5.0, 1.0, 1.0, 1.0, 2.0, 2.0]),
     }
     rows, text = compare(measure, options, clock, competitors)
-    assert rows["base"].seconds == [1.0, 1.0, 2.0, 2.0]  # the first call, 5 s, and the second, 1 s, are apart
+    # The first call, 5 s, and the second, 1 s, are apart.
+    assert rows["base"].seconds == [1.0, 1.0, 2.0, 2.0]
     assert rows["twice"].seconds == [2.0, 2.0, 4.0, 4.0]
     assert rows["twice"].ratios == [2.0, 2.0, 2.0, 2.0]
     assert (rows["base"].compile_seconds, rows["twice"].compile_seconds) == (4.0, 7.0)
     lines = text.splitlines()
-    assert lines[3].split() == ["base", "1,500", "[1,000,", "2,000]", "1.00", "[1.00,", "1.00]", "4", "4.00"]
-    assert lines[4].split() == ["twice", "3,000", "[2,000,", "4,000]", "2.00", "[2.00,", "2.00]", "4", "7.00"]
+    assert lines[3].split() == [
+        "base",
+        "1,500",
+        "[1,000,",
+        "2,000]",
+        "1.00",
+        "[1.00,",
+        "1.00]",
+        "4",
+        "4.00",
+    ]
+    assert lines[4].split() == [
+        "twice",
+        "3,000",
+        "[2,000,",
+        "4,000]",
+        "2.00",
+        "[2.00,",
+        "2.00]",
+        "4",
+        "7.00",
+    ]
 
 
 def test_other_quantities_are_columns_of_medians(measure):
@@ -77,7 +110,8 @@ def test_other_quantities_are_columns_of_medians(measure):
     ]
     lines = measure.format_table(measure.Table("Title", "run", "s", "base", rows)).splitlines()
     assert lines[2].split()[-3:] == ["s", "peak", "MB"] and lines[4].split()[-2:] == ["2.00", "300"]
-    assert lines[3].split()[-1] == "1" and lines[-1] == "wall s, peak MB: medians"  # nothing but the rounds
+    # Nothing but the rounds.
+    assert lines[3].split()[-1] == "1" and lines[-1] == "wall s, peak MB: medians"
 
 
 def test_quick_work_is_called_often_enough_to_be_measured(measure, options):
@@ -121,15 +155,19 @@ def test_problems_are_named_and_the_others_go_on(measure, options):
         "breaks": breaks_later,
         "good": clock.work(measure, [2.0], output=1.0005),
     }
-    rows, text = compare(measure, options, clock, competitors, expected=lambda steps: np.float64(steps))
+    rows, text = compare(
+        measure, options, clock, competitors, expected=lambda steps: np.float64(steps)
+    )
     assert rows["missing"].problem == "skipped: keras is not installed"
     assert (
-        rows["wrong"].problem == "failed: ValueError: the result is off by 1.0e-01 of the largest value, 1e-03 allowed"
+        rows["wrong"].problem
+        == "failed: ValueError: the result is off by 1.0e-01 of the largest value, 1e-03 allowed"
     )
     assert "off by nan" in rows["not a number"].problem
     assert rows["breaks"].problem == "failed: RuntimeError: out of"
     assert rows["good"].ratios == [2.0] * 4
-    assert [line.split("  ")[0] for line in text.splitlines()[3:5]] == ["base", "good"]  # problems come last
+    # Problems come last.
+    assert [line.split("  ")[0] for line in text.splitlines()[3:5]] == ["base", "good"]
     assert "missing       skipped: keras is not installed" in text
 
 
@@ -137,7 +175,9 @@ def test_a_competitor_may_expect_a_result_of_its_own(measure, options):
     clock = Clock()
 
     def other(result):
-        return lambda: clock.work(measure, [1.0], output=result)()._replace(expected=lambda steps: 5.0)
+        return lambda: clock.work(measure, [1.0], output=result)()._replace(
+            expected=lambda steps: 5.0
+        )
 
     competitors = {"base": clock.work(measure, [1.0]), "other": other(5.0), "wrong": other(1.0)}
     rows, _ = compare(measure, options, clock, competitors, expected=lambda steps: 1.0)
@@ -146,7 +186,9 @@ def test_a_competitor_may_expect_a_result_of_its_own(measure, options):
 
 
 def test_batches_go_through_all_rows_in_a_new_order_each_epoch(measure):
-    feed = importlib.import_module("peers").Feed(np.arange(6), -np.arange(6), batch_size=2, epochs=2)
+    feed = importlib.import_module("peers").Feed(
+        np.arange(6), -np.arange(6), batch_size=2, epochs=2
+    )
     batches = list(itertools.islice(feed.stream(), feed.steps))
     assert all((x == -y).all() for x, y in batches)
     first, second = (np.concatenate([x for x, _ in part]) for part in (batches[:3], batches[3:]))
@@ -183,13 +225,49 @@ def test_no_round_starts_after_the_budget(measure, options):
 @pytest.mark.parametrize(
     "script, flags, measured, peer, module",
     [
-        ("xor.py", ["--only", "train_steps", "--only", "Keras"], "jaxnet, one loop: train_steps", "Keras fit", "keras"),
-        ("convnet.py", ["--only", "jaxnet, jit", "--only", "Keras"], "jaxnet, jitted step", "Keras fit", "keras"),
-        pytest.param("first_step.py", ["--only", "Haiku"], "jaxnet, fit", "Haiku", "haiku", marks=pytest.mark.slow),
-        ("startup.py", ["--only", "Haiku, eager", "--depth", "1"], "jaxnet, eager", "Haiku, eager", "haiku"),
+        (
+            "xor.py",
+            ["--only", "train_steps", "--only", "Keras"],
+            "jaxnet, one loop: train_steps",
+            "Keras fit",
+            "keras",
+        ),
+        (
+            "convnet.py",
+            ["--only", "jaxnet, jit", "--only", "Keras"],
+            "jaxnet, jitted step",
+            "Keras fit",
+            "keras",
+        ),
+        pytest.param(
+            "first_step.py",
+            ["--only", "Haiku"],
+            "jaxnet, fit",
+            "Haiku",
+            "haiku",
+            marks=pytest.mark.slow,
+        ),
+        (
+            "startup.py",
+            ["--only", "Haiku, eager", "--depth", "1"],
+            "jaxnet, eager",
+            "Haiku, eager",
+            "haiku",
+        ),
         (
             "checkpoints.py",
-            ["--only", "jaxnet", "--only", "npz", "--only", "Equinox", "--leaves", "20", "--megabytes", "1"],
+            [
+                "--only",
+                "jaxnet",
+                "--only",
+                "npz",
+                "--only",
+                "Equinox",
+                "--leaves",
+                "20",
+                "--megabytes",
+                "1",
+            ],
             "jaxnet",
             "Equinox, durable",
             "equinox",
@@ -205,10 +283,24 @@ def test_no_round_starts_after_the_budget(measure, options):
 )
 def test_each_benchmark_runs(script, flags, measured, peer, module, tmp_path):
     file = tmp_path / "numbers.json"
-    command = [sys.executable, BENCHMARKS / script, "--rounds", "1", "--seconds", "1", "--json", file, *flags]
+    command = [
+        sys.executable,
+        BENCHMARKS / script,
+        "--rounds",
+        "1",
+        "--seconds",
+        "1",
+        "--json",
+        file,
+        *flags,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = {row["name"]: row for table in json.loads(file.read_text())["tables"] for row in table["rows"]}
+    rows = {
+        row["name"]: row
+        for table in json.loads(file.read_text())["tables"]
+        for row in table["rows"]
+    }
     assert rows[measured]["problem"] == "" and rows[measured]["seconds"][0] > 0
     installed = importlib.util.find_spec(module) is not None
     assert rows[peer]["problem"] == ("" if installed else f"skipped: {module} is not installed")
@@ -239,7 +331,9 @@ def overhead(folder, *flags):
     done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     tables = json.loads((folder / "x.json").read_text())["tables"]
-    return {table["title"]: {row["name"]: row for row in table["rows"]} for table in tables}, done.stdout
+    return {
+        table["title"]: {row["name"]: row for row in table["rows"]} for table in tables
+    }, done.stdout
 
 
 @pytest.mark.slow
@@ -265,12 +359,17 @@ def test_overhead_of_every_library(name, module, tmp_path):
     for title, rows in tables.items():
         assert rows["jaxnet"]["problem"] == "", title
         for other in (row for row in rows.values() if name in row["name"]):
-            assert other["problem"] == ("" if installed else f"skipped: {module} is not installed"), title
+            assert other["problem"] == (
+                "" if installed else f"skipped: {module} is not installed"
+            ), title
     assert "first init, ResNet-50" in printed
 
 
 def test_ensembles_train_alike_in_every_form(tmp_path):
-    file, networks = tmp_path / "numbers.json", ["--network", "2-2-1", "--batch", "4", "--optimizer", "adam"]
+    file, networks = (
+        tmp_path / "numbers.json",
+        ["--network", "2-2-1", "--batch", "4", "--optimizer", "adam"],
+    )
     command = [
         sys.executable,
         BENCHMARKS / "ensembles.py",
@@ -283,7 +382,9 @@ def test_ensembles_train_alike_in_every_form(tmp_path):
         "1",
     ]
     done = subprocess.run(
-        [*command, "--only", "vmap", "--only", "Python", "--json", file], capture_output=True, text=True
+        [*command, "--only", "vmap", "--only", "Python", "--json", file],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     (table,) = json.loads(file.read_text())["tables"]
@@ -294,17 +395,36 @@ def test_ensembles_train_alike_in_every_form(tmp_path):
 
 @pytest.mark.slow
 def test_the_faults_of_checkpoints_are_counted(tmp_path):
-    """A small run: jaxnet loses nothing, and NumPy's savez, which writes in place, does (its zip files have checksums)."""
-    flags = "--damages 2 --pages 1 --kills 2 --writers 1 --only numpy --only".split() + ["jaxnet save"]
-    command = [sys.executable, BENCHMARKS / "checkpoint_faults.py", "--json", tmp_path / "numbers.json", *flags]
+    """A small run: jaxnet loses nothing, and NumPy's savez, which writes in place, does (its zip
+    files have checksums).
+    """
+    flags = "--damages 2 --pages 1 --kills 2 --writers 1 --only numpy --only".split() + [
+        "jaxnet save"
+    ]
+    command = [
+        sys.executable,
+        BENCHMARKS / "checkpoint_faults.py",
+        "--json",
+        tmp_path / "numbers.json",
+        *flags,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = {row["system"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]}
+    rows = {
+        row["system"]: row for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]
+    }
     ours, numpy = rows["jaxnet save"], rows["numpy savez"]
     assert ours["problem"] == numpy["problem"] == "" and "numpy savez " in done.stdout
-    assert [ours[kind] for kind in ("tensor", "other", "page", "cut")] == ["0/2", "0/2", "0/1", "0/1"]
+    assert [ours[kind] for kind in ("tensor", "other", "page", "cut")] == [
+        "0/2",
+        "0/2",
+        "0/1",
+        "0/1",
+    ]
     assert (ours["own"], ours["foreign"], ours["harmless"]) == ("6", "0", "0")
-    assert ours["2 writers"] == "0/0 of 1" and ours["template"] == "16/16" and ours["limit"] == "old"
+    assert (
+        ours["2 writers"] == "0/0 of 1" and ours["template"] == "16/16" and ours["limit"] == "old"
+    )
     assert ours["kill"].startswith("0/") and numpy["limit"] == "LOST"
     if shutil.which("strace"):
         assert ours["kill"] == "0/2" and ours["power"] == "new" and numpy["power"] == "LOST"

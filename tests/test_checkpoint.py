@@ -1,7 +1,8 @@
 """Checkpoints: what comes back, what is refused, and what is left after a failure.
 
-Expected values come from the trees themselves (a round trip is the identity, bit for bit), from the official safetensors
-package, from the reader printed in docs/checkpoint_format.md, and from files written once and kept in tests/golden.
+Expected values come from the trees themselves (a round trip is the identity, bit for bit), from the
+official safetensors package, from the reader printed in docs/checkpoint_format.md, and from files
+written once and kept in tests/golden.
 """
 
 import collections
@@ -41,7 +42,8 @@ from jaxnet.checkpoint.structure import CODES, WIDENED
 
 HERE = pathlib.Path(__file__).parent
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in CODES | WIDENED}
-NOT_IN_JAX = ("float6_e2m3fn", "float6_e3m2fn", "int64", "uint64", "float64", "complex128")  # the last four: x64 is off
+# The last four: x64 is off.
+NOT_IN_JAX = ("float6_e2m3fn", "float6_e3m2fn", "int64", "uint64", "float64", "complex128")
 
 
 class Pair(NamedTuple):
@@ -72,18 +74,22 @@ class Nameless:
         return cls(*children)
 
 
-# ---------------------------------------------------------------------------------------------------- what comes back
+# ---------------------------------------------------------------------------------- what comes back
 
 
 def values(dtype, shape=(2, 3), seed=0):
-    """A NumPy array with random bits: every value of the type may appear, NaNs with payloads too."""
+    """A NumPy array with random bits: every value of the type may appear, NaNs with payloads
+    too.
+    """
     size = int(np.prod(shape))
     raw = np.random.default_rng(seed).bytes(size * dtype.itemsize)
     return from_bits(dtype, raw).reshape(shape)
 
 
 def from_bits(dtype, raw):
-    bits = {"bool": 1, "float4_e2m1fn": 4, "float6_e2m3fn": 6, "float6_e3m2fn": 6}.get(dtype.name, 8)
+    bits = {"bool": 1, "float4_e2m1fn": 4, "float6_e2m3fn": 6, "float6_e3m2fn": 6}.get(
+        dtype.name, 8
+    )
     if re.fullmatch("u?int[124]", dtype.name):
         return (np.frombuffer(raw, np.uint8) % 2 ** int(dtype.name[-1])).astype(dtype)
     data = np.frombuffer(raw, np.uint8)
@@ -121,7 +127,8 @@ def assert_same(got, expected, path=""):
         for i, x in enumerate(expected):
             assert_same(got[i], x, f"{path}/{i}")
     else:
-        assert repr(got) == repr(expected), path  # repr tells -0.0 from 0.0 and shows nan as equal to nan
+        # Repr tells -0.0 from 0.0 and shows nan as equal to nan.
+        assert repr(got) == repr(expected), path
 
 
 def round_trip(tree, folder, **kwargs):
@@ -142,7 +149,14 @@ def arrays(draw):
 
 
 SCALARS = st.one_of(
-    *(st.none(), st.booleans(), st.integers(), st.floats(), st.complex_numbers(), st.text(max_size=5)),
+    *(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.complex_numbers(),
+        st.text(max_size=5),
+    ),
     *(st.binary(max_size=5), st.just(2**10000), st.just("\ud800")),
 )
 TREES = st.recursive(
@@ -181,7 +195,9 @@ def test_every_dtype_comes_back_bit_for_bit(name, shape, tmp_path):
     if name not in NOT_IN_JAX:
         tree["jax"] = jax.device_put(tree["numpy"])
     assert_same(round_trip(tree, tmp_path), tree)
-    assert_same(load(tmp_path / "t.safetensors", like=tree), {key: tree[key] for key in sorted(tree)})
+    assert_same(
+        load(tmp_path / "t.safetensors", like=tree), {key: tree[key] for key in sorted(tree)}
+    )
 
 
 def test_nan_payloads_and_negative_zero_survive(tmp_path):
@@ -204,7 +220,16 @@ def test_nan_payloads_and_negative_zero_survive(tmp_path):
         np.broadcast_to(np.float32(3), (2, 2)),
         np.array(5, ">u2"),
     ],
-    ids=["transposed", "reversed", "slice", "big-endian", "big-endian view", "fortran", "broadcast", "big-endian 0-d"],
+    ids=[
+        "transposed",
+        "reversed",
+        "slice",
+        "big-endian",
+        "big-endian view",
+        "fortran",
+        "broadcast",
+        "big-endian 0-d",
+    ],
 )
 def test_numpy_layouts(x, tmp_path):
     before = x.copy()
@@ -222,20 +247,27 @@ def test_memory_mapped_arrays_can_be_saved(tmp_path):
 
 def test_typed_random_keys_continue_the_same_stream(tmp_path):
     for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
-        keys = {"one": jax.random.key(7, impl=impl), "many": jax.random.split(jax.random.key(8, impl=impl), (2, 3))}
+        keys = {
+            "one": jax.random.key(7, impl=impl),
+            "many": jax.random.split(jax.random.key(8, impl=impl), (2, 3)),
+        }
         got = round_trip(keys, tmp_path)
         assert got["one"].dtype == keys["one"].dtype and got["many"].shape == (2, 3)
         assert_same(jax.random.normal(got["one"]), jax.random.normal(keys["one"]))
         assert_same(
-            load(tmp_path / "t.safetensors", like=jax.eval_shape(lambda k: k, keys)), dict(sorted(keys.items()))
+            load(tmp_path / "t.safetensors", like=jax.eval_shape(lambda k: k, keys)),
+            dict(sorted(keys.items())),
         )
-    assert inspect(tmp_path / "t.safetensors").leaves[1] == Leaf("many", (2, 3), "key<unsafe_rbg>", 6 * 16)
+    assert inspect(tmp_path / "t.safetensors").leaves[1] == Leaf(
+        "many", (2, 3), "key<unsafe_rbg>", 6 * 16
+    )
 
 
 def test_a_key_that_has_been_used_can_be_saved(tmp_path):
     key = jax.random.key(0)
     jax.random.normal(key)
-    assert jax.random.key_data(round_trip(key, tmp_path)).tolist() == [0, 0]  # threefry: the key of seed 0
+    # Threefry: the key of seed 0.
+    assert jax.random.key_data(round_trip(key, tmp_path)).tolist() == [0, 0]
 
 
 def test_64_bit_arrays_are_never_narrowed(tmp_path):
@@ -260,11 +292,20 @@ def test_containers_without_a_template(tmp_path):
         "default": collections.defaultdict(list, a=1),
         "ordered": collections.OrderedDict(b=1, a=2),
         "empty": [{}, [], (), None, collections.OrderedDict()],
-        "keys": [{3: 1, -1: 2}, {(0, "a"): 1}, {b"x": 1}, {0.5: 1}, {True: 1}, {None: 1}, {"": {"": 2}}],
+        "keys": [
+            {3: 1, -1: 2},
+            {(0, "a"): 1},
+            {b"x": 1},
+            {0.5: 1},
+            {True: 1},
+            {None: 1},
+            {"": {"": 2}},
+        ],
     }
     zeros = {"w": jnp.zeros(2)}
     expected = tree | {
-        "optax": ({"count": jnp.zeros((), jnp.int32), "mu": zeros, "nu": zeros}, {}),  # optax's docs: Adam starts at 0
+        # Optax's docs: Adam starts at 0.
+        "optax": ({"count": jnp.zeros((), jnp.int32), "mu": zeros, "nu": zeros}, {}),
         "moments": {"mean": jnp.ones(2), "var": None},
         "nameless": {"0": 1, "1": [2]},
         "default": {"a": 1},
@@ -274,25 +315,37 @@ def test_containers_without_a_template(tmp_path):
 
 def test_containers_with_a_template(tmp_path):
     tree = {
-        "optax": optax.adamw(optax.cosine_decay_schedule(0.1, 9)).init({"w": jnp.ones((2, 2), jnp.bfloat16)}),
+        "optax": optax.adamw(optax.cosine_decay_schedule(0.1, 9)).init(
+            {"w": jnp.ones((2, 2), jnp.bfloat16)}
+        ),
         "moments": Moments(jnp.ones(2), [None], "saved"),
         "nameless": Nameless(jnp.ones(1), [2]),
         "default": collections.defaultdict(list, a=1),
     }
     like = tree | {"moments": Moments(jnp.zeros(2), [None], "template")}
     got = round_trip(tree, tmp_path, like=like)
-    assert jax.tree.structure(got) == jax.tree.structure(like)  # static fields come from the template
+    # Static fields come from the template.
+    assert jax.tree.structure(got) == jax.tree.structure(like)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(tree), strict=True):
         assert_same(a, b)
     abstract = jax.eval_shape(lambda x: x, {"optax": tree["optax"]})
-    assert_same(round_trip({"optax": tree["optax"]}, tmp_path, like=abstract), {"optax": tree["optax"]})
+    assert_same(
+        round_trip({"optax": tree["optax"]}, tmp_path, like=abstract), {"optax": tree["optax"]}
+    )
 
 
 def test_a_template_says_which_kind_of_array(tmp_path):
-    tree = {"a": jnp.ones(2), "b": np.ones(2, np.float32), "c": np.float32(1), "d": np.array(1, np.int8)}
+    tree = {
+        "a": jnp.ones(2),
+        "b": np.ones(2, np.float32),
+        "c": np.float32(1),
+        "d": np.array(1, np.int8),
+    }
     like = {"a": np.zeros(2, ">f4"), "b": jnp.zeros(2), "c": jnp.zeros(()), "d": np.int8(0)}
     got = round_trip(tree, tmp_path, like=like)
-    assert_same(got, {"a": np.ones(2, np.float32), "b": jnp.ones(2), "c": jnp.ones(()), "d": np.int8(1)})
+    assert_same(
+        got, {"a": np.ones(2, np.float32), "b": jnp.ones(2), "c": jnp.ones(()), "d": np.int8(1)}
+    )
 
 
 def test_a_template_may_be_deleted_by_donation(tmp_path):
@@ -319,15 +372,25 @@ def test_shardings_are_gathered_and_honoured(tmp_path):
     for leaf in load(tmp_path / "s").values():
         assert len(leaf.sharding.device_set) == 1 and not leaf.committed
     got = load(tmp_path / "s", like=tree)
-    assert got["x"].sharding == both and got["k"].sharding == rows and got["n"].devices() == {jax.devices()[3]}
+    assert (
+        got["x"].sharding == both
+        and got["k"].sharding == rows
+        and got["n"].devices() == {jax.devices()[3]}
+    )
     assert not got["y"].committed  # as in the template: free to follow other arrays
     assert_same(got, dict(sorted(tree.items())))
-    like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows) for name, leaf in tree.items()}
+    like = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows)
+        for name, leaf in tree.items()
+    }
     assert all(leaf.sharding == rows for leaf in load(tmp_path / "s", like=like).values())
     save(tmp_path / "odd", {"x": jnp.ones(3)})
     with pytest.raises(
         CheckpointError,
-        match="the shardings of `like` do not suit its shapes: .*divided|suit its shapes: .*partitioned 2 times",
+        match=(
+            "the shardings of `like` do not suit its shapes: .*divided|suit its shapes: "
+            ".*partitioned 2 times"
+        ),
     ):
         load(tmp_path / "odd", like={"x": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=rows)})
 
@@ -360,7 +423,7 @@ def test_names_are_paths_and_never_collide(tmp_path):
     assert names == ["a~1b", "a/b", "~0/~1", "~__metadata__"]  # RFC 6901, section 4
 
 
-# ------------------------------------------------------------------------------------------- what is refused at saving
+# ------------------------------------------------------------------------ what is refused at saving
 
 DEEP: list = []
 for _ in range(101):
@@ -375,16 +438,31 @@ REFUSED = {
         r"leaf 'a/0': dtype object cannot be stored: convert it to one of bool,",
     ),
     "text array": ({"a": np.array(["x"])}, r"leaf 'a': dtype <U1 cannot be stored"),
-    "datetime": ({"a": np.array(["2020"], "M8[s]")}, r"leaf 'a': dtype datetime64\[s\] cannot be stored"),
+    "datetime": (
+        {"a": np.array(["2020"], "M8[s]")},
+        r"leaf 'a': dtype datetime64\[s\] cannot be stored",
+    ),
     "long double": ({"a": np.ones(1, np.longdouble)}, r"leaf 'a': dtype float128 cannot be stored"),
     "structured": ({"a": np.zeros(1, "i4,f4")}, r"leaf 'a': dtype .*'f0'.* cannot be stored"),
-    "masked": ({"a": np.ma.masked_equal([1, 2], 1)}, r"leaf 'a': a numpy.ma.MaskedArray is neither an array nor"),
-    "unknown class": ({"a": (1, object())}, r"leaf 'a/1': a builtins.object is neither an array nor a Python scalar"),
+    "masked": (
+        {"a": np.ma.masked_equal([1, 2], 1)},
+        r"leaf 'a': a numpy.ma.MaskedArray is neither an array nor",
+    ),
+    "unknown class": (
+        {"a": (1, object())},
+        r"leaf 'a/1': a builtins.object is neither an array nor a Python scalar",
+    ),
     "function": ({"a": len}, r"leaf 'a': a builtins.builtin_function_or_method is neither"),
     "set": ({"a": {1}}, r"leaf 'a': a builtins.set is neither"),
     "int subclass": ({"a": re.IGNORECASE}, r"leaf 'a': a re.RegexFlag is neither an array"),
-    "abstract": ({"a": jax.ShapeDtypeStruct((2,), jnp.float32)}, r"leaf 'a': a ShapeDtypeStruct has no values"),
-    "deleted": ({"a": {"b": DELETED}}, r"leaf 'a/b': the array has been deleted \(donated to a jitted function\?\)"),
+    "abstract": (
+        {"a": jax.ShapeDtypeStruct((2,), jnp.float32)},
+        r"leaf 'a': a ShapeDtypeStruct has no values",
+    ),
+    "deleted": (
+        {"a": {"b": DELETED}},
+        r"leaf 'a/b': the array has been deleted \(donated to a jitted function\?\)",
+    ),
     "same name": (
         {"x": {1: jnp.ones(1), "1": jnp.ones(1)}},
         r"leaf 'x/1': two keys of type int and str give this one name",
@@ -397,7 +475,10 @@ REFUSED = {
     "too deep": (DEEP, r"nested deeper than 100 levels"),
     "loop": (
         {"a": LOOP},
-        r"leaf 'a/0/0/0/0/0/0/0/...': the tree is nested deeper than 100 levels: does it contain itself",
+        (
+            r"leaf 'a/0/0/0/0/0/0/0/...': the tree is nested deeper than 100 levels: does it "
+            r"contain itself"
+        ),
     ),
 }
 
@@ -407,12 +488,16 @@ def test_what_cannot_be_stored_is_named(name, tmp_path):
     tree, match = REFUSED[name]
     with pytest.raises(CheckpointError, match=match) as caught:
         save(tmp_path / "t.safetensors", tree)
-    assert caught.value.path == str(tmp_path / "t.safetensors") and str(caught.value).startswith(caught.value.path)
+    assert caught.value.path == str(tmp_path / "t.safetensors") and str(caught.value).startswith(
+        caught.value.path
+    )
     assert os.listdir(tmp_path) == []
 
 
 def test_saving_inside_jit_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match="leaf 'x': a traced array has no values yet: save outside jit"):
+    with pytest.raises(
+        CheckpointError, match="leaf 'x': a traced array has no values yet: save outside jit"
+    ):
         jax.jit(lambda x: save(tmp_path / "t", {"x": x}))(jnp.ones(2))
 
 
@@ -443,37 +528,88 @@ def test_metadata_must_survive_json(metadata, tmp_path):
 def test_metadata_comes_back(tmp_path):
     metadata = {"z": 0.1, "a": [1, None, True, {"é": "\ud800"}], "big": 2**70}
     save(tmp_path / "t", {}, metadata=metadata)
-    assert inspect(tmp_path / "t").metadata == metadata and list(inspect(tmp_path / "t").metadata) == list(metadata)
+    assert inspect(tmp_path / "t").metadata == metadata and list(
+        inspect(tmp_path / "t").metadata
+    ) == list(metadata)
 
 
 def test_an_error_can_cross_processes():
     error = pickle.loads(pickle.dumps(CheckpointError("f", "a/b", "why")))
-    assert (error.path, error.leaf, error.reason, str(error)) == ("f", "a/b", "why", "f: leaf 'a/b': why")
+    assert (error.path, error.leaf, error.reason, str(error)) == (
+        "f",
+        "a/b",
+        "why",
+        "f: leaf 'a/b': why",
+    )
 
 
-# ----------------------------------------------------------------------------------------- templates that do not fit
+# ------------------------------------------------------------------------ templates that do not fit
 
 X, N = jnp.zeros((2, 3)), jnp.zeros(4, jnp.int32)
 MISFITS = {
-    "larger": ({"a": X}, {"a": jnp.zeros((3, 3))}, r"shape differs: a: template float32\[3,3\], file float32\[2,3\]"),
-    "smaller": ({"a": X}, {"a": jnp.zeros((1, 3))}, r"shape differs: a: template float32\[1,3\], file float32\[2,3\]"),
+    "larger": (
+        {"a": X},
+        {"a": jnp.zeros((3, 3))},
+        r"shape differs: a: template float32\[3,3\], file float32\[2,3\]",
+    ),
+    "smaller": (
+        {"a": X},
+        {"a": jnp.zeros((1, 3))},
+        r"shape differs: a: template float32\[1,3\], file float32\[2,3\]",
+    ),
     "transposed": ({"a": X}, {"a": X.T}, r"shape differs: a: template float32\[3,2\]"),
     "rank": ({"a": X}, {"a": jnp.zeros(6)}, r"shape differs: a: template float32\[6\]"),
-    "float to int": ({"a": X}, {"a": X.astype(int)}, r"dtype differs: a: template int32\[2,3\], file float32\[2,3\]"),
-    "float to half": ({"a": X}, {"a": X.astype(jnp.float16)}, r"dtype differs: a: template float16"),
-    "float to bfloat16": ({"a": X}, {"a": X.astype(jnp.bfloat16)}, r"dtype differs: a: template bfloat16"),
-    "int to float": ({"a": N}, {"a": N.astype(float)}, r"dtype differs: a: template float32\[4\], file int32\[4\]"),
+    "float to int": (
+        {"a": X},
+        {"a": X.astype(int)},
+        r"dtype differs: a: template int32\[2,3\], file float32\[2,3\]",
+    ),
+    "float to half": (
+        {"a": X},
+        {"a": X.astype(jnp.float16)},
+        r"dtype differs: a: template float16",
+    ),
+    "float to bfloat16": (
+        {"a": X},
+        {"a": X.astype(jnp.bfloat16)},
+        r"dtype differs: a: template bfloat16",
+    ),
+    "int to float": (
+        {"a": N},
+        {"a": N.astype(float)},
+        r"dtype differs: a: template float32\[4\], file int32\[4\]",
+    ),
     "leaf missing": ({"a": X}, {"a": X, "b": N}, r"missing from the file: b int32\[4\]"),
     "leaf unexpected": ({"a": X, "b": N}, {"a": X}, r"not in the template: b int32\[4\]"),
-    "renamed": ({"kernel": X}, {"kernels": X}, r"perhaps renamed: kernel in the file is kernels in the template"),
+    "renamed": (
+        {"kernel": X},
+        {"kernels": X},
+        r"perhaps renamed: kernel in the file is kernels in the template",
+    ),
     "list for tuple": ({"a": [X]}, {"a": (X,)}, r"container differs: a: template tuple, file list"),
-    "dict for list": ({"a": {"0": X}}, {"a": [X]}, r"container differs: a: template list, file dict"),
-    "record for dict": (Pair(X, N), {"first": X, "second": N}, r"the root: template dict, file record of named fields"),
+    "dict for list": (
+        {"a": {"0": X}},
+        {"a": [X]},
+        r"container differs: a: template list, file dict",
+    ),
+    "record for dict": (
+        Pair(X, N),
+        {"first": X, "second": N},
+        r"the root: template dict, file record of named fields",
+    ),
     "longer list": ([X], [X, X], r"missing from the file: 1 float32\[2,3\]"),
-    "number for array": ({"a": 1}, {"a": jnp.int32(1)}, r"shape differs: a: template int32\[\], file int"),
+    "number for array": (
+        {"a": 1},
+        {"a": jnp.int32(1)},
+        r"shape differs: a: template int32\[\], file int",
+    ),
     "float for int": ({"a": 1}, {"a": 1.0}, r"dtype differs: a: template float, file int"),
     "bool for int": ({"a": 1}, {"a": True}, r"dtype differs: a: template bool, file int"),
-    "None for array": ({"a": None}, {"a": X}, r"(?s)missing from the file: a float32.*a: template nothing, file None"),
+    "None for array": (
+        {"a": None},
+        {"a": X},
+        r"(?s)missing from the file: a float32.*a: template nothing, file None",
+    ),
     "None for empty": ({"a": None}, {"a": {}}, r"container differs: a: template dict, file None"),
     "empty missing": ({}, {"a": {}}, r"container differs: a: template dict, file nothing"),
     "key type": (
@@ -505,7 +641,10 @@ def test_a_template_that_does_not_fit_is_refused(name, tmp_path):
 def test_all_differences_are_listed_in_one_error(tmp_path):
     save(tmp_path / "t", {"enc": {"w": X, "b": N, "old": N}, "dec": [X, 1], "opt": (N,)})
     with pytest.raises(CheckpointError) as caught:
-        load(tmp_path / "t", like={"enc": {"w": X.T, "b": X, "older": N}, "dec": (X, 1), "opt": (N, X)})
+        load(
+            tmp_path / "t",
+            like={"enc": {"w": X.T, "b": X, "older": N}, "dec": (X, 1), "opt": (N, X)},
+        )
     assert caught.value.reason.split("\n") == [
         "it does not fit the template `like` (without `like` it loads as saved):",
         "  missing from the file: enc/older int32[4]",
@@ -525,25 +664,40 @@ def test_a_template_with_an_unknown_leaf_is_refused(tmp_path):
         load(tmp_path / "t", like={"a": object()})
 
 
-# --------------------------------------------------------------------------------------------- the format is for ever
+# --------------------------------------------------------------------------- the format is for ever
 
 
 def documented_reader():
-    code = (HERE.parent / "docs" / "checkpoint_format.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (
+        (HERE.parent / "docs" / "checkpoint_format.md")
+        .read_text()
+        .split("```python\n")[1]
+        .split("```")[0]
+    )
     exec(code, names := {})
     return names["read"]
 
 
 def golden_trees():
     words = jnp.arange(10, dtype=jnp.uint32)
-    keys = [jax.random.wrap_key_data(words[:2]), jax.random.wrap_key_data(words[2:].reshape(2, 4), impl="rbg")]
+    keys = [
+        jax.random.wrap_key_data(words[:2]),
+        jax.random.wrap_key_data(words[2:].reshape(2, 4), impl="rbg"),
+    ]
     structure = {
-        "params": {"dense": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.zeros(3, jnp.bfloat16)}},
+        "params": {
+            "dense": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.zeros(3, jnp.bfloat16)}
+        },
         "opt": (Pair(jnp.int32(4), {"w": np.arange(3)}), optax.EmptyState()),
         "moments": Moments(np.float32(1.5), None),
         "list": [True, -31, 1.5, -0.0, float("inf"), 1 - 2j, "é\n", b"\0\xff", None, 2**70],
         "keys": keys,
-        "odd": {"a/b": {"~": jnp.ones(1)}, "": {}, "tuple": (), "ordered": collections.OrderedDict(b=1, a=[])},
+        "odd": {
+            "a/b": {"~": jnp.ones(1)},
+            "": {},
+            "tuple": (),
+            "ordered": collections.OrderedDict(b=1, a=[]),
+        },
         "ints": {3: 1, -1: {(0, "a"): 2}},
         "__metadata__": 1,
     }
@@ -558,7 +712,9 @@ def golden_trees():
 
 @pytest.mark.parametrize("name", ["v1_structure", "v1_dtypes", "v1_array", "v1_empty"])
 def test_golden_files(name, tmp_path):
-    """Files of version 1, written once: never regenerate them; a new version gets new ones beside them."""
+    """Files of version 1, written once: never regenerate them; a new version gets new ones beside
+    them.
+    """
     golden, tree = HERE / "golden" / f"{name}.safetensors", golden_trees()[name]
     got = load(golden, like=tree)
     assert jax.tree.structure(got) == jax.tree.structure(tree)
@@ -566,7 +722,8 @@ def test_golden_files(name, tmp_path):
         assert_same(a, b)
     assert inspect(golden).metadata == {"written by": "jaxnet 0.1.0"}
     save(tmp_path / "again", tree, metadata={"written by": "jaxnet 0.1.0"})
-    assert (tmp_path / "again").read_bytes() == golden.read_bytes()  # today's writer still writes version 1
+    # Today's writer still writes version 1.
+    assert (tmp_path / "again").read_bytes() == golden.read_bytes()
 
 
 def test_golden_structure_without_a_template():
@@ -600,7 +757,8 @@ def test_large_tensors_have_one_checksum_for_each_64_mib(tmp_path):
         f.write(b"\x02")
     for check in (load, verify):
         with pytest.raises(
-            CheckpointError, match=r"leaf 'x': its bytes \(67109\d+ to 6815\d+ of the file\) are not those"
+            CheckpointError,
+            match=r"leaf 'x': its bytes \(67109\d+ to 6815\d+ of the file\) are not those",
         ):
             check(tmp_path / "x")
 
@@ -610,12 +768,13 @@ def test_a_newer_version_is_refused_by_name(tmp_path):
     (tmp_path / "new").write_bytes(header)
     for check in (load, inspect, verify):
         with pytest.raises(
-            CheckpointError, match="it has format version 4, this jaxnet reads versions up to 3: install"
+            CheckpointError,
+            match="it has format version 4, this jaxnet reads versions up to 3: install",
         ):
             check(tmp_path / "new")
 
 
-# ------------------------------------------------------------------------------------- safetensors from and for others
+# ------------------------------------------------------------------ safetensors from and for others
 
 
 def test_the_official_package_reads_our_files(tmp_path):
@@ -634,12 +793,18 @@ def test_the_official_package_reads_our_files(tmp_path):
 
 
 def test_the_official_numpy_and_jax_readers(tmp_path):
-    tree = {"a": np.arange(6, dtype=np.int64).reshape(2, 3), "b": np.array(True), "c": np.ones(2, np.complex64)}
+    tree = {
+        "a": np.arange(6, dtype=np.int64).reshape(2, 3),
+        "b": np.array(True),
+        "c": np.ones(2, np.complex64),
+    }
     save(tmp_path / "t", tree)
     for name, x in safetensors.numpy.load_file(tmp_path / "t").items():
         assert_same(x, tree[name])
     save(tmp_path / "j", {"x": jnp.array([1.5, -0.0], jnp.bfloat16)})
-    assert_same(safetensors.flax.load_file(tmp_path / "j")["x"], jnp.array([1.5, -0.0], jnp.bfloat16))
+    assert_same(
+        safetensors.flax.load_file(tmp_path / "j")["x"], jnp.array([1.5, -0.0], jnp.bfloat16)
+    )
 
 
 def test_we_read_files_of_the_official_package(tmp_path):
@@ -650,7 +815,11 @@ def test_we_read_files_of_the_official_package(tmp_path):
         "~": jnp.ones(0),
     }
     safetensors.flax.save_file(dict(flat), tmp_path / "f", metadata={"format": "pt"})
-    nested = {"enc": {"0": {"b": flat["enc/0/b"], "w": flat["enc/0/w"]}}, "head.w": flat["head.w"], "~": flat["~"]}
+    nested = {
+        "enc": {"0": {"b": flat["enc/0/b"], "w": flat["enc/0/w"]}},
+        "head.w": flat["head.w"],
+        "~": flat["~"],
+    }
     got = load(tmp_path / "f")
     assert jax.tree.structure(got) == jax.tree.structure(nested)
     jax.tree.map(assert_same, got, nested)
@@ -658,16 +827,27 @@ def test_we_read_files_of_the_official_package(tmp_path):
     info = verify(tmp_path / "f")
     assert (info.version, info.metadata, info.scalars) == (None, {"format": "pt"}, {})
     assert Leaf("enc/0/w", (2, 3), "bfloat16", 12) in info.leaves
-    lists = {"enc": [{"b": flat["enc/0/b"], "w": flat["enc/0/w"]}], "head.w": flat["head.w"], "~": flat["~"]}
-    assert_same(load(tmp_path / "f", like=lists), lists)  # a file without structure takes that of the template
+    lists = {
+        "enc": [{"b": flat["enc/0/b"], "w": flat["enc/0/w"]}],
+        "head.w": flat["head.w"],
+        "~": flat["~"],
+    }
+    # A file without structure takes that of the template.
+    assert_same(load(tmp_path / "f", like=lists), lists)
     with pytest.raises(CheckpointError, match="missing from the file: enc/0/scale"):
         load(tmp_path / "f", like={"enc": {"0": {"scale": flat["enc/0/b"]}}})
 
 
 def test_a_name_that_is_also_a_folder_keeps_all_names_flat(tmp_path):
-    flat = {"a": np.ones(1, np.float32), "a/b": np.ones(2, np.float32), "c/d": np.ones(3, np.float32)}
+    flat = {
+        "a": np.ones(1, np.float32),
+        "a/b": np.ones(2, np.float32),
+        "c/d": np.ones(3, np.float32),
+    }
     safetensors.numpy.save_file(flat, tmp_path / "f")
-    assert {name: x.shape for name, x in load(tmp_path / "f").items()} == {name: x.shape for name, x in flat.items()}
+    assert {name: x.shape for name, x in load(tmp_path / "f").items()} == {
+        name: x.shape for name, x in flat.items()
+    }
 
 
 def test_names_that_nest_too_deep_stay_flat(tmp_path):
@@ -684,18 +864,24 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
 
 def test_foreign_types(tmp_path):
     safetensors.numpy.save_file({"i": np.array([2**40]), "f": np.array([0.1])}, tmp_path / "n")
-    assert_same(dict(sorted(load(tmp_path / "n").items())), {"f": np.array([0.1]), "i": np.array([2**40])})
+    assert_same(
+        dict(sorted(load(tmp_path / "n").items())), {"f": np.array([0.1]), "i": np.array([2**40])}
+    )
     (tmp_path / "f4").write_bytes(container({"x": entry("F4", [4], 0, 2)}, b"12"))
     assert inspect(tmp_path / "f4").leaves == (Leaf("x", (4,), "F4", 2),)
-    with pytest.raises(CheckpointError, match="leaf 'x': safetensors' type F4 packs several elements into a byte"):
+    with pytest.raises(
+        CheckpointError, match="leaf 'x': safetensors' type F4 packs several elements into a byte"
+    ):
         load(tmp_path / "f4")
 
 
-# ------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def damages(data, count, seed):
-    """Copies of `data` with one kind of damage each (those of checkpoints in the field, and some more)."""
+    """Copies of `data` with one kind of damage each (those of checkpoints in the field, and some
+    more).
+    """
     rng = random.Random(seed)
     for i in range(count):
         bad, at, kind = bytearray(data), rng.randrange(len(data)), i % 8
@@ -771,14 +957,18 @@ def test_damage_names_the_leaf_the_place_and_the_remedy(tmp_path):
     data[-8] ^= 1
     (tmp_path / "t").write_bytes(data)
     start = len(data) - 20
-    text = rf"leaf 'enc/kernel': its bytes \({start} to {start + 16} of the file\) are not those that were saved: "
+    text = (
+        rf"leaf 'enc/kernel': its bytes \({start} to {start + 16} of the file\) are not those "
+        r"that were saved: "
+    )
     with pytest.raises(
-        CheckpointError, match=text + r"CRC-32 [0-9a-f]{8}, expected [0-9a-f]{8}; .*restore it from a copy"
+        CheckpointError,
+        match=text + r"CRC-32 [0-9a-f]{8}, expected [0-9a-f]{8}; .*restore it from a copy",
     ):
         load(tmp_path / "t")
 
 
-# ----------------------------------------------------------------------------------------------------- hostile headers
+# ---------------------------------------------------------------------------------- hostile headers
 
 
 def container(header, data=b""):
@@ -793,9 +983,18 @@ def entry(dtype: Any = "U8", shape: Any = (2,), start=0, stop=2):
 HOSTILE = {
     "nothing": (b"", "0 bytes are too few for a safetensors file"),
     "short": (b"1234567", "7 bytes are too few"),
-    "huge header": ((2**60).to_bytes(8, "little") + b"{}", "announce a header of 1152921504606846976 bytes"),
-    "header over the limit": ((100_000_001).to_bytes(8, "little") + b"{}", "announce a header of 100000001 bytes"),
-    "header past the end": (b"\x03" + bytes(7) + b"{}", "announce a header of 3 bytes, the file has 10"),
+    "huge header": (
+        (2**60).to_bytes(8, "little") + b"{}",
+        "announce a header of 1152921504606846976 bytes",
+    ),
+    "header over the limit": (
+        (100_000_001).to_bytes(8, "little") + b"{}",
+        "announce a header of 100000001 bytes",
+    ),
+    "header past the end": (
+        b"\x03" + bytes(7) + b"{}",
+        "announce a header of 3 bytes, the file has 10",
+    ),
     "no object": (container(b"[]"), r"the header begins with b'\['"),
     "leading space": (container(b" {}"), "the header begins with b' '"),
     "not UTF-8": (container(b'{"\xff": 1}'), "the header is not the JSON .*utf-8"),
@@ -804,18 +1003,39 @@ HOSTILE = {
     "two objects": (container(b"{}{}"), "the header is not the JSON .*Extra data"),
     "NaN": (container(b'{"a": NaN}'), "NaN is no JSON number"),
     "double name": (container(b'{"a": 1, "a": 1}'), "two entries are called 'a'"),
-    "deep": (container(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "the header is not the JSON .*recursion"),
+    "deep": (
+        container(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+        "the header is not the JSON .*recursion",
+    ),
     "long number": (container(b'{"a":' + b"1" * 5000 + b"}"), "the header is not the JSON"),
     "entry is no object": (container({"a": 3}), "leaf 'a': unknown dtype None"),
-    "unknown dtype": (container({"a": entry("F128")}, b"12"), "leaf 'a': unknown dtype 'F128', expected one of BOOL"),
+    "unknown dtype": (
+        container({"a": entry("F128")}, b"12"),
+        "leaf 'a': unknown dtype 'F128', expected one of BOOL",
+    ),
     "dtype is a list": (container({"a": entry(["U8"])}, b"12"), "leaf 'a': unknown dtype"),
     "no shape": (container({"a": entry(shape=None)}, b"12"), "leaf 'a': shape None is not a list"),
-    "negative size": (container({"a": entry(shape=[-2])}, b"12"), r"leaf 'a': shape \[-2\] is not a list of"),
+    "negative size": (
+        container({"a": entry(shape=[-2])}, b"12"),
+        r"leaf 'a': shape \[-2\] is not a list of",
+    ),
     "fraction": (container({"a": entry(shape=[2.0])}, b"12"), r"leaf 'a': shape \[2.0\] is not"),
-    "bool size": (container({"a": entry(shape=[True, 2])}, b"12"), r"leaf 'a': shape \[True, 2\] is not"),
-    "many axes": (container({"a": entry(shape=[1] * 64 + [2])}, b"12"), "leaf 'a': shape .* at most 64 sizes"),
-    "overflow": (container({"a": entry(shape=[2**62, 2**62])}, b"12"), "leaf 'a': .* does not take 2 bytes"),
-    "huge and empty": (container({"a": entry(shape=[2**62, 2**62, 0], stop=0)}), "leaf 'a': .*cannot make"),
+    "bool size": (
+        container({"a": entry(shape=[True, 2])}, b"12"),
+        r"leaf 'a': shape \[True, 2\] is not",
+    ),
+    "many axes": (
+        container({"a": entry(shape=[1] * 64 + [2])}, b"12"),
+        "leaf 'a': shape .* at most 64 sizes",
+    ),
+    "overflow": (
+        container({"a": entry(shape=[2**62, 2**62])}, b"12"),
+        "leaf 'a': .* does not take 2 bytes",
+    ),
+    "huge and empty": (
+        container({"a": entry(shape=[2**62, 2**62, 0], stop=0)}),
+        "leaf 'a': .*cannot make",
+    ),
     "one offset": (
         container({"a": entry() | {"data_offsets": [0]}}, b"12"),
         r"leaf 'a': data_offsets \[0\] are not two",
@@ -825,13 +1045,22 @@ HOSTILE = {
         r"data_offsets \[-2, 0\] are not two positions",
     ),
     "backwards": (container({"a": entry(start=2, stop=0)}, b"12"), "does not take -2 bytes"),
-    "wrong length": (container({"a": entry(stop=1)}, b"1"), r"leaf 'a': U8\[2\] does not take 1 bytes"),
-    "half a byte": (container({"a": entry("F4", [3], 0, 2)}, b"12"), r"F4\[3\] does not take 2 bytes"),
+    "wrong length": (
+        container({"a": entry(stop=1)}, b"1"),
+        r"leaf 'a': U8\[2\] does not take 1 bytes",
+    ),
+    "half a byte": (
+        container({"a": entry("F4", [3], 0, 2)}, b"12"),
+        r"F4\[3\] does not take 2 bytes",
+    ),
     "hole": (
         container({"a": entry(), "b": entry(start=3, stop=5)}, b"12345"),
         "leaf 'b': its data starts at byte 3, exp",
     ),
-    "overlap": (container({"a": entry(), "b": entry(start=1, stop=3)}, b"123"), "leaf 'b': its data starts at byte 1"),
+    "overlap": (
+        container({"a": entry(), "b": entry(start=1, stop=3)}, b"123"),
+        "leaf 'b': its data starts at byte 1",
+    ),
     "trailing bytes": (
         container({"a": entry()}, b"123"),
         "the tensors need 2 bytes, the file has 3 for them: it is foll",
@@ -840,9 +1069,18 @@ HOSTILE = {
         container({"a": entry()}, b"1"),
         "the tensors need 2 bytes, the file has 1 for them: it is cut off",
     ),
-    "metadata is a list": (container({"__metadata__": []}), "__metadata__ must be an object of strings"),
-    "metadata of numbers": (container({"__metadata__": {"a": 1}}), "__metadata__ must be an object of strings"),
-    "lone surrogate": (container(b'{"\\ud800": 1}'), r"leaf '\\ud800': its name is not Unicode text"),
+    "metadata is a list": (
+        container({"__metadata__": []}),
+        "__metadata__ must be an object of strings",
+    ),
+    "metadata of numbers": (
+        container({"__metadata__": {"a": 1}}),
+        "__metadata__ must be an object of strings",
+    ),
+    "lone surrogate": (
+        container(b'{"\\ud800": 1}'),
+        r"leaf '\\ud800': its name is not Unicode text",
+    ),
     "our name elsewhere": (
         container({"__metadata__": {"jaxnet": "{}"}}),
         r"its header has \['jaxnet'\], but not at the beg",
@@ -893,20 +1131,38 @@ FORGED = {
     "bad base64": (forge(["bytes", "a"]), "not well-formed"),
     "dict is an object": (forge(["dict", {}]), "unknown kind 'dict', or the wrong content"),
     "pair of three": (forge(["dict", [["a", ["none", None], 1]]]), "not well-formed"),
-    "double key": (forge(["dict", [["a", ["none", None]], ["a", ["none", None]]]]), "two keys are alike"),
+    "double key": (
+        forge(["dict", [["a", ["none", None]], ["a", ["none", None]]]]),
+        "two keys are alike",
+    ),
     "equal keys": (
         forge(["dict", [[["int", "0x1"], ["none", None]], [["bool", True], ["none", None]]]]),
         "two keys are al",
     ),
-    "key in a key": (forge(["dict", [[["tuple", [["tuple", []]]], ["none", None]]]]), "unknown kind 'tuple' of a key"),
+    "key in a key": (
+        forge(["dict", [[["tuple", [["tuple", []]]], ["none", None]]]]),
+        "unknown kind 'tuple' of a key",
+    ),
     "key is empty": (forge(["dict", [[[], ["none", None]]]]), "not well-formed"),
     "key is a dict": (forge(["dict", [[["dict", []], ["none", None]]]]), "not well-formed"),
-    "field is a number": (forge(["record", [[["int", "0x1"], ["none", None]]]]), "the names of fields are strings"),
+    "field is a number": (
+        forge(["record", [[["int", "0x1"], ["none", None]]]]),
+        "the names of fields are strings",
+    ),
     "too deep": (forge(nested(101, ["none", None])), "nested deeper than 100 levels"),
     "far too deep": (forge(nested(400, ["none", None])), "nested deeper than 100|not the JSON"),
-    "array without tensor": (forge(["jax", "float32"]), "leaf '': it is in the tree or in the header, but not in both"),
-    "tensor without array": (forge(["dict", []], A), "leaf 'a': it is in the tree or in the header, but not in both"),
-    "wrong type": (forge(["dict", [["a", ["jax", "int8"]]]], A), r"leaf 'a': the tree calls it int8, .* as F32\[0\]"),
+    "array without tensor": (
+        forge(["jax", "float32"]),
+        "leaf '': it is in the tree or in the header, but not in both",
+    ),
+    "tensor without array": (
+        forge(["dict", []], A),
+        "leaf 'a': it is in the tree or in the header, but not in both",
+    ),
+    "wrong type": (
+        forge(["dict", [["a", ["jax", "int8"]]]], A),
+        r"leaf 'a': the tree calls it int8, .* as F32\[0\]",
+    ),
     "unknown dtype": (
         forge(["dict", [["a", ["jax", "object"]]]], A),
         "leaf 'a': the tree gives it an unknown dtype, 'object'",
@@ -927,16 +1183,31 @@ FORGED = {
         forge(["dict", [["a", ["key", "rbg"]]]], [("a", "U32", ())]),
         "leaf 'a': the tree calls it rbg",
     ),
-    "crc missing": (forge(["dict", [["a", ["jax", "float32"]]]], A, []), "one crc32 for each of 1 tensors"),
+    "crc missing": (
+        forge(["dict", [["a", ["jax", "float32"]]]], A, []),
+        "one crc32 for each of 1 tensors",
+    ),
     "crc too long": (
         forge(["dict", [["a", ["jax", "float32"]]]], A, ["0" * 16]),
         "leaf 'a': its crc32 must be 8 hexadecimal",
     ),
-    "crc is a number": (forge(["dict", [["a", ["jax", "float32"]]]], A, [0]), "leaf 'a': its crc32 must be"),
-    "crc of another name": (forge(["dict", [["a", ["jax", "float32"]]]], A, ["00000000"]), "leaf 'a': its bytes"),
-    "version is text": (forge(["none", None], version="1"), "the manifest's version is '1', expected a number"),
+    "crc is a number": (
+        forge(["dict", [["a", ["jax", "float32"]]]], A, [0]),
+        "leaf 'a': its crc32 must be",
+    ),
+    "crc of another name": (
+        forge(["dict", [["a", ["jax", "float32"]]]], A, ["00000000"]),
+        "leaf 'a': its bytes",
+    ),
+    "version is text": (
+        forge(["none", None], version="1"),
+        "the manifest's version is '1', expected a number",
+    ),
     "version 0": (forge(["none", None], version=0), "the manifest's version is 0"),
-    "metadata is a list": (forge(["none", None], metadata=[]), "the manifest's metadata must be an object"),
+    "metadata is a list": (
+        forge(["none", None], metadata=[]),
+        "the manifest's metadata must be an object",
+    ),
 }
 
 
@@ -953,7 +1224,10 @@ JSONS = st.recursive(
     | st.booleans()
     | st.integers(-2, 2)
     | st.sampled_from(["a", "0x1", "dict", "list", "int", "record", "jax"]),
-    lambda x: st.lists(x, max_size=3) | st.tuples(st.sampled_from(["dict", "list", "record", "tuple", "complex"]), x),
+    lambda x: (
+        st.lists(x, max_size=3)
+        | st.tuples(st.sampled_from(["dict", "list", "record", "tuple", "complex"]), x)
+    ),
     max_leaves=8,
 )
 
@@ -968,7 +1242,7 @@ def test_any_json_in_place_of_the_tree_gives_a_tree_or_a_checkpoint_error(tree, 
         assert_same(load(path), got)
 
 
-# ---------------------------------------------------------------------------------------------------------- durability
+# --------------------------------------------------------------------------------------- durability
 
 OLD, NEW = {"x": np.zeros(3)}, {"x": np.arange(10_000.0), "y": [1, jnp.ones(7)]}
 
@@ -987,11 +1261,17 @@ class Fail:
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad disk"), KeyboardInterrupt()], ids=repr
+    "error",
+    [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad disk"), KeyboardInterrupt()],
+    ids=repr,
 )
 @pytest.mark.parametrize("name", ["open", "write", "lseek", "fstat", "fchmod", "fsync", "replace"])
-def test_a_failure_at_any_call_leaves_the_old_file_or_the_new_one(name, error, tmp_path, monkeypatch):
-    """SQLite's way: fail the n-th call, for n = 1, 2, ... until the save succeeds (sqlite.org/testing.html)."""
+def test_a_failure_at_any_call_leaves_the_old_file_or_the_new_one(
+    name, error, tmp_path, monkeypatch
+):
+    """SQLite's way: fail the n-th call, for n = 1, 2, ... until the save succeeds
+    (sqlite.org/testing.html).
+    """
     path, failures = tmp_path / "t.safetensors", 0
     for n in range(1, 30):
         save(path, OLD)
@@ -1009,15 +1289,21 @@ def test_a_failure_at_any_call_leaves_the_old_file_or_the_new_one(name, error, t
         if fail.left > 0:
             break
         failures += 1
-        assert not replaced or name in ("open", "fsync")  # these two come once more, for the folder, after the rename
+        # These two come once more, for the folder, after the rename.
+        assert not replaced or name in ("open", "fsync")
     assert (
         replaced
-        and failures == {"open": 2, "write": 3, "lseek": 2, "fstat": 2, "fchmod": 1, "fsync": 2, "replace": 1}[name]
+        and failures
+        == {"open": 2, "write": 3, "lseek": 2, "fstat": 2, "fchmod": 1, "fsync": 2, "replace": 1}[
+            name
+        ]
     )
 
 
 def test_an_error_says_that_nothing_was_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "write", Fail("write", 1, OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        os, "write", Fail("write", 1, OSError(errno.ENOSPC, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space left") as caught:
         save(tmp_path / "t", OLD)
     assert caught.value.__notes__ == [f"while saving {tmp_path / 't'}: nothing has been replaced"]
@@ -1053,7 +1339,9 @@ def test_a_read_error_is_a_checkpoint_error(tmp_path, monkeypatch):
 
 
 def test_bytes_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
-    """The order that ALICE (Pillai et al., OSDI 2014) found broken most often: data, name, folder."""
+    """The order that ALICE (Pillai et al., OSDI 2014) found broken most often: data, name,
+    folder.
+    """
     calls = []
 
     def recording(name, real):
@@ -1067,7 +1355,13 @@ def test_bytes_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
     for name in ("mkdir", "write", "fsync", "replace"):
         monkeypatch.setattr(os, name, recording(name, getattr(os, name)))
     save(tmp_path / "new" / "deep" / "t", {"x": jnp.ones(3)})
-    assert calls == ["mkdir", "fsync folder"] * 2 + ["write", "write", "fsync", "replace", "fsync folder"]
+    assert calls == ["mkdir", "fsync folder"] * 2 + [
+        "write",
+        "write",
+        "fsync",
+        "replace",
+        "fsync folder",
+    ]
 
 
 def test_temporary_files_of_the_dead_are_swept_and_those_of_the_living_kept(tmp_path):
@@ -1091,7 +1385,8 @@ def test_a_temporary_file_that_was_swept_before_its_lock_is_made_anew(tmp_path, 
     monkeypatch.setattr(fcntl, "flock", flock)
     save(tmp_path / "t", OLD)
     assert len(swept) == 1 and os.listdir(tmp_path) == ["t"]
-    assert re.fullmatch(rf"\.jaxnet-{os.getpid()}-[0-9a-f]+\.tmp", swept[0])  # its name tells the writer
+    # Its name tells the writer.
+    assert re.fullmatch(rf"\.jaxnet-{os.getpid()}-[0-9a-f]+\.tmp", swept[0])
 
 
 def test_without_locks_nothing_is_swept_and_saving_works(tmp_path, monkeypatch):
@@ -1127,7 +1422,7 @@ def test_two_writers_and_a_reader(tmp_path):
     assert not failures and seen <= {0, 1} and os.listdir(tmp_path) == ["t"]
 
 
-# --------------------------------------------------------------------------------------------- paths, speed and memory
+# -------------------------------------------------------------------------- paths, speed and memory
 
 
 def test_paths(tmp_path, monkeypatch):
@@ -1135,7 +1430,9 @@ def test_paths(tmp_path, monkeypatch):
     for path in ["relative", b"bytes", tmp_path / "a" / "b c" / "é.safetensors", "n" * 250]:
         save(path, OLD)
         assert_same(load(path), OLD)
-    with pytest.raises(IsADirectoryError, match="a checkpoint is a file, this is a folder: add a file name"):
+    with pytest.raises(
+        IsADirectoryError, match="a checkpoint is a file, this is a folder: add a file name"
+    ):
         save(tmp_path / "a", OLD)
     with pytest.raises(IsADirectoryError, match="a checkpoint is a file, this is a folder"):
         load(tmp_path / "a")
@@ -1146,7 +1443,9 @@ def test_paths(tmp_path, monkeypatch):
     os.mkfifo("pipe")
     with pytest.raises(CheckpointError, match="pipe: not a regular file"):
         load("pipe")
-    with pytest.raises(FileExistsError, match="neither a file nor a folder, and will not be replaced"):
+    with pytest.raises(
+        FileExistsError, match="neither a file nor a folder, and will not be replaced"
+    ):
         save("pipe", OLD)
 
 
@@ -1173,8 +1472,11 @@ def test_inspect_reads_only_the_header(tmp_path):
     size = 10 * 1000**3
     layout = fmt.layout([("w", "F32", (size // 4,))])
     manifest = {"version": 1, "metadata": {}, "tree": ["dict", [["w", ["jax", "float32"]]]]}
-    (tmp_path / "t").write_bytes(fmt.write_header("", layout, manifest | {"crc32": ["0" * 8 * layout[0].chunks]}))
-    os.truncate(tmp_path / "t", os.path.getsize(tmp_path / "t") + size)  # 10 GB that take no space on the disk
+    (tmp_path / "t").write_bytes(
+        fmt.write_header("", layout, manifest | {"crc32": ["0" * 8 * layout[0].chunks]})
+    )
+    # 10 GB that take no space on the disk.
+    os.truncate(tmp_path / "t", os.path.getsize(tmp_path / "t") + size)
     start = time.perf_counter()
     info = inspect(tmp_path / "t")
     assert time.perf_counter() - start < 0.5  # reading 10 GB takes seconds
@@ -1182,10 +1484,16 @@ def test_inspect_reads_only_the_header(tmp_path):
 
 
 def test_inspect_shows_all_leaves_in_the_order_of_the_tree(tmp_path):
-    save(tmp_path / "t", {"b": jnp.ones(2, jnp.int8), "a": [np.ones((2, 3)), 7, "x"]}, metadata={"m": 1})
+    save(
+        tmp_path / "t",
+        {"b": jnp.ones(2, jnp.int8), "a": [np.ones((2, 3)), 7, "x"]},
+        metadata={"m": 1},
+    )
     info = inspect(tmp_path / "t")
     assert info.leaves == (Leaf("b", (2,), "int8", 2), Leaf("a/0", (2, 3), "float64", 48))
-    assert info.scalars == {"a/1": 7, "a/2": "x"} and info.metadata == {"m": 1} and info.version == 1
+    assert (
+        info.scalars == {"a/1": 7, "a/2": "x"} and info.metadata == {"m": 1} and info.version == 1
+    )
     assert info.nbytes == os.path.getsize(tmp_path / "t") and info == verify(tmp_path / "t")
 
 
@@ -1199,15 +1507,23 @@ def test_memory(tmp_path):
         tracemalloc.stop()
         return result
 
-    assert peak(save, tmp_path / "t", tree) < 1 << 20  # contiguous arrays are written from where they are
-    assert peak(save, tmp_path / "t", {key: x[::-1] for key, x in tree.items()}) < 5 << 20  # two leaves, not eight
+    # Contiguous arrays are written from where they are.
+    assert peak(save, tmp_path / "t", tree) < 1 << 20
+    # Two leaves, not eight.
+    assert peak(save, tmp_path / "t", {key: x[::-1] for key, x in tree.items()}) < 5 << 20
     assert peak(load, tmp_path / "t") < 18 << 20
     assert peak(verify, tmp_path / "t") < 5 << 20  # one block for each thread
 
 
 def test_all_arrays_go_to_the_device_in_one_call(tmp_path, monkeypatch):
-    """2,000 leaves: 0.11 s in one call, 0.15 s one by one (a CPU; a GPU adds a round trip to each call)."""
-    tree, calls, real = [jnp.zeros(3), {"a": jnp.ones((2, 2)), "b": 1}, np.ones(2)], [], jax.device_put
+    """2,000 leaves: 0.11 s in one call, 0.15 s one by one (a CPU; a GPU adds a round trip to each
+    call).
+    """
+    tree, calls, real = (
+        [jnp.zeros(3), {"a": jnp.ones((2, 2)), "b": 1}, np.ones(2)],
+        [],
+        jax.device_put,
+    )
     save(tmp_path / "t", tree)
     monkeypatch.setattr(jax, "device_put", lambda x, *args: calls.append(len(x)) or real(x, *args))
     assert_same(load(tmp_path / "t"), tree)

@@ -1,4 +1,5 @@
-"""Files that are made to do harm: small ones that ask for much, headers with a right digest, names that speak to a terminal.
+"""Files that are made to do harm: small ones that ask for much, headers with a right digest, names
+that speak to a terminal.
 
 The limits are those that docs/reliability.md promises: one second of CPU time and 100 MB.
 """
@@ -36,28 +37,44 @@ READERS = (inspect, load, verify, read_lazily)
 def file_of(path, entry, content, tree=("dict", [["w", ["jax", "float32"]]])):
     """A file of version 2 or 3 whose manifest says this of what is outside."""
     version = {"parts": 2, "orbax": 3}[entry]
-    manifest = {"version": version, "metadata": {}, "tree": tree, "crc32": [], entry: {"id": NUMBER} | content}
+    manifest = {
+        "version": version,
+        "metadata": {},
+        "tree": tree,
+        "crc32": [],
+        entry: {"id": NUMBER} | content,
+    }
     path.write_bytes(fmt.write_header("", [], manifest))
 
 
-# ------------------------------------------------------------------------------------- small files that ask for much
+# -------------------------------------------------------------------- small files that ask for much
 
 
 def zarr_bomb(path, shape, chunks, *, data=None, compressor=None, cuts=None):
-    """A file of version 3 and a folder of some hundred bytes, whose array of this shape stores nothing, or `data`."""
+    """A file of version 3 and a folder of some hundred bytes, whose array of this shape stores
+    nothing, or `data`.
+    """
     import tensorstore
 
     base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}.orbax-{NUMBER}/"}}
-    about = {"chunks": chunks, "compressor": compressor, "dtype": "<f4", "fill_value": 0, "filters": None}
+    about = {
+        "chunks": chunks,
+        "compressor": compressor,
+        "dtype": "<f4",
+        "fill_value": 0,
+        "filters": None,
+    }
     about |= {"order": "C", "shape": shape, "zarr_format": 2}
     tensorstore.KvStore.open(base).result().write("w/.zarray", json.dumps(about).encode()).result()
     if data is not None:
-        array = tensorstore.open({"driver": "zarr", "kvstore": base | {"path": "w/"}}, open=True).result()
+        array = tensorstore.open(
+            {"driver": "zarr", "kvstore": base | {"path": "w/"}}, open=True
+        ).result()
         array[...].write(data).result()
     whole = fmt.Tensor("w", "F32", tuple(shape), 0, 4 * int(np.prod(shape)))
-    blocks = fmt.Grid(cuts or [[0] for _ in shape], ["0"] * int(np.prod([len(cut) for cut in cuts or [[0]]]))).blocks(
-        whole
-    )
+    blocks = fmt.Grid(
+        cuts or [[0] for _ in shape], ["0"] * int(np.prod([len(cut) for cut in cuts or [[0]]]))
+    ).blocks(whole)
     crcs = ["0" * 8 * block.chunks for _, block, _ in blocks]
     file_of(path, "orbax", {"tensors": [["w", "F32", shape, cuts or [[0] for _ in shape], crcs]]})
 
@@ -90,7 +107,8 @@ for path in sys.argv[1:]:
             assert "its arrays need" in str(e) or "no compressor" in str(e), str(e)
         else:
             raise AssertionError(path)
-        print(time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, path)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print(time.process_time() - start, grown / 1024, path)
 """
 
 
@@ -98,7 +116,9 @@ for path in sys.argv[1:]:
     "names", [list(ZARR)[:1], pytest.param(list(ZARR), marks=pytest.mark.slow)], ids=["one", "all"]
 )
 def test_folders_of_orbax_that_announce_more_than_they_have(names, tmp_path):
-    """In a process of its own, since what TensorStore takes is not Python's, and bad_alloc would end this one."""
+    """In a process of its own, since what TensorStore takes is not Python's, and bad_alloc would
+    end this one.
+    """
     pytest.importorskip("orbax")
     for i, (shape, chunks, options) in enumerate(ZARR[name] for name in names):
         zarr_bomb(tmp_path / str(i), shape, chunks, **options)
@@ -112,7 +132,9 @@ def test_folders_of_orbax_that_announce_more_than_they_have(names, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     costs = [line.split() for line in done.stdout.splitlines()]
-    assert len(costs) == 3 * len(names) and all(float(seconds) < 5 and float(size) < 100 for seconds, size, _ in costs)
+    assert len(costs) == 3 * len(names) and all(
+        float(seconds) < 5 and float(size) < 100 for seconds, size, _ in costs
+    )
 
 
 def test_a_chunk_that_is_missing_is_damage_and_not_zeros(tmp_path):
@@ -127,7 +149,9 @@ def test_a_chunk_that_is_missing_is_damage_and_not_zeros(tmp_path):
 
 
 def nested_keys(levels, size, leaves):
-    """Nested dicts with long keys and many scalars at the bottom: their paths are much longer than the file."""
+    """Nested dicts with long keys and many scalars at the bottom: their paths are much longer than
+    the file.
+    """
     node = ["list", [["bool", True]] * leaves]
     for _ in range(levels):
         node = ["dict", [["k" * size, node]]]
@@ -147,11 +171,18 @@ SMALL = {
 
 
 def diagonal(path, axes, count):
-    """A file of version 2 with `count` pieces of one byte, (0, 0, ...), (1, 1, ...), ...: a grid of count^axes cells."""
+    """A file of version 2 with `count` pieces of one byte, (0, 0, ...), (1, 1, ...), ...: a grid of
+    count^axes cells.
+    """
     pieces = [[",".join([str(i)] * axes), ["numpy", "uint8"]] for i in range(count)]
     layout = fmt.layout([(f"w/{start}", "U8", (1,) * axes) for start, _ in pieces])
     sums = [fmt.crcs(t, bytes(1)) for t in layout]
-    part = {"version": 1, "metadata": {}, "tree": ["dict", [["w", ["dict", pieces]]]], "crc32": sums}
+    part = {
+        "version": 1,
+        "metadata": {},
+        "tree": ["dict", [["w", ["dict", pieces]]]],
+        "crc32": sums,
+    }
     data = fmt.write_header("", layout, part) + bytes(count)
     path.with_name(f"{path.name}.part-{NUMBER}-00000").write_bytes(data)
     shape = [count] * axes
@@ -188,7 +219,10 @@ def test_a_tree_whose_paths_could_not_be_read_is_not_saved(tmp_path):
     tree = [None] * 4000
     for _ in range(90):
         tree = {"k" * 500: tree}
-    with pytest.raises(CheckpointError, match="paths of its leaves together have .* shorten the keys of nested dicts"):
+    with pytest.raises(
+        CheckpointError,
+        match="paths of its leaves together have .* shorten the keys of nested dicts",
+    ):
         save(tmp_path / "x", {"a": 1, "b": jax_free(tree)})
     assert os.listdir(tmp_path) == []
 
@@ -199,11 +233,13 @@ def jax_free(tree):
     return {key: jax_free(below) if isinstance(below, dict) else [1] * len(below)}
 
 
-# ----------------------------------------------------------------------------------------- headers with a right digest
+# ---------------------------------------------------------------------- headers with a right digest
 
 
 def forged(tmp_path, version, count):
-    """Read `count` forgeries of the golden files of a version; how many were refused, and how many not."""
+    """Read `count` forgeries of the golden files of a version; how many were refused, and how many
+    not.
+    """
     if version == 3:
         pytest.importorskip("orbax")
     shutil.copytree(GOLDEN, folder := tmp_path / "golden")
@@ -222,7 +258,10 @@ def forged(tmp_path, version, count):
                 else:
                     loaded += read is load
             slowest = max(slowest, time.process_time() - start)
-    print(f"\nversion {version}: {refused} forged headers refused, {loaded} loaded, at most {slowest:.2f} s")
+    print(
+        f"\nversion {version}: {refused} forged headers refused, {loaded} loaded, at most "
+        f"{slowest:.2f} s"
+    )
     assert refused + loaded >= count and refused > 0.8 * count and slowest < 5
 
 
@@ -237,13 +276,14 @@ def test_six_thousand_forged_headers(version, tmp_path):
     forged(tmp_path, version, 6000)
 
 
-# ------------------------------------------------------------------------------------------------ what an error says
+# ------------------------------------------------------------------------------- what an error says
 
 EVIL = "\x1b[31m\a\r\n  forged line\x9b2J\u202e\u2066\x7f"
 
 
 @pytest.mark.parametrize(
-    "where", ["names", "template", "rename", "only", "path", "lazy", "version", "kind of keys", "dtype"]
+    "where",
+    ["names", "template", "rename", "only", "path", "lazy", "version", "kind of keys", "dtype"],
 )
 def test_errors_are_printable_and_names_stay_on_their_line(where, tmp_path):
     path = tmp_path / ("x" + EVIL.replace("/", "") if where == "path" else "x")
@@ -279,14 +319,24 @@ def load_one(path, name):
 def test_errors_do_not_grow_with_the_file(tmp_path):
     """20,000 leaves that differ, and a name of a million characters."""
     save(tmp_path / "x", {f"leaf {i}": 1 for i in range(20_000)} | {"a" * 1_000_000: 2})
-    with pytest.raises(CheckpointError, match=r"not in the template: leaf 7 int[\s\S]*more lines") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"not in the template: leaf 7 int[\s\S]*more lines"
+    ) as caught:
         load(tmp_path / "x", like={"b": 1})
     assert len(str(caught.value)) < 60_000 and len(repr(caught.value)) < 70_000
 
 
 @pytest.mark.parametrize(
     "metadata",
-    [{"x": float("inf")}, {"x": [float("-inf")]}, {"x": float("nan")}, {"x": (1,)}, {1: 2}, [1], {"x": 10**5000}],
+    [
+        {"x": float("inf")},
+        {"x": [float("-inf")]},
+        {"x": float("nan")},
+        {"x": (1,)},
+        {1: 2},
+        [1],
+        {"x": 10**5000},
+    ],
 )
 def test_metadata_that_json_cannot_hold_is_refused_at_the_call(metadata, tmp_path):
     with pytest.raises(CheckpointError, match="metadata must be a dict of str keys"):
@@ -298,13 +348,16 @@ def test_metadata_that_json_cannot_hold_is_refused_at_the_call(metadata, tmp_pat
 
 
 def test_a_name_that_is_too_long_is_refused_before_anything_is_written(tmp_path):
-    for call in (lambda: save(tmp_path / ("x" * 300), {}), lambda: Checkpoints(tmp_path / ("x" * 300)).save(1, {})):
+    for call in (
+        lambda: save(tmp_path / ("x" * 300), {}),
+        lambda: Checkpoints(tmp_path / ("x" * 300)).save(1, {}),
+    ):
         with pytest.raises(OSError, match="too long"):
             call()
     assert os.listdir(tmp_path) == []
 
 
-# ------------------------------------------------------------------------------------------ a process without threads
+# ------------------------------------------------------------------------ a process without threads
 
 WITHOUT_THREADS = """
 import atexit, sys, threading
@@ -331,7 +384,9 @@ if sys.version_info:
 def test_large_files_are_read_where_no_thread_can_start(tmp_path):
     """While the interpreter ends, and at the system's limit of threads."""
     save(tmp_path / "x", {"x": np.arange(2**20)})
-    done = subprocess.run([sys.executable, "-c", WITHOUT_THREADS, tmp_path / "x"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THREADS, tmp_path / "x"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, "read\nread\n"), done.stderr
 
 
@@ -348,7 +403,7 @@ def test_a_store_saves_in_the_foreground_where_no_thread_can_start(tmp_path, mon
         monkeypatch.undo()
 
 
-# ------------------------------------------------------------------------------------------------ readers and writers
+# ------------------------------------------------------------------------------ readers and writers
 
 WRITER = """
 import sys, time
@@ -358,7 +413,8 @@ from jaxnet.checkpoint import save
 stop = time.monotonic() + float(sys.argv[2])
 i = 0
 while time.monotonic() < stop or i < 3:
-    save(sys.argv[1], {"x": np.full(1000, i), "y": np.full((64, 64), i), "i": i}, engine=sys.argv[3] or None)
+    tree = {"x": np.full(1000, i), "y": np.full((64, 64), i), "i": i}
+    save(sys.argv[1], tree, engine=sys.argv[3] or None)
     i += 1
 """
 
@@ -375,7 +431,9 @@ def test_readers_beside_a_writer_get_one_save_or_the_next(engine, seconds, tmp_p
     ) as writer:
         while writer.poll() is None:
             tree = load(path)
-            assert (np.asarray(tree["x"]) == tree["i"]).all() and (np.asarray(tree["y"]) == tree["i"]).all()
+            assert (np.asarray(tree["x"]) == tree["i"]).all() and (
+                np.asarray(tree["y"]) == tree["i"]
+            ).all()
             verify(path)
             reads += 1
         assert writer.returncode == 0, writer.communicate()[1]

@@ -1,6 +1,8 @@
-"""Links in a store's folder: nothing outside of the folder is deleted, written or changed, whatever its names lead to.
+"""Links in a store's folder: nothing outside of the folder is deleted, written or changed, whatever
+its names lead to.
 
-Expected values are the bytes that the files outside had before; what a store keeps follows from `keep`.
+Expected values are the bytes that the files outside had before; what a store keeps follows from
+`keep`.
 """
 
 import os
@@ -30,7 +32,11 @@ def outside(tmp_path):
 
 def contents(folder):
     """All files below a folder and their bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def saved(folder, *steps, **options):
@@ -67,7 +73,9 @@ def test_a_link_does_not_count_among_those_that_are_kept(outside, tmp_path):
 
 @pytest.mark.parametrize("target", ["text", "new", "inner"])
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_a_step_is_saved_in_place_of_a_link_and_not_behind_it(when, target, outside, tmp_path, monkeypatch):
+def test_a_step_is_saved_in_place_of_a_link_and_not_behind_it(
+    when, target, outside, tmp_path, monkeypatch
+):
     """Also if the link is put there while the new file is written."""
     run, before, real = tmp_path / "run", contents(outside), os.fsync
     run.mkdir()
@@ -88,7 +96,9 @@ def test_a_step_is_saved_in_place_of_a_link_and_not_behind_it(when, target, outs
 
 
 def test_links_for_parts_locks_and_temporary_files_are_left_alone(outside, tmp_path):
-    """Their names would let a save delete what they are the names of, and lock, open or make what is behind them."""
+    """Their names would let a save delete what they are the names of, and lock, open or make what
+    is behind them.
+    """
     run, before, number = tmp_path / "run", contents(outside), "0123456789abcdef"
     run.mkdir()
     path = str(run / "step_00000001.safetensors")
@@ -138,7 +148,9 @@ def test_a_folder_is_not_deleted_in_place_of_a_file(tmp_path):
 
 
 def test_a_hard_link_keeps_what_it_had(tmp_path):
-    """Saving over one name of a file leaves the bytes under its other name, and the mode that they had."""
+    """Saving over one name of a file leaves the bytes under its other name, and the mode that they
+    had.
+    """
     save(tmp_path / "a", tree_of(1))
     os.link(tmp_path / "a", tmp_path / "b")
     save(tmp_path / "a", tree_of(2))

@@ -1,7 +1,8 @@
-"""Loading a part of a file: chosen leaves, other names, other dtypes, templates that share only some leaves, one leaf.
+"""Loading a part of a file: chosen leaves, other names, other dtypes, templates that share only
+some leaves, one leaf.
 
-Expected values come from `jaxnet.tree.split` (what a part of a tree is), from the IEEE 754 formats (what a dtype can
-hold) and from exact integer arithmetic in Python.
+Expected values come from `jaxnet.tree.split` (what a part of a tree is), from the IEEE 754 formats
+(what a dtype can hold) and from exact integer arithmetic in Python.
 """
 
 import collections
@@ -86,7 +87,7 @@ def damage(path, leaf):
     path.write_bytes(data)
 
 
-# -------------------------------------------------------------------------------------------------------- only=
+# -------------------------------------------------------------------------------------------- only=
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,9 @@ def damage(path, leaf):
     ids=str,
 )
 def test_a_part_of_a_file_is_the_part_of_the_tree(only, path):
-    """Of a list whose elements are only partly chosen, and the like, `jaxnet.tree.split` says what remains."""
+    """Of a list whose elements are only partly chosen, and the like, `jaxnet.tree.split` says what
+    remains.
+    """
     patterns = [only] if isinstance(only, str) else only
     like, _ = trees.split(STATE, *patterns)
     got = load(path, like, only=only)
@@ -113,7 +116,9 @@ def test_a_part_of_a_file_is_the_part_of_the_tree(only, path):
     assert_equal(load(path, only=only), load(path.with_name("part")))
 
 
-PATTERNS = st.lists(st.sampled_from(["a", "b", "0", "1", "*", "**"]), min_size=1, max_size=3).map("/".join)
+PATTERNS = st.lists(st.sampled_from(["a", "b", "0", "1", "*", "**"]), min_size=1, max_size=3).map(
+    "/".join
+)
 TREES = st.recursive(
     st.integers(0, 9).map(np.int32) | st.none(),
     lambda x: st.one_of(
@@ -158,7 +163,9 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(path):
     with pytest.raises(CheckpointError) as caught:
         load(path, only=["params/head", "params/block/*/kernel"])
     assert caught.value.path == str(path)
-    assert caught.value.reason.startswith("no path matches 'params/block/*/kernel'; the nearest of 18 are [")
+    assert caught.value.reason.startswith(
+        "no path matches 'params/block/*/kernel'; the nearest of 18 are ["
+    )
     assert "params/blocks/0/kernel" in caught.value.reason
     with pytest.raises(ValueError, match="only must be a pattern of paths or several, got none"):
         load(path, only=[])
@@ -166,35 +173,49 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(path):
 
 def test_a_template_must_be_the_part_that_was_chosen(path):
     with pytest.raises(
-        CheckpointError, match="what `only` selects does not fit (.|\n)* missing from the file: head/bias"
+        CheckpointError,
+        match="what `only` selects does not fit (.|\n)* missing from the file: head/bias",
     ):
         load(path, PARAMS, only="params/scale")
-    with pytest.raises(CheckpointError, match="container differs: params/blocks: template tuple, file list"):
+    with pytest.raises(
+        CheckpointError, match="container differs: params/blocks: template tuple, file list"
+    ):
         load(path, {"params": {"blocks": (None, block(2))}}, only="params/blocks/1")
 
 
 def test_a_part_of_another_programs_file(tmp_path):
-    safetensors.numpy.save_file({"enc.0/w": np.ones(2, np.float32), "dec/w": np.zeros(1, np.float32)}, tmp_path / "f")
+    safetensors.numpy.save_file(
+        {"enc.0/w": np.ones(2, np.float32), "dec/w": np.zeros(1, np.float32)}, tmp_path / "f"
+    )
     assert_equal(load(tmp_path / "f", only="enc.*"), {"enc.0": {"w": jnp.ones(2)}})
 
 
-# ------------------------------------------------------------------------------------------------------ rename=
+# ------------------------------------------------------------------------------------------ rename=
 
 
 def test_a_dict_of_prefixes_renames_leaves_and_nodes(path):
-    like = {"weights": {"layers": {"0": block(1), "second": block(2)}, "scale": 0.0}, "out": block(0)}
+    like = {
+        "weights": {"layers": {"0": block(1), "second": block(2)}, "scale": 0.0},
+        "out": block(0),
+    }
     rename = {
         "params": "weights",
         "params/blocks": "weights/layers",
         "params/blocks/1": "weights/layers/second",  # the longest that fits counts
         "params/head": "out",
     }
-    expected = {"weights": {"layers": {"0": block(1), "second": block(2)}, "scale": 2.5}, "out": block(3)}
+    expected = {
+        "weights": {"layers": {"0": block(1), "second": block(2)}, "scale": 2.5},
+        "out": block(3),
+    }
     got = load(path, rename=rename, only=["weights", "out"])  # `only` speaks of the new paths
     assert_equal(got, expected)
     assert_equal(load(path, like, rename=rename, only=["weights", "out"]), expected)
-    lists = like | {"weights": {"layers": Pair(block(0), block(0)), "scale": 0.0}}  # containers are those of `like`
-    got = load(path, lists, rename={**rename, "params/blocks/0": "weights/layers/first"}, strict=False)
+    # Containers are those of `like`.
+    lists = like | {"weights": {"layers": Pair(block(0), block(0)), "scale": 0.0}}
+    got = load(
+        path, lists, rename={**rename, "params/blocks/0": "weights/layers/first"}, strict=False
+    )
     assert_equal(got["weights"]["layers"], Pair(block(1), block(2)))
 
 
@@ -209,17 +230,27 @@ def test_the_top_of_the_tree_is_the_empty_path(tmp_path):
     save(tmp_path / "t", {"params": block(1)})
     assert_equal(load(tmp_path / "t", rename={"params": ""}), block(1))
     save(tmp_path / "t", {"x": 3})
-    assert load(tmp_path / "t", rename={"x": ""}) == 3 and load(tmp_path / "t", 0, rename={"x": ""}) == 3
+    assert (
+        load(tmp_path / "t", rename={"x": ""}) == 3
+        and load(tmp_path / "t", 0, rename={"x": ""}) == 3
+    )
 
 
 def test_a_function_renames_every_leaf(tmp_path):
     """The usual import: names with dots of another program."""
-    flat = {"encoder.layer.0.weight": np.ones((2, 3), np.float32), "encoder.bias": np.zeros(3, np.float32)}
+    flat = {
+        "encoder.layer.0.weight": np.ones((2, 3), np.float32),
+        "encoder.bias": np.zeros(3, np.float32),
+    }
     safetensors.numpy.save_file(flat, tmp_path / "f")
     expected = {"encoder": {"layer": [{"kernel": jnp.ones((2, 3))}], "bias": jnp.zeros(3)}}
-    got = load(tmp_path / "f", expected, rename=lambda p: p.replace(".", "/").replace("weight", "kernel"))
+    got = load(
+        tmp_path / "f", expected, rename=lambda p: p.replace(".", "/").replace("weight", "kernel")
+    )
     assert_equal(got, expected)
-    with pytest.raises(TypeError, match="rename must give a str for each path, got None for 'encoder.bias'"):
+    with pytest.raises(
+        TypeError, match="rename must give a str for each path, got None for 'encoder.bias'"
+    ):
         load(tmp_path / "f", rename=lambda p: None if "bias" in p else p)  # pyright: ignore[reportArgumentType]
 
 
@@ -231,12 +262,20 @@ def test_keys_with_a_slash_keep_it(path):
 
 
 def test_collisions_and_unknown_names_are_errors(path):
-    with pytest.raises(CheckpointError, match=r"leaf 'params/head/bias': rename gives this path to '.*' and '.*'"):
+    with pytest.raises(
+        CheckpointError, match=r"leaf 'params/head/bias': rename gives this path to '.*' and '.*'"
+    ):
         load(path, rename={"params/head/kernel": "params/head/bias"})
-    text = "leaf 'params/scale': rename makes 'params/scale' of the file a leaf here, and puts 'key' below it"
+    text = (
+        "leaf 'params/scale': rename makes 'params/scale' of the file a leaf here, and puts "
+        "'key' below it"
+    )
     with pytest.raises(CheckpointError, match=text):
         load(path, rename={"key": "params/scale/key"})
-    with pytest.raises(CheckpointError, match="no path matches 'params/heads'; the nearest of 18 are .*params/head/"):
+    with pytest.raises(
+        CheckpointError,
+        match="no path matches 'params/heads'; the nearest of 18 are .*params/head/",
+    ):
         load(path, rename={"params/heads": "out"})
     with pytest.raises(CheckpointError, match="no path matches"):
         load(path, rename={"params/*": "out"})  # paths, not patterns
@@ -244,9 +283,15 @@ def test_collisions_and_unknown_names_are_errors(path):
 
 def test_a_renamed_leaf_must_still_fit(path):
     with pytest.raises(
-        CheckpointError, match=r"shape differs: out/kernel: template float32\[3,2\], file float32\[2,3\]"
+        CheckpointError,
+        match=r"shape differs: out/kernel: template float32\[3,2\], file float32\[2,3\]",
     ):
-        load(path, {"out": block(0) | {"kernel": jnp.zeros((3, 2))}}, rename={"params/head": "out"}, only="out")
+        load(
+            path,
+            {"out": block(0) | {"kernel": jnp.zeros((3, 2))}},
+            rename={"params/head": "out"},
+            only="out",
+        )
 
 
 def test_guesses_at_renames_can_be_pasted(tmp_path):
@@ -272,20 +317,27 @@ def test_a_guess_that_the_whole_tree_moved(tmp_path):
     save(tmp_path / "t", {"params": {"a": block(1), "b": block(2)}})
     like = {"a": block(0), "b": block(0)}
     with pytest.raises(
-        CheckpointError, match="perhaps renamed: params in the file is the root in the template .4 leaves"
+        CheckpointError,
+        match="perhaps renamed: params in the file is the root in the template .4 leaves",
     ):
         load(tmp_path / "t", like)
     assert_equal(load(tmp_path / "t", like, rename={"params": ""}), {"a": block(1), "b": block(2)})
 
 
-# ------------------------------------------------------------------------------------------------- strict=False
+# ------------------------------------------------------------------------------------- strict=False
 
 
 def test_missing_leaves_keep_their_values_and_others_are_ignored(path, monkeypatch):
-    like = {"params": {"blocks": [block(8), block(9)], "adapter": block(5), "scale": 0.0}, "note": "new"}
+    like = {
+        "params": {"blocks": [block(8), block(9)], "adapter": block(5), "scale": 0.0},
+        "note": "new",
+    }
     damage(path, "params/head/kernel")  # ignored leaves are not even read
     got = load(path, like, strict=False)
-    expected = {"params": {"blocks": [block(1), block(2)], "adapter": block(5), "scale": 2.5}, "note": "new"}
+    expected = {
+        "params": {"blocks": [block(1), block(2)], "adapter": block(5), "scale": 2.5},
+        "note": "new",
+    }
     assert_equal(got, expected)
     assert got["params"]["adapter"]["kernel"] is like["params"]["adapter"]["kernel"]
     abstract = jax.eval_shape(lambda: {"params": {"blocks": [block(0), block(0)]}})
@@ -312,10 +364,19 @@ def test_what_has_no_value_cannot_be_kept(path):
 
 HEAD = {"head": block(3)}
 LOOSE_MISFITS = {
-    "shape": ({"head": {"kernel": jnp.zeros((3, 2))}}, r"shape differs: head/kernel: template float32\[3,2\]"),
-    "dtype": ({"head": {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}}, "dtype differs: head/kernel: template bfloat16"),
+    "shape": (
+        {"head": {"kernel": jnp.zeros((3, 2))}},
+        r"shape differs: head/kernel: template float32\[3,2\]",
+    ),
+    "dtype": (
+        {"head": {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}},
+        "dtype differs: head/kernel: template bfloat16",
+    ),
     "container": ({"head": [jnp.zeros(3)]}, "container differs: head: template list, file dict"),
-    "nothing in common": ({"tail": block(3)}, r"perhaps renamed: head in (.|\n)*have no path in common"),
+    "nothing in common": (
+        {"tail": block(3)},
+        r"perhaps renamed: head in (.|\n)*have no path in common",
+    ),
 }
 
 
@@ -333,9 +394,10 @@ def test_cast_and_strict_need_a_template(path):
             load(path, cast=cast, strict=strict)
 
 
-# ---------------------------------------------------------------------------------------------------- cast=True
+# ---------------------------------------------------------------------------------------- cast=True
 
-MANTISSA = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}  # IEEE 754; bfloat16: the upper half of float32
+# IEEE 754; bfloat16: the upper half of float32.
+MANTISSA = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 
 
 def cast_to(path, x, dtype):
@@ -352,7 +414,8 @@ def cast_to(path, x, dtype):
         ("float32", [1.0, 70000.0, -1e9], "float16", ("2 of 3", "70000.0")),  # > 65504
         ("float32", [3.4e38], "bfloat16", ("1 of 1", "3.4e+38")),
         ("float64", [1e39], "float32", ("1 of 1", "1e+39")),
-        ("float32", [500.0], "float8_e4m3fn", ("1 of 1", "500.0")),  # > 448, and this type has no infinity:
+        # > 448, and this type has no infinity:
+        ("float32", [500.0], "float8_e4m3fn", ("1 of 1", "500.0")),
         ("float32", [1.0, np.inf], "float8_e4m3fn", ("1 of 2", "inf")),
         ("float32", [7.0], "float4_e2m1fn", ("1 of 1", "7.0")),  # > 6: it would be silently 6
         ("float32", [np.nan], "float4_e2m1fn", ("1 of 1", "nan")),
@@ -405,33 +468,48 @@ def test_a_cast_rounds_floats_and_is_exact_for_all_else(source, values, target, 
     with pytest.raises(CheckpointError, match="would change by more than rounding") as caught:
         cast_to(tmp_path / "t", x, DTYPES[target])
     count, first = refused
-    assert f"x: {count} values of {source}[{len(x)}] do not fit {target}, the first is" in caught.value.reason
+    assert (
+        f"x: {count} values of {source}[{len(x)}] do not fit {target}, the first is"
+        in caught.value.reason
+    )
     assert first in caught.value.reason.rpartition("the first is")[2]
 
 
 @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
 @hypothesis.given(
-    x=st.integers(-(2**63), 2**63 - 1) | st.integers(-(2**25), 2**25) | st.integers(0, 63).map(lambda n: 2**n + 1),
-    target=st.sampled_from(["bfloat16", "float16", "float32", "float64", "int8", "uint16", "int32", "uint64"]),
+    x=st.integers(-(2**63), 2**63 - 1)
+    | st.integers(-(2**25), 2**25)
+    | st.integers(0, 63).map(lambda n: 2**n + 1),
+    target=st.sampled_from(
+        ["bfloat16", "float16", "float32", "float64", "int8", "uint16", "int32", "uint64"]
+    ),
 )
 def test_an_integer_comes_through_if_the_target_has_it(x, target, tmp_path_factory):
-    """By the definition of the formats: an odd part of at most p bits, and no more than the largest number."""
+    """By the definition of the formats: an odd part of at most p bits, and no more than the largest
+    number.
+    """
     source = "int64" if x < 2**63 else "uint64"
     if target in MANTISSA:
         odd = abs(x) // (x & -x) if x else 0
-        fits = odd.bit_length() <= MANTISSA[target] and abs(x) <= float(ml_dtypes.finfo(DTYPES[target]).max)
+        fits = odd.bit_length() <= MANTISSA[target] and abs(x) <= float(
+            ml_dtypes.finfo(DTYPES[target]).max
+        )
     else:
         fits = np.iinfo(target).min <= x <= np.iinfo(target).max
     path = tmp_path_factory.getbasetemp() / "cast"
     if fits:
-        assert Fraction(float(cast_to(path, np.array(x, source), DTYPES[target]))) == Fraction(float(x))
+        assert Fraction(float(cast_to(path, np.array(x, source), DTYPES[target]))) == Fraction(
+            float(x)
+        )
     else:
         with pytest.raises(CheckpointError, match="do not fit"):
             cast_to(path, np.array(x, source), DTYPES[target])
 
 
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
-@hypothesis.given(x=st.floats(), target=st.sampled_from(["float32", "float16", "bfloat16", "int16", "uint32"]))
+@hypothesis.given(
+    x=st.floats(), target=st.sampled_from(["float32", "float16", "bfloat16", "int16", "uint32"])
+)
 def test_a_float_is_rounded_to_a_float_and_never_to_an_integer(x, target, tmp_path_factory):
     path, dtype = tmp_path_factory.getbasetemp() / "cast", DTYPES[target]
     if target in MANTISSA:
@@ -452,18 +530,26 @@ def test_a_float_is_rounded_to_a_float_and_never_to_an_integer(x, target, tmp_pa
         assert got == x or math.isnan(got) and math.isnan(x)
 
 
-NARROW = [name for name, dtype in DTYPES.items() if jnp.issubdtype(dtype, np.floating) and dtype.itemsize <= 2]
+NARROW = [
+    name
+    for name, dtype in DTYPES.items()
+    if jnp.issubdtype(dtype, np.floating) and dtype.itemsize <= 2
+]
 
 
 @pytest.mark.parametrize("source", ["float64", "float32"])
 @pytest.mark.parametrize("target", NARROW)
 def test_a_cast_gives_the_nearest_of_all_numbers(target, source, tmp_path):
-    """Around every midpoint of two neighbors: it goes to the even one, and the next numbers to their own side.
+    """Around every midpoint of two neighbors: it goes to the even one, and the next numbers to
+    their own side.
 
-    The midpoints are exact in float64, and those of all 13 types in float32. Each target is decoded from all its bits.
+    The midpoints are exact in float64, and those of all 13 types in float32. Each target is decoded
+    from all its bits.
     """
     dtype, wide = DTYPES[target], np.dtype(source)
-    bits = {"float4_e2m1fn": 4, "float6_e2m3fn": 6, "float6_e3m2fn": 6}.get(target, 8 * dtype.itemsize)
+    bits = {"float4_e2m1fn": 4, "float6_e2m3fn": 6, "float6_e3m2fn": 6}.get(
+        target, 8 * dtype.itemsize
+    )
     codes = np.arange(2**bits, dtype=f"u{dtype.itemsize}")
     with np.errstate(invalid="ignore"):
         numbers = codes.view(dtype).astype(np.float64)
@@ -475,17 +561,29 @@ def test_a_cast_gives_the_nearest_of_all_numbers(target, source, tmp_path):
     assert (middle.astype(np.float64) == (low + high) / 2).all()
     infinity = np.full_like(middle, np.inf)
     below, above = np.nextafter(middle, -infinity), np.nextafter(middle, infinity)
-    x = np.concatenate([below, above, np.nextafter(below, -infinity), np.nextafter(above, infinity)])
+    x = np.concatenate(
+        [below, above, np.nextafter(below, -infinity), np.nextafter(above, infinity)]
+    )
     expected = np.concatenate([low, high, low, high])
     if target != "float8_e8m0fnu":  # it has no bit that could be even
-        x, expected = np.concatenate([x, middle]), np.concatenate([expected, np.where(even, low, high)])
+        x, expected = (
+            np.concatenate([x, middle]),
+            np.concatenate([expected, np.where(even, low, high)]),
+        )
     got = cast_to(tmp_path / "t", x, dtype)
     np.testing.assert_array_equal(got.astype(np.float64), expected)
 
 
 def test_all_lossy_casts_are_listed_with_their_paths(tmp_path):
-    save(tmp_path / "t", {"a": jnp.array([1.0, 70000.0]), "b": {"c": jnp.array([0.5])}, "d": jnp.ones(3)})
-    like = {"a": jnp.zeros(2, jnp.float16), "b": {"c": jnp.zeros(1, jnp.int8)}, "d": jnp.zeros(3, jnp.bfloat16)}
+    save(
+        tmp_path / "t",
+        {"a": jnp.array([1.0, 70000.0]), "b": {"c": jnp.array([0.5])}, "d": jnp.ones(3)},
+    )
+    like = {
+        "a": jnp.zeros(2, jnp.float16),
+        "b": {"c": jnp.zeros(1, jnp.int8)},
+        "d": jnp.zeros(3, jnp.bfloat16),
+    }
     with pytest.raises(CheckpointError) as caught:
         load(tmp_path / "t", like, cast=True)
     assert caught.value.reason.split("\n  ")[1:] == [
@@ -507,13 +605,27 @@ def test_a_cast_is_only_of_arrays_and_keeps_shapes(tmp_path):
 
 
 def test_a_cast_gives_the_kinds_and_places_of_the_template(tmp_path):
-    save(tmp_path / "t", {"a": np.arange(3.0), "b": jnp.ones((3, 2)), "c": np.float64(2), "d": jnp.arange(4)})
-    like = {"a": jnp.zeros(3), "b": np.zeros((3, 2), np.float16), "c": np.float32(0), "d": jnp.zeros(4, jnp.int32)}
-    expected = {"a": jnp.arange(3.0), "b": np.ones((3, 2), np.float16), "c": np.float32(2), "d": jnp.arange(4)}
+    save(
+        tmp_path / "t",
+        {"a": np.arange(3.0), "b": jnp.ones((3, 2)), "c": np.float64(2), "d": jnp.arange(4)},
+    )
+    like = {
+        "a": jnp.zeros(3),
+        "b": np.zeros((3, 2), np.float16),
+        "c": np.float32(0),
+        "d": jnp.zeros(4, jnp.int32),
+    }
+    expected = {
+        "a": jnp.arange(3.0),
+        "b": np.ones((3, 2), np.float16),
+        "c": np.float32(2),
+        "d": jnp.arange(4),
+    }
     assert_equal(load(tmp_path / "t", like, cast=True), expected)
     wide = jax.ShapeDtypeStruct((3, 2), np.float64)
     got = load(tmp_path / "t", like | {"b": wide}, cast=True)["b"]
-    assert isinstance(got, np.ndarray) and got.dtype == np.float64  # JAX would narrow it while x64 is off
+    # JAX would narrow it while x64 is off.
+    assert isinstance(got, np.ndarray) and got.dtype == np.float64
 
 
 def test_the_first_value_that_does_not_fit_is_found_behind_a_million_others(tmp_path):
@@ -526,19 +638,26 @@ def test_the_first_value_that_does_not_fit_is_found_behind_a_million_others(tmp_
 def test_all_options_together(path):
     like = {"h": {"kernel": jnp.zeros((2, 3), jnp.bfloat16), "extra": jnp.ones(1)}, "n": 1}
     got = load(path, like, only="h/kernel", rename={"params/head": "h"}, strict=False, cast=True)
-    assert_equal(got, {"h": {"kernel": jnp.full((2, 3), 3, jnp.bfloat16), "extra": jnp.ones(1)}, "n": 1})
+    assert_equal(
+        got, {"h": {"kernel": jnp.full((2, 3), 3, jnp.bfloat16), "extra": jnp.ones(1)}, "n": 1}
+    )
 
 
-# --------------------------------------------------------------------------------------------------- one leaf
+# ----------------------------------------------------------------------------------------- one leaf
 
 
 def test_a_lazy_file_is_a_mapping_of_its_leaves(path):
     with lazy(path) as leaves:
-        assert set(leaves) == {leaf.path for leaf in inspect(path).leaves} | set(inspect(path).scalars)
+        assert set(leaves) == {leaf.path for leaf in inspect(path).leaves} | set(
+            inspect(path).scalars
+        )
         assert len(leaves) == 18 and "params/scale" in leaves and "params" not in leaves
         kernel = leaves["params/blocks/1/kernel"]
         assert_equal(dict(leaves)["names/a~1b"], np.arange(3))
-        assert_equal([leaves["params/scale"], leaves["counts/4"], leaves["ordered/a"]], [2.5, "four", np.float64(2)])
+        assert_equal(
+            [leaves["params/scale"], leaves["counts/4"], leaves["ordered/a"]],
+            [2.5, "four", np.float64(2)],
+        )
         assert_equal(leaves["key"], jax.random.key(7))
     assert_equal(kernel, np.full((2, 3), 2, np.float32))  # arrays outlive the block
     with pytest.raises(ValueError, match="has been closed: look leaves up inside the `with` block"):
@@ -546,7 +665,11 @@ def test_a_lazy_file_is_a_mapping_of_its_leaves(path):
 
 
 def test_lazy_arrays_are_read_only_views_of_every_dtype(tmp_path):
-    tree = {name: np.arange(2).astype(dtype) for name, dtype in DTYPES.items() if name != "float8_e8m0fnu"}
+    tree = {
+        name: np.arange(2).astype(dtype)
+        for name, dtype in DTYPES.items()
+        if name != "float8_e8m0fnu"
+    }
     tree |= {"nothing": np.zeros((0, 3))}
     save(tmp_path / "t", tree)
     with lazy(tmp_path / "t") as leaves:
@@ -604,12 +727,17 @@ def test_one_leaf_of_ten_gigabytes_costs_that_leaf(tmp_path, monkeypatch):
     tree = ["dict", [[name, ["jax", "float32"]] for name in ("big", "small")]]
     x = np.arange(1000, dtype=np.float32)
     sums[1] = f"{zlib.crc32(x.tobytes(), fmt.crc_start(layout[1], 0)):08x}"
-    header = fmt.write_header("", layout, {"version": 1, "metadata": {}, "tree": tree, "crc32": sums})
+    header = fmt.write_header(
+        "", layout, {"version": 1, "metadata": {}, "tree": tree, "crc32": sums}
+    )
     with open(tmp_path / "t", "wb") as f:  # sparse: the big leaf takes no space on the disk
         f.write(header)
         f.seek(len(header) + layout[1].start)
         f.write(x.tobytes())
-    for read in (lambda: load(tmp_path / "t", only="small")["small"], lambda: lazily(tmp_path / "t", "small")):
+    for read in (
+        lambda: load(tmp_path / "t", only="small")["small"],
+        lambda: lazily(tmp_path / "t", "small"),
+    ):
         tracemalloc.start()
         with reads(monkeypatch) as seen:
             got = read()
@@ -648,12 +776,16 @@ def test_lazy_files_are_closed_also_after_an_error(path):
 
 
 def test_lazy_reads_other_programs_files(tmp_path):
-    safetensors.numpy.save_file({"a/b": np.arange(5, dtype=np.int16), "c": np.ones(1, np.float64)}, tmp_path / "f")
+    safetensors.numpy.save_file(
+        {"a/b": np.arange(5, dtype=np.int16), "c": np.ones(1, np.float64)}, tmp_path / "f"
+    )
     with lazy(tmp_path / "f") as leaves:
-        assert_equal(trees.unflatten(leaves), {"a": {"b": np.arange(5, dtype=np.int16)}, "c": np.ones(1)})
+        assert_equal(
+            trees.unflatten(leaves), {"a": {"b": np.arange(5, dtype=np.int16)}, "c": np.ones(1)}
+        )
 
 
-# --- parts of trees with empty containers, wrong arguments ------------------------------------------------------------
+# --- parts of trees with empty containers, wrong arguments ----------------------------------------
 
 
 @pytest.mark.parametrize("only", ["a", "a/**", ["a"], ["a/w"]])
@@ -663,7 +795,10 @@ def test_a_part_with_empty_containers_fits_its_template(tmp_path, only):
     jaxnet.save(file, {"a": {"w": jnp.ones(2), "s": {}, "t": ()}, "b": 1})
     like = {"a": {"w": jnp.zeros(2), "s": {}, "t": ()}}
     loaded = jaxnet.load(file, like=like, only=only)
-    assert jax.tree.structure(loaded) == jax.tree.structure(like) and loaded["a"]["w"].tolist() == [1, 1]
+    assert jax.tree.structure(loaded) == jax.tree.structure(like) and loaded["a"]["w"].tolist() == [
+        1,
+        1,
+    ]
     with pytest.raises(CheckpointError, match="missing from the file: a/v"):
         jaxnet.load(file, like={"a": {"v": jnp.zeros(2), "s": {}}}, only="a")
 
@@ -679,7 +814,9 @@ def test_the_state_of_a_run_is_a_part_of_its_file(tmp_path):
 
 def test_networks_and_swapped_arguments_are_answered_in_words(tmp_path):
     file = tmp_path / "a.safetensors"
-    with pytest.raises(CheckpointError, match="a network is code and holds no arrays: save its parameters"):
+    with pytest.raises(
+        CheckpointError, match="a network is code and holds no arrays: save its parameters"
+    ):
         jaxnet.save(file, {"net": jaxnet.dense(3)})
     jaxnet.save(file, {"w": jnp.ones(2)})
     with pytest.raises(CheckpointError, match="a network is code and holds no arrays"):
@@ -688,7 +825,7 @@ def test_networks_and_swapped_arguments_are_answered_in_words(tmp_path):
         jaxnet.save({"w": jnp.ones(2)}, str(file))  # pyright: ignore[reportArgumentType]
 
 
-# --- parts of the file of a run ---------------------------------------------------------------------------------------
+# --- parts of the file of a run -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -703,8 +840,13 @@ def run_file(tmp_path_factory):
     data = {"x": x, "y": x[:, :1]}
     start = train.train_state(network.init(jax.random.key(0), x), optimizer, jax.random.key(1))
     file = tmp_path_factory.mktemp("run") / "run.safetensors"
-    step, test = train.train_step(loss, optimizer), train.evaluate(lambda p, batch: {"error": loss(p, batch)}, data)
-    run = train.fit(step, start, data, batch_size=8, epochs=3, evaluate=test, best="min error", checkpoint=file)
+    step, test = (
+        train.train_step(loss, optimizer),
+        train.evaluate(lambda p, batch: {"error": loss(p, batch)}, data),
+    )
+    run = train.fit(
+        step, start, data, batch_size=8, epochs=3, evaluate=test, best="min error", checkpoint=file
+    )
     return file, run
 
 
@@ -724,12 +866,18 @@ def test_a_template_of_a_part_of_a_run_is_answered_with_the_call(strict, run_fil
         ("train_state", state, state),
         ("train_state", {"params": state.params}, {"params": state.params}),
         ("train_state/params", {"a": state.params["a"]}, {"a": state.params["a"]}),
-        ("best", {"params": run.best.params, "value": 0.0}, {"params": run.best.params, "value": run.best.value}),
+        (
+            "best",
+            {"params": run.best.params, "value": 0.0},
+            {"params": run.best.params, "value": run.best.value},
+        ),
     ]
     for place, like, expected in cases:
         with pytest.raises(CheckpointError) as caught:
             load(file, like, strict=strict)
-        assert f"fit wrote this file, and paths of `like` are below '{place}' there: load(" in str(caught.value)
+        assert f"fit wrote this file, and paths of `like` are below '{place}' there: load(" in str(
+            caught.value
+        )
         assert len(str(caught.value).splitlines()) == 2
         assert_equal(pasted(caught.value, like), expected)
 
@@ -754,11 +902,17 @@ def test_only_takes_new_paths_or_paths_of_the_file(run_file, tmp_path):
     for only, new, expected in [
         ("params", "params", {"params": params}),
         ("train_state/params", "params", {"params": params}),
-        ("train_state/params/*/kernel", "", {name: {"kernel": x["kernel"]} for name, x in params.items()}),
+        (
+            "train_state/params/*/kernel",
+            "",
+            {name: {"kernel": x["kernel"]} for name, x in params.items()},
+        ),
         (["a", "train_state/params/b"], "", params),
     ]:
         assert_equal(load(file, only=only, rename={"train_state/params": new}), expected)
-    with pytest.raises(CheckpointError, match=r"no path matches 'train_state/parms/a'; .*'train_state/params/a/"):
+    with pytest.raises(
+        CheckpointError, match=r"no path matches 'train_state/parms/a'; .*'train_state/params/a/"
+    ):
         load(file, only="train_state/parms/a", rename={"train_state/params": ""})
     # A new path goes before a path of the file: after a swap, 'a' is the old 'b'.
     save(tmp_path / "swap", {"a": 1, "b": 2})

@@ -1,8 +1,9 @@
 """The engine Orbax: the same calls and promises, with the arrays in a folder that Orbax writes.
 
-Trees are known from how they were made; what Orbax wrote is read by Orbax itself, too. Kills and power cuts as the system
-sees them are in benchmarks/checkpoint_faults.py, since Orbax writes from C++; two processes are in run_in_processes.py.
-Object stores need an emulator (`pip install gcsfs gcp-storage-emulator`), and are skipped without.
+Trees are known from how they were made; what Orbax wrote is read by Orbax itself, too. Kills and
+power cuts as the system sees them are in benchmarks/checkpoint_faults.py, since Orbax writes from
+C++; two processes are in run_in_processes.py. Object stores need an emulator (`pip install gcsfs
+gcp-storage-emulator`), and are skipped without.
 """
 
 import errno
@@ -42,14 +43,18 @@ def sharding(n, *spec):
 
 
 def tree_of(step):
-    return {"x": jax.device_put(X * step, sharding(4, "x")), "y": {"n": np.arange(500) * step}, "step": step}
+    return {
+        "x": jax.device_put(X * step, sharding(4, "x")),
+        "y": {"n": np.arange(500) * step},
+        "step": step,
+    }
 
 
 def folders(path):
     return sorted(p.name for p in path.iterdir() if p.is_dir())
 
 
-# ---------------------------------------------------------------------------------------------------- what comes back
+# ---------------------------------------------------------------------------------- what comes back
 
 
 def test_every_kind_of_tree_comes_back(tmp_path):
@@ -69,12 +74,17 @@ def test_every_dtype_comes_back_from_several_devices(tmp_path):
     tree["keys"] = jax.device_put(jax.random.split(jax.random.key(0), 8), sharding(4, "x"))
     save(tmp_path / "t", tree, engine="orbax")
     assert_same(load(tmp_path / "t"), tree)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(2, "x")), tree)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(2, "x")), tree
+    )
     got = load(tmp_path / "t", like=like)
     assert_same(got, dict(sorted(tree.items())))
     assert all(x.sharding == sharding(2, "x") for x in got.values())
     with jax.enable_x64(True):
-        wide = {name: jax.device_put(values(DTYPES[name], (8,)), sharding(4, "x")) for name in NOT_IN_JAX[2:]}
+        wide = {
+            name: jax.device_put(values(DTYPES[name], (8,)), sharding(4, "x"))
+            for name in NOT_IN_JAX[2:]
+        }
         save(tmp_path / "wide", wide, engine="orbax")
         assert_same(load(tmp_path / "wide"), wide)
 
@@ -87,7 +97,9 @@ def test_random_trees_come_back(tmp_path):
         assert_same(load(tmp_path / f"{i}"), plain(tree))
 
 
-@pytest.mark.parametrize("tree", [{}, None, 3, jnp.ones(3), np.zeros((0, 2)), {"": np.ones(1)}, {"": {"": 1}}], ids=str)
+@pytest.mark.parametrize(
+    "tree", [{}, None, 3, jnp.ones(3), np.zeros((0, 2)), {"": np.ones(1)}, {"": {"": 1}}], ids=str
+)
 def test_trees_that_orbax_itself_refuses_or_would_confuse(tree, tmp_path):
     save(tmp_path / "t", tree, engine="orbax")
     assert_same(load(tmp_path / "t"), tree)
@@ -95,10 +107,17 @@ def test_trees_that_orbax_itself_refuses_or_would_confuse(tree, tmp_path):
 
 
 def test_names_that_orbax_would_merge_stay_apart(tmp_path):
-    tree = {"a.b": jnp.ones(2), "a": {"b": jnp.zeros(2)}, "a%2Eb": jnp.full(2, 3.0), "..": {"/abs/x": jnp.full(2, 4.0)}}
+    tree = {
+        "a.b": jnp.ones(2),
+        "a": {"b": jnp.zeros(2)},
+        "a%2Eb": jnp.full(2, 3.0),
+        "..": {"/abs/x": jnp.full(2, 4.0)},
+    }
     save(tmp_path / "in" / "t", tree, engine="orbax")
     assert_same(load(tmp_path / "in" / "t"), tree)
-    assert [p.name for p in tmp_path.iterdir()] == ["in"] and len(list((tmp_path / "in").iterdir())) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["in"] and len(
+        list((tmp_path / "in").iterdir())
+    ) == 2
 
 
 @pytest.mark.parametrize("name", ["a b", "100 %", "%41", "what?", "#1", "a:b", "é 日", "new\nline"])
@@ -110,18 +129,28 @@ def test_paths_that_look_like_something_else(name, tmp_path):
 
 
 def test_a_path_that_orbax_cannot_have_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"Orbax takes the '\[' or '\*\*' in the path for a pattern: use"):
+    with pytest.raises(
+        CheckpointError, match=r"Orbax takes the '\[' or '\*\*' in the path for a pattern: use"
+    ):
         save(tmp_path / "[x]" / "t", {"x": X}, engine="orbax")
     assert os.listdir(tmp_path) == []
 
 
 def test_replicas_that_differ_are_saved_as_one_of_them(tmp_path):
-    """As they should not, but do in the statistics of each replica: Orbax would put an array together from all of them."""
-    mesh = jax.make_mesh((2, 2), ("a", "b"), (AxisType.Auto, AxisType.Auto), devices=jax.devices("cpu"))
+    """As they should not, but do in the statistics of each replica: Orbax would put an array
+    together from all of them.
+    """
+    mesh = jax.make_mesh(
+        (2, 2), ("a", "b"), (AxisType.Auto, AxisType.Auto), devices=jax.devices("cpu")
+    )
     where, blocks = NamedSharding(mesh, PartitionSpec("a")), []
     for i, device in enumerate(mesh.devices.flat):
         blocks.append(jax.device_put(np.full((2, 4), i, np.float32), device))
-    save(tmp_path / "t", jax.make_array_from_single_device_arrays((4, 4), where, blocks), engine="orbax")
+    save(
+        tmp_path / "t",
+        jax.make_array_from_single_device_arrays((4, 4), where, blocks),
+        engine="orbax",
+    )
     np.testing.assert_array_equal(np.asarray(load(tmp_path / "t"))[:, 0], [0, 0, 2, 2])
 
 
@@ -131,10 +160,17 @@ def test_bytes_of_bool_other_than_one(tmp_path):
 
 
 def test_arrays_in_the_memory_of_the_host(tmp_path):
-    x = jax.device_put(values(DTYPES["int4"], (8, 3)), sharding(4, "x").with_memory_kind("unpinned_host"))
+    x = jax.device_put(
+        values(DTYPES["int4"], (8, 3)), sharding(4, "x").with_memory_kind("unpinned_host")
+    )
     with Checkpoints(tmp_path, asynchronous=True, engine="orbax") as store:
-        store.save(1, {"x": x, "y": jax.device_put(X, sharding(4, "x").with_memory_kind("unpinned_host"))})
-    assert_same(store.load(1).tree, {"x": jax.device_put(values(DTYPES["int4"], (8, 3))), "y": jnp.asarray(X)})
+        store.save(
+            1, {"x": x, "y": jax.device_put(X, sharding(4, "x").with_memory_kind("unpinned_host"))}
+        )
+    assert_same(
+        store.load(1).tree,
+        {"x": jax.device_put(values(DTYPES["int4"], (8, 3))), "y": jnp.asarray(X)},
+    )
 
 
 def test_threads_save_at_once(tmp_path):
@@ -158,7 +194,9 @@ def test_a_target_that_cannot_be_replaced_is_refused_before_anything_is_written(
 
 
 def test_a_store_that_is_out_of_reach_is_no_damage(tmp_path, monkeypatch):
-    """The step that cannot be read just now is neither taken for damaged nor passed over: no save could follow the older one."""
+    """The step that cannot be read just now is neither taken for damaged nor passed over: no save
+    could follow the older one.
+    """
     import tensorstore
 
     store = Checkpoints(tmp_path, engine="orbax")
@@ -183,20 +221,27 @@ def test_a_store_that_is_out_of_reach_is_no_damage(tmp_path, monkeypatch):
 
 
 def test_orbax_reads_what_it_wrote(tmp_path):
-    tree = {"params": {"dense": {"kernel": jnp.ones((3, 2), jnp.bfloat16), "bias.": np.arange(2)}}, "step": 3}
+    tree = {
+        "params": {"dense": {"kernel": jnp.ones((3, 2), jnp.bfloat16), "bias.": np.arange(2)}},
+        "step": 3,
+    }
     save(tmp_path / "t", tree, engine="orbax")
     (folder,) = folders(tmp_path)
     restored = ocp.PyTreeCheckpointer().restore(
         tmp_path / folder,
         restore_args={
-            "params": {"dense": {k: ocp.RestoreArgs(restore_type=np.ndarray) for k in ("kernel", "bias%2E")}}
+            "params": {
+                "dense": {
+                    k: ocp.RestoreArgs(restore_type=np.ndarray) for k in ("kernel", "bias%2E")
+                }
+            }
         },
     )
     expected = {"kernel": np.ones((3, 2), jnp.bfloat16), "bias%2E": np.arange(2)}
     assert_same(dict(sorted(restored["params"]["dense"].items(), reverse=True)), expected)
 
 
-# ------------------------------------------------------------------------------------------------------ the same calls
+# ----------------------------------------------------------------------------------- the same calls
 
 
 def test_the_calls_are_the_same(tmp_path, capsys):
@@ -214,7 +259,9 @@ def test_the_calls_are_the_same(tmp_path, capsys):
     got = load(path, like=like, rename={"x": "z"}, strict=False, cast=True)["z"]
     assert got.sharding == sharding(2, None, "x")
     np.testing.assert_array_equal(np.asarray(got, np.float32), X)
-    with pytest.raises(CheckpointError, match=r"shape differs: x: template float32\[3\], file float32\[8,8\]"):
+    with pytest.raises(
+        CheckpointError, match=r"shape differs: x: template float32\[3\], file float32\[8,8\]"
+    ):
         load(path, like=tree | {"x": jnp.zeros(3)})
     with lazy(path) as leaves:
         np.testing.assert_array_equal(leaves["x"], X)
@@ -233,21 +280,30 @@ def test_the_file_says_what_the_format_page_says(tmp_path):
     assert list(header) == ["__metadata__"]
     manifest = json.loads(header["__metadata__"]["jaxnet"])
     orbax = manifest.pop("orbax")
-    assert manifest.pop("tree")[0] == "dict" and manifest == {"version": 3, "metadata": {}, "crc32": []}
+    assert manifest.pop("tree")[0] == "dict" and manifest == {
+        "version": 3,
+        "metadata": {},
+        "crc32": [],
+    }
     assert folders(tmp_path) == [f"t.safetensors.orbax-{orbax['id']}"]
     names = {}
-    for part in (HERE.parent / "docs" / "checkpoint_format.md").read_text().split("```python\n")[1:]:
+    for part in (
+        (HERE.parent / "docs" / "checkpoint_format.md").read_text().split("```python\n")[1:]
+    ):
         exec(part.split("```")[0], names)
     tensors = names["read_orbax"](path)
     np.testing.assert_array_equal(tensors["x"], X)
     np.testing.assert_array_equal(tensors["y/n"], np.arange(500))
 
 
-GOLDEN = HERE / "golden" / "v3_orbax.safetensors"  # written once, on two devices: never regenerate it
+# Written once, on two devices: never regenerate it.
+GOLDEN = HERE / "golden" / "v3_orbax.safetensors"
 
 
 def test_golden_orbax(tmp_path):
-    """What version 3 wrote still loads, and today's writer writes the same manifest, except for the random number."""
+    """What version 3 wrote still loads, and today's writer writes the same manifest, except for the
+    random number.
+    """
     tree = {
         "x": jax.device_put(X[:4, :2], sharding(2, "x")),
         "key": jax.random.key(1),
@@ -258,7 +314,10 @@ def test_golden_orbax(tmp_path):
     assert_same(load(GOLDEN), tree)
     assert verify(GOLDEN).metadata == {"by": "orbax"}
     save(tmp_path / "t", tree, metadata={"by": "orbax"}, engine="orbax")
-    manifests = [json.loads(json.loads(p.read_bytes()[8:])["__metadata__"]["jaxnet"]) for p in (GOLDEN, tmp_path / "t")]
+    manifests = [
+        json.loads(json.loads(p.read_bytes()[8:])["__metadata__"]["jaxnet"])
+        for p in (GOLDEN, tmp_path / "t")
+    ]
     ids = [manifest["orbax"].pop("id") for manifest in manifests]
     assert manifests[0] == manifests[1] and ids[0] != ids[1]
 
@@ -266,27 +325,43 @@ def test_golden_orbax(tmp_path):
 def test_wrong_calls(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="engine must be 'orbax' or None, got 'Orbax'"):
         save(tmp_path / "t", {}, engine="Orbax")  # type: ignore
-    with pytest.raises(ValueError, match=r"gs://b/t is in an object store: say engine='orbax' \(in `fit`: "):
+    with pytest.raises(
+        ValueError, match=r"gs://b/t is in an object store: say engine='orbax' \(in `fit`: "
+    ):
         save("gs://b/t", {})
     with pytest.raises(ValueError, match="gs://b is in an object store"):
         Checkpoints("gs://b").save(1, {})
-    for url in ("gs://b/a%41", "gs://b//a", "gs://b/../a", "gs://b", "foo://b/a", "GS://b/a", pathlib.Path("gs://b/a")):
+    for url in (
+        "gs://b/a%41",
+        "gs://b//a",
+        "gs://b/../a",
+        "gs://b",
+        "foo://b/a",
+        "GS://b/a",
+        pathlib.Path("gs://b/a"),
+    ):
         with pytest.raises(ValueError, match="a URL must be gs://bucket/name or s3://bucket/name"):
             save(url, {}, engine="orbax")
     with pytest.raises(CheckpointError, match="a ShapeDtypeStruct has no values"):
         save(tmp_path / "t", jax.ShapeDtypeStruct((), jnp.float32), engine="orbax")
     save(tmp_path / "t", {"a": np.ones(2)}, engine="orbax")
-    with pytest.raises(ImportError, match=r"engine='orbax' needs Orbax: pip install 'jaxnet\[orbax\]'"):
+    with pytest.raises(
+        ImportError, match=r"engine='orbax' needs Orbax: pip install 'jaxnet\[orbax\]'"
+    ):
         monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
         save(tmp_path / "t", {}, engine="orbax")
-    with pytest.raises(ImportError, match=r"Orbax has written it, and is needed to read it: pip install"):
+    with pytest.raises(
+        ImportError, match=r"Orbax has written it, and is needed to read it: pip install"
+    ):
         monkeypatch.setitem(sys.modules, "tensorstore", None)
         load(tmp_path / "t")
-    with pytest.raises(ImportError, match=r"object stores need Orbax: pip install 'jaxnet\[orbax\]'"):
+    with pytest.raises(
+        ImportError, match=r"object stores need Orbax: pip install 'jaxnet\[orbax\]'"
+    ):
         load("gs://b/t")
 
 
-# --------------------------------------------------------------------------------------------------------- durability
+# --------------------------------------------------------------------------------------- durability
 
 
 def test_the_new_takes_the_place_of_the_old(tmp_path):
@@ -294,7 +369,9 @@ def test_the_new_takes_the_place_of_the_old(tmp_path):
     for step in (1, 2):
         save(path, tree_of(step), engine="orbax")
         assert len(folders(tmp_path)) == 1 and load(path)["step"] == step
-    shutil.copytree(tmp_path / folders(tmp_path)[0], tmp_path / "t.orbax-0123456789abcdef.orbax-checkpoint-tmp")
+    shutil.copytree(
+        tmp_path / folders(tmp_path)[0], tmp_path / "t.orbax-0123456789abcdef.orbax-checkpoint-tmp"
+    )
     shutil.copytree(tmp_path / folders(tmp_path)[0], tmp_path / "t.orbax-of-somebody-else")
     save(path, tree_of(3), engine="orbax")  # sweeps what a killed save has left
     assert len(folders(tmp_path)) == 2
@@ -303,7 +380,9 @@ def test_the_new_takes_the_place_of_the_old(tmp_path):
 
 
 def test_all_is_synced_before_the_new_takes_the_place_of_the_old(tmp_path, monkeypatch):
-    """So that no power cut can leave a manifest without its arrays: the manifest is renamed when all files are on the disk."""
+    """So that no power cut can leave a manifest without its arrays: the manifest is renamed when
+    all files are on the disk.
+    """
     synced, real_fsync, real_replace = [], os.fsync, os.replace
 
     def fsync(fd):
@@ -314,9 +393,9 @@ def test_all_is_synced_before_the_new_takes_the_place_of_the_old(tmp_path, monke
         if str(target) == str(tmp_path / "new" / "t"):
             (folder,) = (tmp_path / "new").glob("t.orbax-*")
             assert {str(p) for p in [folder, *folder.rglob("*"), tmp_path / "new"]} <= set(synced)
-            assert max(map(synced.index, map(str, folder.rglob("*")))) < len(synced) - 1 - synced[::-1].index(
-                str(tmp_path / "new")
-            )
+            assert max(map(synced.index, map(str, folder.rglob("*")))) < len(synced) - 1 - synced[
+                ::-1
+            ].index(str(tmp_path / "new"))
             synced.append("renamed")
         real_replace(source, target)
 
@@ -357,7 +436,10 @@ def test_on_a_full_disk_saving_is_an_error_and_the_old_stays(beside, tmp_path):
     before = sorted(os.listdir(tmp_path))
     for limit in (0, 5000):
         done = subprocess.run(
-            [sys.executable, "-c", FULL, tmp_path, str(limit), beside], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", FULL, tmp_path, str(limit), beside],
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.stdout.startswith("raised"), done.stderr
         assert sorted(os.listdir(tmp_path)) == before
@@ -371,7 +453,8 @@ import numpy as np
 import orbax.checkpoint, tensorstore
 from jaxnet.checkpoint import Checkpoints, save
 
-CALLS = ("open", "write", "fchmod", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "close")
+CALLS = ("open", "write", "fchmod", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
+CALLS += ("close",)
 folder, modes = sys.argv[1], sys.argv[2].split(",")
 
 def work(mode):
@@ -390,7 +473,8 @@ for mode in modes:
             if mode == "save":
                 save(f"{folder}/save-{n}/t", {"x": np.arange(500), "step": 1}, engine="orbax")
             else:
-                Checkpoints(f"{folder}/store-{n}", engine="orbax").save(1, {"x": np.arange(500), "step": 1})
+                store = Checkpoints(f"{folder}/store-{n}", engine="orbax")
+                store.save(1, {"x": np.arange(500), "step": 1})
             left = [n]
             def dying(real):
                 def call(*args, **kwargs):
@@ -412,7 +496,10 @@ def test_a_kill_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
     """At every fifth of the calls that Python makes to change the disk, Orbax's among them."""
     code = KILLED.replace("STRIDE", "5")
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path, "save,store"], capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code, tmp_path, "save,store"],
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     steps, kills = set(), 0
@@ -440,7 +527,8 @@ save(sys.argv[1] + "/warm", {"x": 1}, engine="orbax")
 print("ready", flush=True)
 input()
 for i in range(12):
-    save(sys.argv[1] + "/t", {"x": np.full(50_000, int(sys.argv[2])), "y": int(sys.argv[2])}, engine="orbax")
+    y = int(sys.argv[2])
+    save(sys.argv[1] + "/t", {"x": np.full(50_000, y), "y": y}, engine="orbax")
 """
 
 
@@ -462,17 +550,22 @@ def test_of_two_processes_one_wins_and_nothing_is_lost(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["t", "warm"]
 
 
-# ------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def damaged_folder(path, tree, count, seed):
-    """Load after random damages to any file of the checkpoint. Returns how many were noticed, and how many harmless.
+    """Load after random damages to any file of the checkpoint. Returns how many were noticed, and
+    how many harmless.
 
     Harmless are those to what only Orbax reads.
     """
     save(path, tree, engine="orbax")
     expected, rng = load(path), random.Random(seed)
-    files = {p: p.read_bytes() for p in [path, *sorted(path.parent.glob(f"{path.name}.orbax-*/**/*"))] if p.is_file()}
+    files = {
+        p: p.read_bytes()
+        for p in [path, *sorted(path.parent.glob(f"{path.name}.orbax-*/**/*"))]
+        if p.is_file()
+    }
     noticed = harmless = 0
     for _ in range(count):
         p = rng.choice([*files])
@@ -519,7 +612,8 @@ def test_thousands_of_damages(tmp_path):
     print(f"\nOrbax's folder: {noticed} damages noticed, {harmless} harmless, 0 silent")
 
 
-BITS = np.random.default_rng(0).integers(0, 2**32, (64, 64), np.uint32)  # so that no compression hides them
+# So that no compression hides them.
+BITS = np.random.default_rng(0).integers(0, 2**32, (64, 64), np.uint32)
 
 
 def place_of_bits(folder):
@@ -537,7 +631,10 @@ def test_the_bytes_of_arrays_are_checked(tmp_path):
     for i in range(at, at + BITS.nbytes, 499):
         p.write_bytes(data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :])
         for check in (load, verify):
-            with pytest.raises(CheckpointError, match=r"leaf 'bits': its block \[64, 64\] at \[0, 0\] is not what was"):
+            with pytest.raises(
+                CheckpointError,
+                match=r"leaf 'bits': its block \[64, 64\] at \[0, 0\] is not what was",
+            ):
                 check(path)
         assert_same(load(path, only="x"), {"x": X})  # of which nothing else is read
 
@@ -548,7 +645,8 @@ def test_a_folder_that_is_missing_or_of_another_save_is_named(tmp_path):
     (folder,) = folders(tmp_path)
     os.rename(tmp_path / folder, tmp_path / "elsewhere")
     with pytest.raises(
-        CheckpointError, match=f"its arrays in {tmp_path / folder} are missing: copy and rename it with"
+        CheckpointError,
+        match=f"its arrays in {tmp_path / folder} are missing: copy and rename it with",
     ):
         load(path)
     save(tmp_path / "u", {"x": X + 1}, engine="orbax")
@@ -558,11 +656,16 @@ def test_a_folder_that_is_missing_or_of_another_save_is_named(tmp_path):
     save(tmp_path / "v", {"x": X[:4]}, engine="orbax")
     shutil.rmtree(tmp_path / folder)
     os.rename(next(tmp_path.glob("v.orbax-*")), tmp_path / folder)
-    with pytest.raises(CheckpointError, match=r"leaf 'x': it is float32\[4, 8\] in .*, expected float32\[8, 8\]"):
+    with pytest.raises(
+        CheckpointError, match=r"leaf 'x': it is float32\[4, 8\] in .*, expected float32\[8, 8\]"
+    ):
         load(path)
 
 
-GOOD = {"id": "0123456789abcdef", "tensors": [["w", "F32", [4, 2], [[0, 2], [0]], ["0" * 8, "1" * 8]]]}
+GOOD = {
+    "id": "0123456789abcdef",
+    "tensors": [["w", "F32", [4, 2], [[0, 2], [0]], ["0" * 8, "1" * 8]]],
+}
 
 
 def with_tensor(*tensor):
@@ -584,14 +687,21 @@ FORGED = {
     "a cut of no number": with_tensor("w", "F32", [4, 2], [[0, "2"], [0]], ["0" * 8, "1" * 8]),
     "a CRC too few": with_tensor("w", "F32", [4, 2], [[0, 2], [0]], ["0" * 8]),
     "a CRC that is none": with_tensor("w", "F32", [4, 2], [[0, 2], [0]], ["0" * 8, "x" * 8]),
-    "another tensor than in the tree": with_tensor("v", "F32", [4, 2], [[0, 2], [0]], ["0" * 8, "1" * 8]),
+    "another tensor than in the tree": with_tensor(
+        "v", "F32", [4, 2], [[0, 2], [0]], ["0" * 8, "1" * 8]
+    ),
     "more than there is": with_tensor("w", "F32", [1 << 40], [[0]], ["0" * 8 * (1 << 16)]),
 }
 
 
 @pytest.mark.parametrize("name", FORGED)
 def test_forged_manifests_are_refused(name, tmp_path):
-    manifest = {"version": 3, "metadata": {}, "tree": ["dict", [["w", ["jax", "float32"]]]], "crc32": []}
+    manifest = {
+        "version": 3,
+        "metadata": {},
+        "tree": ["dict", [["w", ["jax", "float32"]]]],
+        "crc32": [],
+    }
     (tmp_path / "x").write_bytes(write_header("x", [], manifest | {"orbax": GOOD}))
     assert inspect(tmp_path / "x").leaves[0].shape == (4, 2)
     (tmp_path / "x").write_bytes(write_header("x", [], manifest | {"orbax": FORGED[name]}))
@@ -600,12 +710,14 @@ def test_forged_manifests_are_refused(name, tmp_path):
             check(tmp_path / "x")
 
 
-# ---------------------------------------------------------------------------------------------------------- the store
+# ---------------------------------------------------------------------------------------- the store
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["foreground", "asynchronous"])
 def test_a_store_of_steps(beside, tmp_path):
-    with Checkpoints(tmp_path, keep=2, metric="min loss", asynchronous=beside, engine="orbax") as store:
+    with Checkpoints(
+        tmp_path, keep=2, metric="min loss", asynchronous=beside, engine="orbax"
+    ) as store:
         for step in range(1, 6):
             store.save(step, tree_of(step), {"loss": abs(step - 2)})
         assert store.steps() == [2, 4, 5]
@@ -634,16 +746,22 @@ def test_a_copy_is_saved_beside_the_training(tmp_path):
 
 
 def test_a_program_that_ends_waits_and_does_not_hang(tmp_path):
-    """Orbax alone would be cut off here, since Python closes thread pools before it waits for threads."""
+    """Orbax alone would be cut off here, since Python closes thread pools before it waits for
+    threads.
+    """
     code = """
 import sys, numpy as np
 from jaxnet.checkpoint import Checkpoints
 store = Checkpoints(sys.argv[1], asynchronous=True, engine="orbax")
 store.save(3, {"x": np.random.default_rng(0).random(3_000_000)})
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
-    np.testing.assert_array_equal(Checkpoints(tmp_path).load(3).tree["x"], np.random.default_rng(0).random(3_000_000))
+    np.testing.assert_array_equal(
+        Checkpoints(tmp_path).load(3).tree["x"], np.random.default_rng(0).random(3_000_000)
+    )
 
 
 def test_what_went_wrong_beside_is_raised_by_the_next_call(tmp_path, monkeypatch):
@@ -665,9 +783,15 @@ def test_what_went_wrong_beside_is_raised_by_the_next_call(tmp_path, monkeypatch
 
 
 def test_what_killed_saves_left_of_steps_is_swept(tmp_path):
-    for name in ("step_00000003.safetensors", "step_00000004.safetensors", "step_00000009.safetensors", "x"):
+    for name in (
+        "step_00000003.safetensors",
+        "step_00000004.safetensors",
+        "step_00000009.safetensors",
+        "x",
+    ):
         (tmp_path / f"{name}.orbax-0123456789abcdef").mkdir()
-    for step in (4, 9):  # what each save leaves until its end; without it somebody may have renamed a file
+    # What each save leaves until its end; without it somebody may have renamed a file.
+    for step in (4, 9):
         (tmp_path / f"step_0000000{step}.safetensors.lock-0123456789abcdef").write_bytes(b"")
     (tmp_path / "step_00000004.safetensors.part-0123456789abcdef-00000").write_bytes(b"")
     store = Checkpoints(tmp_path, engine="orbax")
@@ -682,7 +806,7 @@ def test_what_killed_saves_left_of_steps_is_swept(tmp_path):
     assert sorted(left) == [f"{name}-0123456789abcdef" for name in names]
 
 
-# ------------------------------------------------------------------------------------------------------ object stores
+# ------------------------------------------------------------------------------------ object stores
 
 STORED = """
 import os, sys, warnings
@@ -692,7 +816,8 @@ from jaxnet.checkpoint import CheckpointError, Checkpoints, inspect, lazy, load,
 from jaxnet.cli import main
 from jaxnet.train import fit, train_state, train_step
 
-path, tree = "gs://pods/some/run/x.safetensors", {"a": np.arange(500), "b": jnp.ones((3, 2)), "step": 1}
+path = "gs://pods/some/run/x.safetensors"
+tree = {"a": np.arange(500), "b": jnp.ones((3, 2)), "step": 1}
 try:
     load(path)
 except FileNotFoundError as e:
@@ -700,7 +825,8 @@ except FileNotFoundError as e:
 for step in (1, 2):
     save(path, tree | {"step": step}, metadata={"n": step}, engine="orbax")
 got = load(path, like=tree)
-print(">", got["step"], np.array_equal(got["a"], tree["a"]), inspect(path).metadata, verify(path).version)
+same = np.array_equal(got["a"], tree["a"])
+print(">", got["step"], same, inspect(path).metadata, verify(path).version)
 with lazy(path) as leaves:
     print(">", leaves["b"].sum())
 print(">", main(["verify", path]), main(["inspect", path]))
@@ -719,7 +845,8 @@ with warnings.catch_warnings(action="ignore"):
 
 net = dense(1)
 x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
-step = train_step(lambda params, batch: jnp.mean((net.apply(params, batch) - 1) ** 2), optax.sgd(0.1))
+loss = lambda params, batch: jnp.mean((net.apply(params, batch) - 1) ** 2)
+step = train_step(loss, optax.sgd(0.1))
 for epochs in (2, 4):
     start = train_state(net.init(jax.random.key(0), x), optax.sgd(0.1), jax.random.key(1))
     with Checkpoints("gs://pods/fit", engine="orbax") as store:
@@ -732,7 +859,8 @@ EMULATOR = """
 import sys
 from gcp_storage_emulator.handlers import objects
 real = objects.download
-def download(request, response, storage, *args, **kwargs):  # with what it lacks, and TensorStore needs
+# With what it lacks, and TensorStore needs.
+def download(request, response, storage, *args, **kwargs):
     try:
         found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
         response["x-goog-generation"] = found["generation"]
@@ -753,7 +881,16 @@ def object_store():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    flags = ["start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket", "pods"]
+    flags = [
+        "start",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--in-memory",
+        "--default-bucket",
+        "pods",
+    ]
     command = [sys.executable, "-c", EMULATOR, *flags]
     emulator = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -776,7 +913,9 @@ def object_store():
 
 def test_an_object_store(object_store):
     environment = os.environ | object_store
-    done = subprocess.run([sys.executable, "-c", STORED], capture_output=True, text=True, timeout=60, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", STORED], capture_output=True, text=True, timeout=60, env=environment
+    )
     assert done.returncode == 0, done.stderr
     lines = [line[2:] for line in done.stdout.splitlines() if line.startswith("> ")]
     assert lines == [

@@ -1,7 +1,8 @@
-"""Checkpoints of sharded arrays: from n devices to m in one process, and of several processes in parts.
+"""Checkpoints of sharded arrays: from n devices to m in one process, and of several processes in
+parts.
 
-Expected values are those that the arrays were made of. The scenarios with two processes are in run_in_processes.py and
-all run in one pair, since most of the time is spent on starting it.
+Expected values are those that the arrays were made of. The scenarios with two processes are in
+run_in_processes.py and all run in one pair, since most of the time is spent on starting it.
 """
 
 import json
@@ -37,13 +38,15 @@ from jaxnet.checkpoint import load, save
 mesh = jax.make_mesh((n,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu"))
 rows, copies = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
 x, keys = np.arange(64, dtype=np.float32).reshape(8, 8), jax.random.split(jax.random.key(1), 8)
-tree = {"x": jax.device_put(x, rows), "keys": jax.device_put(keys, rows), "copies": jax.device_put(x, copies)}
+tree = {"x": jax.device_put(x, rows), "keys": jax.device_put(keys, rows)}
+tree["copies"] = jax.device_put(x, copies)
 like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
 files = sorted(folder.iterdir())
 for file in files:
     plain, sharded = load(file), load(file, like=like)
     assert all(len(a.sharding.device_set) == 1 for a in plain.values())
-    assert all(a.sharding == like[name].sharding and len(a.sharding.device_set) == n for name, a in sharded.items())
+    assert all(a.sharding == like[name].sharding for name, a in sharded.items())
+    assert all(len(a.sharding.device_set) == n for a in sharded.values())
     for got in plain, sharded:
         np.testing.assert_array_equal(got["x"], x)
         np.testing.assert_array_equal(got["copies"], x)
@@ -57,11 +60,15 @@ def test_saved_on_n_devices_and_loaded_on_m(tmp_path):
     """Each process has another number of devices and loads what all before it have saved."""
     for n in (8, 4, 2, 1, 8):
         done = subprocess.run(
-            [sys.executable, "-c", DEVICES, str(n), tmp_path], capture_output=True, text=True, timeout=90
+            [sys.executable, "-c", DEVICES, str(n), tmp_path],
+            capture_output=True,
+            text=True,
+            timeout=90,
         )
         assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0-from-8", "1-from-4", "2-from-2", "3-from-1"]
-    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1  # the file does not depend on the devices
+    # The file does not depend on the devices.
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
 def test_sharded_leaves_are_gathered_one_at_a_time(tmp_path):
@@ -75,7 +82,10 @@ def test_sharded_leaves_are_gathered_one_at_a_time(tmp_path):
 
 
 def sharding(n, spec):
-    return NamedSharding(jax.make_mesh((n,), ("x",), devices=jax.devices("cpu")[:n], axis_types=(AxisType.Auto,)), spec)
+    return NamedSharding(
+        jax.make_mesh((n,), ("x",), devices=jax.devices("cpu")[:n], axis_types=(AxisType.Auto,)),
+        spec,
+    )
 
 
 def start(count, folder, *what):
@@ -99,7 +109,10 @@ def finish(processes):
     """Exit status and output of each; all are killed if one takes longer than two minutes."""
     try:
         outputs = [process.communicate(timeout=120) for process in processes]
-        return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+        return [
+            (process.returncode, *output)
+            for process, output in zip(processes, outputs, strict=True)
+        ]
     finally:
         for process in processes:
             process.kill()
@@ -152,12 +165,16 @@ def test_one_process_loads_what_two_have_saved(parts):
         assert found.sharding == like.sharding
         np.testing.assert_array_equal(np.asarray(found), values()["blocks"])
     with lazy(path) as leaves:
-        assert leaves["step"] == 1 and set(leaves) == {leaf.path for leaf in inspect(path).leaves} | {"step"}
+        assert leaves["step"] == 1 and set(leaves) == {
+            leaf.path for leaf in inspect(path).leaves
+        } | {"step"}
         np.testing.assert_array_equal(leaves["a~1b/own"], values()["own"])
 
 
 def test_parts_that_are_replaced_while_they_are_read_are_no_damage(parts, monkeypatch):
-    """The manifest has been read when another save takes its place and deletes the parts: the new tree is loaded."""
+    """The manifest has been read when another save takes its place and deletes the parts: the new
+    tree is loaded.
+    """
     from jaxnet.checkpoint import parts as module
 
     path, files = parts
@@ -172,23 +189,34 @@ def test_parts_that_are_replaced_while_they_are_read_are_no_damage(parts, monkey
     assert not any(file.exists() for file in files)
 
 
-GOLDEN = HERE / "golden" / "v2_parts.safetensors"  # written once by two processes: never regenerate it
+# Written once by two processes: never regenerate it.
+GOLDEN = HERE / "golden" / "v2_parts.safetensors"
 
 
 def test_golden_parts(parts):
-    """What version 2 wrote still loads, and today's writer writes it, except for the random number of a save."""
+    """What version 2 wrote still loads, and today's writer writes it, except for the random number
+    of a save.
+    """
     assert_values(load(GOLDEN))
     assert verify(GOLDEN).metadata == {"by": "two"}
     path, written = parts
     for old, new in zip(sorted(GOLDEN.parent.glob(f"{GOLDEN.name}.part-*")), written, strict=True):
         assert old.read_bytes() == new.read_bytes()
-    manifests = [read_header(str(p), p.read_bytes()[8:], p.stat().st_size).manifest or {} for p in (GOLDEN, path)]
+    manifests = [
+        read_header(str(p), p.read_bytes()[8:], p.stat().st_size).manifest or {}
+        for p in (GOLDEN, path)
+    ]
     ids = [manifest["parts"].pop("id") for manifest in manifests]
     assert manifests[0] == manifests[1] and ids[0] != ids[1]
 
 
 def test_the_documented_reader_puts_the_parts_together():
-    code = (HERE.parent / "docs" / "checkpoint_format.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (
+        (HERE.parent / "docs" / "checkpoint_format.md")
+        .read_text()
+        .split("```python\n")[1]
+        .split("```")[0]
+    )
     exec(code, names := {})
     manifest, tensors = names["read_parts"](GOLDEN)
     assert (manifest["version"], manifest["crc32"], manifest["metadata"]) == (2, [], {"by": "two"})
@@ -208,9 +236,19 @@ def test_inspect_and_verify_of_parts(parts):
         *[("empty", (0, 4), "float32"), ("keys", (4,), "key<threefry2x32>")],
         *[("a~1b/own", (3,), "float32"), ("a~1b/host", (4,), "int64")],
     ]
-    assert main(["inspect", str(path)]) == main(["verify", str(path)]) == main(["diff", str(path), str(GOLDEN)]) == 0
-    assert info.nbytes == sum(p.stat().st_size for p in (path, first, second)) and verify(path) == info
-    assert [leaf.shape for leaf in inspect(second).leaves if leaf.path.startswith("blocks")] == [(2, 4), (2, 4)]
+    assert (
+        main(["inspect", str(path)])
+        == main(["verify", str(path)])
+        == main(["diff", str(path), str(GOLDEN)])
+        == 0
+    )
+    assert (
+        info.nbytes == sum(p.stat().st_size for p in (path, first, second)) and verify(path) == info
+    )
+    assert [leaf.shape for leaf in inspect(second).leaves if leaf.path.startswith("blocks")] == [
+        (2, 4),
+        (2, 4),
+    ]
 
 
 def test_every_damaged_byte_of_the_parts_is_found(parts):
@@ -260,7 +298,12 @@ FORGED = {
 
 @pytest.mark.parametrize("name", FORGED)
 def test_forged_parts_are_refused(name, tmp_path):
-    manifest = {"version": 2, "metadata": {}, "tree": ["dict", [["w", ["jax", "float32"]]]], "crc32": []}
+    manifest = {
+        "version": 2,
+        "metadata": {},
+        "tree": ["dict", [["w", ["jax", "float32"]]]],
+        "crc32": [],
+    }
     for parts in WELL_FORMED, FORGED[name]:
         (tmp_path / "x").write_bytes(write_header("x", [], manifest | {"parts": parts}))
         if parts is WELL_FORMED:
@@ -291,7 +334,9 @@ GRIDS = {  # pieces (dtype, start, shape) of a F32[4, 6], and whether they fill 
 def test_pieces_fill_their_tensor_exactly(name):
     found, fill = GRIDS[name]
     (whole,) = layout([("w", "F32", (4, 6))])
-    parts = [Header(layout([(f"w/{start}", code, shape)]), {}, None, 0) for code, start, shape in found]
+    parts = [
+        Header(layout([(f"w/{start}", code, shape)]), {}, None, 0) for code, start, shape in found
+    ]
     if fill:
         assert len(pieces("x", [whole], parts)["w"]) == len(found)
     else:
@@ -301,15 +346,21 @@ def test_pieces_fill_their_tensor_exactly(name):
 
 def test_one_process_saves_over_the_parts(parts, tmp_path):
     path, files = parts
-    others = [tmp_path / "y.safetensors.part-0123456789abcdef-00000", tmp_path / "x.safetensors.part-1", tmp_path / "x"]
+    others = [
+        tmp_path / "y.safetensors.part-0123456789abcdef-00000",
+        tmp_path / "x.safetensors.part-1",
+        tmp_path / "x",
+    ]
     for other in others:
         other.write_bytes(b"of somebody else")
     save(path, {"w": jnp.ones(2)})
-    assert sorted(tmp_path.iterdir()) == sorted([path, *others])  # the parts are gone, and nothing else
+    # The parts are gone, and nothing else.
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])
     assert inspect(path).version == 1 and not any(file.exists() for file in files)
 
 
-KILLS = {  # who is killed, at the name of which file, before or after it has it -> which tree must load
+# Who is killed, at the name of which file, before or after it has it -> which tree must load.
+KILLS = {
     "in its part": ("1", "-00001", "before", 1),
     "before the manifest": ("0", "x.safetensors", "before", 1),
     "after the manifest": ("0", "x.safetensors", "after", 2),
@@ -320,7 +371,8 @@ KILLS = {  # who is killed, at the name of which file, before or after it has it
 def test_a_killed_process_leaves_the_old_checkpoint_or_the_new_one(name, tmp_path):
     process, suffix, when, scale = KILLS[name]
     done = finish(start(2, tmp_path, "die", process, suffix, when))
-    assert done[int(process)][0] == -9 and done[1 - int(process)][0] != 0  # the other one is ended by JAX
+    # The other one is ended by JAX.
+    assert done[int(process)][0] == -9 and done[1 - int(process)][0] != 0
     assert_values(load(tmp_path / "x.safetensors"), scale)
     verify(tmp_path / "x.safetensors")
     assert len(list(tmp_path.glob("*.part-*"))) > 2  # what the dead have left
@@ -329,13 +381,17 @@ def test_a_killed_process_leaves_the_old_checkpoint_or_the_new_one(name, tmp_pat
 
 
 def killed_at_once(folder, engine, rng):
-    """Kill two processes in one moment of their saves; returns the number of the tree that must be there, and is."""
+    """Kill two processes in one moment of their saves; returns the number of the tree that must be
+    there, and is.
+    """
     folder.mkdir()
     path, processes = folder / "x.safetensors", start(2, folder, "for_ever", *engine)
     try:
         patience = time.monotonic() + 120
         while not path.exists():
-            assert time.monotonic() < patience and all(process.poll() is None for process in processes)
+            assert time.monotonic() < patience and all(
+                process.poll() is None for process in processes
+            )
             time.sleep(0.01)
         first = load(path)["step"]
         time.sleep(rng.uniform(0, 1))
@@ -349,7 +405,8 @@ def killed_at_once(folder, engine, rng):
     verify(path)
     assert tree["step"] >= first
     save(path, {"w": 1})
-    assert [entry.name for entry in folder.iterdir()] == ["x.safetensors"]  # what the dead left has been swept
+    # What the dead left has been swept.
+    assert [entry.name for entry in folder.iterdir()] == ["x.safetensors"]
     return tree["step"]
 
 

@@ -1,6 +1,8 @@
-"""The store: what it keeps, what it finds again, and what is left after failures, kills and the program's end.
+"""The store: what it keeps, what it finds again, and what is left after failures, kills and the
+program's end.
 
-Every step's tree is made from its number, so that a tree that comes back shows which step was saved, bit for bit.
+Every step's tree is made from its number, so that a tree that comes back shows which step was
+saved, bit for bit.
 """
 
 import contextlib
@@ -49,19 +51,26 @@ def damage(folder, step):
     path.write_bytes(data)
 
 
-# ----------------------------------------------------------------------------------------------- save, find and keep
+# ------------------------------------------------------------------------------ save, find and keep
 
 
 @MODES
 def test_what_was_saved_is_found(beside, tmp_path):
-    state = {"params": {"w": jnp.ones((2, 3), jnp.bfloat16)}, "key": jax.random.key(3), "n": np.arange(3)}
+    state = {
+        "params": {"w": jnp.ones((2, 3), jnp.bfloat16)},
+        "key": jax.random.key(3),
+        "n": np.arange(3),
+    }
     store = Checkpoints(tmp_path / "new" / "run", metric="max accuracy", asynchronous=beside)
     assert store.latest() is None and store.best() is None and store.steps() == []
     assert not (tmp_path / "new").exists()  # looking makes no folders
     store.save(7, state, {"accuracy": jnp.float32(0.5), "loss": np.float64(1.25)}, {"run": "a"})
     store.save(np.int64(12), jax.tree.map(lambda x: x, state), {"accuracy": 0.25})
     store.wait()
-    assert sorted(os.listdir(store.folder)) == ["step_00000007.safetensors", "step_00000012.safetensors"]
+    assert sorted(os.listdir(store.folder)) == [
+        "step_00000007.safetensors",
+        "step_00000012.safetensors",
+    ]
     found = store.best(like=state)
     assert found and found[2:] == (
         {"accuracy": 0.5, "loss": 1.25},
@@ -73,7 +82,11 @@ def test_what_was_saved_is_found(beside, tmp_path):
     assert_same(found.tree, dict(sorted(state.items())))
     latest, certain = store.latest(), store.load(12)
     assert latest and latest.step == certain.step == 12 and latest.metadata == {}
-    assert inspect(found.path).metadata == {"step": 7, "metrics": {"accuracy": 0.5, "loss": 1.25}, "run": "a"}
+    assert inspect(found.path).metadata == {
+        "step": 7,
+        "metrics": {"accuracy": 0.5, "loss": 1.25},
+        "run": "a",
+    }
     assert_same(load(found.path, only="n"), {"n": np.arange(3)})  # files are ordinary checkpoints
     part = store.latest(only="params/**")
     assert part
@@ -90,7 +103,8 @@ def test_what_was_saved_is_found(beside, tmp_path):
         ({"keep": 2, "metric": "max loss"}, [0.5, 0.1, 0.3, 0.2, 0.4], [1, 4, 5]),
         ({"keep": 1, "metric": "min loss", "keep_best": 2}, [0.5, 0.1, 0.3, 0.2, 0.4], [2, 4, 5]),
         ({"keep": 1, "metric": "min loss", "keep_best": 0}, [0.5, 0.1, 0.3, 0.2, 0.4], [5]),
-        ({"keep": 1, "metric": "min loss"}, [0.1, 0.1, 0.1, 0.1, 0.1], [1, 5]),  # of equals the earlier
+        # Of equals the earlier.
+        ({"keep": 1, "metric": "min loss"}, [0.1, 0.1, 0.1, 0.1, 0.1], [1, 5]),
         ({"keep": 1, "metric": "min loss"}, [np.nan, np.inf, 3, -np.inf, np.nan], [4, 5]),
         ({"keep": 1, "metric": "max loss"}, [np.nan, -np.inf, np.nan, np.nan, np.nan], [2, 5]),
         ({"keep": 1, "metric": "min loss"}, None, [5]),  # without metrics no step is the best
@@ -129,7 +143,8 @@ def test_other_files_are_left_alone(tmp_path):
     store = fill(tmp_path, 1, 2, 3, keep=1)
     assert store.steps() == [3]
     assert (
-        all((tmp_path / name).read_text() == "mine" for name in others) and len(os.listdir(tmp_path)) == len(others) + 2
+        all((tmp_path / name).read_text() == "mine" for name in others)
+        and len(os.listdir(tmp_path)) == len(others) + 2
     )
 
 
@@ -137,7 +152,8 @@ def test_a_step_must_be_newer(tmp_path):
     store = fill(tmp_path, 5)
     for step in (5, 4, 0):
         with pytest.raises(
-            ValueError, match=f"step {step} is not newer than step 5 in {tmp_path}: continue from latest"
+            ValueError,
+            match=f"step {step} is not newer than step 5 in {tmp_path}: continue from latest",
         ):
             store.save(step, {})
     with pytest.raises(ValueError, match="step -1 is not newer than step -1"):
@@ -153,19 +169,26 @@ def test_steps_of_more_than_eight_digits_keep_their_order(tmp_path):
 
 
 def test_wrong_arguments_are_named(tmp_path):
-    with pytest.raises(ValueError, match="keep must be at least 1, got 0: the newest checkpoint is never deleted"):
+    with pytest.raises(
+        ValueError, match="keep must be at least 1, got 0: the newest checkpoint is never deleted"
+    ):
         Checkpoints(tmp_path, keep=0)
     for metric in ("loss", "min", "min ", "minimum loss"):
         with pytest.raises(
-            ValueError, match="metric must be 'min' or 'max' and a name, as in 'min loss', got 'm|, got 'l"
+            ValueError,
+            match="metric must be 'min' or 'max' and a name, as in 'min loss', got 'm|, got 'l",
         ):
             Checkpoints(tmp_path, metric=metric)
     store = Checkpoints(tmp_path, metric="min val/loss")
-    with pytest.raises(ValueError, match=r"metrics must have 'val/loss', by which .*; they have \['loss'\]"):
+    with pytest.raises(
+        ValueError, match=r"metrics must have 'val/loss', by which .*; they have \['loss'\]"
+    ):
         store.save(1, {}, {"loss": 1})
     with pytest.raises(ValueError, match="metric 'val/loss' must be a number, got .*Array.*2"):
         store.save(1, {}, {"val/loss": jnp.ones(2)})
-    with pytest.raises(ValueError, match=r"metadata must not have entries called \['metrics', 'step'\]"):
+    with pytest.raises(
+        ValueError, match=r"metadata must not have entries called \['metrics', 'step'\]"
+    ):
         store.save(1, {}, metadata={"step": 1, "metrics": {}, "a": 1})
     with pytest.raises(CheckpointError, match="leaf 'a': a builtins.object is neither"):
         store.save(1, {"a": object()})
@@ -196,7 +219,7 @@ def test_wrong_arguments_are_named(tmp_path):
         store.load(5)
 
 
-# -------------------------------------------------------------------------------------------------- what is damaged
+# ---------------------------------------------------------------------------------- what is damaged
 
 
 def test_the_newest_good_one_is_found_and_the_skipped_are_named(tmp_path):
@@ -205,11 +228,15 @@ def test_the_newest_good_one_is_found_and_the_skipped_are_named(tmp_path):
     (tmp_path / "step_00000003.safetensors").write_bytes(b"")
     store = Checkpoints(tmp_path)
     with pytest.warns(
-        UserWarning, match="(?s)step 2 is loaded, since others cannot be read:.*leaf 'x': its bytes.*0 bytes"
+        UserWarning,
+        match="(?s)step 2 is loaded, since others cannot be read:.*leaf 'x': its bytes.*0 bytes",
     ):
         found = store.latest()
     assert found and found.step == 2 and list(found.skipped) == [4, 3]
-    assert "step_00000004.safetensors: leaf 'x': its bytes" in found.skipped[4] and "too few" in found.skipped[3]
+    assert (
+        "step_00000004.safetensors: leaf 'x': its bytes" in found.skipped[4]
+        and "too few" in found.skipped[3]
+    )
     assert_same(found.tree, tree_of(2))
     # Training goes on from 2: damaged files are in nobody's way, and do not count among those kept.
     store.save(3, tree_of(3))
@@ -234,7 +261,8 @@ def test_a_damaged_file_never_displaces_the_last_good_one(tmp_path):
     with pytest.warns(UserWarning, match="step 1 is loaded"):
         found = store.latest()
     assert found and found.step == 1
-    store.save(2, tree_of(2))  # now there is a newer good one: 1 may go, and 3 is newer than what is kept
+    # Now there is a newer good one: 1 may go, and 3 is newer than what is kept.
+    store.save(2, tree_of(2))
     assert store.steps() == [2, 3]
 
 
@@ -248,7 +276,9 @@ def test_if_nothing_is_good_it_is_an_error_and_not_a_fresh_start(tmp_path):
 
 @pytest.fixture
 def closed(monkeypatch):
-    """A function that takes the right to open a file; root has every right, so that the system is asked in vain."""
+    """A function that takes the right to open a file; root has every right, so that the system is
+    asked in vain.
+    """
     names, real = set(), os.open
 
     def refuse(path, *args, **options):
@@ -261,7 +291,9 @@ def closed(monkeypatch):
 
 
 def test_a_file_that_may_not_be_opened_is_no_damaged_one(closed, tmp_path):
-    """To go on from an older step would waste a run: no later save is newer than the file that stands there."""
+    """To go on from an older step would waste a run: no later save is newer than the file that
+    stands there.
+    """
     fill(tmp_path, 10, 20, 30, losses=[3, 2, 1])
     store = Checkpoints(tmp_path, metric="min loss")
     closed(30)
@@ -342,7 +374,8 @@ def test_a_template_that_does_not_fit_is_no_damage(tmp_path):
     store.save(1, {"a": np.zeros(2)})
     store.save(2, {"a": np.zeros(3)})
     with pytest.raises(
-        CheckpointError, match=r"00002.safetensors: it does not fit the template .*(.|\n)*shape differs: a"
+        CheckpointError,
+        match=r"00002.safetensors: it does not fit the template .*(.|\n)*shape differs: a",
     ):
         store.latest(like={"a": np.zeros(2)})
     with pytest.raises(CheckpointError, match="no path matches 'b'"):
@@ -361,7 +394,9 @@ def test_a_file_of_a_newer_version_is_no_damage(tmp_path):
 def test_a_file_under_another_steps_name_is_not_that_step(tmp_path):
     store = fill(tmp_path, 1, 2)
     os.rename(tmp_path / "step_00000002.safetensors", tmp_path / "step_00000009.safetensors")
-    with pytest.warns(UserWarning, match="00009.safetensors: it was saved as step 2: rename it back"):
+    with pytest.warns(
+        UserWarning, match="00009.safetensors: it was saved as step 2: rename it back"
+    ):
         found = store.latest()
     assert found and found.step == 1
 
@@ -374,12 +409,18 @@ def test_a_file_that_another_process_deletes_meanwhile_is_not_damaged(tmp_path, 
 
 
 def test_old_files_go_when_the_new_name_is_on_the_disk(tmp_path, monkeypatch):
-    """A name is durable after an fsync of its folder (ALICE, Pillai et al., OSDI 2014): only then may anything be deleted."""
+    """A name is durable after an fsync of its folder (ALICE, Pillai et al., OSDI 2014): only then
+    may anything be deleted.
+    """
     store, calls = fill(tmp_path, 1, keep=1), []
 
     def recording(name, real):
         def call(*args):
-            calls.append("fsync folder" if name == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode) else name)
+            calls.append(
+                "fsync folder"
+                if name == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode)
+                else name
+            )
             return real(*args)
 
         return call
@@ -410,7 +451,7 @@ def test_temporary_files_of_dead_writers_are_swept(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".jaxnet-2-alive.tmp", "step_00000001.safetensors"]
 
 
-# ----------------------------------------------------------------------------------------------------- asynchronous
+# ------------------------------------------------------------------------------------- asynchronous
 
 
 @contextlib.contextmanager
@@ -432,8 +473,15 @@ def held():
 
 def test_the_tree_may_be_donated_and_changed_while_it_is_written(tmp_path):
     x, n = jnp.arange(1024.0), np.arange(5)  # 4 KiB, aligned: memory that NumPy and JAX would share
-    keys, swapped = jax.random.split(jax.random.key(0), 3), np.arange(6, dtype=">i4").reshape(2, 3).T
-    expected = {"x": np.arange(1024.0, dtype=np.float32), "n": np.arange(5), "swapped": swapped.copy()}
+    keys, swapped = (
+        jax.random.split(jax.random.key(0), 3),
+        np.arange(6, dtype=">i4").reshape(2, 3).T,
+    )
+    expected = {
+        "x": np.arange(1024.0, dtype=np.float32),
+        "n": np.arange(5),
+        "swapped": swapped.copy(),
+    }
     data = np.asarray(jax.random.key_data(keys)).copy()
     step = jax.jit(lambda x: x - 1e6, donate_argnums=0)
     with held() as gate, Checkpoints(tmp_path, asynchronous=True) as store:
@@ -455,7 +503,8 @@ def test_the_tree_may_be_donated_and_changed_while_it_is_written(tmp_path):
 def test_one_at_a_time_and_in_order(tmp_path):
     with held() as gate, Checkpoints(tmp_path, asynchronous=True) as store:
         store.save(1, tree_of(1))
-        assert not (tmp_path / "step_00000001.safetensors").exists()  # `save` has not waited for the disk
+        # `save` has not waited for the disk.
+        assert not (tmp_path / "step_00000001.safetensors").exists()
         threading.Timer(0.2, gate.set).start()
         store.save(2, tree_of(2))
         assert gate.is_set() and (tmp_path / "step_00000001.safetensors").exists()
@@ -470,19 +519,31 @@ def test_one_at_a_time_and_in_order(tmp_path):
     assert not any(thread.name.startswith("save ") for thread in threading.enumerate())
 
 
-ERRORS = [OSError(code, os.strerror(code)) for code in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO)]
+ERRORS = [
+    OSError(code, os.strerror(code))
+    for code in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO)
+]
 
 
 @MODES
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: errno.errorcode[error.errno])
 @pytest.mark.parametrize("call, times", [("open", 2), ("write", 2), ("fsync", 2), ("replace", 1)])
-def test_a_failure_is_raised_and_leaves_what_was_there(call, times, error, beside, tmp_path, monkeypatch):
-    """In the foreground by `save` itself, asynchronously by whatever is called next; at every n-th call of the system."""
+def test_a_failure_is_raised_and_leaves_what_was_there(
+    call, times, error, beside, tmp_path, monkeypatch
+):
+    """In the foreground by `save` itself, asynchronously by whatever is called next; at every n-th
+    call of the system.
+    """
     store, failures = fill(tmp_path, 1, keep=1), 0
     for n in range(1, 10):
         store = Checkpoints(tmp_path, keep=1, asynchronous=beside)
         step = store.steps()[-1] + 1
-        after = [store.wait, store.close, store.latest, functools.partial(store.save, step + 1, {})][n % 4]
+        after = [
+            store.wait,
+            store.close,
+            store.latest,
+            functools.partial(store.save, step + 1, {}),
+        ][n % 4]
         with monkeypatch.context() as patch:
             patch.setattr(os, call, Fail(call, n, error))
             if fail_expected := n <= times:
@@ -515,7 +576,9 @@ def test_a_failure_is_raised_and_leaves_what_was_there(call, times, error, besid
 
 
 @MODES
-def test_failing_to_delete_old_files_is_an_error_but_the_new_one_is_saved(beside, tmp_path, monkeypatch):
+def test_failing_to_delete_old_files_is_an_error_but_the_new_one_is_saved(
+    beside, tmp_path, monkeypatch
+):
     store = fill(tmp_path, 1, keep=1, asynchronous=beside)
     monkeypatch.setattr(os, "unlink", Fail("unlink", 1, OSError(errno.EACCES, "not yours")))
     with pytest.raises(OSError, match="not yours"):
@@ -529,10 +592,15 @@ def test_failing_to_delete_old_files_is_an_error_but_the_new_one_is_saved(beside
 
 def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", Fail("fsync", 1, OSError(errno.EIO, "bad disk")))
-    with pytest.raises(KeyError, match="mine") as caught, Checkpoints(tmp_path, asynchronous=True) as store:
+    with (
+        pytest.raises(KeyError, match="mine") as caught,
+        Checkpoints(tmp_path, asynchronous=True) as store,
+    ):
         store.save(1, {})
         raise KeyError("mine")
-    assert caught.value.__notes__ == ["and the last checkpoint was not saved: OSError(5, 'bad disk')"]
+    assert caught.value.__notes__ == [
+        "and the last checkpoint was not saved: OSError(5, 'bad disk')"
+    ]
 
 
 def run(code, folder, *arguments):
@@ -552,17 +620,26 @@ os.write = lambda fd, data: time.sleep(0.05) or real(fd, data)
 
 
 def test_a_program_that_ends_waits_for_its_last_save(tmp_path):
-    """40 MiB: so much that the writer's own thread pool is asked for when the interpreter has closed all pools."""
-    code = "store = Checkpoints(sys.argv[1], asynchronous=True)\nstore.save(1, {'x': np.arange(5 << 20)})\nprint('end')"
+    """40 MiB: so much that the writer's own thread pool is asked for when the interpreter has
+    closed all pools.
+    """
+    code = (
+        "store = Checkpoints(sys.argv[1], asynchronous=True)\nstore.save(1, {'x': np.arange(5 << "
+        "20)})\nprint('end')"
+    )
     done = run(SLOW + code, tmp_path)
     assert (done.stdout, done.stderr) == ("end\n", "")
-    np.testing.assert_array_equal(load(tmp_path / "step_00000001.safetensors")["x"], np.arange(5 << 20))
+    np.testing.assert_array_equal(
+        load(tmp_path / "step_00000001.safetensors")["x"], np.arange(5 << 20)
+    )
 
 
 def test_a_program_that_ends_says_what_it_did_not_save(tmp_path):
     code = "def fail(fd):\n    raise OSError(28, 'No space left on device')\nos.fsync = fail\n"
     done = run(code + "Checkpoints(sys.argv[1], asynchronous=True).save(1, {})", tmp_path)
-    assert "jaxnet: a checkpoint was not saved: OSError(28, 'No space left on device')" in done.stderr
+    assert (
+        "jaxnet: a checkpoint was not saved: OSError(28, 'No space left on device')" in done.stderr
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -574,7 +651,7 @@ def test_a_save_at_the_very_end_is_waited_for_too(tmp_path):
     verify(tmp_path / "step_00000001.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------------------- docs
+# --------------------------------------------------------------------------------------------- docs
 
 
 def test_the_guide_runs(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
-"""The command line: what it prints (compared whole, since people and scripts read it) and its exit codes."""
+"""The command line: what it prints (compared whole, since people and scripts read it) and its exit
+codes.
+"""
 
 import contextlib
 import json
@@ -76,15 +78,26 @@ def test_inspect_prints_json(path, capsys):
     }
     rest = {key: got[key] for key in got if key not in ("leaves", "scalars")}
     size = os.path.getsize(path)
-    assert rest == {"path": path, "version": 1, "metadata": {"accuracy": 0.98}, "nbytes": size, "parameters": 7851}
+    assert rest == {
+        "path": path,
+        "version": 1,
+        "metadata": {"accuracy": 0.98},
+        "nbytes": size,
+        "parameters": 7851,
+    }
 
 
 def test_inspect_shows_files_of_other_programs_and_escapes_their_names(tmp_path, capsys):
     file = str(tmp_path / "f.safetensors")
-    safetensors.numpy.save_file({"a.\x1b[2J\n\u202e": np.ones((2, 3), np.float16)}, file, metadata={"format": "\x07"})
+    safetensors.numpy.save_file(
+        {"a.\x1b[2J\n\u202e": np.ones((2, 3), np.float16)}, file, metadata={"format": "\x07"}
+    )
     assert main(["inspect", file]) == 0
     out = capsys.readouterr().out
-    assert "safetensors file of another program" in out and r"a.\x1b[2J\n\u202e  [2, 3]    float16" in out
+    assert (
+        "safetensors file of another program" in out
+        and r"a.\x1b[2J\n\u202e  [2, 3]    float16" in out
+    )
     assert r'"format": "\u0007"' in out and not set(out) & set("\x1b\x07\u202e")
 
 
@@ -93,26 +106,38 @@ def test_inspect_shows_an_empty_tree_and_a_huge_number(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "empty")]) == 0
     assert "total  0 arrays                  0      0" in capsys.readouterr().out
     save(tmp_path / "huge", {"n": 2**20000})  # more digits than Python likes to print
-    for arguments, expected in [([], f"n     int   0x1{74 * '0'}..."), (["--json"], f'"0x1{5000 * "0"}"')]:
+    for arguments, expected in [
+        ([], f"n     int   0x1{74 * '0'}..."),
+        (["--json"], f'"0x1{5000 * "0"}"'),
+    ]:
         assert main(["inspect", *arguments, str(tmp_path / "huge")]) == 0
         assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "name, match, code", [("missing", "No such file", 2), ("bad", "too few for a safe", 1), (".", "is a folder", 2)]
+    "name, match, code",
+    [("missing", "No such file", 2), ("bad", "too few for a safe", 1), (".", "is a folder", 2)],
 )
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_a_bad_file_gives_one_line_on_stderr(command, name, match, code, tmp_path, monkeypatch, capsys):
+def test_a_bad_file_gives_one_line_on_stderr(
+    command, name, match, code, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad").write_bytes(b"bad")
     assert main([command, name]) == code  # 1: the file is at fault; 2: it cannot be opened
     out, err = capsys.readouterr()
-    assert out == {"inspect": "", "verify": f"{name}: {'damaged' if code == 1 else 'unreadable'}\n"}[command]
+    assert (
+        out
+        == {"inspect": "", "verify": f"{name}: {'damaged' if code == 1 else 'unreadable'}\n"}[
+            command
+        ]
+    )
     assert err.startswith(f"jaxnet {command}: ") and match in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["inspect"], ["inspekt", "f"], ["inspect", "f", "--xml"], ["verify"], ["diff", "f"]]
+    "arguments",
+    [[], ["inspect"], ["inspekt", "f"], ["inspect", "f", "--xml"], ["verify"], ["diff", "f"]],
 )
 def test_a_wrong_command_gives_code_2(arguments, capsys):
     with pytest.raises(SystemExit, match="^2$"):
@@ -121,7 +146,10 @@ def test_a_wrong_command_gives_code_2(arguments, capsys):
 
 
 def test_inspect_shows_statistics_of_the_finite_elements(tmp_path, capsys):
-    tree = {"x": np.array([-1, 2, np.nan, np.inf], np.float32), "n": np.array([np.nan, -np.inf], np.float16)}
+    tree = {
+        "x": np.array([-1, 2, np.nan, np.inf], np.float32),
+        "n": np.array([np.nan, -np.inf], np.float16),
+    }
     tree |= {
         "b": np.array([True, True, False]),
         "k": jax.random.key(0),
@@ -130,30 +158,48 @@ def test_inspect_shows_statistics_of_the_finite_elements(tmp_path, capsys):
     }
     save(tmp_path / "t", tree)
     assert main(["inspect", "--stats", str(tmp_path / "t")]) == 0
-    rows = {words[0]: words[-5:] for line in capsys.readouterr().out.splitlines() if (words := line.split())}
+    rows = {
+        words[0]: words[-5:]
+        for line in capsys.readouterr().out.splitlines()
+        if (words := line.split())
+    }
     assert rows["x"] == ["-1", "2", "0.5", "1.5", "2"]  # the deviation of (-1, 2) from its mean
     assert rows["b"] == ["0", "1", "0.6667", "0.4714", "0"]  # sqrt(2/3 * 1/3)
     assert rows["n"] == ["-", "-", "-", "-", "2"] and rows["nothing"] == ["-", "-", "-", "-", "0"]
     assert rows["k"] == rows["c"] == ["-"] * 5
     assert main(["inspect", "--stats", "--json", str(tmp_path / "t")]) == 0
     leaves = {leaf["path"]: leaf["stats"] for leaf in json.loads(capsys.readouterr().out)["leaves"]}
-    assert leaves["x"] == {"min": -1, "max": 2, "mean": 0.5, "std": 1.5, "nonfinite": 2} and leaves["k"] is None
+    assert (
+        leaves["x"] == {"min": -1, "max": 2, "mean": 0.5, "std": 1.5, "nonfinite": 2}
+        and leaves["k"] is None
+    )
 
 
 def test_statistics_of_more_than_one_block(tmp_path):
     x = np.random.default_rng(0).normal(3, 2, (1 << 20) + 12345).astype(np.float32)
     got, wide = statistics(x), x.astype(np.float64)
-    assert got and (got.min, got.max, got.nonfinite) == (x.min(), x.max(), 0) and got.mean and got.std
-    np.testing.assert_allclose((got.mean, got.std), (wide.mean(), wide.std()), rtol=1e-12)  # NumPy's own
+    assert (
+        got and (got.min, got.max, got.nonfinite) == (x.min(), x.max(), 0) and got.mean and got.std
+    )
+    # NumPy's own.
+    np.testing.assert_allclose((got.mean, got.std), (wide.mean(), wide.std()), rtol=1e-12)
 
 
 def test_inspect_can_be_limited_to_patterns(path, capsys):
     assert main(["inspect", path, "--glob", "**/bias", "--glob", "step"]) == 0
     out = capsys.readouterr().out
-    assert "params/dense/bias" in out and "step  int   7" in out and "kernel" not in out and "name" not in out
+    assert (
+        "params/dense/bias" in out
+        and "step  int   7" in out
+        and "kernel" not in out
+        and "name" not in out
+    )
     assert "total              1 arrays" in out
     assert main(["inspect", path, "--glob", "params/dens"]) == 2
-    assert "no path matches 'params/dens'; the nearest of 5 are ['params/dense/bias'" in capsys.readouterr().err
+    assert (
+        "no path matches 'params/dens'; the nearest of 5 are ['params/dense/bias'"
+        in capsys.readouterr().err
+    )
 
 
 def damage(path):
@@ -177,7 +223,10 @@ def test_verify_goes_through_all_files(path, tmp_path, capsys):
     assert main(["verify", "--json", path, missing, bad, other]) == 2
     out, err = capsys.readouterr()
     states = [(x["path"], x["state"]) for x in json.loads(out)]
-    assert states == [(path, "good"), (missing, "unreadable"), (bad, "damaged"), (other, "unchecked")] and err == ""
+    assert (
+        states == [(path, "good"), (missing, "unreadable"), (bad, "damaged"), (other, "unchecked")]
+        and err == ""
+    )
     assert [x["reason"] is None for x in json.loads(out)] == [True, False, False, False]
 
 
@@ -195,7 +244,7 @@ impl   dtype      key<threefry2x32>[]  key<rbg>[]                               
 n      values     3                    0x10000000000000000000000000000000000...         -          -          -
 kind   shape      int                  int32[]                                          -          -          -
 new    only in B  -                    str                                              -          -          -
-"""
+"""  # noqa: E501 (a table as it is printed)
 
 
 def test_diff_shows_what_differs_and_how_far(tmp_path, capsys):
@@ -244,7 +293,9 @@ def test_diff_of_more_than_one_block(tmp_path, capsys):
     assert main(["diff", "--json", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["differing"], found["largest"]) == (2, 0.5)
-    np.testing.assert_allclose(found["relative"], np.linalg.norm(x - y) / np.linalg.norm(x), rtol=1e-9)
+    np.testing.assert_allclose(
+        found["relative"], np.linalg.norm(x - y) / np.linalg.norm(x), rtol=1e-9
+    )
 
 
 def test_diff_of_a_damaged_or_missing_file_is_trouble_and_not_a_difference(path, tmp_path, capsys):
@@ -274,15 +325,22 @@ def test_as_a_program(path):
     done = subprocess.run(f"{command} | head -1", shell=True, capture_output=True, text=True)
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
     done = subprocess.run(
-        f"{command}x", shell=True, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+        f"{command}x",
+        shell=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )
-    assert done.returncode == 2 and b"No such file" in done.stderr and b"Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and b"No such file" in done.stderr and b"Traceback" not in done.stderr
+    )
 
 
 def run(command, **options):
     """Run a line of bash in which $J is the program, as `set -o pipefail` has it."""
     lines = f"set -o pipefail; J='{sys.executable} -m jaxnet.cli'; {command}"
-    return subprocess.run(["bash", "-c", lines], capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        ["bash", "-c", lines], capture_output=True, text=True, timeout=120, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -317,7 +375,9 @@ def test_the_exit_code_outlives_the_reader(command, code, tmp_path):
 
 
 def test_a_closed_stream_is_not_the_file_that_is_written(tmp_path):
-    """The system gives the number of a closed stream to the next file: what is printed must not end up there."""
+    """The system gives the number of a closed stream to the next file: what is printed must not end
+    up there.
+    """
     save(tmp_path / "a", {"x": np.arange(3)})
     assert run("$J convert a b >&- 2>&-", cwd=tmp_path).returncode == 0
     assert verify(tmp_path / "b").leaves[0].path == "x"
@@ -356,10 +416,16 @@ def test_nothing_raw_reaches_the_terminal(arguments, tmp_path, monkeypatch, caps
 
 
 def test_json_is_json_whatever_a_file_holds(tmp_path, capsys):
-    """1e999 is a number in JSON, and infinity in Python, whose json would write a word that is none."""
-    header = fmt.write_header("", [], {"version": 1, "metadata": {"x": [123456]}, "tree": ["dict", []], "crc32": []})
+    """1e999 is a number in JSON, and infinity in Python, whose json would write a word that is
+    none.
+    """
+    header = fmt.write_header(
+        "", [], {"version": 1, "metadata": {"x": [123456]}, "tree": ["dict", []], "crc32": []}
+    )
     raw = header[8:].replace(b"123456", b"-1e999")
-    (tmp_path / "x").write_bytes(len(raw).to_bytes(8, "little") + fmt._with_digest(raw, fmt._digest(raw)))
+    (tmp_path / "x").write_bytes(
+        len(raw).to_bytes(8, "little") + fmt._with_digest(raw, fmt._digest(raw))
+    )
     assert main(["inspect", "--json", str(tmp_path / "x")]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(word))
     assert found["metadata"] == {"x": ["-inf"]}

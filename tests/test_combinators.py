@@ -1,4 +1,6 @@
-"""Combinators against what they abbreviate, written out; programs are counted by the equations of their jaxprs."""
+"""Combinators against what they abbreviate, written out; programs are counted by the equations of
+their jaxprs.
+"""
 
 import functools
 
@@ -35,7 +37,7 @@ def program(fn, *args) -> list[str]:
     return equations(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-# --- chain, parallel, residual ---------------------------------------------------------------------------------------
+# --- chain, parallel, residual --------------------------------------------------------------------
 
 
 def test_chain_applies_in_order_and_names_by_position_then_by_name():
@@ -49,11 +51,14 @@ def test_chain_applies_in_order_and_names_by_position_then_by_name():
 def test_the_first_layer_of_a_chain_may_take_several_inputs_and_an_empty_chain_is_the_identity():
     net = chain(lambda x, y, scale=1: scale * (x + y), jnp.negative)
     np.testing.assert_array_equal(net.apply({}, 1.0, 2.0, scale=3), -9)
-    pairs = chain(lambda x: (x, 2 * x), lambda pair: pair[0] + pair[1])  # what a layer returns is one input of the next
+    # What a layer returns is one input of the next.
+    pairs = chain(lambda x: (x, 2 * x), lambda pair: pair[0] + pair[1])
     np.testing.assert_array_equal(pairs.apply({}, 1.0), 3)
     assert chain().apply({}, X) is X
     for wrong in [lambda: chain().apply({}, X, X), lambda: chain().apply({}, X, trian=True)]:
-        with pytest.raises(TypeError, match="chain: without layers it is the identity of one input"):
+        with pytest.raises(
+            TypeError, match="chain: without layers it is the identity of one input"
+        ):
             wrong()
 
 
@@ -89,7 +94,9 @@ def test_residual_adds_its_first_input_and_shares_the_path():
     ids=["residual", "repeat"],
 )
 @pytest.mark.parametrize(
-    "block", [dense(3), lambda x: x.astype("bfloat16"), lambda x: (x, x)], ids=["shape", "dtype", "tree"]
+    "block",
+    [dense(3), lambda x: x.astype("bfloat16"), lambda x: (x, x)],
+    ids=["shape", "dtype", "tree"],
 )
 def test_a_block_that_changes_its_input_cannot_be_added_or_repeated(combinator, label, block):
     net = chain(block=combinator(block))
@@ -100,7 +107,7 @@ def test_a_block_that_changes_its_input_cannot_be_added_or_repeated(combinator, 
     assert "in layer 'block'" in error.value.__notes__
 
 
-# --- repeat ----------------------------------------------------------------------------------------------------------
+# --- repeat ---------------------------------------------------------------------------------------
 
 
 def looped(block, n, params, x, state, key, train):
@@ -108,13 +115,17 @@ def looped(block, n, params, x, state, key, train):
     states = []
     for i in range(n):
         params_i, state_i = jax.tree.map(lambda leaf: leaf[i], (params, state))  # noqa: B023 (used at once)
-        x, new = block.apply(params_i, x, state=state_i, key=jax.random.fold_in(key, i), train=train)
+        x, new = block.apply(
+            params_i, x, state=state_i, key=jax.random.fold_in(key, i), train=train
+        )
         states.append(new)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
 def test_repeat_is_a_loop_over_copies_in_outputs_state_and_gradients():
-    """The block is stateful and random, so keys and state must go to the right copy; remat and unroll change nothing."""
+    """The block is stateful and random, so keys and state must go to the right copy; remat and
+    unroll change nothing.
+    """
     n, block = 2, noisy_block
     params, state = weights(repeat(block, n), X), state_of(repeat(block, n), X)
     assert {leaf.shape[0] for leaf in jax.tree.leaves((params, state))} == {n}
@@ -129,13 +140,17 @@ def test_repeat_is_a_loop_over_copies_in_outputs_state_and_gradients():
     expected = run(lambda params: looped(block, n, params, X, state, key(5), True))
     for options in [{}, {"remat": True}, {"unroll": 2}]:
         net = repeat(block, n, **options)
-        repeated = run(lambda params, net=net: net.apply(params, X, state=state, key=key(5), train=True))
+        repeated = run(
+            lambda params, net=net: net.apply(params, X, state=state, key=key(5), train=True)
+        )
         close(repeated, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_unroll_is_that_of_the_scan():
     jaxpr = jax.make_jaxpr(repeat(jnp.tanh, 6, unroll=3).apply)({}, X)
-    assert [equation.params["unroll"] for equation in jaxpr.eqns if equation.primitive.name == "scan"] == [3]
+    assert [
+        equation.params["unroll"] for equation in jaxpr.eqns if equation.primitive.name == "scan"
+    ] == [3]
 
 
 def test_copy_i_is_initialised_with_fold_in_of_the_key_and_i():
@@ -159,12 +174,16 @@ def test_each_copy_draws_its_own_numbers_and_keeps_its_own_state():
         assert outputs == 3 * call  # each of the three copies adds how often it was called
     np.testing.assert_array_equal(state["n"], [3, 3, 3])
     survived = repeat(dropout(0.5), 2).apply({}, jnp.ones(10_000), key=key(), train=True)
-    assert abs(np.mean(survived != 0) - 1 / 4) < 4 * np.sqrt(3 / 16 / 10_000)  # 1/2 if both copies drew the same mask
+    # 1/2 if both copies drew the same mask.
+    assert abs(np.mean(survived != 0) - 1 / 4) < 4 * np.sqrt(3 / 16 / 10_000)
 
 
 def test_further_inputs_and_keywords_of_repeat_are_the_same_for_all_copies_and_may_be_static():
     net = repeat(lambda x, y, mode, *, z=0: x * y + z if mode == "affine" else x, 3)
-    np.testing.assert_array_equal(net.apply({}, jnp.float32(1), 2.0, "affine", z=jnp.float32(3)), 29)  # 5, 13, 29
+    # 5, 13, 29.
+    np.testing.assert_array_equal(
+        net.apply({}, jnp.float32(1), 2.0, "affine", z=jnp.float32(3)), 29
+    )
     np.testing.assert_array_equal(net.apply({}, jnp.float32(1), 2.0, "identity"), 1)
 
 
@@ -188,7 +207,11 @@ def test_the_program_does_not_grow_with_the_number_of_copies():
 def test_params_for_another_number_of_copies_are_an_error(n):
     params = weights(repeat(dense(4), n), X)
     with pytest.raises(
-        ValueError, match=rf"repeat\[3\]: leaves of params and state must be stacked, \[3, ...\], got float32\[{n}"
+        ValueError,
+        match=(
+            r"repeat\[3\]: leaves of params and state must be stacked, \[3, ...\], got "
+            rf"float32\[{n}"
+        ),
     ):
         repeat(dense(4), 3).apply(params, X)
 
@@ -199,7 +222,7 @@ def test_the_number_of_copies_is_an_int_of_at_least_0(n):
         repeat(dense(4), n)
 
 
-# --- remat -----------------------------------------------------------------------------------------------------------
+# --- remat ----------------------------------------------------------------------------------------
 
 
 def gradient_program(net, params):
@@ -211,17 +234,22 @@ def test_remat_computes_again_in_the_backward_pass_and_changes_no_number():
     recomputed = remat(plain)
     params = weights(plain, X)
     close(recomputed.apply(params, X), plain.apply(params, X))
-    gradients = [jax.grad(lambda p, net=net: jnp.sum(net.apply(p, X)))(params) for net in (plain, recomputed)]
+    gradients = [
+        jax.grad(lambda p, net=net: jnp.sum(net.apply(p, X)))(params) for net in (plain, recomputed)
+    ]
     close(*gradients)
-    # The backward pass needs both products again and the first sine, whose output is an input; of the last only the cosine.
+    # The backward pass needs both products again and the first sine, whose output is an input; of
+    # the last only the cosine.
     assert gradient_program(plain, params).count("sin") == 2
     assert gradient_program(recomputed, params).count("sin") == 3
-    more = gradient_program(recomputed, params).count("dot_general") - gradient_program(plain, params).count(
-        "dot_general"
-    )
+    more = gradient_program(recomputed, params).count("dot_general") - gradient_program(
+        plain, params
+    ).count("dot_general")
     assert more == 2
     saved = remat(plain, policy=jax.checkpoint_policies.dots_saveable)
-    assert gradient_program(saved, params).count("dot_general") == gradient_program(plain, params).count("dot_general")
+    assert gradient_program(saved, params).count("dot_general") == gradient_program(
+        plain, params
+    ).count("dot_general")
     assert gradient_program(saved, params).count("sin") == 3
 
 
@@ -248,7 +276,7 @@ def test_remat_carries_state_keys_static_inputs_and_keywords():
     close(call(remat(block)), call(block))
 
 
-# --- cast ------------------------------------------------------------------------------------------------------------
+# --- cast -----------------------------------------------------------------------------------------
 
 
 def test_cast_computes_in_another_dtype_and_returns_the_dtype_that_came_in():
@@ -290,7 +318,10 @@ def test_cast_leaves_integers_alone_and_returns_float32_where_no_float_came_in()
 
 def test_cast_of_keywords_and_of_what_is_static():
     net = cast(
-        lambda x, mode, *, y: (x + y).astype("float32") if mode == "add" and x.dtype == y.dtype else None, "float16"
+        lambda x, mode, *, y: (
+            (x + y).astype("float32") if mode == "add" and x.dtype == y.dtype else None
+        ),
+        "float16",
     )
     assert net.apply({}, X, "add", y=X).dtype == jnp.float32
     assert net.apply({}, X, "other", y=X) is None
@@ -298,24 +329,39 @@ def test_cast_of_keywords_and_of_what_is_static():
 
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
 def test_cast_is_to_floats_only(dtype):
-    with pytest.raises(TypeError, match=f"cast: the dtype to compute in must be a float, got {dtype}"):
+    with pytest.raises(
+        TypeError, match=f"cast: the dtype to compute in must be a float, got {dtype}"
+    ):
         cast(dense(4), dtype)
 
 
-# --- all together ----------------------------------------------------------------------------------------------------
+# --- all together ---------------------------------------------------------------------------------
 
 
 def test_combinators_nest_in_any_order():
-    """Each of the six around the next one, against the same network with plain JAX in the place of each combinator."""
+    """Each of the six around the next one, against the same network with plain JAX in the place of
+    each combinator.
+    """
     inner = chain(norm=batch_norm(), mix=dense(4))
-    net = remat(chain(blocks=repeat(residual(cast(parallel(a=inner, b=jnp.tanh, merge=jnp.add), "float32")), 2)))
+    net = remat(
+        chain(
+            blocks=repeat(
+                residual(cast(parallel(a=inner, b=jnp.tanh, merge=jnp.add), "float32")), 2
+            )
+        )
+    )
     params, state = weights(net, X), state_of(net, X)
-    assert tree.paths(params) == [f"blocks/a/{p}" for p in ["mix/bias", "mix/kernel", "norm/bias", "norm/scale"]]
+    assert tree.paths(params) == [
+        f"blocks/a/{p}" for p in ["mix/bias", "mix/kernel", "norm/bias", "norm/scale"]
+    ]
 
     def plain(params, state, x):
         states = []
         for i in range(2):
-            params_i, state_i = jax.tree.map(lambda leaf: leaf[i], (params["blocks"]["a"], state["blocks"]["a"]))  # noqa: B023
+            params_i, state_i = jax.tree.map(
+                lambda leaf: leaf[i],  # noqa: B023 (used at once)
+                (params["blocks"]["a"], state["blocks"]["a"]),
+            )
             y, norm = batch_norm().apply(params_i["norm"], x, state=state_i["norm"], train=True)
             x = x + dense(4).apply(params_i["mix"], y) + jnp.tanh(x)
             states.append({"blocks": {"a": {"norm": norm}}})

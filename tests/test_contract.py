@@ -1,4 +1,6 @@
-"""The contract's second half: parameters against the definition, several bodies, named inputs, messages to newcomers."""
+"""The contract's second half: parameters against the definition, several bodies, named inputs,
+messages to newcomers.
+"""
 
 import copy
 import gc
@@ -40,37 +42,91 @@ def key(seed: int = 0):
     return jax.random.key(seed)
 
 
-# --- parameters of another architecture -------------------------------------------------------------------------------
+# --- parameters of another architecture -----------------------------------------------------------
 
 
 def scaled(shape):
-    return layer(lambda key, x: {"w": jnp.ones(shape)}, lambda params, x: x * jnp.sum(params["w"]), label="scaled")
+    return layer(
+        lambda key, x: {"w": jnp.ones(shape)},
+        lambda params, x: x * jnp.sum(params["w"]),
+        label="scaled",
+    )
 
 
 OTHERS = {
-    "more features": (dense(4), dense(6), X, r"'bias' in params must be float32\[4\].*got float32\[6\]"),
-    "a bias too many": (dense(4, bias=False), dense(4), X, r"params must have no 'bias', got float32\[4\].*has kernel"),
+    "more features": (
+        dense(4),
+        dense(6),
+        X,
+        r"'bias' in params must be float32\[4\].*got float32\[6\]",
+    ),
+    "a bias too many": (
+        dense(4, bias=False),
+        dense(4),
+        X,
+        r"params must have no 'bias', got float32\[4\].*has kernel",
+    ),
     "a bias too few": (dense(4), dense(4, bias=False), X, r"dense\(4\): no 'bias' in params"),
-    "conv features": (conv(16, 3), conv(8, 3), IMAGES, r"'bias' in params must be float32\[16\] .*got float32\[8\]"),
+    "conv features": (
+        conv(16, 3),
+        conv(8, 3),
+        IMAGES,
+        r"'bias' in params must be float32\[16\] .*got float32\[8\]",
+    ),
     "conv without bias": (
         conv(16, 3, bias=False),
         conv(8, 3, bias=False),
         IMAGES,
-        r"'kernel' in params must be float32\[3, 3, 3, 16\] for these inputs, got float32\[3, 3, 3, 8\]",
+        (
+            r"'kernel' in params must be float32\[3, 3, 3, 16\] for these inputs, got "
+            r"float32\[3, 3, 3, 8\]"
+        ),
     ),
-    "conv window": (conv(8, 5), conv(8, 3), IMAGES, r"'kernel' in params must be float32\[5, 5, 3, 8\]"),
-    "conv groups": (conv(6, 3), conv(6, 3, groups=3), IMAGES, "last axis must be 1|'kernel' in params must be"),
-    "embed width": (embed(10, 8), embed(10, 4), jnp.arange(3), r"must be float32\[10, 8\] .*got float32\[10, 4\]"),
-    "embed rows": (embed(20, 4), embed(10, 4), jnp.arange(3), r"must be float32\[20, 4\] .*got float32\[10, 4\]"),
+    "conv window": (
+        conv(8, 5),
+        conv(8, 3),
+        IMAGES,
+        r"'kernel' in params must be float32\[5, 5, 3, 8\]",
+    ),
+    "conv groups": (
+        conv(6, 3),
+        conv(6, 3, groups=3),
+        IMAGES,
+        "last axis must be 1|'kernel' in params must be",
+    ),
+    "embed width": (
+        embed(10, 8),
+        embed(10, 4),
+        jnp.arange(3),
+        r"must be float32\[10, 8\] .*got float32\[10, 4\]",
+    ),
+    "embed rows": (
+        embed(20, 4),
+        embed(10, 4),
+        jnp.arange(3),
+        r"must be float32\[20, 4\] .*got float32\[10, 4\]",
+    ),
     "no scale": (layer_norm(scale=False), layer_norm(), X, "params must have no 'scale'"),
-    "a user's layer": (scaled((2, 3)), scaled((3, 2)), X, r"scaled: 'w' in params must be float32\[2, 3\]"),
-    "a user's scalar": (scaled(()), scaled((1,)), X, r"scaled: 'w' in params must be float32\[\] .*got float32\[1\]"),
+    "a user's layer": (
+        scaled((2, 3)),
+        scaled((3, 2)),
+        X,
+        r"scaled: 'w' in params must be float32\[2, 3\]",
+    ),
+    "a user's scalar": (
+        scaled(()),
+        scaled((1,)),
+        X,
+        r"scaled: 'w' in params must be float32\[\] .*got float32\[1\]",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
 @pytest.mark.parametrize(
-    "around", [lambda net: net, remat, lambda net: vmap(net, 2, in_axes=None)], ids=["", "remat", "vmap"]
+    "around",
+    [lambda net: net, remat, lambda net: vmap(net, 2, in_axes=None)],
+    ids=["", "remat", "vmap"],
 )
 def test_parameters_of_another_architecture_are_refused(case, around):
     ours, theirs, x, message = case
@@ -85,13 +141,17 @@ def test_parameters_of_another_architecture_are_refused(case, around):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_layer_refuses_parameters_and_state_that_it_would_not_make(name):
-    """For each leaf: another size of each axis, one more axis, a leaf that is missing, a leaf that is unknown."""
+    """For each leaf: another size of each axis, one more axis, a leaf that is missing, a leaf that
+    is unknown.
+    """
     case = CASES[name]
     params, state = case.start()
 
     def refused(params, state):
         with pytest.raises((ValueError, TypeError)) as error:
-            jax.eval_shape(lambda p, s, x: call(case.net, p, s, key(1), True, x), params, state, case.inputs)
+            jax.eval_shape(
+                lambda p, s, x: call(case.net, p, s, key(1), True, x), params, state, case.inputs
+            )
         return str(error.value)
 
     def changed(tree_, path, leaf):
@@ -113,10 +173,20 @@ def test_every_layer_refuses_parameters_and_state_that_it_would_not_make(name):
 
 def test_state_of_another_width_is_refused():
     net = chain(norm=batch_norm(scale=False, bias=False))
-    with pytest.raises(ValueError, match=r"last axis must be 3|'mean' in state must be float32\[4\]"):
+    with pytest.raises(
+        ValueError, match=r"last axis must be 3|'mean' in state must be float32\[4\]"
+    ):
         net.apply({}, X, state=state_of(net, X[:, :3]))
-    count = layer(None, lambda p, x, state: (x, state), init_state=lambda x: {"n": jnp.zeros(())}, label="count")
-    with pytest.raises(ValueError, match=r"count: 'n' in state must be float32\[\] for these inputs, got float32\[2\]"):
+    count = layer(
+        None,
+        lambda p, x, state: (x, state),
+        init_state=lambda x: {"n": jnp.zeros(())},
+        label="count",
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"count: 'n' in state must be float32\[\] for these inputs, got float32\[2\]",
+    ):
         count.apply({}, X, state={"n": jnp.zeros(2)})
     with pytest.raises(ValueError, match="count: state must have no 'm'"):
         count.apply({}, X, state={"n": jnp.zeros(()), "m": X})
@@ -126,7 +196,11 @@ def test_parameters_for_a_child_without_any_are_refused():
     net = chain(first=dense(4), act=jnp.tanh)
     params = weights(net, X)
     with pytest.raises(
-        ValueError, match=r"chain: params must have no 'act', got \{'w': float32\[4, 4\]\}; tanh has no parameters"
+        ValueError,
+        match=(
+            r"chain: params must have no 'act', got \{'w': float32\[4, 4\]\}; tanh has no "
+            r"parameters"
+        ),
     ):
         net.apply(params | {"act": {"w": X}}, X)
     close(net.apply(params | {"act": {}}, X), net.apply(params, X))
@@ -158,7 +232,8 @@ def test_the_definition_is_traced_once_per_layer_and_shape():
     assert traces == [(4, 4)]
     net.init(key(), X)
     net.apply(params, X)
-    assert traces == [(4, 4)] * 3  # the abstract run of the network and init itself; none for `apply`
+    # The abstract run of the network and init itself; none for `apply`.
+    assert traces == [(4, 4)] * 3
     net.apply(params, X[:2])
     assert traces == [(4, 4)] * 3 + [(2, 4)]
 
@@ -169,7 +244,7 @@ def test_a_check_of_parameters_leaves_nothing_in_the_program():
     assert "random" not in text and text.count("dot_general") == 1
 
 
-# --- what layers are made of ------------------------------------------------------------------------------------------
+# --- what layers are made of ----------------------------------------------------------------------
 
 
 def test_init_and_init_state_receive_the_named_inputs_that_they_name():
@@ -177,7 +252,9 @@ def test_init_and_init_state_receive_the_named_inputs_that_they_name():
         return jnp.where(mask, x * params["w"] * scale, 0), state
 
     attention = layer(
-        lambda key, x: {"w": jnp.ones(())}, masked, init_state=lambda x, *, mask: {"seen": jnp.zeros(mask.shape)}
+        lambda key, x: {"w": jnp.ones(())},
+        masked,
+        init_state=lambda x, *, mask: {"seen": jnp.zeros(mask.shape)},
     )
     net = wire(a=attention)(lambda f, x, mask: f.a(x, mask=mask, scale=2.0))
     mask = X > 0
@@ -189,19 +266,36 @@ def test_init_and_init_state_receive_the_named_inputs_that_they_name():
 @pytest.mark.parametrize("batch", [2, 3])
 def test_a_stateful_function_that_forgets_its_state_is_found(batch):
     """With a batch of two, the array would silently be unpacked into outputs and state."""
-    forgetful = layer(None, lambda params, x, state: x, init_state=lambda x: {"n": jnp.zeros(())}, label="forgetful")
+    forgetful = layer(
+        None,
+        lambda params, x, state: x,
+        init_state=lambda x: {"n": jnp.zeros(())},
+        label="forgetful",
+    )
     x = jnp.ones((batch, 3))
-    for net, state in [(forgetful, {"n": jnp.zeros(())}), (chain(forgetful), {"0": {"n": jnp.zeros(())}})]:
-        message = rf"forgetful: a stateful layer returns \(outputs, new_state\), got float32\[{batch}, 3\]"
+    for net, state in [
+        (forgetful, {"n": jnp.zeros(())}),
+        (chain(forgetful), {"0": {"n": jnp.zeros(())}}),
+    ]:
+        message = (
+            rf"forgetful: a stateful layer returns \(outputs, new_state\), got float32\[{batch}, "
+            r"3\]"
+        )
         with pytest.raises(ValueError, match=message):
             net.apply({}, x, state=state)
 
 
 def test_a_body_that_draws_in_training_without_a_key_says_so():
-    net = chain(noise=wire(a=dense(4))(lambda f, x: f.a(x) + (jax.random.normal(f.key, x.shape) if f.train else 0)))
+    net = chain(
+        noise=wire(a=dense(4))(
+            lambda f, x: f.a(x) + (jax.random.normal(f.key, x.shape) if f.train else 0)
+        )
+    )
     params = weights(net, X)
     net.apply(params, X)
-    with pytest.raises(ValueError, match="wire: training draws random numbers: pass key= to apply") as error:
+    with pytest.raises(
+        ValueError, match="wire: training draws random numbers: pass key= to apply"
+    ) as error:
         net.apply(params, X, train=True)
     assert "in layer 'noise'" in error.value.__notes__
 
@@ -221,7 +315,11 @@ def test_outputs_may_be_told_so_that_init_runs_a_layer_nowhere():
     close(y[0], dense(4).apply(params["1"], X.mean(0)[None]), rtol=1e-4)
     with pytest.raises(NameError, match="unbound axis name"):
         chain(layer(init, mean_over_devices), dense(4)).init(key(), X)
-    by_mode = layer(None, lambda p, x, train: x[:1] if train else x, outputs=lambda x, train: x[:1] if train else x)
+    by_mode = layer(
+        None,
+        lambda p, x, train: x[:1] if train else x,
+        outputs=lambda x, train: x[:1] if train else x,
+    )
     assert [output_specs(by_mode, train, X).shape for train in (False, True)] == [(4, 4), (1, 4)]
 
 
@@ -243,7 +341,8 @@ def test_two_calls_that_need_different_parameters_are_found_by_init(child):
     net = chain(pair=wire(a=child)(lambda f, x, y: (f.a(x), f.a(y))))
     other = jnp.ones((4, 3)) if "dense" in repr(child) else jnp.ones((1, 4))
     with pytest.raises(
-        ValueError, match=r"it is called with .*4, 4\].* and with .*one set of parameters cannot serve both"
+        ValueError,
+        match=r"it is called with .*4, 4\].* and with .*one set of parameters cannot serve both",
     ):
         net.init(key(), X, other)
     net.init(key(), X, jnp.ones((7, 4, 4)))  # batch axes may differ
@@ -255,19 +354,22 @@ def test_residual_adds_floats_only():
     net = chain(block=residual(lambda g: {**g, "nodes": jnp.tanh(g["nodes"])}))
     for run in [lambda: net.apply({}, graph), lambda: net.init(key(), graph)]:
         with pytest.raises(
-            TypeError, match=r"residual: it adds floats, got int32\[3\] at 'senders'; add the float part"
+            TypeError,
+            match=r"residual: it adds floats, got int32\[3\] at 'senders'; add the float part",
         ):
             run()
     with pytest.raises(TypeError, match=r"residual: it adds floats, got bool\[4, 4\]; add"):
         residual(lambda x: x).apply({}, X > 0)
 
 
-# --- several bodies over the same children ----------------------------------------------------------------------------
+# --- several bodies over the same children --------------------------------------------------------
 
 
 def test_several_bodies_share_children_and_parameters():
     encode, decode, net = wire(encoder=dense(2), decoder=dense(4))(
-        lambda f, x: f.encoder(x), lambda f, z: f.decoder(z), lambda f, x: f.decoder(jnp.tanh(f.encoder(x)))
+        lambda f, x: f.encoder(x),
+        lambda f, z: f.decoder(z),
+        lambda f, x: f.decoder(jnp.tanh(f.encoder(x))),
     )
     params = net.init(key(), X)
     z = encode.apply(params, X)
@@ -289,11 +391,13 @@ def test_several_bodies_with_state_begin_with_the_state_of_what_they_call():
 
 
 def test_the_error_for_a_child_that_is_never_called_tells_of_several_bodies():
-    with pytest.raises(ValueError, match=r"for an encoder and a decoder, pass all to one wire\(...\)\(body, ...\)"):
+    with pytest.raises(
+        ValueError, match=r"for an encoder and a decoder, pass all to one wire\(...\)\(body, ...\)"
+    ):
         wire(a=dense(2), b=dense(4))(lambda f, x: f.a(x)).init(key(), X)
 
 
-# --- messages to newcomers --------------------------------------------------------------------------------------------
+# --- messages to newcomers ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -304,9 +408,17 @@ def test_the_error_for_a_child_that_is_never_called_tells_of_several_bodies():
             TypeError,
             "a layer holds no parameters, so it cannot be called; make them with params = net.init",
         ),
-        (lambda net: net.init(key()), TypeError, r"init takes \(key, x\): missing a required argument: 'x'"),
+        (
+            lambda net: net.init(key()),
+            TypeError,
+            r"init takes \(key, x\): missing a required argument: 'x'",
+        ),
         (lambda net: net.init(X), TypeError, "init takes|key must be one PRNG key"),
-        (lambda net: net.apply(weights(net, X), X, True), TypeError, r"apply takes \(params, x\): too many positional"),
+        (
+            lambda net: net.apply(weights(net, X), X, True),
+            TypeError,
+            r"apply takes \(params, x\): too many positional",
+        ),
         (
             lambda net: net.apply(weights(net, X), X, trian=True),
             TypeError,
@@ -334,7 +446,9 @@ def test_a_wrong_call_of_a_layer_says_what_to_write(run, error, message):
 def test_a_child_that_is_used_without_a_call_says_so(body):
     net = wire(d=dense(4))(lambda f, x: (f.d(x), body(f, x))[1])
     for run in [lambda: net.init(key(), X), lambda: net.apply(weights(chain(d=dense(4)), X), X)]:
-        with pytest.raises(TypeError, match=r"is a layer and no array: call it, f\.(d|name)\(\.\.\.\)"):
+        with pytest.raises(
+            TypeError, match=r"is a layer and no array: call it, f\.(d|name)\(\.\.\.\)"
+        ):
             run()
 
 
@@ -343,7 +457,9 @@ def test_a_body_shows_its_children():
     net = wire(up=dense(4), down=dense(4))(lambda f, x: (seen.append(f), f.down(f.up(x)))[1])
     net.init(key(), X)
     assert set(dir(seen[0])) == {"up", "down", "key", "train"}
-    assert repr(seen[0]) == "the children of wire: up, down" and repr(seen[0].up) == "f.up: dense(4)"
+    assert (
+        repr(seen[0]) == "the children of wire: up, down" and repr(seen[0].up) == "f.up: dense(4)"
+    )
 
 
 def test_a_decorated_body_keeps_its_docstring():
@@ -357,7 +473,11 @@ def test_a_decorated_body_keeps_its_docstring():
 
 def test_wrong_inputs_of_a_body_name_the_network():
     net = wire(a=dense(4))(lambda f, x, *, mask=None: f.a(x))
-    for run in [lambda: net.init(key()), lambda: net.init(key(), X, X), lambda: net.init(key(), X, msk=X)]:
+    for run in [
+        lambda: net.init(key()),
+        lambda: net.init(key(), X, X),
+        lambda: net.init(key(), X, msk=X),
+    ]:
         with pytest.raises(TypeError, match=r"wire: the body takes \(f, x, \*, mask=None\)"):
             run()
 
@@ -367,11 +487,12 @@ def test_a_branch_on_a_value_is_explained():
     with pytest.raises(jax.errors.TracerBoolConversionError) as error:
         net.init(key(), X)
     assert any(
-        "trace the body, in which `if`, `int` and the like see no values" in note for note in error.value.__notes__
+        "trace the body, in which `if`, `int` and the like see no values" in note
+        for note in error.value.__notes__
     )
 
 
-# --- layers are values ------------------------------------------------------------------------------------------------
+# --- layers are values ----------------------------------------------------------------------------
 
 
 def test_equal_calls_return_one_layer_and_different_ones_do_not():
@@ -470,7 +591,9 @@ def made_block(factor: float = 1.0):
 
 
 def test_equal_bodies_of_one_network_are_traced_once(monkeypatch):
-    """Bodies with the same code and equal values around it; a global that changes counts from the next `init` on."""
+    """Bodies with the same code and equal values around it; a global that changes counts from the
+    next `init` on.
+    """
     monkeypatch.setitem(globals(), "TRACES", [])
     params = chain(*[made_block() for _ in range(6)]).init(key(), X)
     assert TRACES == [4] and len({id(params[str(i)]["a"]["kernel"]) for i in range(6)}) == 6

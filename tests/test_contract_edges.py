@@ -38,13 +38,14 @@ def key(seed: int = 0):
     return jax.random.key(seed)
 
 
-# --- inputs per copy --------------------------------------------------------------------------------------------------
+# --- inputs per copy ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "each, inputs, named",
     [
-        ("rate", (jnp.zeros(3), RATES), {}),  # by position it would go whole to every copy, and broadcast
+        # By position it would go whole to every copy, and broadcast.
+        ("rate", (jnp.zeros(3), RATES), {}),
         ("rates", (jnp.zeros(3),), {"rate": RATES}),
         (("rate", "other"), (jnp.zeros(3),), {"rate": RATES}),
     ],
@@ -52,19 +53,27 @@ def key(seed: int = 0):
 def test_an_input_in_each_must_be_passed_by_its_name(each, inputs, named):
     net = repeat(lambda x, rate: x + rate, 3, each=each)
     for run in [lambda: net.apply({}, *inputs, **named), lambda: net.init(key(), *inputs, **named)]:
-        with pytest.raises(TypeError, match=r"repeat\[3\]: each copy takes its part of '\w+': pass it by name"):
+        with pytest.raises(
+            TypeError, match=r"repeat\[3\]: each copy takes its part of '\w+': pass it by name"
+        ):
             run()
 
 
 def test_the_carried_input_is_passed_by_position():
     for net in [repeat(lambda x: x, 3), repeat(lambda x, w: x * w, 3, each="x")]:
-        with pytest.raises(TypeError, match="the first input is carried from copy to copy: pass it by position"):
+        with pytest.raises(
+            TypeError, match="the first input is carried from copy to copy: pass it by position"
+        ):
             net.apply({}, x=jnp.ones(3))
-    with pytest.raises(TypeError, match=r"scan: pass the carry and xs by position, \(carry, xs, \*rest\)"):
+    with pytest.raises(
+        TypeError, match=r"scan: pass the carry and xs by position, \(carry, xs, \*rest\)"
+    ):
         scan(dense(3)).init(key())
 
 
-@pytest.mark.parametrize("name", ["x", "layer", "name", "run", "carry", "xs", "key_", "inputs", "fn"])
+@pytest.mark.parametrize(
+    "name", ["x", "layer", "name", "run", "carry", "xs", "key_", "inputs", "fn"]
+)
 def test_named_inputs_may_have_any_name(name):
     """The library's own argument names do not collide with those of the user's functions."""
 
@@ -83,11 +92,13 @@ def test_named_inputs_may_have_any_name(name):
         named = {name: jnp.ones((4, 6))}
         chain(net).init(key(), X, **named)
         net.apply({}, X, **named)
-    (carry, _) = scan(lambda c, row, **named: (c + named[name], row)).apply({}, jnp.zeros(6), X, **{name: 1.0})
+    (carry, _) = scan(lambda c, row, **named: (c + named[name], row)).apply(
+        {}, jnp.zeros(6), X, **{name: 1.0}
+    )
     close(carry, jnp.full(6, 4.0))
 
 
-# --- captured values --------------------------------------------------------------------------------------------------
+# --- captured values ------------------------------------------------------------------------------
 
 
 def test_a_child_that_also_runs_inside_a_raw_transform_is_not_captured_in_part():
@@ -99,11 +110,13 @@ def test_a_child_that_also_runs_inside_a_raw_transform_is_not_captured_in_part()
         return jax.lax.scan(lambda c, r: (c, f.aux(100 * r.sum())), 0.0, x)[1]
 
     for pattern in ["aux", "block/aux"]:
-        with pytest.raises(RuntimeError, match=f"capture: '{pattern}' ran inside a raw JAX transform"):
+        with pytest.raises(
+            RuntimeError, match=f"capture: '{pattern}' ran inside a raw JAX transform"
+        ):
             capture(net, pattern)({}, X)
 
 
-# --- combinators that draw --------------------------------------------------------------------------------------------
+# --- combinators that draw ------------------------------------------------------------------------
 
 
 def noisy(inner):
@@ -122,7 +135,9 @@ def test_a_combinator_that_draws_has_its_key_everywhere():
     params = weights(net, X)
     close(net.apply(params, X, key=key()), dense(5).apply(params["a"], X))
     assert np.any(net.apply(params, X, key=key(2), train=True) != net.apply(params, X))
-    _, ys = scan(wire(n=noisy(lambda x: x))(lambda f, c, x: (c, f.n(x)))).apply({}, 0.0, 0 * X, key=key(), train=True)
+    _, ys = scan(wire(n=noisy(lambda x: x))(lambda f, c, x: (c, f.n(x)))).apply(
+        {}, 0.0, 0 * X, key=key(), train=True
+    )
     assert len(np.unique(ys, axis=0)) == 4
     mapped = wire(n=noisy(dense(5)))(lambda f, x: jax.vmap(f.n)(x))
     with pytest.raises(RuntimeError, match="random numbers are drawn inside a raw JAX transform"):
@@ -131,7 +146,9 @@ def test_a_combinator_that_draws_has_its_key_everywhere():
 
 
 def test_asking_for_the_key_without_drawing_is_no_draw():
-    inner = wire(d=dense(6))(lambda f, x: (lambda k: f.d(x) + (jax.random.normal(k, x.shape) if f.train else 0))(f.key))
+    inner = wire(d=dense(6))(
+        lambda f, x: (lambda k: f.d(x) + (jax.random.normal(k, x.shape) if f.train else 0))(f.key)
+    )
     net = wire(i=inner)(lambda f, x: jax.vmap(f.i)(x))
     params = weights(net, X)
     close(net.apply(params, X, key=key(1)), net.apply(params, X))
@@ -139,7 +156,7 @@ def test_asking_for_the_key_without_drawing_is_no_draw():
         net.apply(params, X, key=key(1), train=True)
 
 
-# --- parameters and state ---------------------------------------------------------------------------------------------
+# --- parameters and state -------------------------------------------------------------------------
 
 
 def weight_norm(inner):
@@ -156,7 +173,12 @@ def weight_norm(inner):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"junk": jnp.ones(3)}, {"gain": jnp.ones(1)}, {"gain": jnp.ones(())}, {"kernel": jnp.ones((6, 1))}],
+    [
+        {"junk": jnp.ones(3)},
+        {"gain": jnp.ones(1)},
+        {"gain": jnp.ones(())},
+        {"kernel": jnp.ones((6, 1))},
+    ],
     ids=str,
 )
 def test_parameters_of_a_combinator_with_its_own_init_are_checked(wrong):
@@ -164,7 +186,9 @@ def test_parameters_of_a_combinator_with_its_own_init_are_checked(wrong):
     with jax.numpy_rank_promotion("allow"):
         params = net.init(key(), X)
         net.apply(params, X)
-        with pytest.raises(ValueError, match=r"weight_norm: (params must have no 'junk'|'\w+' in params must be)"):
+        with pytest.raises(
+            ValueError, match=r"weight_norm: (params must have no 'junk'|'\w+' in params must be)"
+        ):
             net.apply({"0": params["0"] | wrong}, X)
 
 
@@ -192,7 +216,9 @@ def test_parameters_are_checked_as_far_as_possible_if_init_needs_more_than_apply
     )
     params = sized.init(key(), X, width=3)
     assert sized.apply(params, X).shape == (4, 3)
-    with pytest.raises(ValueError, match=r"sized: 'w' in params must be float32\[6, 3\].*got float32\[6, 99\]"):
+    with pytest.raises(
+        ValueError, match=r"sized: 'w' in params must be float32\[6, 3\].*got float32\[6, 99\]"
+    ):
         sized.apply({"w": jnp.ones((6, 99))}, X)
     with pytest.raises(ValueError, match="sized: params must have no 'junk'"):
         sized.apply(params | {"junk": X}, X)
@@ -200,7 +226,8 @@ def test_parameters_are_checked_as_far_as_possible_if_init_needs_more_than_apply
 
 def test_a_layer_whose_init_needs_an_axis_is_checked_inside_it():
     named = layer(
-        lambda key, x: {"w": jnp.ones(x.shape[-1:]) * jax.lax.psum(1.0, "d")}, lambda params, x: x * params["w"]
+        lambda key, x: {"w": jnp.ones(x.shape[-1:]) * jax.lax.psum(1.0, "d")},
+        lambda params, x: x * params["w"],
     )
     named.apply({"w": jnp.ones(6)}, X[0])  # outside of the axis nothing can be compared
     with pytest.raises(ValueError, match="'w' in params must be"):
@@ -208,7 +235,9 @@ def test_a_layer_whose_init_needs_an_axis_is_checked_inside_it():
 
 
 def test_a_cache_for_the_longest_sequence_serves_a_call_with_one_token():
-    """Sizes that follow from batch and time axes are free; those that follow from features are not."""
+    """Sizes that follow from batch and time axes are free; those that follow from features are
+    not.
+    """
 
     def fn(params, k, start, state):
         new = jax.lax.dynamic_update_slice_in_dim(state["k"], k, start, axis=1)
@@ -220,10 +249,17 @@ def test_a_cache_for_the_longest_sequence_serves_a_call_with_one_token():
     outputs, state = cache.apply({}, jnp.ones((2, 1, 6)), 3, state=state)
     assert outputs.shape == (2, 16, 6) and outputs.sum() == 12
     with pytest.raises(
-        ValueError, match=r"cache: 'k' in state must be float32\[2, 1, 6\] for these inputs, got float32\[2, 16, 5\]"
+        ValueError,
+        match=(
+            r"cache: 'k' in state must be float32\[2, 1, 6\] for these inputs, got float32\[2, "
+            r"16, 5\]"
+        ),
     ):
         cache.apply({}, jnp.ones((2, 1, 6)), 3, state={"k": jnp.zeros((2, 16, 5))})
-    positions = layer(lambda key, x: {"t": jnp.ones(x.shape[-2:])}, lambda params, x: x + params["t"][: x.shape[-2]])
+    positions = layer(
+        lambda key, x: {"t": jnp.ones(x.shape[-2:])},
+        lambda params, x: x + params["t"][: x.shape[-2]],
+    )
     close(positions.apply(positions.init(key(), X), X[:2]), X[:2] + 1)
     with pytest.raises(ValueError, match="'t' in params must be"):
         positions.apply({"t": jnp.ones((4, 5))}, X)
@@ -241,7 +277,11 @@ def test_a_cache_for_the_longest_sequence_serves_a_call_with_one_token():
 def test_a_new_state_of_another_form_is_an_error_in_the_call_that_makes_it(fn, combinator):
     net = combinator(layer(None, fn, init_state=lambda x: {"m": jnp.zeros(x.shape)}, label="cell"))
     with pytest.raises(
-        ValueError, match=r"cell: the new state must have the names and shapes of the old one, \{'m': float32\[4, 6\]\}"
+        ValueError,
+        match=(
+            r"cell: the new state must have the names and shapes of the old one, \{'m': "
+            r"float32\[4, 6\]\}"
+        ),
     ):
         net.apply({}, X, state=net.init_state(X))
 
@@ -249,7 +289,9 @@ def test_a_new_state_of_another_form_is_an_error_in_the_call_that_makes_it(fn, c
 def test_first_states_of_python_numbers_are_stacked():
     scaled = layer(lambda key, x: {"s": 1.0}, lambda params, x: x * params["s"])
     close(repeat(scaled, 3).init(key(), X), {"s": np.ones(3, np.float32)})
-    count = layer(None, lambda params, x, state: (x, {"n": state["n"] + 1}), init_state=lambda x: {"n": 0})
+    count = layer(
+        None, lambda params, x, state: (x, {"n": state["n"] + 1}), init_state=lambda x: {"n": 0}
+    )
     net = repeat(count, 3)
     for state in [net.init_state(X), net.init_state(X, key=key())]:
         assert net.apply({}, X, state=state)[1]["n"].tolist() == [1, 1, 1]
@@ -265,7 +307,7 @@ def test_a_layer_made_by_hand_needs_no_key_for_its_state():
         assert jax.tree.leaves(net.init_state(X))[0].dtype == jnp.float32
 
 
-# --- one layer per equal call -----------------------------------------------------------------------------------------
+# --- one layer per equal call ---------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +346,9 @@ def test_a_network_built_anew_sees_global_variables_anew(monkeypatch):
 
 def test_a_child_as_an_input_of_another_holds_nothing_afterwards():
     solve = layer(
-        lambda key, g, x: {"w": jnp.ones(x.shape[-1:])}, lambda params, g, x: g(x) * params["w"][None], label="solve"
+        lambda key, g, x: {"w": jnp.ones(x.shape[-1:])},
+        lambda params, g, x: g(x) * params["w"][None],
+        label="solve",
     )
     net = wire(field=dense(50), solve=solve)(lambda f, x: f.solve(f.field, x))
     x = jnp.ones((2, 50))
@@ -326,14 +370,18 @@ def test_a_child_as_an_input_of_another_holds_nothing_afterwards():
 def test_static_inputs_that_change_do_not_fill_the_memory():
     from jaxnet.core import specs
 
-    net = chain(scale=layer(lambda key, x, by: {"w": jnp.ones(())}, lambda params, x, by: x * by * params["w"]))
+    net = chain(
+        scale=layer(
+            lambda key, x, by: {"w": jnp.ones(())}, lambda params, x, by: x * by * params["w"]
+        )
+    )
     params = net.init(key(), X, 1.0)
     for i in range(300):
         net.apply(params, X, 1.0 + i)
     assert all(len(results) <= 256 for results in specs._MEMO.values())
 
 
-# --- shapes, dtypes, meshes, export -----------------------------------------------------------------------------------
+# --- shapes, dtypes, meshes, export ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -361,7 +409,10 @@ def test_a_scalar_output_per_step_has_the_axis_that_it_can_have():
 
 def test_one_copy_for_all_is_said_for_named_inputs_too():
     net = vmap(lambda x, mask=1.0, start=0: x * mask + start, 4, in_axes=None)
-    close(net.apply({}, jnp.ones((2, 4)), mask=jnp.arange(4.0)[None]), jnp.broadcast_to(jnp.arange(4.0), (4, 2, 4)))
+    close(
+        net.apply({}, jnp.ones((2, 4)), mask=jnp.arange(4.0)[None]),
+        jnp.broadcast_to(jnp.arange(4.0), (4, 2, 4)),
+    )
     close(jax.jit(lambda start: net.apply({}, X, start=start))(3)[0], X + 3)
     divided = vmap(lambda x, rate: x * rate, 3, in_axes=(None,))
     close(divided.apply({}, jnp.ones(2), rate=RATES), RATES[:, None] * jnp.ones((3, 2)))
@@ -383,7 +434,9 @@ def test_experts_that_are_spread_over_a_mesh_draw_their_own_masks():
     x = jnp.ones((8, 5, 6))
     params = net.init(key(1), x)
     expected = net.apply(params, x, key=key(2), train=True)
-    spread = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("d"))), (params, x))
+    spread = jax.tree.map(
+        lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("d"))), (params, x)
+    )
     with jax.set_mesh(mesh):
         actual = net.apply(*spread, key=key(2), train=True)
     close(jax.device_get(actual), jax.device_get(expected), rtol=1e-5)
@@ -401,14 +454,22 @@ def test_init_without_inputs_says_what_to_pass():
     assert any("net.init(key, x)" in note for note in error.value.__notes__)
 
 
-# --- messages ---------------------------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "run, error, message",
     [
-        (lambda: chain(dense(3)).init(key(), Foreign()), TypeError, r"got a .*Foreign; convert it, as in np.asarray"),
-        (lambda: layer_norm().apply(X, {"scale": X}), TypeError, "the parameters come first|params must be a dict"),  # pyright: ignore
+        (
+            lambda: chain(dense(3)).init(key(), Foreign()),
+            TypeError,
+            r"got a .*Foreign; convert it, as in np.asarray",
+        ),
+        (
+            lambda: layer_norm().apply(X, {"scale": X}),
+            TypeError,
+            "the parameters come first|params must be a dict",
+        ),  # pyright: ignore
         (lambda: wire(a=dense(3)).init(key(), X), TypeError, "is no layer before it has a body"),  # pyright: ignore
         (
             lambda: wire(a=dense(3))(dense(2)),
@@ -417,11 +478,27 @@ def test_init_without_inputs_says_what_to_pass():
         ),
         (lambda: wire(dense(3)), TypeError, "give each child a name"),
         (lambda: chain([dense(3), dense(2)]), TypeError, r"unpack it, as in chain\(\*layers\)"),
-        (lambda: vmap(dense(3), 2, in_axes="x"), TypeError, "in_axes is an int or None, or a tuple"),  # pyright: ignore
+        (
+            lambda: vmap(dense(3), 2, in_axes="x"),
+            TypeError,
+            "in_axes is an int or None, or a tuple",
+        ),  # pyright: ignore
         (lambda: vmap(dense(3), 2, in_axes=((0, None),)), TypeError, "in_axes is an int or None"),  # pyright: ignore
-        (lambda: remat(dense(3), policy="dots"), TypeError, "policy must be one of jax.checkpoint_policies"),  # pyright: ignore
-        (lambda: residual(dense(3)).init(key(), X), ValueError, "residual: the layer must return what it receives"),
-        (lambda: param(3, jax.nn.initializers.ones), TypeError, r"the shape must be a tuple of sizes, such as \(3,\)"),  # pyright: ignore
+        (
+            lambda: remat(dense(3), policy="dots"),
+            TypeError,
+            "policy must be one of jax.checkpoint_policies",
+        ),  # pyright: ignore
+        (
+            lambda: residual(dense(3)).init(key(), X),
+            ValueError,
+            "residual: the layer must return what it receives",
+        ),
+        (
+            lambda: param(3, jax.nn.initializers.ones),
+            TypeError,
+            r"the shape must be a tuple of sizes, such as \(3,\)",
+        ),  # pyright: ignore
         (
             lambda: chain(a=dense(3), b=dense(2)) and replace(chain(a=dense(3)), "a", 3),  # pyright: ignore
             TypeError,

@@ -1,4 +1,6 @@
-"""The contract: `wire`, `layer`, `param`, plain functions, keys, state, abstract initialisation, errors."""
+"""The contract: `wire`, `layer`, `param`, plain functions, keys, state, abstract initialisation,
+errors.
+"""
 
 import functools
 import gc
@@ -19,7 +21,11 @@ from jaxnet.layers import batch_norm, dense, dropout
 from jaxnet.transform import replace
 
 X = numbers(jax.ShapeDtypeStruct((4, 4), jnp.float32), seed=1)
-zeros, ones, normal = jax.nn.initializers.zeros, jax.nn.initializers.ones, jax.nn.initializers.normal(1.0)
+zeros, ones, normal = (
+    jax.nn.initializers.zeros,
+    jax.nn.initializers.ones,
+    jax.nn.initializers.normal(1.0),
+)
 
 
 def key(seed: int = 0):
@@ -32,7 +38,9 @@ def affine(params, x):
 
 def close(actual, expected, rtol=1e-5, atol=1e-6):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, expected
+    )
 
 
 def counter(step: int = 1) -> Layer:
@@ -54,7 +62,7 @@ def traced(calls: list) -> Layer:
     return chain(fn)
 
 
-# --- wire ------------------------------------------------------------------------------------------------------------
+# --- wire -----------------------------------------------------------------------------------------
 
 
 def test_a_child_called_twice_shares_its_weights():
@@ -65,7 +73,9 @@ def test_a_child_called_twice_shares_its_weights():
 
 
 def test_a_dropout_called_twice_draws_anew_and_the_same_in_the_next_call():
-    net = wire(drop=dropout(0.5))(lambda f, x: (f.drop(x), f.drop(x), f.drop(x, key=key(5)), f.drop(x, key=key(5))))
+    net = wire(drop=dropout(0.5))(
+        lambda f, x: (f.drop(x), f.drop(x), f.drop(x, key=key(5)), f.drop(x, key=key(5)))
+    )
     first, second, third, fourth = net.apply({}, X, key=key(), train=True)
     assert np.any(first != second) and np.any(first != third)
     np.testing.assert_array_equal(third, fourth)
@@ -74,7 +84,9 @@ def test_a_dropout_called_twice_draws_anew_and_the_same_in_the_next_call():
 
 
 def test_state_goes_from_call_to_call():
-    net = wire(count=counter(), other=counter(10))(lambda f, x: (f.count(x), f.other(x), f.count(x)))
+    net = wire(count=counter(), other=counter(10))(
+        lambda f, x: (f.count(x), f.other(x), f.count(x))
+    )
     state = state_of(net, X)
     assert state == {"count": {"calls": 0}, "other": {"calls": 0}}
     outputs, state = net.apply({}, 0.0, state=state)
@@ -127,7 +139,9 @@ def test_a_child_may_be_for_training_only():
     params = weights(net, X)
     assert set(params) == {"main", "auxiliary"}
     close(net.apply(params, X), affine(params["main"], X))
-    close(net.apply(params, X, train=True)[1], affine(params["auxiliary"], affine(params["main"], X)))
+    close(
+        net.apply(params, X, train=True)[1], affine(params["auxiliary"], affine(params["main"], X))
+    )
 
 
 def test_inputs_may_be_several_static_keywords_and_trees():
@@ -156,7 +170,9 @@ def test_inputs_may_be_several_static_keywords_and_trees():
 
 
 def test_static_inputs_that_are_equal_but_of_other_types_are_told_apart():
-    net = wire(scale=lambda x, by: x * by, same=lambda x: x)(lambda f, x, by: f.same(f.scale(x, by)))
+    net = wire(scale=lambda x, by: x * by, same=lambda x: x)(
+        lambda f, x, by: f.same(f.scale(x, by))
+    )
     ints = jnp.ones((2,), int)
     dtypes = [output_specs(net, False, ints, by).dtype for by in (True, 1, 1.0)]
     assert dtypes == [jnp.int32, jnp.int32, jnp.float32]
@@ -184,7 +200,10 @@ RAW = {
     "checkpoint": (lambda f, x: jax.checkpoint(lambda x: f.cell(x))(x), affine),
     "cond": (lambda f, x: jax.lax.cond(x[0, 0] > 9, jnp.negative, f.cell, x), affine),
     "jit": (lambda f, x: jax.jit(f.cell)(x), affine),
-    "grad": (lambda f, x: jax.grad(lambda x: f.cell(x).sum())(x), lambda p, x: 0 * x + p["kernel"].sum(1)[None]),
+    "grad": (
+        lambda f, x: jax.grad(lambda x: f.cell(x).sum())(x),
+        lambda p, x: 0 * x + p["kernel"].sum(1)[None],
+    ),
     "fori_loop": (looped, lambda p, x: affine(p, affine(p, x))),
     "map": (lambda f, x: jax.lax.map(f.cell, x), affine),
 }
@@ -214,7 +233,9 @@ def test_a_stateful_child_inside_a_raw_transform_is_an_error_at_init_and_in_appl
     norm = batch_norm()
     params, state = {"cell": norm.init(key(), X)}, {"cell": state_of(norm, X)}
     for call in [lambda: net.init(key(), X), lambda: net.apply(params, X, state=state)]:
-        with pytest.raises(RuntimeError, match="batch_norm: a layer with state cannot be called inside a raw") as error:
+        with pytest.raises(
+            RuntimeError, match="batch_norm: a layer with state cannot be called inside a raw"
+        ) as error:
             call()
         assert "in layer 'cell'" in error.value.__notes__
 
@@ -231,7 +252,7 @@ def test_a_stateful_child_is_fine_where_the_whole_network_is_transformed():
     close(outputs, expected[0])
 
 
-# --- layer, param, plain functions -----------------------------------------------------------------------------------
+# --- layer, param, plain functions ----------------------------------------------------------------
 
 
 def test_a_function_is_handed_just_what_it_names():
@@ -248,10 +269,13 @@ def test_a_function_is_handed_just_what_it_names():
 
 
 @pytest.mark.parametrize(
-    "init_state, fn", [(None, lambda params, x, state: (x, state)), (lambda x: {}, lambda params, x: x)]
+    "init_state, fn",
+    [(None, lambda params, x, state: (x, state)), (lambda x: {}, lambda params, x: x)],
 )
 def test_a_stateful_layer_has_both_halves_or_neither(init_state, fn):
-    with pytest.raises(TypeError, match="both init_state and a parameter `state` of its function, or neither"):
+    with pytest.raises(
+        TypeError, match="both init_state and a parameter `state` of its function, or neither"
+    ):
         layer(None, fn, init_state=init_state)
 
 
@@ -270,10 +294,14 @@ def test_param_is_an_array_in_the_dict_of_its_parent():
     np.testing.assert_array_equal(param((), ones).init(key()), 1.0)
 
 
-@pytest.mark.parametrize("wrong, got", [(jnp.zeros(3), r"float32\[3\]"), ({}, r"\{\}"), ([1.0] * 4, r"\[float, .*\]")])
+@pytest.mark.parametrize(
+    "wrong, got", [(jnp.zeros(3), r"float32\[3\]"), ({}, r"\{\}"), ([1.0] * 4, r"\[float, .*\]")]
+)
 def test_param_names_a_wrong_array(wrong, got):
     net = wire(scale=param((4,), ones))(lambda f, x: x * f.scale())
-    with pytest.raises(ValueError, match=rf"param\(4,\): the array must have shape \(4,\), got {got}") as error:
+    with pytest.raises(
+        ValueError, match=rf"param\(4,\): the array must have shape \(4,\), got {got}"
+    ) as error:
         net.apply({"scale": wrong}, X)
     assert error.value.__notes__ == ["in layer 'scale'"]
 
@@ -331,27 +359,47 @@ def constructor(units):  # without an annotation that says what it returns
 @pytest.mark.parametrize("combinator", [chain, residual, remat, lambda block: repeat(block, 2)])
 @pytest.mark.parametrize("wrong", [dense, batch_norm, chain])
 def test_a_constructor_in_the_place_of_a_layer_is_found_when_the_network_is_made(combinator, wrong):
-    with pytest.raises(TypeError, match=rf"pass the layer that it returns, {wrong.__name__}\(...\)"):
+    with pytest.raises(
+        TypeError, match=rf"pass the layer that it returns, {wrong.__name__}\(...\)"
+    ):
         combinator(wrong)
 
 
 def test_a_constructor_in_the_place_of_a_layer_is_found_at_last_when_it_returns_a_layer():
     net = chain(lambda x: dense(3), jnp.tanh)
     for call in [lambda: net.init(key(), X), lambda: net.apply({}, X)]:
-        with pytest.raises(TypeError, match="returned a layer when it was called with data; pass the layer"):
+        with pytest.raises(
+            TypeError, match="returned a layer when it was called with data; pass the layer"
+        ):
             call()
 
 
 @pytest.mark.parametrize("wrong", [3, None, "dense", {"kernel": 1}])
 def test_what_is_not_callable_is_no_layer(wrong):
-    with pytest.raises(TypeError, match="wire: child 'a' must be a layer or a function of its inputs, got"):
+    with pytest.raises(
+        TypeError, match="wire: child 'a' must be a layer or a function of its inputs, got"
+    ):
         wire(a=wrong)(lambda f, x: f.a(x))
     with pytest.raises(TypeError, match="chain: child '0' must be a layer"):
         chain(wrong)
 
 
 @pytest.mark.parametrize(
-    "name", ["a/b", "a b", "a.b", "", "é", "train", "key", "state", "params", "_call", "__class__", "<tap>"]
+    "name",
+    [
+        "a/b",
+        "a b",
+        "a.b",
+        "",
+        "é",
+        "train",
+        "key",
+        "state",
+        "params",
+        "_call",
+        "__class__",
+        "<tap>",
+    ],
 )
 def test_a_name_that_cannot_be_part_of_a_path_or_hides_something_is_refused(name):
     with pytest.raises(ValueError, match="a child's name is letters, digits and"):
@@ -359,15 +407,23 @@ def test_a_name_that_cannot_be_part_of_a_path_or_hides_something_is_refused(name
 
 
 def test_a_forgotten_or_wrong_body_is_found():
-    with pytest.raises(TypeError, match=r"chain: child '0': wire\(...\) is a function that makes a layer"):
+    with pytest.raises(
+        TypeError, match=r"chain: child '0': wire\(...\) is a function that makes a layer"
+    ):
         chain(wire(a=dense(4)))
-    with pytest.raises(TypeError, match=r"wire: the body must be a function of \(f, \*inputs\), got float32\[4, 4\]"):
+    with pytest.raises(
+        TypeError,
+        match=r"wire: the body must be a function of \(f, \*inputs\), got float32\[4, 4\]",
+    ):
         wire(a=dense(4))(X)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("net", [chain(dropout(0.5)), dropout(0.5), remat(jnp.tanh)], ids=repr)
 def test_train_is_a_static_bool(net):
-    message = r"train must be True or False, got bool\[\]; under jax.jit, jax.jit\(net.apply, static_argnames='train'\)"
+    message = (
+        r"train must be True or False, got bool\[\]; under jax.jit, jax.jit\(net.apply, "
+        r"static_argnames='train'\)"
+    )
     with pytest.raises(TypeError, match=message):
         jax.jit(net.apply)({}, X, key=key(), train=True)
     with pytest.raises(TypeError, match="train must be True or False, got 'yes'"):
@@ -385,7 +441,7 @@ def test_a_network_that_is_gone_leaves_nothing_in_memory():
     assert [ref() for ref in gone] == [None, None]
 
 
-# --- init: abstract, once per spec, deterministic --------------------------------------------------------------------
+# --- init: abstract, once per spec, deterministic -------------------------------------------------
 
 
 def nested(depth: int, leaf: Layer, around=lambda net: net) -> Layer:
@@ -434,20 +490,28 @@ def test_64_dense_layers_six_deep_have_independent_weights():
 
 
 def test_init_is_the_same_under_jit_and_a_loop_under_vmap():
-    scale = layer(lambda key, x: {"scale": jax.random.uniform(key)}, lambda params, x: x * params["scale"])
+    scale = layer(
+        lambda key, x: {"scale": jax.random.uniform(key)}, lambda params, x: x * params["scale"]
+    )
     net = chain(a=scale, b=repeat(scale, 2))
     keys = jax.random.split(key(4), 3)
     loop = [net.init(key, X) for key in keys]
     for i, jitted in enumerate(map(jax.jit(lambda key: net.init(key, X)), keys)):
         close(jitted, loop[i])
-    close(jax.jit(jax.vmap(lambda key: net.init(key, X)))(keys), jax.tree.map(lambda *leaves: jnp.stack(leaves), *loop))
+    close(
+        jax.jit(jax.vmap(lambda key: net.init(key, X)))(keys),
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *loop),
+    )
 
 
 def test_raw_keys_are_keys_too():
     with jax.debug_key_reuse(False):  # it follows typed keys only
         raw = jax.random.PRNGKey(3)
         close(chain(dense(4)).init(raw, X), chain(dense(4)).init(key(3), X))
-        close(dropout(0.5).apply({}, X, key=raw, train=True), dropout(0.5).apply({}, X, key=key(3), train=True))
+        close(
+            dropout(0.5).apply({}, X, key=raw, train=True),
+            dropout(0.5).apply({}, X, key=key(3), train=True),
+        )
 
 
 def test_the_layers_names_are_in_the_program():
@@ -457,11 +521,13 @@ def test_the_layers_names_are_in_the_program():
     assert "encoder/first" in text and "encoder/second" in text and "/head/" in text
 
 
-# --- the tree is plain: transforms, optimizers, freezing -------------------------------------------------------------
+# --- the tree is plain: transforms, optimizers, freezing ------------------------------------------
 
 
 def test_random_children_inside_a_raw_transform_take_a_key_of_each_iteration():
-    """Without a key each turn would draw the same numbers, a bug that no loss curve shows: it is an error."""
+    """Without a key each turn would draw the same numbers, a bug that no loss curve shows: it is an
+    error.
+    """
 
     @wire(drop=dropout(0.5))
     def net(f, x):
@@ -487,7 +553,9 @@ def test_a_random_child_inside_a_raw_transform_without_a_key_is_an_error_where_i
     inside = wire(lin=dense(4), drop=dropout(0.5))(lambda f, x: f.drop(f.lin(x)))
     net = wire(cell=repeat(inside, 2, remat=True) if deep else dropout(0.5))(RANDOM[name])
     params = weights(net, X)
-    with pytest.raises(RuntimeError, match=r"drawn inside a raw JAX transform.*f\.cell\(\.\.\., key=") as error:
+    with pytest.raises(
+        RuntimeError, match=r"drawn inside a raw JAX transform.*f\.cell\(\.\.\., key="
+    ) as error:
         net.apply(params, X, key=key(), train=True)
     assert ("in layer 'cell/drop'" if deep else "in layer 'cell'") in error.value.__notes__
     net.apply(params, X, key=key())  # dropout draws nothing in evaluation
@@ -503,13 +571,18 @@ def test_the_same_numbers_in_every_turn_can_be_asked_for():
 
 def test_a_layer_that_draws_in_evaluation_is_an_error_inside_a_raw_transform_too():
     sample = layer(None, lambda params, x, key: x + jax.random.normal(key, x.shape), label="sample")
-    net = wire(body=wire(a=jnp.tanh)(lambda f, x: f.a(x) + jax.random.normal(f.key, x.shape)), sample=sample)(
-        lambda f, x: (jax.vmap(f.sample)(x), jax.vmap(f.body)(x))
-    )
-    with pytest.raises(RuntimeError, match="sample: random numbers are drawn inside a raw JAX transform"):
+    net = wire(
+        body=wire(a=jnp.tanh)(lambda f, x: f.a(x) + jax.random.normal(f.key, x.shape)),
+        sample=sample,
+    )(lambda f, x: (jax.vmap(f.sample)(x), jax.vmap(f.body)(x)))
+    with pytest.raises(
+        RuntimeError, match="sample: random numbers are drawn inside a raw JAX transform"
+    ):
         net.apply({}, X, key=key())
     net = replace(net, "sample", chain(jnp.tanh))
-    with pytest.raises(RuntimeError, match="wire: random numbers are drawn inside a raw JAX transform"):
+    with pytest.raises(
+        RuntimeError, match="wire: random numbers are drawn inside a raw JAX transform"
+    ):
         net.apply({}, X, key=key())
 
 
@@ -534,12 +607,16 @@ def test_scan_over_steps_with_raw_optax_and_checkpoint_is_the_loop():
 
     def step(carry, key):
         params, opt = carry
-        loss, grads = jax.value_and_grad(lambda p: jnp.square(apply(p, X, key=key) - X).mean())(params)
+        loss, grads = jax.value_and_grad(lambda p: jnp.square(apply(p, X, key=key) - X).mean())(
+            params
+        )
         updates, opt = tx.update(grads, opt, params)
         return (optax.apply_updates(params, updates), opt), loss
 
     start = params, tx.init(params)
-    (scanned, _), losses = jax.jit(lambda start: jax.lax.scan(step, start, jax.random.split(key(), 20)))(start)
+    (scanned, _), losses = jax.jit(
+        lambda start: jax.lax.scan(step, start, jax.random.split(key(), 20))
+    )(start)
     carry, one = start, jax.jit(step)
     for k in jax.random.split(key(), 20):
         carry, _ = one(carry, k)
@@ -566,12 +643,14 @@ def test_what_is_frozen_has_no_gradient_and_no_optimizer_state():
     close(tree.merge(optax.apply_updates(head, updates), body)["body"], params["body"])
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_an_unknown_child_is_an_error_with_a_suggestion():
     net = wire(encoder=dense(4), head=dense(2))(lambda f, x: f.head(f.encodr(x)))
-    message = r"<lambda> has no child 'encodr'; did you mean 'encoder'\? \(children: encoder, head\)"
+    message = (
+        r"<lambda> has no child 'encodr'; did you mean 'encoder'\? \(children: encoder, head\)"
+    )
     for call in [lambda: net.init(key(), X), lambda: net.apply({}, X)]:
         with pytest.raises(AttributeError, match=message.replace("<lambda>", "wire")):
             call()
@@ -580,7 +659,8 @@ def test_an_unknown_child_is_an_error_with_a_suggestion():
 def test_a_child_that_is_never_called_is_an_error():
     net = wire(used=dense(4), forgotten=dense(2))(lambda f, x: f.used(x))
     with pytest.raises(
-        ValueError, match=r"wire: child 'forgotten' is never called; call f.forgotten\(...\) in the body"
+        ValueError,
+        match=r"wire: child 'forgotten' is never called; call f.forgotten\(...\) in the body",
     ):
         net.init(key(), X)
 
@@ -604,16 +684,22 @@ def test_an_input_that_cannot_be_compared_is_named():
         __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     net = chain(wire(a=dense(4))(lambda f, x, odd: f.a(x)))
-    with pytest.raises(TypeError, match=r"inputs must be arrays or hashable values, got \(float32\[4, 4\], Odd\)"):
+    with pytest.raises(
+        TypeError, match=r"inputs must be arrays or hashable values, got \(float32\[4, 4\], Odd\)"
+    ):
         net.init(key(), X, Odd())
 
 
 @pytest.mark.parametrize("state", [jnp.ones(3), [1], "state"])
 def test_a_state_that_is_no_dict_is_named(state):
     net = chain(counter())
-    with pytest.raises(TypeError, match="chain: state must be a dict by the name of the child, got"):
+    with pytest.raises(
+        TypeError, match="chain: state must be a dict by the name of the child, got"
+    ):
         net.apply({}, X, state=state)
-    with pytest.raises(TypeError, match=r"batch_norm: state must be a dict, \{'mean': float32\[4\].*got"):
+    with pytest.raises(
+        TypeError, match=r"batch_norm: state must be a dict, \{'mean': float32\[4\].*got"
+    ):
         batch_norm().apply(batch_norm().init(key(), X), X, state=state)
 
 
@@ -621,17 +707,27 @@ def test_foreign_names_in_params_and_state_are_errors_with_suggestions():
     net = chain(first=dense(4), count=counter())
     params, state = weights(net, X), state_of(net, X)
     with pytest.raises(
-        ValueError, match=r"chain: params must have no 'frist', which is no child.*did you mean 'first'\?"
+        ValueError,
+        match=r"chain: params must have no 'frist', which is no child.*did you mean 'first'\?",
     ):
         net.apply({"frist": params["first"]}, X, state=state)
-    with pytest.raises(ValueError, match=r"chain: state must have no 'first', which is no child.*\(children: count\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"chain: state must have no 'first', which is no child.*\(children: count\)",
+    ):
         net.apply(params, X, state={**state, "first": {}})
 
 
 def test_missing_state_is_told_from_missing_parameters():
     net = parallel(norm=batch_norm())
     params = net.init(key(), X)
-    with pytest.raises(ValueError, match=r"batch_norm: no 'mean' in params and state \(they hold scale float32\[4\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"batch_norm: no 'mean' in params and state \(they hold scale float32\[4\]",
+    ):
         net.apply(params, X, state={})
-    with pytest.raises(ValueError, match=r"batch_norm: no 'scale' in params and state \(they hold mean float32\[4\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"batch_norm: no 'scale' in params and state \(they hold mean float32\[4\]",
+    ):
         net.apply({}, X, state=state_of(net, X))

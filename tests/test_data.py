@@ -1,4 +1,6 @@
-"""jaxnet.data: IDX files byte for byte, MNIST from files and from (local) mirrors, digits, batches, labels."""
+"""jaxnet.data: IDX files byte for byte, MNIST from files and from (local) mirrors, digits, batches,
+labels.
+"""
 
 import contextlib
 import gzip
@@ -35,25 +37,36 @@ from jaxnet.data import (
 )
 from jaxnet.data.batching import permutation
 
-mnist_module = importlib.import_module("jaxnet.data.mnist")  # the function of that name hides the module
+# The function of that name hides the module.
+mnist_module = importlib.import_module("jaxnet.data.mnist")
 digits_module = importlib.import_module("jaxnet.data.digits")
 
-# --- IDX -------------------------------------------------------------------------------------------------------------
+# --- IDX ------------------------------------------------------------------------------------------
 
 IDX_DTYPES = st.sampled_from([np.uint8, np.int8, np.int16, np.int32, np.float32, np.float64])
 SAMPLE = np.arange(6, dtype=np.int16).reshape(2, 3) - 2
-SAMPLE_BYTES = bytes.fromhex("00000b02 00000002 00000003 fffe ffff 0000 0001 0002 0003")  # by hand, from the format
+# By hand, from the format.
+SAMPLE_BYTES = bytes.fromhex("00000b02 00000002 00000003 fffe ffff 0000 0001 0002 0003")
 
 
 @settings(max_examples=100, deadline=None)
-@given(IDX_DTYPES.flatmap(lambda t: hnp.arrays(t, hnp.array_shapes(min_dims=0, min_side=0, max_side=4))), st.booleans())
+@given(
+    IDX_DTYPES.flatmap(
+        lambda t: hnp.arrays(t, hnp.array_shapes(min_dims=0, min_side=0, max_side=4))
+    ),
+    st.booleans(),
+)
 def test_idx_round_trip_is_bit_exact_for_every_dtype_and_shape(array, gzipped):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "a.idx.gz" if gzipped else "a.idx")
         write_idx(path, array)
         back = read_idx(path)
         assert os.listdir(folder) == [os.path.basename(path)]  # no temporary file is left
-    assert back.dtype == array.dtype and back.shape == array.shape and back.tobytes() == array.tobytes()
+    assert (
+        back.dtype == array.dtype
+        and back.shape == array.shape
+        and back.tobytes() == array.tobytes()
+    )
     assert back.dtype.isnative and back.flags.writeable and back.flags.c_contiguous
 
 
@@ -70,7 +83,9 @@ def test_idx_is_gzipped_by_its_content_not_by_its_name(tmp_path):
     np.testing.assert_array_equal(read_idx(str(tmp_path / "plain.gz")), SAMPLE)
 
 
-@pytest.mark.parametrize("view", [SAMPLE.T, SAMPLE[::-1], SAMPLE.astype(">i2"), SAMPLE.astype("<i2")])
+@pytest.mark.parametrize(
+    "view", [SAMPLE.T, SAMPLE[::-1], SAMPLE.astype(">i2"), SAMPLE.astype("<i2")]
+)
 def test_idx_writes_any_layout_and_byte_order_and_leaves_the_array_alone(tmp_path, view):
     before = view.copy()
     write_idx(tmp_path / "a", view)
@@ -99,7 +114,9 @@ def test_idx_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monke
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.float16, bool, "U3", "M8[s]"])
 def test_idx_refuses_dtypes_it_cannot_hold(tmp_path, dtype):
-    with pytest.raises(TypeError, match=r"a\.idx: IDX holds uint8, int8, .*float64, got .*; cast first"):
+    with pytest.raises(
+        TypeError, match=r"a\.idx: IDX holds uint8, int8, .*float64, got .*; cast first"
+    ):
         write_idx(tmp_path / "a.idx", np.zeros(2, dtype))
     assert not os.listdir(tmp_path)
 
@@ -114,12 +131,16 @@ def test_idx_every_truncation_is_one_error(tmp_path, pack):
     whole, path = pack(SAMPLE_BYTES), tmp_path / "cut.idx"
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"cut\.idx: expected .*, got .*: fetch or write it again"):
+        with pytest.raises(
+            ValueError, match=r"cut\.idx: expected .*, got .*: fetch or write it again"
+        ):
             read_idx(path)
 
 
 def test_idx_every_bit_flip_of_the_header_is_an_error(tmp_path):
-    """With one exception in the format itself: int8 and uint8 differ by a bit, and there is no checksum."""
+    """With one exception in the format itself: int8 and uint8 differ by a bit, and there is no
+    checksum.
+    """
     data = struct.pack(">BBBBII", 0, 0, 8, 2, 2, 3) + bytes(6)
     for bit in range(12 * 8):
         flipped = bytearray(data)
@@ -144,8 +165,9 @@ def test_idx_no_bit_flip_of_a_gzip_file_changes_what_is_read(tmp_path):
             unnoticed += 1
         except ValueError as error:
             assert "expected" in str(error) and "fetch or write it again" in str(error)
-    # RFC 1952: the time stamp, XFL and OS (6 bytes), FTEXT and the reserved flags (4 bits) do not touch the content;
-    # RFC 1951: nor do the bits that fill up the last byte of the deflate stream (7 at most)
+    # RFC 1952: the time stamp, XFL and OS (6 bytes), FTEXT and the reserved flags (4 bits) do not
+    # touch the content; RFC 1951: nor do the bits that fill up the last byte of the deflate stream
+    # (7 at most)
     assert unnoticed <= 6 * 8 + 4 + 7
 
 
@@ -155,21 +177,42 @@ def test_idx_no_bit_flip_of_a_gzip_file_changes_what_is_read(tmp_path):
         (b"", r"expected an IDX header .* got an empty file"),
         (b"<!DOCTYPE html>", r"got a file that starts with 3c 21 44 4f"),
         (bytes.fromhex("00000a01"), r"a type out of 08 09 0b 0c 0d 0e.* starts with 00 00 0a 01"),
-        (bytes.fromhex("00000803 00000001"), r"expected 3 sizes of 4 bytes in the header, got 4 bytes"),
-        (SAMPLE_BYTES + b"\0", r"expected 12 bytes of elements \(int16 of shape \(2, 3\).*, got more than that"),
+        (
+            bytes.fromhex("00000803 00000001"),
+            r"expected 3 sizes of 4 bytes in the header, got 4 bytes",
+        ),
+        (
+            SAMPLE_BYTES + b"\0",
+            r"expected 12 bytes of elements \(int16 of shape \(2, 3\).*, got more than that",
+        ),
         (SAMPLE_BYTES[:-1], r"expected 12 bytes of elements .*, got 11;"),
-        (gzip.compress(SAMPLE_BYTES + b"\0", mtime=0), r"expected 12 bytes of elements .*, got more than that"),
+        (
+            gzip.compress(SAMPLE_BYTES + b"\0", mtime=0),
+            r"expected 12 bytes of elements .*, got more than that",
+        ),
         (gzip.compress(SAMPLE_BYTES[:-1], mtime=0), r"expected 12 bytes of elements .*, got 11;"),
         (gzip.compress(b"", mtime=0), r"expected an IDX header .* got an empty file"),
         (
             gzip.compress(SAMPLE_BYTES, mtime=0) + b"x",
             r"expected a whole gzip stream, got .* do not unpack \(Not a gzipped",
         ),
-        (gzip.compress(SAMPLE_BYTES, mtime=0) + gzip.compress(b"more", mtime=0), r"got more than that"),
-        (gzip.compress(SAMPLE_BYTES, mtime=0)[:-8] + bytes(8), r"expected a whole gzip stream, .*\(CRC check failed"),
+        (
+            gzip.compress(SAMPLE_BYTES, mtime=0) + gzip.compress(b"more", mtime=0),
+            r"got more than that",
+        ),
+        (
+            gzip.compress(SAMPLE_BYTES, mtime=0)[:-8] + bytes(8),
+            r"expected a whole gzip stream, .*\(CRC check failed",
+        ),
         (b"\x1f\x8b", r"expected a whole gzip stream, got 2 bytes"),
-        (bytes.fromhex("00000841") + bytes(4 * 65), r"expected a shape that NumPy can hold, got \(0, 0"),
-        (bytes.fromhex("00000804 00000000") + b"\xff" * 12, r"expected a shape that NumPy can hold"),
+        (
+            bytes.fromhex("00000841") + bytes(4 * 65),
+            r"expected a shape that NumPy can hold, got \(0, 0",
+        ),
+        (
+            bytes.fromhex("00000804 00000000") + b"\xff" * 12,
+            r"expected a shape that NumPy can hold",
+        ),
     ],
 )
 def test_idx_says_what_is_wrong_with_a_file(tmp_path, content, message):
@@ -190,7 +233,8 @@ def test_idx_allows_the_zero_padding_that_gzip_allows(tmp_path):
         (bytes, (2**32 - 1,) * 8, r"a file that can hold at most 4,0\d\d;"),
         (gzip.compress, (10**6, 10**6), r"a file that can hold at most 4,\d\d\d,\d\d\d;"),
         (gzip.compress, (2**32 - 1,) * 8, r"a file that can hold at most 4,\d\d\d,\d\d\d;"),
-        (gzip.compress, (500_000,), r"4,000;"),  # 4 MB, which so long a gzip file could hold: unpack and see
+        # 4 MB, which so long a gzip file could hold: unpack and see.
+        (gzip.compress, (500_000,), r"4,000;"),
     ],
 )
 def test_idx_never_allocates_what_a_header_only_claims(tmp_path, pack, sizes, received):
@@ -198,9 +242,12 @@ def test_idx_never_allocates_what_a_header_only_claims(tmp_path, pack, sizes, re
     (tmp_path / "a").write_bytes(pack(header + np.random.default_rng(0).bytes(4000)))
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=rf"expected [\d,]+ bytes of elements \(float64 .*, got {received}"):
+        with pytest.raises(
+            ValueError, match=rf"expected [\d,]+ bytes of elements \(float64 .*, got {received}"
+        ):
             read_idx(tmp_path / "a")
-        assert tracemalloc.get_traced_memory()[1] < 3 << 20  # the read buffer, not the 4 MB or the 8 TB
+        # The read buffer, not the 4 MB or the 8 TB.
+        assert tracemalloc.get_traced_memory()[1] < 3 << 20
     finally:
         tracemalloc.stop()
 
@@ -210,7 +257,7 @@ def test_idx_missing_file_is_file_not_found(tmp_path):
         read_idx(tmp_path / "none.idx")
 
 
-# --- digits ----------------------------------------------------------------------------------------------------------
+# --- digits ---------------------------------------------------------------------------------------
 
 
 def test_digits_are_the_published_images_in_a_fixed_stratified_split():
@@ -221,7 +268,8 @@ def test_digits_are_the_published_images_in_a_fixed_stratified_split():
     for part in data:
         assert part.images.dtype == np.float32 and part.labels.dtype == np.int32
         assert part.images.min() == 0 and part.images.max() == 1
-        np.testing.assert_array_equal(part.images * 16, np.round(part.images * 16))  # sixteenths are exact in float32
+        # Sixteenths are exact in float32.
+        np.testing.assert_array_equal(part.images * 16, np.round(part.images * 16))
     # each class is split as its own count says
     counts = np.bincount(labels)
     assert counts.sum() == 1797
@@ -231,7 +279,8 @@ def test_digits_are_the_published_images_in_a_fixed_stratified_split():
     for part, rows in ((data.train, ~test), (data.test, test)):
         np.testing.assert_array_equal(part.images.reshape(-1, 64) * 16, pixels[rows])
         np.testing.assert_array_equal(part.labels, labels[rows])
-    # The split is part of every number measured on it: this checksum must never change. Made with NumPy 2.4.
+    # The split is part of every number measured on it: this checksum must never change. Made with
+    # NumPy 2.4.
     rows = np.nonzero(test)[0].astype("<i8")
     assert list(rows[:10]) == [6, 12, 17, 24, 30, 34, 43, 49, 51, 52]
     assert hashlib.sha256(rows.tobytes()).hexdigest() == (
@@ -250,7 +299,10 @@ def test_digits_split_follows_seed_and_fraction():
 @pytest.mark.parametrize("fraction", [0, 1, -0.5, 1.5, 0.001])
 def test_digits_refuses_a_split_with_an_empty_side(fraction):
     pytest.importorskip("sklearn")
-    with pytest.raises(ValueError, match=r"test_fraction must leave images on both sides, got .* of class 0; try 0\.2"):
+    with pytest.raises(
+        ValueError,
+        match=r"test_fraction must leave images on both sides, got .* of class 0; try 0\.2",
+    ):
         digits(test_fraction=fraction)
 
 
@@ -271,43 +323,64 @@ def test_digits_come_from_the_file_of_scikit_learn_or_else_from_its_function(mon
 def test_digits_do_not_import_scikit_learn():
     pytest.importorskip("sklearn")
     code = "import sys, jaxnet.data; jaxnet.data.digits(); print('sklearn' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "False"
+    )
 
 
 def test_digits_says_how_to_get_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"install scikit-learn, e\.g\. `pip install -e '\.\[examples\]'` in the ch"):
+    with pytest.raises(
+        ImportError,
+        match=r"install scikit-learn, e\.g\. `pip install -e '\.\[examples\]'` in the ch",
+    ):
         digits()
 
 
-# --- MNIST -----------------------------------------------------------------------------------------------------------
+# --- MNIST ----------------------------------------------------------------------------------------
 
-NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+NAMES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A folder with a set of 5 + 3 images in MNIST's four files; its checksums stand in for the real ones."""
+    """A folder with a set of 5 + 3 images in MNIST's four files; its checksums stand in for the
+    real ones.
+    """
     folder, rng = tmp_path / "published", np.random.default_rng(0)
     folder.mkdir()
     checksums = {}
     for name in NAMES:
         n = 5 if name.startswith("train") else 3
-        content = rng.integers(256, size=(n, 28, 28)) if "images" in name else rng.integers(10, size=n)
+        content = (
+            rng.integers(256, size=(n, 28, 28)) if "images" in name else rng.integers(10, size=n)
+        )
         path = folder / f"{name}.gz"
         write_idx(path, content.astype(np.uint8))
         packed = path.read_bytes()
-        checksums[name] = tuple(hashlib.sha256(data).hexdigest() for data in (packed, gzip.decompress(packed)))
+        checksums[name] = tuple(
+            hashlib.sha256(data).hexdigest() for data in (packed, gzip.decompress(packed))
+        )
     monkeypatch.setattr(mnist_module, "CHECKSUMS", checksums)
     return folder
 
 
 def assert_is_published(data, published):
     for part, prefix in ((data.train, "train"), (data.test, "t10k")):
-        np.testing.assert_array_equal(part.labels, read_idx(published / f"{prefix}-labels-idx1-ubyte.gz"))
+        np.testing.assert_array_equal(
+            part.labels, read_idx(published / f"{prefix}-labels-idx1-ubyte.gz")
+        )
         np.testing.assert_allclose(
-            part.images[..., 0] * 255, read_idx(published / f"{prefix}-images-idx3-ubyte.gz"), rtol=1e-6
+            part.images[..., 0] * 255,
+            read_idx(published / f"{prefix}-images-idx3-ubyte.gz"),
+            rtol=1e-6,
         )
         assert part.images.dtype == np.float32 and part.labels.dtype == np.int32
 
@@ -321,7 +394,8 @@ def test_real_mnist_has_the_published_numbers(real_data):
     test = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     np.testing.assert_array_equal(np.bincount(data.train.labels), train)
     np.testing.assert_array_equal(np.bincount(data.test.labels), test)
-    # the normalisation constants in PyTorch's MNIST example, (0.1307,) and (0.3081,): those of the training images
+    # the normalisation constants in PyTorch's MNIST example, (0.1307,) and (0.3081,): those of the
+    # training images
     assert round(float(data.train.images.mean(dtype=np.float64)), 4) == 0.1307
     assert round(float(data.train.images.std(dtype=np.float64)), 4) == 0.3081
     assert data.train.images.min() == 0 and data.train.images.max() == 1
@@ -367,10 +441,14 @@ def test_mnist_finds_every_spelling_packed_or_not(published, tmp_path, spelling)
 
 
 def test_mnist_lists_what_is_missing(published, tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"nowhere: .*missing {', '.join(NAMES)}; pass download=True"):
+    with pytest.raises(
+        FileNotFoundError, match=f"nowhere: .*missing {', '.join(NAMES)}; pass download=True"
+    ):
         mnist(tmp_path / "nowhere")
     (published / f"{NAMES[1]}.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=f"missing {NAMES[1]}; pass download=True, or .* from https://"):
+    with pytest.raises(
+        FileNotFoundError, match=f"missing {NAMES[1]}; pass download=True, or .* from https://"
+    ):
         mnist(published)
 
 
@@ -381,13 +459,18 @@ def test_mnist_refuses_a_wrong_file_and_leaves_it_alone(published, download):
     (published / f"{NAMES[0]}.gz").unlink()
     wrong = path.read_bytes()
     expected, received = mnist_module.CHECKSUMS[NAMES[3]][0], hashlib.sha256(wrong).hexdigest()
-    with pytest.raises(ValueError, match=f"{path.name}: expected .*{expected}.* got sha256 {received}.*move it away"):
+    with pytest.raises(
+        ValueError,
+        match=f"{path.name}: expected .*{expected}.* got sha256 {received}.*move it away",
+    ):
         mnist(published, download=download, mirrors=["http://127.0.0.1:1/"])
     assert path.read_bytes() == wrong
 
 
 class Mirror(http.server.ThreadingHTTPServer):
-    """A server for the files of a folder whose first path component says how it behaves; it counts what was asked."""
+    """A server for the files of a folder whose first path component says how it behaves; it counts
+    what was asked.
+    """
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), MirrorHandler)
@@ -475,7 +558,9 @@ def test_mnist_downloads_only_what_is_missing(mirror, published, tmp_path):
 
 
 @pytest.mark.parametrize("behaviour", ["absent", "short", "wrong", "slow", "endless", "refused"])
-def test_mnist_falls_through_a_bad_mirror_to_a_good_one(mirror, published, tmp_path, behaviour, monkeypatch):
+def test_mnist_falls_through_a_bad_mirror_to_a_good_one(
+    mirror, published, tmp_path, behaviour, monkeypatch
+):
     monkeypatch.setattr(mnist_module, "_LARGEST", 1 << 16)
     bad = refused() if behaviour == "refused" else f"{mirror.url}/{behaviour}"
     for name in NAMES[1:]:  # one file to fetch is enough: a slow mirror costs its timeout
@@ -488,10 +573,19 @@ def test_mnist_falls_through_a_bad_mirror_to_a_good_one(mirror, published, tmp_p
 def test_mnist_names_each_mirrors_reason_when_all_fail(mirror, tmp_path):
     behaviours = ("absent", "short", "wrong", "slow")
     mirrors = [*(f"{mirror.url}/{b}" for b in behaviours), refused(), "no-such-scheme://x"]
-    with pytest.raises(OSError, match=f"could not fetch {NAMES[0]}.gz from any of 6 mirrors") as caught:
+    with pytest.raises(
+        OSError, match=f"could not fetch {NAMES[0]}.gz from any of 6 mirrors"
+    ) as caught:
         mnist(tmp_path / "mine", download=True, mirrors=mirrors, timeout=0.3)
     reasons = str(caught.value).splitlines()[1:]
-    expected = ("404", "bytes", "bytes with sha256", "timed out", "urlopen error", "unknown url type")
+    expected = (
+        "404",
+        "bytes",
+        "bytes with sha256",
+        "timed out",
+        "urlopen error",
+        "unknown url type",
+    )
     for reason, url, words in zip(reasons, mirrors, expected, strict=True):
         assert url in reason and words in reason
     assert not (tmp_path / "mine").exists()  # nothing came, nothing was made
@@ -499,7 +593,9 @@ def test_mnist_names_each_mirrors_reason_when_all_fail(mirror, tmp_path):
 
 @pytest.mark.parametrize("behaviour", ["trickle", "trickling%20headers"])
 def test_mnist_gives_up_a_mirror_that_trickles(mirror, published, tmp_path, behaviour):
-    """Each byte comes within `timeout`, so that only a limit on the whole ends it: 10 MB would take a week."""
+    """Each byte comes within `timeout`, so that only a limit on the whole ends it: 10 MB would take
+    a week.
+    """
     folder, mirrors = tmp_path / "mine", [f"{mirror.url}/{behaviour}", mirror.url + "/good"]
     data = mnist(folder, download=True, mirrors=mirrors, timeout=5, time_limit=0.3)
     assert_is_published(data, published)
@@ -524,15 +620,20 @@ def test_idx_of_a_pipe_or_a_device_is_refused_at_once(tmp_path):
 
 def test_mnist_wants_a_sequence_of_mirrors(published):
     (published / f"{NAMES[0]}.gz").unlink()
-    with pytest.raises(TypeError, match=r"mirrors must be a sequence of URLs, got one string; write \['http://x'\]"):
+    with pytest.raises(
+        TypeError, match=r"mirrors must be a sequence of URLs, got one string; write \['http://x'\]"
+    ):
         mnist(published, download=True, mirrors="http://x")
 
 
 def test_mnist_mirrors_are_torchvisions():
-    assert set(MIRRORS) == {"https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"}
+    assert set(MIRRORS) == {
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "http://yann.lecun.com/exdb/mnist/",
+    }
 
 
-# --- Dataset, batches, labels ----------------------------------------------------------------------------------------
+# --- Dataset, batches, labels ---------------------------------------------------------------------
 
 
 def test_dataset_is_a_tree_of_four_arrays_and_prints_no_pixels():
@@ -541,8 +642,17 @@ def test_dataset_is_a_tree_of_four_arrays_and_prints_no_pixels():
     assert len(jax.tree.leaves(data)) == 4 and data.classes == 3
     images, labels = data.train
     assert images is part.images and labels is part.labels
-    assert repr(data).endswith("test=Split(images=float32[1, 2, 2, 1], labels=int32[1]), classes=3)")
-    for f in (lambda _: None, np.mean, np.asarray, lambda a: np.asarray(a.mean()), lambda a: a[:0], jax.numpy.asarray):
+    assert repr(data).endswith(
+        "test=Split(images=float32[1, 2, 2, 1], labels=int32[1]), classes=3)"
+    )
+    for f in (
+        lambda _: None,
+        np.mean,
+        np.asarray,
+        lambda a: np.asarray(a.mean()),
+        lambda a: a[:0],
+        jax.numpy.asarray,
+    ):
         assert repr(jax.tree.map(f, data)).startswith("Dataset(train=Split(images=")
     jax.eval_shape(lambda d: repr(d) and d, data)  # tracers print too
 
@@ -569,15 +679,21 @@ def test_batches_order_is_fixed_by_seed_and_epoch_alone():
         return np.concatenate(list(batches(np.arange(100), size, seed=seed, epochs=epochs)))
 
     three = order(32, 3, seed=5)
-    np.testing.assert_array_equal(order(7, 1, seed=5), three[:100])  # whatever the batch size and number of epochs
-    assert not np.array_equal(three[:100], three[100:200]) and not np.array_equal(three[100:200], three[200:])
+    # Whatever the batch size and number of epochs.
+    np.testing.assert_array_equal(order(7, 1, seed=5), three[:100])
+    assert not np.array_equal(three[:100], three[100:200]) and not np.array_equal(
+        three[100:200], three[200:]
+    )
     assert not np.array_equal(order(32, 1, seed=6), three[:100])
-    # a training run must not change with NumPy: made with NumPy 2.4, whose bit generators are promised to be stable
+    # a training run must not change with NumPy: made with NumPy 2.4, whose bit generators are
+    # promised to be stable
     np.testing.assert_array_equal(permutation(8, seed=0, stream=0), [6, 3, 1, 4, 5, 2, 7, 0])
 
 
 def test_permutation_is_uniform():
-    """Each value falls on each place n/k times, give or take: chi-squared, 25 cells, 99.99 % point of 16 degrees."""
+    """Each value falls on each place n/k times, give or take: chi-squared, 25 cells, 99.99 % point
+    of 16 degrees.
+    """
     k, n = 5, 4000
     counts = np.zeros((k, k))
     for stream in range(n):
@@ -597,7 +713,11 @@ def test_batches_keep_the_structure():
 @pytest.mark.parametrize(
     ("data", "kwargs", "message"),
     [
-        ({"x": np.zeros(3), "y": {"z": np.zeros(2)}}, {}, r"same leading length, got 'x' has 3, 'y/z' has 2"),
+        (
+            {"x": np.zeros(3), "y": {"z": np.zeros(2)}},
+            {},
+            r"same leading length, got 'x' has 3, 'y/z' has 2",
+        ),
         (Split(np.zeros(3), np.zeros(2)), {}, r"'images' has 3, 'labels' has 2"),
         (np.zeros((0, 3)), {}, r"at least one row, got leaves of length 0"),
         ({}, {}, r"at least one row, got no arrays at all"),
@@ -624,7 +744,11 @@ def test_check_labels_passes_labels_in_range(labels):
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        ([0, 1, 10, -1], ValueError, r"within 0\.\.9, got 10 at index 2 \(2 of 4 are outside\); renumber"),
+        (
+            [0, 1, 10, -1],
+            ValueError,
+            r"within 0\.\.9, got 10 at index 2 \(2 of 4 are outside\); renumber",
+        ),
         ([-1, 3], ValueError, r"within 0\.\.9, got -1 at index 0 \(1 of 2"),
         ([[0, 1], [2, 99]], ValueError, r"got 99 at index \(1, 1\) \(1 of 4"),
         (np.array([2**64 - 1], np.uint64), ValueError, r"got 18446744073709551615 at index 0"),
@@ -634,7 +758,9 @@ def test_check_labels_passes_labels_in_range(labels):
     ],
 )
 def test_check_labels_names_the_first_bad_one(labels, error, message):
-    with pytest.raises(error, match="check_labels: labels must be .*" + message.replace("labels must be ", "")):
+    with pytest.raises(
+        error, match="check_labels: labels must be .*" + message.replace("labels must be ", "")
+    ):
         check_labels(labels, 10)
 
 

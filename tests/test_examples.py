@@ -1,4 +1,6 @@
-"""The examples, with a small budget: what they claim, and that they equal the hand-written originals."""
+"""The examples, with a small budget: what they claim, and that they equal the hand-written
+originals.
+"""
 
 import importlib.util
 import pathlib
@@ -48,7 +50,10 @@ def ensemble():
 @pytest.mark.parametrize("name", [path.stem for path in sorted(EXAMPLES.glob("*.py"))])
 def test_help_explains_every_option(name):
     help = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, EXAMPLES / f"{name}.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     options = re.findall(r"^  (--[\w-]+)( [A-Z]+)?(.*(?:\n {10,}.*)?)", help, re.M)
     assert options and all(text.strip() for _, _, text in options)
@@ -68,7 +73,9 @@ def sigmoid(z):
 
 
 def literal_xor(hidden, output, lr, epochs):
-    """The classic NumPy program: forward, backward by hand, plain gradient descent; also the first step's gradients."""
+    """The classic NumPy program: forward, backward by hand, plain gradient descent; also the first
+    step's gradients.
+    """
     x = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float64)
     y = np.array([[0], [1], [1], [0]], np.float64)
     hidden, output, first = hidden.copy(), output.copy(), []
@@ -89,12 +96,17 @@ def test_xor_equals_backpropagation_by_hand(xor):
         net = xor.network()
         table = jnp.asarray(xor.X, jnp.float64)
         params = net.init(jax.random.key(5), table)
-        assert jax.tree.map(jnp.shape, params) == {"hidden": {"kernel": (2, 2)}, "output": {"kernel": (2, 1)}}
+        assert jax.tree.map(jnp.shape, params) == {
+            "hidden": {"kernel": (2, 2)},
+            "output": {"kernel": (2, 1)},
+        }
         start = [np.asarray(params[name]["kernel"]) for name in ("hidden", "output")]
         assert all(np.abs(w).max() <= 1 for w in start)
 
         def loss(params):
-            return jnp.sum(jnp.square(jnp.asarray(xor.Y, jnp.float64) - net.apply(params, table))) / 2
+            return (
+                jnp.sum(jnp.square(jnp.asarray(xor.Y, jnp.float64) - net.apply(params, table))) / 2
+            )
 
         def step(_, params):
             return jaxnet.sgd(params, jax.grad(loss)(params), 0.1)
@@ -113,8 +125,12 @@ def test_xor_learns_for_the_share_of_seeds_that_others_measured(xor, capsys):
     # 20.5 % of 5,000 seeds, 75.9 % and 99.9 % of 1,000; five standard errors of 400 seeds
     for share, known in zip(shares, [0.205, 0.759, 0.999], strict=True):
         assert abs(share - known) < 5 * (known * (1 - known) / 400) ** 0.5 + 0.005
-    table = re.findall(r"^  ([01])  ([01])      ([01])       (\d\.\d+)$", capsys.readouterr().out, re.M)
-    assert len(table) == 4 and all(round(float(answer)) == int(a) ^ int(b) == int(y) for a, b, y, answer in table)
+    table = re.findall(
+        r"^  ([01])  ([01])      ([01])       (\d\.\d+)$", capsys.readouterr().out, re.M
+    )
+    assert len(table) == 4 and all(
+        round(float(answer)) == int(a) ^ int(b) == int(y) for a, b, y, answer in table
+    )
 
 
 # Edges
@@ -138,13 +154,20 @@ def test_edges_draws_kernels_before_and_after(edges, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("model, epochs, floor", [("mlp", 4, 0.85), ("convnet", 1, 0.3)])
-def test_digits_trains_saves_and_restores_in_a_new_process(digits, tmp_path, capfd, model, epochs, floor):
+def test_digits_trains_saves_and_restores_in_a_new_process(
+    digits, tmp_path, capfd, model, epochs, floor
+):
     accuracy = digits.main(model, epochs=epochs, out=str(tmp_path))
     out = capfd.readouterr().out
     assert accuracy > floor
-    assert "every prediction is identical, bit for bit" in out and f"restored {tmp_path / model}.safetensors" in out
+    assert (
+        "every prediction is identical, bit for bit" in out
+        and f"restored {tmp_path / model}.safetensors" in out
+    )
     assert (tmp_path / f"{model}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    rows = [line.split()[1:] for line in out.splitlines() if re.fullmatch(r"\s+\d( +[\d.]+){10}", line)]
+    rows = [
+        line.split()[1:] for line in out.splitlines() if re.fullmatch(r"\s+\d( +[\d.]+){10}", line)
+    ]
     confusion = np.array([[0 if cell == "." else int(cell) for cell in row] for row in rows])
     assert confusion.shape == (10, 10) and confusion.sum() == 359
     assert confusion.trace() / 359 == pytest.approx(accuracy)
@@ -154,7 +177,8 @@ def test_digits_trains_saves_and_restores_in_a_new_process(digits, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+    "number, code",
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
 )
 def test_digits_goes_on_after_an_interruption(tmp_path, number, code):
     command = [
@@ -167,7 +191,9 @@ def test_digits_goes_on_after_an_interruption(tmp_path, number, code):
         "--cache-dir",
         tmp_path / "cache",
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         while not process.stderr.readline().startswith("epoch"):
             assert process.poll() is None
@@ -177,11 +203,16 @@ def test_digits_goes_on_after_an_interruption(tmp_path, number, code):
     assert process.returncode == code and said and 0 < int(said[1]) < 120 * 22
     rest = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
     assert rest.returncode == 0 and f"goes on from step {int(said[1]):,}" in rest.stderr
-    assert "identical, bit for bit" in rest.stdout and not (tmp_path / "mlp_running.safetensors").exists()
+    assert (
+        "identical, bit for bit" in rest.stdout
+        and not (tmp_path / "mlp_running.safetensors").exists()
+    )
 
 
 def test_the_mnist_store_has_234_752_weights_and_394_biases(digits):
-    params = jax.eval_shape(digits.mlp().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32))
+    params = jax.eval_shape(
+        digits.mlp().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+    )
     kernels, biases = jaxnet.tree.split(params, "**/kernel")
     assert jaxnet.tree.count(kernels) == 784 * 256 + 256 * 128 + 128 * 10 == 234_752
     assert jaxnet.tree.count(biases) == 256 + 128 + 10 == 394
@@ -197,13 +228,19 @@ def test_digits_refuses_a_checkpoint_of_something_else(digits, tmp_path):
     "options, text",
     [
         (["--data", "nowhere"], "digits.py: nowhere: expected the four MNIST files"),
-        (["--batch-size", "5000"], "digits.py: batch_size 5000 is larger than the data, 1438 examples"),
+        (
+            ["--batch-size", "5000"],
+            "digits.py: batch_size 5000 is larger than the data, 1438 examples",
+        ),
         (["--restore", __file__], f"digits.py: {__file__}: "),
     ],
 )
 def test_digits_answers_wrong_options_in_one_line(options, text, tmp_path):
     run = subprocess.run(
-        [sys.executable, EXAMPLES / "digits.py", *options], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, EXAMPLES / "digits.py", *options],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert run.returncode == 1
     assert text in run.stderr and "Traceback" not in run.stderr
@@ -219,18 +256,28 @@ def test_digits_takes_the_mnist_files(digits, real_data, tmp_path, capfd):
 
 
 def test_calibration_error_and_likelihood_of_a_case_worked_by_hand(ensemble):
-    """Ten images at confidence 0.9 with 7 right, five at 0.5 with 4 right: ECE = (10 * 0.2 + 5 * 0.3) / 15."""
+    """Ten images at confidence 0.9 with 7 right, five at 0.5 with 4 right: ECE = (10 * 0.2 + 5 *
+    0.3) / 15.
+    """
     rest = np.eye(10)[1]
-    probabilities = np.stack([0.9 * np.eye(10)[0] + 0.1 * rest] * 10 + [0.5 * np.eye(10)[0] + 0.5 * rest] * 5)
+    probabilities = np.stack(
+        [0.9 * np.eye(10)[0] + 0.1 * rest] * 10 + [0.5 * np.eye(10)[0] + 0.5 * rest] * 5
+    )
     probabilities[10:, 0] += 1e-9  # no tie
     labels = np.array([0] * 7 + [1] * 3 + [0] * 4 + [1])
-    np.testing.assert_allclose(ensemble.calibration_error(probabilities, labels), 3.5 / 15, rtol=1e-6)
+    np.testing.assert_allclose(
+        ensemble.calibration_error(probabilities, labels), 3.5 / 15, rtol=1e-6
+    )
     likelihood = -(7 * np.log(0.9) + 3 * np.log(0.1) + 5 * np.log(0.5)) / 15
-    np.testing.assert_allclose(ensemble.negative_log_likelihood(probabilities, labels), likelihood, rtol=1e-6)
+    np.testing.assert_allclose(
+        ensemble.negative_log_likelihood(probabilities, labels), likelihood, rtol=1e-6
+    )
     assert ensemble.accuracy(probabilities, labels) == 11 / 15
     both = np.stack([probabilities, np.roll(probabilities, 1, -1)])  # a leading axis of members
     assert (
-        ensemble.calibration_error(both, labels).shape == ensemble.negative_log_likelihood(both, labels).shape == (2,)
+        ensemble.calibration_error(both, labels).shape
+        == ensemble.negative_log_likelihood(both, labels).shape
+        == (2,)
     )
 
 
@@ -255,7 +302,10 @@ def test_ensemble_compares_draws_and_saves(ensemble, tmp_path, capsys):
 
 def test_ensemble_answers_wrong_options_in_one_line(tmp_path):
     run = subprocess.run(
-        [sys.executable, EXAMPLES / "ensemble.py", "--members", "3"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, EXAMPLES / "ensemble.py", "--members", "3"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert run.returncode == 1
     assert "ensemble.py: members must be at least 4" in run.stderr and "Traceback" not in run.stderr
@@ -267,7 +317,9 @@ def test_ensemble_answers_wrong_options_in_one_line(tmp_path):
 def accuracies(digits, model, data, seeds, **settings):
     net, found = digits.MODELS[model](), []
     for seed in range(seeds):
-        result = digits.train(net, data, lr=digits.RATES[model], noise=0.1, seed=seed, progress=False, **settings)
+        result = digits.train(
+            net, data, lr=digits.RATES[model], noise=0.1, seed=seed, progress=False, **settings
+        )
         found.append(result.history[-1]["test_accuracy"])
     spread = f" ± {np.std(found, ddof=1):.2%}" if seeds > 1 else ""
     print(f"{model}: {np.mean(found):.2%}{spread} ({seeds} seeds)")
@@ -292,8 +344,14 @@ def test_what_an_ensemble_gains(ensemble, tmp_path):
     tables = [ensemble.main(seed=seed, out=str(tmp_path)) for seed in range(5)]
     for row in tables[0]:
         cells = {name: [table[row][name] for table in tables] for name in tables[0][row]}
-        print(f"{row:28}" + "".join(f"  {m} {np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for m, x in cells.items()))
-    gains = [table["median of the best quarter"]["NLL"] - table["mean of the best quarter"]["NLL"] for table in tables]
+        print(
+            f"{row:28}"
+            + "".join(f"  {m} {np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for m, x in cells.items())
+        )
+    gains = [
+        table["median of the best quarter"]["NLL"] - table["mean of the best quarter"]["NLL"]
+        for table in tables
+    ]
     assert min(gains) > 0 and np.mean([table["mean of all"]["accuracy"] for table in tables]) > 0.95
 
 
@@ -303,13 +361,28 @@ def test_digits_does_not_delete_an_interrupted_run(tmp_path):
     command = [sys.executable, str(EXAMPLES / "digits.py"), "--epochs", "1", "--out", str(tmp_path)]
     told = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert told.returncode == 1 and running.read_bytes() == b"steps of an hour"
-    assert "is of a run that was interrupted: --resume goes on from there; delete the file to begin anew" in told.stderr
+    assert (
+        "is of a run that was interrupted: --resume goes on from there; delete the file to "
+        "begin anew"
+    ) in told.stderr
     running.unlink()
     told = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
-    assert told.returncode == 0 and f"nothing to resume: there is no {running}; the run begins anew" in told.stdout
+    assert (
+        told.returncode == 0
+        and f"nothing to resume: there is no {running}; the run begins anew" in told.stdout
+    )
 
 
 def test_digits_names_its_own_flag(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "digits.py"), "--data", str(tmp_path / "none"), "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "digits.py"),
+        "--data",
+        str(tmp_path / "none"),
+        "--out",
+        str(tmp_path),
+    ]
     told = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert told.returncode == 1 and "--download" in told.stderr and "download=True" not in told.stderr
+    assert (
+        told.returncode == 1 and "--download" in told.stderr and "download=True" not in told.stderr
+    )

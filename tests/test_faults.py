@@ -2,8 +2,9 @@
 
 docs/reliability.md says what is promised, and has the figures of the tests that are marked slow.
 
-What must come back is known from how each tree was made: `tree_of(step)`, bit for bit, of a step that the fault allows.
-Failures of single calls are in test_checkpoint.py and test_checkpoint_store.py, whole training runs in test_kills.py.
+What must come back is known from how each tree was made: `tree_of(step)`, bit for bit, of a step
+that the fault allows. Failures of single calls are in test_checkpoint.py and
+test_checkpoint_store.py, whole training runs in test_kills.py.
 """
 
 import collections
@@ -66,21 +67,26 @@ def fields_of(tree):
     return tuple(map(fields_of, tree)) if isinstance(tree, tuple) else tree
 
 
-# -------------------------------------------------------------------------------------------------------- power cuts
+# --------------------------------------------------------------------------------------- power cuts
 #
-# What a disk may hold after a power cut, as POSIX allows it: of a file, what was written before its last fsync, and any
-# of four forms of the rest; of a folder, the names at its last fsync, and any subset of the changes since. This is the
-# model of ALICE (Pillai et al., OSDI 2014), without changes inside of one call other than a write that is cut in two.
+# What a disk may hold after a power cut, as POSIX allows it: of a file, what was written before its
+# last fsync, and any of four forms of the rest; of a folder, the names at its last fsync, and any
+# subset of the changes since. This is the model of ALICE (Pillai et al., OSDI 2014), without
+# changes inside of one call other than a write that is cut in two.
 
 
 class Recorder:
-    """Stands in for the functions of os that change a disk; notes what they do to the files and folders below `root`."""
+    """Stands in for the functions of os that change a disk; notes what they do to the files and
+    folders below `root`.
+    """
 
     def __init__(self, root: pathlib.Path, patch: pytest.MonkeyPatch):
         paths = [root, *sorted(root.rglob("*"))]
         self.files = [path.read_bytes() for path in paths if path.is_file()]  # by number
         self.names = {str(path): FOLDER for path in paths if path.is_dir()}
-        self.names |= {str(path): i for i, path in enumerate(path for path in paths if path.is_file())}
+        self.names |= {
+            str(path): i for i, path in enumerate(path for path in paths if path.is_file())
+        }
         self.before, self.calls = dict(self.names), []
         self.created, self.descriptors = len(self.files), {}
         self.real = {}
@@ -139,10 +145,13 @@ class Recorder:
         self.calls.append(("names", os.path.dirname(path), change))
 
 
-def disks(files: list[bytes], names: dict[str, int], calls: list[tuple]) -> Iterator[dict[str, bytes]]:
+def disks(
+    files: list[bytes], names: dict[str, int], calls: list[tuple]
+) -> Iterator[dict[str, bytes]]:
     """Every {path: content} that the model allows if the power fails right after these calls."""
     writes = collections.defaultdict(list, {i: [(0, content)] for i, content in enumerate(files)})
-    certain = collections.Counter(dict.fromkeys(writes, 1))  # how many writes of a file are on the disk
+    # How many writes of a file are on the disk.
+    certain = collections.Counter(dict.fromkeys(writes, 1))
     names, pending = dict(names), []
     for kind, *call in calls:
         if kind == "write":
@@ -160,14 +169,18 @@ def disks(files: list[bytes], names: dict[str, int], calls: list[tuple]) -> Iter
         for _, change in itertools.compress(pending, kept):
             found |= change
         folders = {path for path, number in found.items() if number == FOLDER}
-        there = {path: i for path, i in found.items() if i >= 0 and os.path.dirname(path) in folders}
+        there = {
+            path: i for path, i in found.items() if i >= 0 and os.path.dirname(path) in folders
+        }
         forms = [contents(writes[i], certain[i]) for i in there.values()]
         for chosen in itertools.product(*forms):
             yield dict(zip(there, chosen, strict=True))
 
 
 def contents(writes: list[tuple[int, bytes]], certain: int) -> list[bytes]:
-    """What a file may hold if its first `certain` writes are on the disk: none of the rest, all, the last, or half of it."""
+    """What a file may hold if its first `certain` writes are on the disk: none of the rest, all,
+    the last, or half of it.
+    """
     done, rest = writes[:certain], writes[certain:]
     if not rest:
         return [written(done)]
@@ -203,7 +216,8 @@ def step_of_store(root: pathlib.Path) -> int:
     return latest.step
 
 
-FOUND: dict[str, tuple[Callable[[pathlib.Path], int], list[int]]] = {  # how to find a mode's step; the steps it may be
+# How to find a mode's step; the steps it may be.
+FOUND: dict[str, tuple[Callable[[pathlib.Path], int], list[int]]] = {
     "fresh": (lambda root: step_of_file(root / "new" / "t"), [-1, 1]),
     "overwrite": (lambda root: step_of_file(root / "t"), [0, 1, 2]),
     "store": (step_of_store, [3, 4, 5]),
@@ -213,7 +227,9 @@ assert FOUND.keys() == SAVES.keys()
 
 
 def power_cuts(mode: str, folder: pathlib.Path, forget: str = "") -> tuple[int, int, set[int], int]:
-    """(moments, different disks, steps found, how many were lost); `forget`: a kind of call left out of the record."""
+    """(moments, different disks, steps found, how many were lost); `forget`: a kind of call left
+    out of the record.
+    """
     find, allowed = FOUND[mode]
     before(mode, root := folder / mode)
     with pytest.MonkeyPatch.context() as patch:
@@ -251,11 +267,13 @@ def test_a_power_cut_at_any_moment_loses_nothing(mode, tmp_path):
 @pytest.mark.parametrize("mode", SAVES)
 @pytest.mark.parametrize("call", ["fsync", "fsync folder"])
 def test_the_model_notices_a_missing_fsync(call, mode, tmp_path):
-    """The same saves lose something if their fsyncs are ignored: else the test above would prove nothing."""
+    """The same saves lose something if their fsyncs are ignored: else the test above would prove
+    nothing.
+    """
     assert power_cuts(mode, tmp_path, forget=call)[3] > 0
 
 
-# -------------------------------------------------------------------------------------------------------------- kills
+# -------------------------------------------------------------------------------------------- kills
 
 
 def test_a_kill_at_any_moment_leaves_the_old_checkpoints_or_the_new_one(tmp_path):
@@ -263,7 +281,9 @@ def test_a_kill_at_any_moment_leaves_the_old_checkpoints_or_the_new_one(tmp_path
     for mode in SAVES:
         before(mode, tmp_path / "before" / mode)
     script = HERE / "saves_to_be_killed.py"
-    done = subprocess.run([sys.executable, script, tmp_path, "8"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "8"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     shutil.rmtree(tmp_path / "before")
     outcomes, kills = collections.defaultdict(set), collections.Counter()
@@ -276,7 +296,8 @@ def test_a_kill_at_any_moment_leaves_the_old_checkpoints_or_the_new_one(tmp_path
         outcomes[mode].add(FOUND[mode][0](root))
         saved_again(mode, root)
         left = [path.name for path in root.rglob("*") if path.is_file()]
-        assert all(name == "t" or name.endswith(".safetensors") for name in left)  # what the dead left has been swept
+        # What the dead left has been swept.
+        assert all(name == "t" or name.endswith(".safetensors") for name in left)
     assert outcomes == {mode: set(steps) for mode, (_, steps) in FOUND.items()}
     kills.subtract(SAVES.keys())  # the last child of each mode was not killed
     print(f"\nkills: {dict(kills)}, none lost")
@@ -304,7 +325,7 @@ def check_random_kill(root):
         assert best and best.step == min(latest.step, 5)
 
 
-# ------------------------------------------------------------------------------------------------- writers at once
+# ---------------------------------------------------------------------------------- writers at once
 
 WRITERS = """
 import os, sys
@@ -328,16 +349,19 @@ for i in range(20):
 
 
 def test_of_two_processes_one_wins_and_nothing_is_mixed(tmp_path):
-    done = subprocess.run([sys.executable, "-c", WRITERS, tmp_path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", WRITERS, tmp_path], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(tmp_path), key=int) == [str(i) for i in range(20)]  # and no temporary files
+    # And no temporary files.
+    assert sorted(os.listdir(tmp_path), key=int) == [str(i) for i in range(20)]
     for path in tmp_path.iterdir():
         tree = load(path)
         assert tree["y"] in ([0, 0, 0], [1, 1, 1])
         np.testing.assert_array_equal(tree["x"], np.full(200_000, tree["y"][0]))
 
 
-# ------------------------------------------------------------------------------------------------------- a full disk
+# -------------------------------------------------------------------------------------- a full disk
 
 FULL = """
 import os, resource, shutil, sys
@@ -367,16 +391,20 @@ def test_at_a_limit_of_the_system_saving_is_an_error_and_the_old_stays(tmp_path)
     (tmp_path / "before").mkdir()
     for mode in SAVES:
         before(mode, tmp_path / "before" / mode)
-    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.split() == [str(errno.EFBIG)] * 12, done.stderr
     for mode in ("overwrite", "store", "asynchronous"):
         expected = sorted(os.listdir(tmp_path / "before" / mode))
         for limit in (0, 1, 300, 4096):
             root = tmp_path / f"{mode}-{limit}"
-            assert sorted(os.listdir(root)) == expected and FOUND[mode][0](root) == min(FOUND[mode][1])
+            assert sorted(os.listdir(root)) == expected and FOUND[mode][0](root) == min(
+                FOUND[mode][1]
+            )
 
 
-# ----------------------------------------------------------------------------------------- damaged and hostile files
+# ------------------------------------------------------------------------ damaged and hostile files
 
 
 def peak(read: Callable[[], Any]) -> int:
@@ -391,7 +419,9 @@ def peak(read: Callable[[], Any]) -> int:
 
 
 def damaged(path: pathlib.Path, tree: Any, count: int, seed: int) -> dict[str, float]:
-    """Load a tree's file after random damages: each must be a CheckpointError. Returns how many, and the worst costs."""
+    """Load a tree's file after random damages: each must be a CheckpointError. Returns how many,
+    and the worst costs.
+    """
     save(path, tree, metadata={"a": 1})
     data, bad = path.read_bytes(), path.with_name("bad")
     number, seconds, most = 0, 0.0, 0
@@ -406,7 +436,12 @@ def damaged(path: pathlib.Path, tree: Any, count: int, seed: int) -> dict[str, f
         start = time.perf_counter()
         most = max(most, peak(read))
         seconds = max(seconds, time.perf_counter() - start)
-    return {"damages": number, "file's bytes": len(data), "most bytes": most, "slowest, s": round(seconds, 3)}
+    return {
+        "damages": number,
+        "file's bytes": len(data),
+        "most bytes": most,
+        "slowest, s": round(seconds, 3),
+    }
 
 
 def test_damage_never_costs_much_memory(tmp_path):
@@ -421,7 +456,8 @@ def test_ten_thousand_damages(tmp_path):
         figures = damaged(tmp_path / "t", tree, 6000, seed=8)
         print(f"\n{name} tree: {figures}; 0 silent, all CheckpointError")
         total += figures["damages"]
-        assert figures["most bytes"] < 2 * figures["file's bytes"] + 500_000  # errors and the header's JSON as objects
+        # Errors and the header's JSON as objects.
+        assert figures["most bytes"] < 2 * figures["file's bytes"] + 500_000
         assert figures["slowest, s"] < 10  # a hang
     assert total >= 10_000
 
@@ -434,16 +470,23 @@ def tensor(name: Any, at: int = 0) -> str:
     return f'"{name}":{{"dtype":"U8","shape":[0],"data_offsets":[{at},{at}]}}'
 
 
-LARGE: dict[str, Callable[[], bytes]] = {  # files of about 2 MB, made to be slow or to need much memory
+# Files of about 2 MB, made to be slow or to need much memory.
+LARGE: dict[str, Callable[[], bytes]] = {
     "deep lists": lambda: container(b'{"a":' + b"[" * 2_000_000),
     "deep objects": lambda: container(b'{"a":' * 400_000),
     "many lists": lambda: header_of(600_000, '{"a":[', lambda i: "[]", "]}"),
     "one name": lambda: header_of(30_000, "{", lambda i: tensor("a"), "}"),
-    "many entries, the last is wrong": lambda: header_of(30_000, "{", lambda i: tensor(i, i == 29_999), "}"),
+    "many entries, the last is wrong": lambda: header_of(
+        30_000, "{", lambda i: tensor(i, i == 29_999), "}"
+    ),
     "a long name": lambda: container(b'{"' + b"a" * 2_000_000 + b'":1}'),
     "a long number": lambda: container(b'{"a":' + b"1" * 2_000_000 + b"}"),
-    "long paths": lambda: header_of(8_000, "{", lambda i: tensor(f"{i}" + "/a" * 98, i == 7_999), "}"),
-    "many axes": lambda: container(b'{"a":{"dtype":"U8","shape":[' + b"1," * 1_000_000 + b'1],"data_offsets":[0,1]}}'),
+    "long paths": lambda: header_of(
+        8_000, "{", lambda i: tensor(f"{i}" + "/a" * 98, i == 7_999), "}"
+    ),
+    "many axes": lambda: container(
+        b'{"a":{"dtype":"U8","shape":[' + b"1," * 1_000_000 + b'1],"data_offsets":[0,1]}}'
+    ),
     "a long integer": lambda: forge(["list", [["int", "0x" + "f" * 2_000_000], ["int", 1]]]),
     "a long text": lambda: forge(["list", [["str", "a" * 2_000_000], ["str", 1]]]),
     "many nodes": lambda: forge(["list", [*[["none", None]] * 80_000, ["none", 1]]]),
@@ -453,15 +496,20 @@ LARGE: dict[str, Callable[[], bytes]] = {  # files of about 2 MB, made to be slo
     "keys of one hash, in many dicts": lambda: forge(
         [
             "list",
-            [["dict", [[["int", hex(i * (2**61 - 1))], ["none", None]] for i in range(100)]]] * 400 + [["none", 1]],
+            [["dict", [[["int", hex(i * (2**61 - 1))], ["none", None]] for i in range(100)]]] * 400
+            + [["none", 1]],
         ]
     ),
-    "many keys": lambda: forge(["dict", [*[[["int", hex(i)], ["none", None]] for i in range(40_000)], [1, 1]]]),
+    "many keys": lambda: forge(
+        ["dict", [*[[["int", hex(i)], ["none", None]] for i in range(40_000)], [1, 1]]]
+    ),
 }
 
 
 def test_hostile_files_are_refused_within_a_second_and_100_megabytes(tmp_path):
-    """Seconds of the CPU, since the machine may be busy; what a reader needs grows with the file."""
+    """Seconds of the CPU, since the machine may be busy; what a reader needs grows with the
+    file.
+    """
     files = {name: data for name, (data, _) in (HOSTILE | FORGED).items()} | LARGE
     costs = {}
     for name, data in files.items():
@@ -479,7 +527,10 @@ def test_hostile_files_are_refused_within_a_second_and_100_megabytes(tmp_path):
         costs[name] = min(seconds), peak(refused)
     slowest, largest = (max(costs, key=lambda name, i=i: costs[name][i]) for i in range(2))
     seconds, size = costs[slowest][0], costs[largest][1]
-    print(f"\n{len(files)} hostile files: at most {seconds:.2f} s ({slowest}) and {size / 1e6:.0f} MB ({largest})")
+    print(
+        f"\n{len(files)} hostile files: at most {seconds:.2f} s ({slowest}) and {size / 1e6:.0f} "
+        f"MB ({largest})"
+    )
     assert seconds < 5 and size < 100e6  # 0.65 s on a machine that does nothing else
 
 
@@ -489,21 +540,31 @@ def test_names_like_paths_name_leaves_and_no_files(tmp_path):
     (tmp_path / "in" / "f").write_bytes(
         container(f"{{{','.join(tensor(json.dumps(n)[1:-1]) for n in names)}}}".encode())
     )
-    assert set(load(tmp_path / "in" / "f")) == {*names}  # ".." is a leaf and would be a folder too: no name is split
+    # ".." is a leaf and would be a folder too: no name is split.
+    assert set(load(tmp_path / "in" / "f")) == {*names}
     save(tmp_path / "in" / "f", {name: np.ones(1) for name in names})
     assert list(load(tmp_path / "in" / "f")) == names
-    assert [path.name for path in tmp_path.rglob("*")] == ["in", "f"]  # nothing has been written anywhere else
+    # Nothing has been written anywhere else.
+    assert [path.name for path in tmp_path.rglob("*")] == ["in", "f"]
 
 
-# ----------------------------------------------------------------------------------------------- kinds of trees
+# ----------------------------------------------------------------------------------- kinds of trees
 
 W = np.arange(6, dtype=np.float32).reshape(2, 3)
 ADAM = optax.adamw(1e-3).init({"w": jnp.ones(2)})
-# kind -> what is saved and, if that is not the same, what comes back without and with the tree itself as a template.
+# kind -> what is saved and, if that is not the same, what comes back without and with the tree
+# itself as a template.
 KINDS: dict[str, tuple[Any, ...]] = {
     **{f"NumPy {name}": (values(dtype),) for name, dtype in DTYPES.items()},
-    **{f"JAX {name}": (jax.device_put(values(dtype)),) for name, dtype in DTYPES.items() if name not in NOT_IN_JAX},
-    **{f"keys {impl}": (jax.random.key(1, impl=impl),) for impl in ("threefry2x32", "rbg", "unsafe_rbg")},
+    **{
+        f"JAX {name}": (jax.device_put(values(dtype)),)
+        for name, dtype in DTYPES.items()
+        if name not in NOT_IN_JAX
+    },
+    **{
+        f"keys {impl}": (jax.random.key(1, impl=impl),)
+        for impl in ("threefry2x32", "rbg", "unsafe_rbg")
+    },
     "array of keys": (jax.random.split(jax.random.key(0), (2, 3)),),
     "0-d": (np.array(5.0),),
     "0-d of JAX": (jnp.float32(5),),
@@ -531,7 +592,11 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "list": ([W, [1, W]],),
     "tuple": ((W, (1, W)),),
     "OrderedDict": (collections.OrderedDict(b=W, a=1),),
-    "defaultdict": (collections.defaultdict(list, a=1), {"a": 1}, collections.defaultdict(list, a=1)),
+    "defaultdict": (
+        collections.defaultdict(list, a=1),
+        {"a": 1},
+        collections.defaultdict(list, a=1),
+    ),
     "int keys": ({3: W, -1: 1},),
     "float, bool, bytes, None as keys": ([{0.5: 1}, {True: 1}, {b"x": 1}, {None: 1}],),
     "tuples as keys": ({(0, "a"): W},),

@@ -1,4 +1,6 @@
-"""The host loop: the numbers of `train_steps`, whatever it is asked to show, keep, save and survive."""
+"""The host loop: the numbers of `train_steps`, whatever it is asked to show, keep, save and
+survive.
+"""
 
 import csv
 import json
@@ -51,10 +53,14 @@ def fitted(loss=mean_square, optimizer: Any = 0.05, data=None, start=None, **cha
 
 
 def counting(n=10, **settings):
-    """A run whose parameter is the number of its steps, each one call of its own: what the host does is all there is."""
+    """A run whose parameter is the number of its steps, each one call of its own: what the host
+    does is all there is.
+    """
 
     def step(state, batch):
-        return state._replace(params=state.params + 1, step=state.step + 1), {"loss": 100 - state.params}
+        return state._replace(params=state.params + 1, step=state.step + 1), {
+            "loss": 100 - state.params
+        }
 
     start = TrainState(jnp.float32(0), {}, (), key0(), jnp.int32(0))
     settings = {
@@ -68,7 +74,9 @@ def counting(n=10, **settings):
 
 def same_bits(a, b):
     def bits(leaf):
-        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        return (
+            jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        )
 
     chex.assert_trees_all_equal(jax.tree.map(bits, a), jax.tree.map(bits, b))
 
@@ -83,8 +91,13 @@ def test_fit_is_train_steps_and_leaves_the_callers_arrays_alone():
     again = start._replace(key=key0())
     state, metrics = jax.jit(train_steps(train_step(mean_square, 0.05), 4, 9))(again, data)
     chex.assert_trees_all_close(result.train_state.params, state.params, rtol=1e-6)
-    np.testing.assert_allclose([r["loss"] for r in result.history], metrics["loss"].reshape(3, 3).mean(1), rtol=1e-5)
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(start)) and result.train_state.step == 9
+    np.testing.assert_allclose(
+        [r["loss"] for r in result.history], metrics["loss"].reshape(3, 3).mean(1), rtol=1e-5
+    )
+    assert (
+        not any(leaf.is_deleted() for leaf in jax.tree.leaves(start))
+        and result.train_state.step == 9
+    )
     assert result.stopped is None and result.exit_code == 0 and len(result.compiled) == 1
 
 
@@ -94,7 +107,9 @@ def test_the_same_key_gives_the_same_run_bit_for_bit():
 
 def test_fit_learns_a_linear_map():
     result = fitted(epochs=300, optimizer=0.1)
-    np.testing.assert_allclose(result.train_state.params["kernel"][:, 0], [1.0, -2.0, 0.5], atol=1e-3)
+    np.testing.assert_allclose(
+        result.train_state.params["kernel"][:, 0], [1.0, -2.0, 0.5], atol=1e-3
+    )
 
 
 def test_steps_and_epochs_say_the_same():
@@ -130,10 +145,14 @@ def test_a_train_state_on_several_devices_stays_there():
 
 def test_the_history_is_plain_numbers():
     history = fitted(evaluate=lambda state: {"test_loss": jnp.float32(0.5)}).history
-    assert [record["step"] for record in history] == [3, 6, 9] and [record["epoch"] for record in history] == [1, 2, 3]
+    assert [record["step"] for record in history] == [3, 6, 9] and [
+        record["epoch"] for record in history
+    ] == [1, 2, 3]
     assert json.loads(json.dumps(history)) == history
     assert history[0]["test_loss"] == 0.5 and history[0]["samples_per_second"] > 0
-    assert [record["seconds"] for record in history] == sorted(record["seconds"] for record in history)
+    assert [record["seconds"] for record in history] == sorted(
+        record["seconds"] for record in history
+    )
 
 
 @pytest.mark.parametrize("every, steps", [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (100, [7])])
@@ -151,8 +170,10 @@ def test_a_record_is_the_mean_of_its_steps():
 def test_by_default_a_record_is_about_100_steps_and_divides_the_epoch():
     sizes = {n: default_record_every(n, 10 * n) for n in [*range(1, 400), 468, 600, 60_000]}
     assert all(n % size == 0 for n, size in sizes.items())
-    assert sizes[468] == 117 and sizes[60_000] == 100 * 6 and sizes[22] == 22  # 600,000 steps: 1,000 records
-    assert default_record_every(999_983, 999_983) == 1000  # a prime: 100 steps would be 10,000 records
+    # 600,000 steps: 1,000 records.
+    assert sizes[468] == 117 and sizes[60_000] == 100 * 6 and sizes[22] == 22
+    # A prime: 100 steps would be 10,000 records.
+    assert default_record_every(999_983, 999_983) == 1000
     assert default_record_every(1, 10_000_000) == 10_000 and default_record_every(None, None) == 100
 
 
@@ -164,7 +185,9 @@ def test_the_history_does_not_depend_on_how_it_is_fed():
         for part in np.split(values, parts):
             if len(part):
                 history.add(len(part), {"loss": part}, len(part), 4 * len(part))
-        return [record["loss"] for record in history.records], [r["samples_per_second"] for r in history.records]
+        return [record["loss"] for record in history.records], [
+            r["samples_per_second"] for r in history.records
+        ]
 
     assert fed([3, 4, 11, 19]) == fed([]) == fed(range(1, 23))
     np.testing.assert_allclose(fed([7])[0], values[:20].reshape(4, 5).mean(1), rtol=1e-6)
@@ -219,7 +242,8 @@ def test_the_best_evaluation_is_kept():
     score = {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.0}
     result = counting(4, evaluate=lambda state: {"score": score[int(state.step)]}, best="min score")
     assert result.best is not None
-    assert (result.best.value, result.best.step, float(result.best.params)) == (1.0, 2, 2.0)  # the first of equals
+    # The first of equals.
+    assert (result.best.value, result.best.step, float(result.best.params)) == (1.0, 2, 2.0)
     assert result.train_state.params == 4
 
 
@@ -235,21 +259,30 @@ def test_the_best_evaluation_is_kept():
 )
 def test_early_stopping_counts_values_without_improvement(values, rule, patience, end):
     result = counting(
-        len(values), evaluate=lambda s: {"score": values[int(s.step) - 1]}, stop=early_stopping(rule, patience)
+        len(values),
+        evaluate=lambda s: {"score": values[int(s.step) - 1]},
+        stop=early_stopping(rule, patience),
     )
     assert result.train_state.step == end and len(result.history) == end
-    assert (result.stopped is None) == (end == len(values)) or "has not improved" in str(result.stopped)
+    assert (result.stopped is None) == (end == len(values)) or "has not improved" in str(
+        result.stopped
+    )
 
 
 def test_early_stopping_knows_its_metric():
-    with pytest.raises(KeyError, match=r"no record has 'test', on which it is to stop; there are \['epoch', 'loss'"):
+    with pytest.raises(
+        KeyError, match=r"no record has 'test', on which it is to stop; there are \['epoch', 'loss'"
+    ):
         fitted(stop=early_stopping("min test", 2))
     with pytest.raises(KeyError, match=r"no record has 'test', on which it is to stop"):
         fitted(evaluate=lambda state: {"score": 1.0}, stop=early_stopping("min test", 2))
-    early = fitted(evaluate=lambda state: {"score": 1.0}, record_every=1, stop=early_stopping("min score", 9))
+    early = fitted(
+        evaluate=lambda state: {"score": 1.0}, record_every=1, stop=early_stopping("min score", 9)
+    )
     assert len(early.history) == 9  # the first records come before the first evaluation
     with pytest.raises(
-        ValueError, match="'min' or 'max' and the name of a metric, as in 'max test_accuracy', got 'loss'"
+        ValueError,
+        match="'min' or 'max' and the name of a metric, as in 'max test_accuracy', got 'loss'",
     ):
         early_stopping("loss", 2)
     with pytest.raises(KeyError, match=r"best='min test', but `evaluate` returns \['score'\]"):
@@ -267,7 +300,11 @@ def test_a_condition_is_asked_at_the_same_steps_wherever_calls_end(monkeypatch):
 
 def test_a_run_that_a_condition_ended_stays_ended(tmp_path):
     for _ in range(2):
-        result = counting(9, stop=lambda history: history[-1]["step"] >= 4, checkpoint=tmp_path / "run.safetensors")
+        result = counting(
+            9,
+            stop=lambda history: history[-1]["step"] >= 4,
+            checkpoint=tmp_path / "run.safetensors",
+        )
         assert result.train_state.step == 4 and result.stopped == "the condition held"
 
 
@@ -287,14 +324,22 @@ def test_a_budget_of_time_ends_a_run():
 def test_a_signal_ends_the_run_with_what_there_is(number, code, tmp_path):
     before = signal.getsignal(number)
     file = tmp_path / "run.safetensors"
-    hit = counting(9, callbacks=[lambda r: r["step"] == 3 and os.kill(os.getpid(), number)], checkpoint=file)
-    assert (hit.stopped, hit.exit_code, int(hit.train_state.step)) == (signal.Signals(number).name, code, 3)
+    hit = counting(
+        9, callbacks=[lambda r: r["step"] == 3 and os.kill(os.getpid(), number)], checkpoint=file
+    )
+    assert (hit.stopped, hit.exit_code, int(hit.train_state.step)) == (
+        signal.Signals(number).name,
+        code,
+        3,
+    )
     assert signal.getsignal(number) is before
     rest = counting(9, checkpoint=file)
     assert rest.train_state.params == 9 and rest.stopped is None and len(rest.history) == 9
 
 
-@pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize(
+    "number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
 def test_a_second_signal_raises(number, error):
     def twice(record):
         os.kill(os.getpid(), number)
@@ -321,16 +366,22 @@ RESUMED = chain(dense(4), batch_norm(), dropout(0.5), dense(1))
 
 
 def resumable(checkpoint, **settings):
-    """40 steps of AdamW on a cosine schedule, with dropout, batch norm, shuffling and a padded last batch."""
+    """40 steps of AdamW on a cosine schedule, with dropout, batch norm, shuffling and a padded last
+    batch.
+    """
     data, optimizer = regression(14), optax.adamw(optax.cosine_decay_schedule(0.05, 40))
 
     def loss(params, batch, state, key):
         out, state = RESUMED.apply(params, batch[0], state=state, key=key, train=True)
         return jnp.square(out - batch[1])[:, 0], state
 
-    start = train_state(RESUMED.init(key0(), data[0]), optimizer, key0(), state=RESUMED.init_state(data[0]))
+    start = train_state(
+        RESUMED.init(key0(), data[0]), optimizer, key0(), state=RESUMED.init_state(data[0])
+    )
     settings = {"batch_size": 4, "steps": 40, "drop_last": False, "record_every": 7} | settings
-    return fit(train_step(loss, optimizer), start, data, checkpoint=checkpoint, progress=False, **settings)
+    return fit(
+        train_step(loss, optimizer), start, data, checkpoint=checkpoint, progress=False, **settings
+    )
 
 
 @pytest.fixture
@@ -338,7 +389,11 @@ def cached(tmp_path, monkeypatch):
     """Programs are compiled once for all runs in a test."""
     from jax.experimental.compilation_cache import compilation_cache
 
-    names = ["compilation_cache_dir", "persistent_cache_min_compile_time_secs", "persistent_cache_min_entry_size_bytes"]
+    names = [
+        "compilation_cache_dir",
+        "persistent_cache_min_compile_time_secs",
+        "persistent_cache_min_entry_size_bytes",
+    ]
     options = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
     compilation_cache.reset_cache()
     compile_cache(tmp_path / "cache")
@@ -348,7 +403,9 @@ def cached(tmp_path, monkeypatch):
     compilation_cache.reset_cache()
 
 
-@pytest.mark.parametrize("steps", [(1, 3, 4, 5, 7, 8, 14, 27, 39), pytest.param(range(1, 40), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "steps", [(1, 3, 4, 5, 7, 8, 14, 27, 39), pytest.param(range(1, 40), marks=pytest.mark.slow)]
+)
 def test_a_run_resumes_at_every_step_as_if_it_had_never_stopped(steps, tmp_path, cached):
     """An epoch has four steps, the last of them with half a batch; a record has seven."""
     file, kept = tmp_path / "run.safetensors", {}
@@ -364,14 +421,17 @@ def test_a_run_resumes_at_every_step_as_if_it_had_never_stopped(steps, tmp_path,
         file.write_bytes(kept[step])
         again = resumable(file, record_every=1)
         same_bits(again.train_state, whole.train_state)
-        losses = [[(r["step"], r["epoch"], r["loss"]) for r in run.history] for run in (again, whole)]
+        losses = [
+            [(r["step"], r["epoch"], r["loss"]) for r in run.history] for run in (again, whole)
+        ]
         assert losses[0] == losses[1], f"resumed after step {step}"
 
 
 def test_between_records_nothing_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(RUN, "CALL", 0.0)  # one step a call
     file, whole = tmp_path / "run.safetensors", resumable(None)
-    stopped = resumable(file, steps=17)  # a record at 14, one at the end; the third was to have seven steps
+    # A record at 14, one at the end; the third was to have seven steps.
+    stopped = resumable(file, steps=17)
     assert [record["step"] for record in stopped.history] == [7, 14, 17]
 
     def interrupt(run, *arguments, **more):
@@ -386,7 +446,9 @@ def test_between_records_nothing_is_lost(tmp_path, monkeypatch):
     assert part.stopped == "SIGINT" and 14 < part.train_state.step < 20
     rest = resumable(file)
     same_bits(rest.train_state, whole.train_state)
-    assert [(r["step"], r["loss"]) for r in rest.history] == [(r["step"], r["loss"]) for r in whole.history]
+    assert [(r["step"], r["loss"]) for r in rest.history] == [
+        (r["step"], r["loss"]) for r in whole.history
+    ]
 
 
 def test_a_finished_run_is_read_and_not_trained(tmp_path):
@@ -398,13 +460,17 @@ def test_a_finished_run_is_read_and_not_trained(tmp_path):
 
 
 @pytest.mark.parametrize("asynchronous, engine", [(False, None), (True, None), (True, "orbax")])
-def test_a_store_keeps_the_newest_and_the_best_and_passes_over_damage(tmp_path, asynchronous, engine):
+def test_a_store_keeps_the_newest_and_the_best_and_passes_over_damage(
+    tmp_path, asynchronous, engine
+):
     if engine:
         pytest.importorskip("orbax.checkpoint")
     score = {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0, 5: 4.0, 6: 4.5}
 
     def run(n):
-        with Checkpoints(tmp_path, keep=2, metric="min score", asynchronous=asynchronous, engine=engine) as store:
+        with Checkpoints(
+            tmp_path, keep=2, metric="min score", asynchronous=asynchronous, engine=engine
+        ) as store:
             return counting(
                 n, evaluate=lambda state: {"score": score[int(state.step)]}, checkpoint=store
             ), store.steps()
@@ -415,7 +481,14 @@ def test_a_store_keeps_the_newest_and_the_best_and_passes_over_damage(tmp_path, 
     newest.write_bytes(newest.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="step 4 is loaded, since others cannot be read"):
         second, steps = run(6)
-    assert second.train_state.params == 6 and [r["step"] for r in second.history] == [1, 2, 3, 4, 5, 6]
+    assert second.train_state.params == 6 and [r["step"] for r in second.history] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     assert steps == [2, 5, 6] and second.history[:4] == first.history[:4]
 
 
@@ -428,7 +501,9 @@ def test_the_checkpoint_is_an_ordinary_file(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     file = tmp_path / "run.safetensors"
     fitted(checkpoint=file)
-    with pytest.raises(ValueError, match=r"'batch_size': 4.*'batch_size': 3.*use the same data and batch size"):
+    with pytest.raises(
+        ValueError, match=r"'batch_size': 4.*'batch_size': 3.*use the same data and batch size"
+    ):
         fitted(checkpoint=file, batch_size=3)
     with pytest.raises(jaxnet.checkpoint.CheckpointError, match="kernel"):
         other = train_state(dense(2).init(key0(), regression()[0]), 0.05, key0())
@@ -494,10 +569,16 @@ def test_settings_are_checked_before_anything_starts(changes, text):
     "data, text",
     [
         ((np.zeros((0, 3)), np.zeros((0, 1))), "there are no examples"),
-        ((np.zeros((4, 3)), np.zeros((5, 1))), r"the same number of examples, got \{'0': 4, '1': 5\}"),
+        (
+            (np.zeros((4, 3)), np.zeros((5, 1))),
+            r"the same number of examples, got \{'0': 4, '1': 5\}",
+        ),
         ({"x": np.zeros((4, 3)), "y": np.float32(1)}, "'y' is a scalar"),
         ((), "there are no examples"),
-        ({"x": np.array([1, 2**40, 3, 4])}, r"'x' holds 1099511627776, which int64 can and int32 cannot"),
+        (
+            {"x": np.array([1, 2**40, 3, 4])},
+            r"'x' holds 1099511627776, which int64 can and int32 cannot",
+        ),
         (
             {"x": np.array([1, 2, 3, 2**63], np.uint64)},
             r"'x' holds 9223372036854775808, which uint64 can and uint32 cannot",
@@ -513,7 +594,12 @@ def test_small_64_bit_integers_are_welcome():
     def loss(w, batch):
         return jnp.mean(jnp.square(w - batch))
 
-    fitted(loss, data=np.arange(4, dtype=np.int64), start=train_state(jnp.float32(0), 0.1, key0()), batch_size=2)
+    fitted(
+        loss,
+        data=np.arange(4, dtype=np.int64),
+        start=train_state(jnp.float32(0), 0.1, key0()),
+        batch_size=2,
+    )
 
 
 @pytest.mark.parametrize("shapes", [((4, 1), (4,)), ((4,), (4, 1))])
@@ -532,10 +618,17 @@ def test_a_prediction_and_a_target_of_other_ranks_are_refused(shapes):
 
 def test_all_pairs_may_be_written_out_and_other_warnings_pass():
     def loss(w, batch):
-        return jnp.mean(jnp.square(w * batch[:, None] - batch[None, :])) + jnp.sum(jnp.ones((3, 4)) + jnp.ones(4))
+        return jnp.mean(jnp.square(w * batch[:, None] - batch[None, :])) + jnp.sum(
+            jnp.ones((3, 4)) + jnp.ones(4)
+        )
 
     with jax.numpy_rank_promotion("allow"):
-        fitted(loss, data=np.ones(4, np.float32), start=train_state(jnp.float32(0), 0.1, key0()), batch_size=4)
+        fitted(
+            loss,
+            data=np.ones(4, np.float32),
+            start=train_state(jnp.float32(0), 0.1, key0()),
+            batch_size=4,
+        )
 
 
 @pytest.mark.parametrize(
@@ -551,7 +644,11 @@ def test_all_pairs_may_be_written_out_and_other_warnings_pass():
             TypeError,
             r"'params' from float32\[\] to float32\[3\]; cast",
         ),
-        (lambda s, b: (s._replace(state={"n": s.step}), {}), TypeError, r"it adds \['state/n'\] and drops \[\]"),
+        (
+            lambda s, b: (s._replace(state={"n": s.step}), {}),
+            TypeError,
+            r"it adds \['state/n'\] and drops \[\]",
+        ),
         (
             lambda s, b: (s, {"confusion": jnp.ones((3, 3))}),
             ValueError,
@@ -562,23 +659,39 @@ def test_all_pairs_may_be_written_out_and_other_warnings_pass():
             ValueError,
             "metric 'epoch' has a name that every record has already",
         ),
-        (lambda s, b: (s, jnp.float32(0)), TypeError, "with a dict of metrics, got ShapeDtypeStruct"),
+        (
+            lambda s, b: (s, jnp.float32(0)),
+            TypeError,
+            "with a dict of metrics, got ShapeDtypeStruct",
+        ),
     ],
 )
 def test_a_step_that_does_not_fit_into_a_loop_is_named(step, error, text):
     with pytest.raises(error, match=text):
-        fit(step, train_state(jnp.float32(0), 0.1, key0()), jnp.zeros(4), batch_size=2, steps=3, progress=False)
+        fit(
+            step,
+            train_state(jnp.float32(0), 0.1, key0()),
+            jnp.zeros(4),
+            batch_size=2,
+            steps=3,
+            progress=False,
+        )
 
 
 def test_steps_that_are_done_already_are_named():
     done = fitted(epochs=2).train_state
     assert fitted(start=done, epochs=3).train_state.step == 9  # three epochs in all
-    with pytest.raises(ValueError, match="the train state has done 6 steps, and 6 are asked for in all; ask for more"):
+    with pytest.raises(
+        ValueError,
+        match="the train state has done 6 steps, and 6 are asked for in all; ask for more",
+    ):
         fitted(start=done._replace(key=key0()), epochs=2)
 
 
 def test_arrays_without_a_batch_size_are_named():
-    with pytest.raises(TypeError, match=r"without batch_size the data is an iterable of batches, got ndarray"):
+    with pytest.raises(
+        TypeError, match=r"without batch_size the data is an iterable of batches, got ndarray"
+    ):
         fitted(data=np.zeros(4), batch_size=None)
 
 
@@ -591,7 +704,15 @@ def test_the_step_the_parameters_and_the_operation_are_named(tmp_path):
 
     start = train_state({"a": jnp.float32(1), "b": jnp.float32(5.5)}, 1.0, key0())
     with pytest.raises(NonFiniteError) as caught:
-        fitted(loss, 1.0, jnp.zeros(40), start, batch_size=1, epochs=1, checkpoint=tmp_path / "run.safetensors")
+        fitted(
+            loss,
+            1.0,
+            jnp.zeros(40),
+            start,
+            batch_size=1,
+            epochs=1,
+            checkpoint=tmp_path / "run.safetensors",
+        )
     error = caught.value
     assert error.step == 6 and error.train_state.step == 6 and error.train_state.params["b"] == -0.5
     assert "at step 6 the loss is nan; gradients that are not finite: 'b'" in str(error)
@@ -606,41 +727,62 @@ def test_a_gradient_that_is_not_finite_is_found_under_a_finite_loss():
 
     with pytest.raises(
         NonFiniteError,
-        match=r"at step 0 the loss is finite, the update is not; gradients that are not finite: ''; it begins",
+        match=(
+            r"at step 0 the loss is finite, the update is not; gradients that are not finite: "
+            r"''; it begins"
+        ),
     ):
         fitted(loss, 1.0, jnp.zeros(4), train_state(jnp.float32(0), 1.0, key0()), batch_size=1)
 
 
 def test_labels_out_of_range_do_not_pass_for_a_loss():
     def loss(params, batch):
-        return optax.softmax_cross_entropy_with_integer_labels(params * jnp.ones((2, 3)), batch).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            params * jnp.ones((2, 3)), batch
+        ).mean()
 
     with pytest.raises(
         NonFiniteError,
-        match=r"at step 0 the loss is nan.*index 5 is out of bounds for axis 1 with size 3.*check_labels",
+        match=(
+            r"at step 0 the loss is nan.*index 5 is out of bounds for axis 1 with size "
+            r"3.*check_labels"
+        ),
     ):
-        fitted(loss, data=jnp.full(4, 5), start=train_state(jnp.float32(1), 0.1, key0()), batch_size=2)
+        fitted(
+            loss, data=jnp.full(4, 5), start=train_state(jnp.float32(1), 0.1, key0()), batch_size=2
+        )
 
 
 def test_a_step_of_ones_own_is_replayed_too():
     def step(state, batch):
-        return state._replace(params=jnp.where(state.step == 3, jnp.inf, state.params), step=state.step + 1), {}
+        return state._replace(
+            params=jnp.where(state.step == 3, jnp.inf, state.params), step=state.step + 1
+        ), {}
 
     start = train_state(jnp.float32(1), 0.1, key0())
-    with pytest.raises(NonFiniteError, match="at step 3 .*parameters that are no longer finite: ''") as caught:
+    with pytest.raises(
+        NonFiniteError, match="at step 3 .*parameters that are no longer finite: ''"
+    ) as caught:
         fit(step, start, [jnp.zeros(2)] * 10, steps=10, progress=False)
     assert caught.value.train_state.step == 3 and caught.value.train_state.params == 1
 
 
 def test_an_evaluation_that_is_no_number_is_named():
-    with pytest.raises(ValueError, match=r"what evaluate returns as 'confusion' must be a number, got shape \(3, 3\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"what evaluate returns as 'confusion' must be a number, got shape \(3, 3\)",
+    ):
         fitted(evaluate=lambda state: {"confusion": np.ones((3, 3))})
 
 
 def test_names_that_are_taken_are_refused():
-    with pytest.raises(ValueError, match=r"evaluate returns \['loss', 'step'\], names that the record has already"):
+    with pytest.raises(
+        ValueError, match=r"evaluate returns \['loss', 'step'\], names that the record has already"
+    ):
         fitted(evaluate=lambda state: {"loss": 1.0, "step": 2.0, "new": 3.0})
-    with pytest.raises(ValueError, match="a metric is called 'weight', a name that the step itself gives"):
+    with pytest.raises(
+        ValueError, match="a metric is called 'weight', a name that the step itself gives"
+    ):
         fitted(lambda params, batch: (mean_square(params, batch), {"weight": 1.0}))
 
 
@@ -659,7 +801,9 @@ def test_the_order_is_a_permutation_under_every_generator(impl):
         return state._replace(step=state.step + 1), {"row": batch[0]}
 
     start = TrainState(jnp.float32(0), {}, (), jax.random.key(0, impl=impl), jnp.int32(0))
-    history = fit(step, start, jnp.arange(12.0), batch_size=1, epochs=1, record_every=1, progress=False).history
+    history = fit(
+        step, start, jnp.arange(12.0), batch_size=1, epochs=1, record_every=1, progress=False
+    ).history
     assert sorted(record["row"] for record in history) == list(range(12))
 
 
@@ -703,7 +847,9 @@ def test_evaluation_counts_every_example_once(batch_size, kind, tmp_path):
 
 
 def test_evaluation_passes_state_to_metrics_that_name_it():
-    mean = evaluate(lambda params, batch, state: {"sum": batch + state["shift"]}, jnp.zeros(5), batch_size=2)
+    mean = evaluate(
+        lambda params, batch, state: {"sum": batch + state["shift"]}, jnp.zeros(5), batch_size=2
+    )
     assert mean(train_state({}, 0.1, key0(), state={"shift": jnp.float32(3)}))["sum"] == 3
 
 
@@ -721,7 +867,9 @@ def test_progress_is_one_plain_line_an_epoch_where_there_is_no_terminal(capsys):
     fitted(progress=None)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("compiled in ") and len(lines) == 4
-    assert re.fullmatch(r"epoch 3  step 9/9  loss [\d.e-]+  [\d,]+ samples/s  \d:\d\d in all", lines[3])
+    assert re.fullmatch(
+        r"epoch 3  step 9/9  loss [\d.e-]+  [\d,]+ samples/s  \d:\d\d in all", lines[3]
+    )
 
 
 def test_a_thousand_epochs_are_a_hundred_lines(capsys):
@@ -755,7 +903,8 @@ def test_progress_rewrites_its_line_on_a_terminal(monkeypatch):
     show.close()
     first, line, end = terminal.written.split("\r")[1:]
     assert first == "compiled in 1.2 s\n"
-    assert line == "epoch 1  step 100/200  loss 0.5  1,234 samples/s  1:00 left"  # half done after a minute
+    # Half done after a minute.
+    assert line == "epoch 1  step 100/200  loss 0.5  1,234 samples/s  1:00 left"
     assert end.endswith("\n")
 
 

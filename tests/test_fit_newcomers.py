@@ -1,4 +1,6 @@
-"""Mistakes of a first week with `fit`: no file is overwritten in silence, and each error says what to write."""
+"""Mistakes of a first week with `fit`: no file is overwritten in silence, and each error says what
+to write.
+"""
 
 import json
 import os
@@ -15,7 +17,15 @@ from jaxnet import batch_norm, chain, dense, flatten
 from jaxnet.checkpoint import CheckpointError, Checkpoints
 from jaxnet.checkpoint.format import Misfit
 from jaxnet.data import digits
-from jaxnet.train import NonFiniteError, evaluate, fit, train_state, train_step, write_csv, write_jsonl
+from jaxnet.train import (
+    NonFiniteError,
+    evaluate,
+    fit,
+    train_state,
+    train_step,
+    write_csv,
+    write_jsonl,
+)
 from jaxnet.train.identity import begins_alike, start_of
 from jaxnet.train.progress import Progress
 
@@ -23,11 +33,18 @@ from jaxnet.train.progress import Progress
 def fitted(data=None, *, optimizer=0.05, loss=mean_square, start=None, step=None, **settings):
     settings = {"batch_size": 4, "epochs": 2, "progress": False} | settings
     start = train_state(params_of(), optimizer, key0()) if start is None else start
-    return fit(step or train_step(loss, optimizer), start, regression() if data is None else data, **settings)
+    return fit(
+        step or train_step(loss, optimizer),
+        start,
+        regression() if data is None else data,
+        **settings,
+    )
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 # Records of another run
@@ -59,14 +76,20 @@ def test_records_go_on_behind_a_state_that_a_program_loaded(tmp_path):
 
 @pytest.mark.parametrize("make", [write_csv, write_jsonl])
 def test_a_resumed_run_takes_out_the_records_of_steps_that_it_does_again(make, tmp_path):
-    path, file, old = tmp_path / "history", tmp_path / "run.safetensors", tmp_path / "old.safetensors"
+    path, file, old = (
+        tmp_path / "history",
+        tmp_path / "run.safetensors",
+        tmp_path / "old.safetensors",
+    )
     fitted(record_every=1, checkpoint=file, callbacks=[make(path)])
     old.write_bytes(file.read_bytes())
     fitted(record_every=1, epochs=3, checkpoint=file, callbacks=[make(path)])
     # The file of the run as it was at step 6, and records up to step 9, as after a kill.
     fitted(record_every=1, epochs=4, checkpoint=old, callbacks=[make(path)])
     lines = path.read_text().splitlines()[make is write_csv :]
-    steps = [int(line.split(",")[0]) if make is write_csv else json.loads(line)["step"] for line in lines]
+    steps = [
+        int(line.split(",")[0]) if make is write_csv else json.loads(line)["step"] for line in lines
+    ]
     assert steps == [*range(1, 13)]
 
 
@@ -95,7 +118,10 @@ def test_a_run_that_began_with_other_parameters_is_refused(kind, tmp_path):
     place = tmp_path / "run.safetensors" if kind == "file" else Checkpoints(tmp_path / "run")
     first = fitted(checkpoint=place)
     other = NET.init(jax.random.key(2), regression()[0])
-    with pytest.raises(ValueError, match=r"began with other parameters \(another key of init\?\); name another file"):
+    with pytest.raises(
+        ValueError,
+        match=r"began with other parameters \(another key of init\?\); name another file",
+    ):
         fitted(start=train_state(other, 0.05, key0()), epochs=3, checkpoint=place)
     # The start itself, and a later state of the run, go on; so does the start once more afterwards.
     assert int(fitted(start=first.train_state, epochs=3, checkpoint=place).train_state.step) == 9
@@ -123,7 +149,8 @@ def test_a_start_is_known_by_every_leaf_to_within_rounding():
 
 
 @pytest.mark.parametrize(
-    "before, now", [(optax.adam(0.1), optax.adamw(0.1)), (optax.sgd(0.1), 0.1), (0.1, optax.sgd(0.1))]
+    "before, now",
+    [(optax.adam(0.1), optax.adamw(0.1)), (optax.sgd(0.1), 0.1), (0.1, optax.sgd(0.1))],
 )
 def test_another_optimizer_with_the_same_leaves_is_named_in_words_of_fit(before, now, tmp_path):
     for place in (tmp_path / "run.safetensors", Checkpoints(tmp_path / "run")):
@@ -134,7 +161,8 @@ def test_another_optimizer_with_the_same_leaves_is_named_in_words_of_fit(before,
             fitted(optimizer=now, checkpoint=place)
         assert "like" not in str(error.value)
     with pytest.raises(
-        ValueError, match=r"'opt' is (an empty tuple|a tuple of \d parts) there and (an empty tuple|a tuple)"
+        ValueError,
+        match=r"'opt' is (an empty tuple|a tuple of \d parts) there and (an empty tuple|a tuple)",
     ):
         train_step(mean_square, now)(train_state(params_of(), before, key0()), regression())
 
@@ -149,8 +177,12 @@ def test_two_programs_do_not_replace_the_checkpoint_of_each_other(tmp_path):
             taken.append(file.read_bytes())
 
     taken = []
-    with pytest.raises(CheckpointError, match="another program writes this checkpoint.*a file of its own") as error:
-        fitted(checkpoint=file, epochs=4, record_every=1, save_every=1e-9, callbacks=[other_program])
+    with pytest.raises(
+        CheckpointError, match="another program writes this checkpoint.*a file of its own"
+    ) as error:
+        fitted(
+            checkpoint=file, epochs=4, record_every=1, save_every=1e-9, callbacks=[other_program]
+        )
     assert file.read_bytes() == taken[-1]
     step = int(error.value.train_state.step)  # pyright: ignore[reportAttributeAccessIssue]
     assert step >= 7
@@ -171,7 +203,14 @@ def test_a_checkpoint_that_was_touched_copied_or_deleted_is_still_that_of_the_ru
         if record["step"] == 6:
             file.unlink()
 
-    run = fitted(checkpoint=file, epochs=4, record_every=1, save_every=1e-9, callbacks=[change], stop=lambda h: False)
+    run = fitted(
+        checkpoint=file,
+        epochs=4,
+        record_every=1,
+        save_every=1e-9,
+        callbacks=[change],
+        stop=lambda h: False,
+    )
     assert int(run.train_state.step) == 12 and int(jaxnet.load(file)["train_state"]["step"]) == 12
 
 
@@ -201,7 +240,9 @@ def test_nan_is_no_best():
 
 def test_a_result_is_one_line():
     run = fitted(best="min x", evaluate=lambda state: {"x": 0.5})
-    assert repr(run) == f"Result(step=6, records={len(run.history)}, best=0.5 at step 3, stopped=None)"
+    assert (
+        repr(run) == f"Result(step=6, records={len(run.history)}, best=0.5 at step 3, stopped=None)"
+    )
 
 
 # Words
@@ -223,7 +264,9 @@ def without_state(params, batch):
 
 
 def of_images(params, batch):
-    return optax.softmax_cross_entropy_with_integer_labels(TEN.apply(params, batch.images), batch.labels)
+    return optax.softmax_cross_entropy_with_integer_labels(
+        TEN.apply(params, batch.images), batch.labels
+    )
 
 
 def of_digits(data, **settings):
@@ -234,16 +277,23 @@ def of_digits(data, **settings):
 @pytest.mark.parametrize("loss", [with_state, without_state])
 def test_a_forgotten_state_is_named_with_its_place(loss):
     start = train_state(NORM.init(key0(), X), 0.1, key0())
-    with pytest.raises(ValueError, match=r"train_state\(params, optimizer, key, state=net.init_state\(x\)\)"):
+    with pytest.raises(
+        ValueError, match=r"train_state\(params, optimizer, key, state=net.init_state\(x\)\)"
+    ):
         fitted(loss=loss, start=start)
-    with pytest.raises(ValueError, match=r"train_state\(params, optimizer, key, state=net.init_state\(x\)\)"):
-        evaluate(lambda params, batch, state: {"x": with_state(params, batch, state)[0]}, (X, Y))(start)
+    with pytest.raises(
+        ValueError, match=r"train_state\(params, optimizer, key, state=net.init_state\(x\)\)"
+    ):
+        evaluate(lambda params, batch, state: {"x": with_state(params, batch, state)[0]}, (X, Y))(
+            start
+        )
 
 
 def test_an_evaluation_that_returns_an_array_is_told_what_to_write():
     test = evaluate(lambda params, batch: NET.apply(params, batch[0]), (X, Y))
     with pytest.raises(
-        TypeError, match=r"must return a dict of values by name, got float32\[12, 1\]; write .*'test_loss'"
+        TypeError,
+        match=r"must return a dict of values by name, got float32\[12, 1\]; write .*'test_loss'",
     ):
         fitted(evaluate=test)
 
@@ -259,12 +309,21 @@ def test_functions_of_parameters_are_told_that_they_get_the_train_state():
         lambda params: {"x": NET.apply(params, X).mean()},
         lambda params: {"x": list(params.items())[0][1].mean()},
     ):
-        refused(r"evaluate receives the train state.*`state.params`.*`evaluate\(test, data\)`", evaluate=f)
+        refused(
+            r"evaluate receives the train state.*`state.params`.*`evaluate\(test, data\)`",
+            evaluate=f,
+        )
     told = refused("tuple indices", evaluate=lambda params: {"x": params["kernel"].mean()})
     assert "evaluate receives the train state: use `state.params`" in told
     refused(r"cannot be called with one argument; evaluate\(test, data\)", evaluate=mean_square)
-    refused(r"step receives the train state.* train_step\(loss, optimizer\) makes a step", step=mean_square)
-    refused(r"returns \(train_state, metrics\), got a ShapeDtypeStruct; train_step", step=lambda s, b: jnp.float32(0))
+    refused(
+        r"step receives the train state.* train_step\(loss, optimizer\) makes a step",
+        step=mean_square,
+    )
+    refused(
+        r"returns \(train_state, metrics\), got a ShapeDtypeStruct; train_step",
+        step=lambda s, b: jnp.float32(0),
+    )
     # A mistake in a step or an evaluation of one's own keeps its own words.
     with pytest.raises(AttributeError, match="no attribute 'parms'"):
         fitted(evaluate=lambda state: {"x": state.parms})
@@ -282,12 +341,15 @@ def test_an_index_out_of_range_is_no_matter_of_the_learning_rate():
 
 
 @pytest.mark.parametrize(
-    "form, text", [(tuple, "a tuple of 2: float32["), (lambda d: d._asdict(), "a dict with 'images': fl")]
+    "form, text",
+    [(tuple, "a tuple of 2: float32["), (lambda d: d._asdict(), "a dict with 'images': fl")],
 )
 def test_a_batch_of_another_form_is_described(form, text):
     for call in (
         lambda: of_digits(form(DATA.train)),
-        lambda: evaluate(lambda p, b: {"x": b.images.mean()}, form(DATA.test))(train_state(params_of(), 0.1, key0())),
+        lambda: evaluate(lambda p, b: {"x": b.images.mean()}, form(DATA.test))(
+            train_state(params_of(), 0.1, key0())
+        ),
     ):
         with pytest.raises(AttributeError) as error:
             call()
@@ -304,7 +366,9 @@ def test_a_generator_function_is_called_with_the_number_of_the_pass():
 
 def test_the_arguments_of_evaluate_in_the_other_order():
     for data in (DATA.test, (X, Y), X):
-        with pytest.raises(TypeError, match=r"the function comes first: evaluate\(metrics, data\)") as error:
+        with pytest.raises(
+            TypeError, match=r"the function comes first: evaluate\(metrics, data\)"
+        ) as error:
             evaluate(data, lambda params, batch: {})  # pyright: ignore[reportArgumentType]
         assert len(str(error.value)) < 300
 
@@ -328,7 +392,9 @@ class Terminal:
         pass
 
 
-@pytest.mark.parametrize("metric, kept", [(None, "loss 0.1235"), ("test_accuracy", "test_accuracy 0.9712")])
+@pytest.mark.parametrize(
+    "metric, kept", [(None, "loss 0.1235"), ("test_accuracy", "test_accuracy 0.9712")]
+)
 def test_a_narrow_line_keeps_whole_numbers_and_what_best_looks_at(metric, kept, monkeypatch):
     monkeypatch.setattr("sys.stderr", Terminal())
     show = Progress(1000, 200, metric=metric)
@@ -355,7 +421,10 @@ def test_a_narrow_line_keeps_whole_numbers_and_what_best_looks_at(metric, kept, 
 
 def test_behind_a_signal_only_the_last_line_of_a_call_is_written(capsys):
     show = Progress(10, 1)
-    records = [{"step": i, "epoch": i, "loss": 0.5, "samples_per_second": 1.0, "seconds": 1.0} for i in range(1, 5)]
+    records = [
+        {"step": i, "epoch": i, "loss": 0.5, "samples_per_second": 1.0, "seconds": 1.0}
+        for i in range(1, 5)
+    ]
     show(records[0], last=False)
     show.ending = True
     for i in (1, 2, 3):
@@ -364,7 +433,9 @@ def test_behind_a_signal_only_the_last_line_of_a_call_is_written(capsys):
 
 
 def test_the_loading_of_a_program_is_no_training(monkeypatch):
-    """The first call takes 1 s with 1 step, all others 0.1 s: 0.1 s per step of the second call are training."""
+    """The first call takes 1 s with 1 step, all others 0.1 s: 0.1 s per step of the second call are
+    training.
+    """
     from jaxnet.train import clock
 
     laps = iter([0.0, 1.0])

@@ -1,4 +1,6 @@
-"""What makes a run the same run: what a checkpoint remembers, refuses and says; and what grows or is counted in it."""
+"""What makes a run the same run: what a checkpoint remembers, refuses and says; and what grows or
+is counted in it.
+"""
 
 import contextlib
 import json
@@ -34,7 +36,13 @@ def fitted(
 ):
     settings = {"batch_size": 4, "epochs": 3, "progress": None} | settings
     start = train_state(params_of(), rate, jax.random.key(key)) if start is None else start
-    return fit(train_step(loss, rate), start, regression() if data is None else data, checkpoint=file, **settings)
+    return fit(
+        train_step(loss, rate),
+        start,
+        regression() if data is None else data,
+        checkpoint=file,
+        **settings,
+    )
 
 
 def bits(tree):
@@ -72,7 +80,9 @@ def test_a_run_with_another_key_order_or_data_is_refused(file, changes, text):
     before = file.read_bytes()
     with pytest.raises(ValueError, match=text) as caught:
         fitted(file, epochs=5, **{"drop_last": True} | changes)
-    assert "name another file, or delete this one" in str(caught.value) and file.read_bytes() == before
+    assert (
+        "name another file, or delete this one" in str(caught.value) and file.read_bytes() == before
+    )
 
 
 def test_one_other_row_in_the_middle_is_other_data(file):
@@ -99,7 +109,9 @@ def test_a_few_rows_of_an_array_on_disk_tell_it_from_another(tmp_path, file):
     def run(values, steps):
         start = TrainState(jnp.float32(0), {}, (), key0(), jnp.int32(0))
         step = lambda s, b: (s._replace(params=s.params + b.sum(), step=s.step + 1), {})  # noqa: E731
-        return fit(step, start, on_disk(values), batch_size=4, steps=steps, checkpoint=file, progress=False)
+        return fit(
+            step, start, on_disk(values), batch_size=4, steps=steps, checkpoint=file, progress=False
+        )
 
     values = np.arange(40, dtype=np.float32)
     run(values, 5)
@@ -110,9 +122,13 @@ def test_a_few_rows_of_an_array_on_disk_tell_it_from_another(tmp_path, file):
 
 def test_learning_rate_epochs_and_evaluation_may_change_and_are_told(file, capsys):
     fitted(file)
-    result = fitted(file, rate=0.01, epochs=5, evaluate=lambda state: {"norm": optax.tree.norm(state.params)})
+    result = fitted(
+        file, rate=0.01, epochs=5, evaluate=lambda state: {"norm": optax.tree.norm(state.params)}
+    )
     told = capsys.readouterr().err
-    assert "goes on from step 9, saved in" in told and "the step is not that of the run before" in told
+    assert (
+        "goes on from step 9, saved in" in told and "the step is not that of the run before" in told
+    )
     assert result.train_state.step == 15 and len(result.evaluations) == 2
     capsys.readouterr()
     fitted(file, rate=0.01, epochs=6)
@@ -126,12 +142,15 @@ def test_a_finished_run_says_that_nothing_is_left_and_what_changed(file, capsys)
         warnings.simplefilter("error")
         fitted(file)
     assert f"{file} is at step 9 of 9: nothing left to train" in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="step 9 of 9: nothing left to train.*learning rate, loss or network"):
+    with pytest.warns(
+        UserWarning, match="step 9 of 9: nothing left to train.*learning rate, loss or network"
+    ):
         fitted(file, rate=0.5)
     with pytest.warns(UserWarning, match="learning rate, loss or network"):
         fitted(file, loss=lambda params, batch: 2 * mean_square(params, batch), progress=False)
     with pytest.raises(
-        ValueError, match=r"is at step 9 of 6: nothing left to train. To begin anew, delete it or name ano"
+        ValueError,
+        match=r"is at step 9 of 6: nothing left to train. To begin anew, delete it or name ano",
     ):
         fitted(file, epochs=2)
 
@@ -146,7 +165,14 @@ def test_passes_that_are_over_are_told_too(file):
 @pytest.mark.parametrize(
     "rate, width, text",
     [
-        (0.05, 2, r"of another network or optimizer: 'params/bias' is float32\[1\] in the file and float32\[2\] here"),
+        (
+            0.05,
+            2,
+            (
+                r"of another network or optimizer: 'params/bias' is float32\[1\] in the file and "
+                r"float32\[2\] here"
+            ),
+        ),
         (optax.adam(0.05), 1, "'opt/0/count' is not in the file"),
     ],
 )
@@ -172,10 +198,11 @@ def test_the_best_by_another_rule_is_looked_for_anew(file, capsys):
 def test_a_step_has_one_digest_in_every_process(tmp_path):
     """Otherwise a script that has not changed would be told that it has."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import jax, optax; from linear_regression import *;"
-        "from jaxnet.train import fit, train_state, train_step; o = optax.adamw(optax.cosine_decay_schedule(.1, 9));"
-        "fit(train_step(mean_square, o), train_state(params_of(), o, key0()), regression(), batch_size=4, epochs=3,"
-        " checkpoint=sys.argv[2])"
+        "import sys; sys.path.insert(0, sys.argv[1]); import jax, optax; from linear_regression "
+        "import *;from jaxnet.train import fit, train_state, train_step; o = "
+        "optax.adamw(optax.cosine_decay_schedule(.1, 9));fit(train_step(mean_square, o), "
+        "train_state(params_of(), o, key0()), regression(), batch_size=4, epochs=3, "
+        "checkpoint=sys.argv[2])"
     )
     for told in ("compiled in", "nothing left to train"):
         run = subprocess.run(
@@ -191,21 +218,33 @@ def test_a_step_has_one_digest_in_every_process(tmp_path):
             capture_output=True,
             text=True,
         )
-        assert run.returncode == 0 and told in run.stderr and "another" not in run.stderr.replace("name another", "")
+        assert (
+            run.returncode == 0
+            and told in run.stderr
+            and "another" not in run.stderr.replace("name another", "")
+        )
 
 
 # Promises to the bit
 
 
 def test_a_parameter_that_is_a_python_float_resumes_to_the_same_bits(file):
-    """float32 + bfloat16 is float32, but a weakly typed number beside bfloat16 computes in bfloat16."""
+    """float32 + bfloat16 is float32, but a weakly typed number beside bfloat16 computes in
+    bfloat16.
+    """
     data = jnp.asarray(regression()[0][:, 0], jnp.bfloat16)
 
     def run(steps, checkpoint):
         start = train_state({"w": 0.3, "b": jnp.asarray(0.1)}, 0.01, key0())
         loss = lambda p, x: jnp.mean(jnp.square(p["w"] * x + p["b"] - 1.7 * x))  # noqa: E731
         return fit(
-            train_step(loss, 0.01), start, data, batch_size=4, steps=steps, checkpoint=checkpoint, progress=False
+            train_step(loss, 0.01),
+            start,
+            data,
+            batch_size=4,
+            steps=steps,
+            checkpoint=checkpoint,
+            progress=False,
         )
 
     whole = run(20, None)
@@ -216,7 +255,9 @@ def test_a_parameter_that_is_a_python_float_resumes_to_the_same_bits(file):
 
 @pytest.mark.parametrize("settings", [{"steps": 2**31 + 10}, {"epochs": 2**30}, {"steps": 2**31}])
 def test_more_steps_than_the_counter_holds_are_refused(settings):
-    with pytest.raises(ValueError, match=r"int32.*2,147,483,647|2,147,483,647.*int32|less than 2\*\*31"):
+    with pytest.raises(
+        ValueError, match=r"int32.*2,147,483,647|2,147,483,647.*int32|less than 2\*\*31"
+    ):
         fitted(None, **{"epochs": None} | settings)
 
 
@@ -225,7 +266,9 @@ def test_more_steps_than_the_counter_holds_are_refused(settings):
 
 def test_the_first_save_comes_with_the_first_epoch(file):
     seen = []
-    fitted(file, callbacks=[lambda record: seen.append(file.exists())], record_every=3, save_every=1e9)
+    fitted(
+        file, callbacks=[lambda record: seen.append(file.exists())], record_every=3, save_every=1e9
+    )
     assert seen == [False, True, True]
 
 
@@ -236,34 +279,55 @@ def test_the_first_save_comes_with_the_first_evaluation(file):
         seen.append((int(state.step), file.exists()))
         return {"x": 1.0}
 
-    fitted(file, epochs=None, steps=40, evaluate=look, evaluate_every=2, data=regression(400), save_every=1e9)
+    fitted(
+        file,
+        epochs=None,
+        steps=40,
+        evaluate=look,
+        evaluate_every=2,
+        data=regression(400),
+        save_every=1e9,
+    )
     assert seen[:3] == [(0, False), (2, False), (4, True)]  # at 0 the function is tried out
 
 
 def test_the_first_save_comes_soon_in_a_long_epoch(file, monkeypatch):
     monkeypatch.setattr(sys.modules["jaxnet.train.saves"], "SOON", 0.0)
     seen = []
-    fitted(file, data=regression(400), epochs=1, record_every=1, callbacks=[lambda r: seen.append(file.exists())])
+    fitted(
+        file,
+        data=regression(400),
+        epochs=1,
+        record_every=1,
+        callbacks=[lambda r: seen.append(file.exists())],
+    )
     assert any(seen[:50])
 
 
 def test_a_killed_process_has_lost_at_most_an_epoch(tmp_path):
     code = (
-        "import sys, os, signal; sys.path.insert(0, sys.argv[1]); from linear_regression import *;"
-        "from jaxnet.train import fit, train_state, train_step;"
-        "kill = lambda r: r['step'] == 6 and os.kill(os.getpid(), signal.SIGKILL);"
-        "fit(train_step(mean_square, .1), train_state(params_of(), .1, key0()), regression(), batch_size=4, epochs=30,"
-        " checkpoint=sys.argv[2], record_every=1, callbacks=[kill])"
+        "import sys, os, signal; sys.path.insert(0, sys.argv[1]); from linear_regression import "
+        "*;from jaxnet.train import fit, train_state, train_step;kill = lambda r: r['step'] == 6 "
+        "and os.kill(os.getpid(), signal.SIGKILL);fit(train_step(mean_square, .1), "
+        "train_state(params_of(), .1, key0()), regression(), batch_size=4, epochs=30, "
+        "checkpoint=sys.argv[2], record_every=1, callbacks=[kill])"
     )
     place = tmp_path / "r.safetensors"
-    subprocess.run([sys.executable, "-c", code, str(pathlib.Path(__file__).parent), str(place)], capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(pathlib.Path(__file__).parent), str(place)],
+        capture_output=True,
+    )
     assert jaxnet.load(place)["train_state"]["step"] >= 3
 
 
 def test_half_a_million_records_are_saved_and_come_back(tmp_path, file):
-    """In a header of JSON they would be 60 MB, and beyond a bound that readers of such files have."""
+    """In a header of JSON they would be 60 MB, and beyond a bound that readers of such files
+    have.
+    """
     records = [
-        {"step": i, "epoch": 1 + i // 7, "loss": i / 3} | ({"test": i / 7} if i % 5 == 0 else {}) | {"seconds": i * 0.1}
+        {"step": i, "epoch": 1 + i // 7, "loss": i / 3}
+        | ({"test": i / 7} if i % 5 == 0 else {})
+        | {"seconds": i * 0.1}
         for i in range(1, 500_001)
     ]
     table = columns_of(records)
@@ -300,7 +364,9 @@ def test_a_file_with_its_history_in_the_header_still_loads(file):
     result = fitted(file, epochs=5, record_every=2)
     assert bits(result.train_state.params) == bits(whole.train_state.params)
     assert [record["step"] for record in result.evaluations] == [4]
-    about = subprocess.run([sys.executable, "-m", "jaxnet.cli", "inspect", file], capture_output=True, text=True).stdout
+    about = subprocess.run(
+        [sys.executable, "-m", "jaxnet.cli", "inspect", file], capture_output=True, text=True
+    ).stdout
     assert "a run of fit: 9 records, step 15 of 15" in about
 
 
@@ -368,7 +434,9 @@ def test_a_place_that_is_no_file_is_named_at_the_call(tmp_path, monkeypatch, nam
 
 
 def test_times_are_those_of_the_work():
-    """Each step sleeps 20 ms on the host: neither shorter records nor shorter runs may claim to be faster."""
+    """Each step sleeps 20 ms on the host: neither shorter records nor shorter runs may claim to be
+    faster.
+    """
 
     def step(state, batch):
         slept = jax.pure_callback(
@@ -378,7 +446,9 @@ def test_times_are_those_of_the_work():
 
     start = TrainState(jnp.float32(0), {}, (), key0(), jnp.int32(0))
     for steps, every in [(3, 1), (12, 1), (12, 3)]:
-        result = fit(step, start, jnp.ones(40), batch_size=4, steps=steps, record_every=every, progress=False)
+        result = fit(
+            step, start, jnp.ones(40), batch_size=4, steps=steps, record_every=every, progress=False
+        )
         rates = [record["samples_per_second"] for record in result.history]
         assert max(rates) <= 4 / 0.02 and result.history[-1]["seconds"] >= steps * 0.02
 

@@ -1,4 +1,6 @@
-"""What a person is told: wrong arguments before the first step, progress, signals, pictures, files in the way."""
+"""What a person is told: wrong arguments before the first step, progress, signals, pictures, files
+in the way.
+"""
 
 import os
 import pathlib
@@ -46,7 +48,9 @@ def fitted(data: Any = None, **settings: Any):
 
 
 def count(state, batch):
-    return state._replace(params=state.params + 1, step=state.step + 1), {"loss": 100 - state.params}
+    return state._replace(params=state.params + 1, step=state.step + 1), {
+        "loss": 100 - state.params
+    }
 
 
 def counting(data: Any = None, **settings: Any):
@@ -72,17 +76,46 @@ PAIRS = [(np.zeros((8, 8), np.float32), 3)] * 60
 @pytest.mark.parametrize(
     "data, changes, text",
     [
-        (IMAGES, {}, r"list of 60 arrays of shape \(8, 8\); make it one array of 60 examples: np.stack\(data\)"),
+        (
+            IMAGES,
+            {},
+            (
+                r"list of 60 arrays of shape \(8, 8\); make it one array of 60 examples: "
+                r"np.stack\(data\)"
+            ),
+        ),
         ((IMAGES, np.zeros(60)), {}, r"data in '0' is a list of 60 arrays"),
         (
             {"x": np.zeros((60, 2)), "y": [1] * 60},
             {},
             "data in 'y' is a list of 60 numbers; make it an array: np.asarray",
         ),
-        (PAIRS, {}, r"list of 60 examples, each \(float32\[8, 8\], int 3\).*tuple\(np.stack\(part\) for part in zip"),
-        ((x for x in IMAGES), {}, r"with batch_size the data is arrays, got a generator.*without batch_size its items"),
-        (Torch(), {}, "with batch_size the data is arrays, got .*; without batch_size it is taken as an iterable of b"),
-        (lambda epoch: IMAGES, {}, "with batch_size the data is arrays, got the function .*without batch_size"),
+        (
+            PAIRS,
+            {},
+            (
+                r"list of 60 examples, each \(float32\[8, 8\], int 3\).*tuple\(np.stack\(part\) "
+                r"for part in zip"
+            ),
+        ),
+        (
+            (x for x in IMAGES),
+            {},
+            r"with batch_size the data is arrays, got a generator.*without batch_size its items",
+        ),
+        (
+            Torch(),
+            {},
+            (
+                "with batch_size the data is arrays, got .*; without batch_size it is taken as "
+                "an iterable of b"
+            ),
+        ),
+        (
+            lambda epoch: IMAGES,
+            {},
+            "with batch_size the data is arrays, got the function .*without batch_size",
+        ),
         (
             PAIRS,
             {"batch_size": None},
@@ -95,27 +128,63 @@ PAIRS = [(np.zeros((8, 8), np.float32), 3)] * 60
             {"start": {"hidden": 1, "out": 2}},
             "got a dict with 'hidden', 'out'; these look like parameters: train_st",
         ),
-        (None, {"start": train_state}, r"got the function train_state; call it: train_state\(params, optimizer, key\)"),
+        (
+            None,
+            {"start": train_state},
+            r"got the function train_state; call it: train_state\(params, optimizer, key\)",
+        ),
         (None, {"start": 3.0}, "must be what train_state.* returns, got float 3.0"),
-        (None, {"step": train_state(params_of(), 0.1, jax.random.key(0))}, "step must be a function"),
+        (
+            None,
+            {"step": train_state(params_of(), 0.1, jax.random.key(0))},
+            "step must be a function",
+        ),
         (
             None,
             {"callbacks": print},
             r"callbacks must be a list of functions, got the function print; write callbacks=\[",
         ),
-        (None, {"callbacks": ["log"]}, r"callbacks\[0\] must be a function \(record\), got str 'log'"),
-        (None, {"callbacks": [lambda: None]}, r"callbacks\[0\] .* cannot be called with one argument"),
-        (None, {"stop": early_stopping}, "stop must be .*early_stopping.* cannot be called with one argument"),
+        (
+            None,
+            {"callbacks": ["log"]},
+            r"callbacks\[0\] must be a function \(record\), got str 'log'",
+        ),
+        (
+            None,
+            {"callbacks": [lambda: None]},
+            r"callbacks\[0\] .* cannot be called with one argument",
+        ),
+        (
+            None,
+            {"stop": early_stopping},
+            "stop must be .*early_stopping.* cannot be called with one argument",
+        ),
         (None, {"stop": "min loss"}, "stop must be a function"),
-        (None, {"evaluate": {"x": 1.0}}, r"evaluate must be a function \(train_state\) -> dict of numbers, got a dict"),
-        (None, {"evaluate": lambda a, b: {}}, "evaluate must be .* cannot be called with one argument"),
+        (
+            None,
+            {"evaluate": {"x": 1.0}},
+            r"evaluate must be a function \(train_state\) -> dict of numbers, got a dict",
+        ),
+        (
+            None,
+            {"evaluate": lambda a, b: {}},
+            "evaluate must be .* cannot be called with one argument",
+        ),
         (
             None,
             {"evaluate": lambda state: 0.5},
             "evaluate must return a dict of numbers by name, got float 0.5; write fo",
         ),
-        (None, {"evaluate": lambda state: (0.5, {})}, r"must return a dict of numbers by name, got \(float 0.5"),
-        (None, {"evaluate": lambda state: {"x": "good"}}, "returns as 'x' must be a number, got str 'good'"),
+        (
+            None,
+            {"evaluate": lambda state: (0.5, {})},
+            r"must return a dict of numbers by name, got \(float 0.5",
+        ),
+        (
+            None,
+            {"evaluate": lambda state: {"x": "good"}},
+            "returns as 'x' must be a number, got str 'good'",
+        ),
         (None, {"evaluate": lambda state: {3: 1.0}}, "must have names that are strings, got 3"),
     ],
 )
@@ -129,7 +198,10 @@ def test_what_is_wrong_is_told_before_the_first_step(data, changes, text):
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"evaluate": lambda state: {"a": 1.0}, "best": "min b"}, r"best='min b', but `evaluate` returns \['a'\]"),
+        (
+            {"evaluate": lambda state: {"a": 1.0}, "best": "min b"},
+            r"best='min b', but `evaluate` returns \['a'\]",
+        ),
         (
             {"evaluate": lambda state: {"a": 1.0}, "stop": early_stopping("min b", 2)},
             "no record has 'b', on which it is to",
@@ -163,13 +235,18 @@ def test_an_evaluation_that_jax_can_trace_is_traced_and_not_run(monkeypatch):
     assert len(runs) == len(result.evaluations) == 3
     seen = []
     with pytest.raises(KeyError, match="best='min other'"):
-        fitted(evaluate=jax.jit(lambda state: {"norm": optax.tree.norm(state.params)}), best="min other")
+        fitted(
+            evaluate=jax.jit(lambda state: {"norm": optax.tree.norm(state.params)}),
+            best="min other",
+        )
     fitted(evaluate=lambda state: {"calls": float(len(seen), *seen.append(int(state.step)) or ())})
     assert seen == [0, 3, 6, 9]
 
 
 def test_an_iterator_that_is_used_up_is_named():
-    with pytest.raises(ValueError, match="no batches; an iterator can be used once, and this one is used up"):
+    with pytest.raises(
+        ValueError, match="no batches; an iterator can be used once, and this one is used up"
+    ):
         counting(iter([]), steps=3)
 
 
@@ -181,11 +258,15 @@ def test_examples_that_are_never_seen_are_told_once(capsys):
     data = np.zeros((60, 3), np.float32), np.zeros((60, 1), np.float32)
     settings = {"batch_size": 32, "epochs": 4, "progress": None}
     fitted(data, **settings)
-    text = "with batch_size=32 each epoch leaves out 28 of 60 examples; drop_last=False takes them all"
+    text = (
+        "with batch_size=32 each epoch leaves out 28 of 60 examples; drop_last=False takes them all"
+    )
     assert capsys.readouterr().err.count(text) == 1
     fitted(data, order=None, **settings)
     assert "the last 28 of 60 examples are never used" in capsys.readouterr().err
-    each = train_step(lambda params, batch: jnp.square(NET.apply(params, batch[0]) - batch[1])[:, 0], 0.05)
+    each = train_step(
+        lambda params, batch: jnp.square(NET.apply(params, batch[0]) - batch[1])[:, 0], 0.05
+    )
     fitted(data, drop_last=False, step=each, **settings)
     assert "60 examples" not in capsys.readouterr().err
 
@@ -215,12 +296,17 @@ def test_the_switches_for_debugging_change_no_number(switch, kind, tmp_path):
     step = train_step(mean_square, 0.05)
     with switch():
         result = fitted(data, start=start, step=step, **settings)
-    np.testing.assert_array_equal(result.train_state.params["kernel"], plain.train_state.params["kernel"])
+    np.testing.assert_array_equal(
+        result.train_state.params["kernel"], plain.train_state.params["kernel"]
+    )
 
 
 @pytest.mark.parametrize("check", [True, False])
 def test_under_debug_nans_a_nan_is_an_error_of_fit(check):
-    step, start = train_step(lambda w, x: jnp.sqrt(w - 3), 0.1), train_state(jnp.float32(1), 0.1, key0())
+    step, start = (
+        train_step(lambda w, x: jnp.sqrt(w - 3), 0.1),
+        train_state(jnp.float32(1), 0.1, key0()),
+    )
     with jax.debug_nans(True), pytest.raises(NonFiniteError, match="at step 0 the loss is nan"):
         fitted(jnp.zeros(4), step=step, start=start, check_finite=check)
 
@@ -257,7 +343,8 @@ def test_no_batch_behind_the_end_is_drawn():
     drawn.clear()
     result = counting(passes, steps=6, evaluate=lambda state: {"at": float(state.step)})
     assert drawn == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
-    assert [record["at"] for record in result.evaluations] == [4, 6]  # after the pass, and at the end
+    # After the pass, and at the end.
+    assert [record["at"] for record in result.evaluations] == [4, 6]
 
 
 def test_a_pass_that_ends_with_the_run_has_ended(tmp_path):
@@ -267,7 +354,11 @@ def test_a_pass_that_ends_with_the_run_has_ended(tmp_path):
         whole = counting(data, steps=11, record_every=1)
         counting(data, steps=8, record_every=1, checkpoint=file)
         rest = counting(data, steps=11, record_every=1, checkpoint=file)
-        assert [r["epoch"] for r in whole.history] == [r["epoch"] for r in rest.history] == [1] * 4 + [2] * 4 + [3] * 3
+        assert (
+            [r["epoch"] for r in whole.history]
+            == [r["epoch"] for r in rest.history]
+            == [1] * 4 + [2] * 4 + [3] * 3
+        )
 
 
 def test_slow_batches_are_trained_on_as_they_come(monkeypatch):
@@ -282,7 +373,9 @@ def test_slow_batches_are_trained_on_as_they_come(monkeypatch):
     from jaxnet.train import source as module
 
     stacked = module._stacked
-    monkeypatch.setattr(module, "_stacked", lambda held, *rest: (sizes.append(len(held)), stacked(held, *rest))[1])
+    monkeypatch.setattr(
+        module, "_stacked", lambda held, *rest: (sizes.append(len(held)), stacked(held, *rest))[1]
+    )
     assert counting(source(), steps=12).train_state.step == 12
     assert max(sizes) == 1
 
@@ -344,7 +437,8 @@ def test_a_line_fits_the_terminal_as_it_is_now(monkeypatch, columns):
         terminal.written = ""
         show(RECORD)
         line = re.sub(r"\x1b\[\d*[AJ]", "", terminal.written).strip("\r")
-        # Whole fields are left out, and no digit is: 19 columns have no room for the epoch beside the loss.
+        # Whole fields are left out, and no digit is: 19 columns have no room for the epoch beside
+        # the loss.
         assert len(line) < now and line.startswith("epoch 1  ") == (now > 20)
         assert "loss 0.1235" in line
     assert ("test_accuracy 0.75" in line) == (columns >= 60)
@@ -383,7 +477,9 @@ def test_compiling_is_said_at_once(monkeypatch):
 
     start = TrainState(jnp.float32(0), {}, (), key0(), jnp.int32(0))
     fit(step, start, jnp.zeros(4), batch_size=4, steps=3)
-    assert seen[0] == "\rcompiling ..." and re.search(r"\rcompiled in \d+\.\d s *\n", terminal.written)
+    assert seen[0] == "\rcompiling ..." and re.search(
+        r"\rcompiled in \d+\.\d s *\n", terminal.written
+    )
 
 
 def test_a_pipe_gets_a_line_per_evaluation_and_one_after_a_while(capsys, monkeypatch):
@@ -420,7 +516,11 @@ def test_an_interrupted_epoch_has_the_mean_of_all_of_it(tmp_path):
     rest = counting(steps=30, checkpoint=tmp_path / "r.safetensors", **look)
     whole = counting(steps=30, **look)
     assert [r["loss"] for r in whole.evaluations] == [95.5, 85.5, 75.5]
-    assert [(r["step"], r["loss"]) for r in rest.evaluations] == [(10, 95.5), (20, 85.5), (30, 75.5)]
+    assert [(r["step"], r["loss"]) for r in rest.evaluations] == [
+        (10, 95.5),
+        (20, 85.5),
+        (30, 75.5),
+    ]
 
 
 # Why it stopped
@@ -441,7 +541,10 @@ def test_one_line_says_why_it_stopped_where_and_what_is_saved(tmp_path, capsys):
     told = capsys.readouterr().err
     assert run.stopped == "SIGINT"
     assert "SIGINT: finishing the running call; a second one ends the program at once" in told
-    text = f"stopped by SIGINT at step 3 of 9, saved in {file}; Ctrl-C again within 10 s ends the program"
+    text = (
+        f"stopped by SIGINT at step 3 of 9, saved in {file}; Ctrl-C again within 10 s ends the "
+        "program"
+    )
     assert text in told
     counting(steps=9, stop=lambda history: "enough", record_every=2, progress=None)
     assert "stopped at step 2 of 9: enough" in capsys.readouterr().err
@@ -486,17 +589,24 @@ def test_a_signal_that_is_ignored_stays_ignored(number):
 
 
 def test_ctrl_c_twice_ends_a_script_with_a_sweep():
-    """Real signals, real processes: the first ends a run, the second the script, with Python's code for it."""
+    """Real signals, real processes: the first ends a run, the second the script, with Python's code
+    for it.
+    """
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from linear_regression import *;"
-        "from jaxnet.train import fit, train_state, train_step; import time, jax.numpy as jnp\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from linear_regression import *;from "
+        "jaxnet.train import fit, train_state, train_step; import time, jax.numpy as jnp\n"
         "for i in range(3):\n"
-        "    fit(train_step(mean_square, .1), train_state(params_of(), .1, key0()), regression(), batch_size=4,\n"
-        "        epochs=10**7, callbacks=[lambda r: print('record', flush=True)], record_every=10**5)\n"
+        "    fit(train_step(mean_square, .1), train_state(params_of(), .1, key0()), "
+        "regression(), batch_size=4,\n"
+        "        epochs=10**7, callbacks=[lambda r: print('record', flush=True)], "
+        "record_every=10**5)\n"
         "    print('next', flush=True)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, HERE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, HERE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "record\n"
@@ -506,7 +616,9 @@ def test_ctrl_c_twice_ends_a_script_with_a_sweep():
     assert process.stdout.readline() == "record\n"  # of the second run
     process.send_signal(signal.SIGINT)
     rest, told = process.communicate(timeout=60)
-    assert "next" not in rest and "stopped by SIGINT at step" in told and "KeyboardInterrupt" in told
+    assert (
+        "next" not in rest and "stopped by SIGINT at step" in told and "KeyboardInterrupt" in told
+    )
     assert process.returncode in (-signal.SIGINT, 130)
 
 
@@ -516,12 +628,22 @@ def test_ctrl_c_twice_ends_a_script_with_a_sweep():
 @pytest.mark.parametrize("make", [write_csv, write_jsonl])
 @pytest.mark.parametrize(
     "content",
-    [b"name,age\n", b"name,age\nx,1\n", b"[1, 2]\n", b'{"name": 1}\n', b"\x00\xff\xfe\n", b"hello", b"steps\n1\n"],
+    [
+        b"name,age\n",
+        b"name,age\nx,1\n",
+        b"[1, 2]\n",
+        b'{"name": 1}\n',
+        b"\x00\xff\xfe\n",
+        b"hello",
+        b"steps\n1\n",
+    ],
 )
 def test_files_of_others_are_left_alone(make, content, tmp_path):
     path = tmp_path / "history"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="exists and holds something other than records; it is left as it is"):
+    with pytest.raises(
+        ValueError, match="exists and holds something other than records; it is left as it is"
+    ):
         make(path)
     path.unlink()
     callback = make(path)
@@ -561,7 +683,9 @@ def test_a_line_that_a_kill_has_cut_is_written_anew(make, tmp_path):
 # Rules
 
 
-@pytest.mark.parametrize("values", [[np.nan] * 9, [1.0, np.nan, np.nan, np.nan], [np.nan, 1.0, np.nan, np.nan, 2.0]])
+@pytest.mark.parametrize(
+    "values", [[np.nan] * 9, [1.0, np.nan, np.nan, np.nan], [np.nan, 1.0, np.nan, np.nan, 2.0]]
+)
 def test_nan_is_no_improvement(values):
     stop = early_stopping("max score", 2)
     told = [bool(stop([{"score": v} for v in values[: i + 1]])) for i in range(len(values))]
@@ -584,14 +708,19 @@ def drawn(history, tmp_path, monkeypatch):
 
     figures = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1]
+    )
     plot_history(history, tmp_path / "curves.png")
     return figures[0].axes
 
 
 def history_of(losses, epoch_steps=10):
     fixed = {"samples_per_second": 1.0, "seconds": 1.0}
-    return [{"step": i, "epoch": -(-i // epoch_steps), "loss": float(x), **fixed} for i, x in enumerate(losses, 1)]
+    return [
+        {"step": i, "epoch": -(-i // epoch_steps), "loss": float(x), **fixed}
+        for i, x in enumerate(losses, 1)
+    ]
 
 
 @pytest.mark.parametrize(

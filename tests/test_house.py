@@ -14,7 +14,8 @@ import jaxnet
 ROOT = pathlib.Path(jaxnet.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-# The rooms: each module or folder, and what it may import from the others. A folder's modules may import each other.
+# The rooms: each module or folder, and what it may import from the others. A folder's modules may
+# import each other.
 MAY_IMPORT = {
     "checks": set(),
     "core": {"checks"},
@@ -31,7 +32,8 @@ MAY_IMPORT = {
     "train": {"checks", "tree", "checkpoint"},
 }
 EVERYTHING = {"__init__", "cli"}  # the front door and the command line
-# A folder may hand on the names of a room above it, for type checkers and when they are asked for, never at import.
+# A folder may hand on the names of a room above it, for type checkers and when they are asked for,
+# never at import.
 HANDS_ON = {"jaxnet.checkpoint": {"interop"}}
 
 # Not even loaded with the package: heavy, or optional, or for one function only.
@@ -63,7 +65,9 @@ def room(module: str) -> str:
 
 
 def imports(path: pathlib.Path) -> list[tuple[str, bool]]:
-    """All modules that a file imports, each with whether it does so at the top level, that is, outside of functions."""
+    """All modules that a file imports, each with whether it does so at the top level, that is,
+    outside of functions.
+    """
     package = module_name(path).split(".")
     package = package if path.name == "__init__.py" else package[:-1]
     found = []
@@ -77,8 +81,11 @@ def imports(path: pathlib.Path) -> list[tuple[str, bool]]:
                 if node.level
                 else node.module
             )
-            # `from jaxnet import tree` imports jaxnet.tree; `from jaxnet.tree import get` imports jaxnet.tree.
-            found.extend((f"{base}.{alias.name}" if base == "jaxnet" else base, top) for alias in node.names)
+            # `from jaxnet import tree` imports jaxnet.tree; `from jaxnet.tree import get` imports
+            # jaxnet.tree.
+            found.extend(
+                (f"{base}.{alias.name}" if base == "jaxnet" else base, top) for alias in node.names
+            )
         top = top and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         for child in ast.iter_child_nodes(node):
             visit(child, top)
@@ -96,9 +103,13 @@ def test_who_may_import_whom(path):
     guests = {room(name) for name, _ in imports(path) if name.split(".")[0] == "jaxnet"} - {home}
     assert "cli" not in guests, "nothing imports the command line"
     if home not in EVERYTHING:
-        assert home in MAY_IMPORT, f"'{home}' is new: give it a place in the table above and in the design"
+        assert home in MAY_IMPORT, (
+            f"'{home}' is new: give it a place in the table above and in the design"
+        )
         forbidden = guests - MAY_IMPORT[home] - HANDS_ON.get(module_name(path), set())
-        assert not forbidden, f"{home} may import {MAY_IMPORT[home] or 'nothing of the package'}, not {forbidden}"
+        assert not forbidden, (
+            f"{home} may import {MAY_IMPORT[home] or 'nothing of the package'}, not {forbidden}"
+        )
 
 
 @each_file
@@ -110,15 +121,19 @@ def test_heavy_and_optional_packages_are_imported_where_they_are_used(path):
 @each_file
 def test_the_package_needs_nothing_that_it_does_not_declare(path):
     declared = {"jax", "jaxlib", "numpy", "optax", "jaxnet"}
-    optional = {"matplotlib", "sklearn", "torch", "h5py"}  # for plots, real data, files of torch and of Keras
-    optional |= {"orbax", "tensorstore", "etils"}  # an engine for checkpoints, and what it stands on
+    # For plots, real data, files of torch and of Keras.
+    optional = {"matplotlib", "sklearn", "torch", "h5py"}
+    # An engine for checkpoints, and what it stands on.
+    optional |= {"orbax", "tensorstore", "etils"}
     optional |= {"ml_dtypes"}  # NumPy's bfloat16, which jax itself requires
     known = declared | optional | set(sys.stdlib_module_names)
     assert {name.split(".")[0] for name, _ in imports(path)} <= known
 
 
 def test_the_table_has_no_cycle():
-    """A room may be built when all that it imports is there: Kahn's algorithm gets through the whole table."""
+    """A room may be built when all that it imports is there: Kahn's algorithm gets through the
+    whole table.
+    """
     left = dict(MAY_IMPORT)
     while ready := [name for name, needs in left.items() if not needs & left.keys()]:
         for name in ready:
@@ -127,24 +142,40 @@ def test_the_table_has_no_cycle():
 
 
 def test_the_imports_of_a_file_are_found_wherever_they_are(tmp_path, monkeypatch):
-    """The parser itself: relative and nested imports, several names, and which are at the top level."""
+    """The parser itself: relative and nested imports, several names, and which are at the top
+    level.
+    """
     monkeypatch.setitem(globals(), "ROOT", tmp_path / "jaxnet")
     file = tmp_path / "jaxnet" / "layers" / "some.py"
     file.parent.mkdir(parents=True)
     file.write_text(
-        "import os, jax.numpy as jnp\nfrom jaxnet import tree, core\nfrom ..core import Layer\nfrom . import norm\n"
+        "import os, jax.numpy as jnp\nfrom jaxnet import tree, core\nfrom ..core import "
+        "Layer\nfrom . import norm\n"
         "try:\n    import optax\nexcept ImportError: pass\nclass A:\n    import sys\n"
         "def f():\n    import matplotlib.pyplot\n    return lambda: __import__('x')\n"
     )
-    top = ["os", "jax.numpy", "jaxnet.tree", "jaxnet.core", "jaxnet.core", "jaxnet.layers", "optax", "sys"]
+    top = [
+        "os",
+        "jax.numpy",
+        "jaxnet.tree",
+        "jaxnet.core",
+        "jaxnet.core",
+        "jaxnet.layers",
+        "optax",
+        "sys",
+    ]
     assert imports(file) == [*((name, True) for name in top), ("matplotlib.pyplot", False)]
 
 
 def test_importing_the_package_loads_nothing_heavy_and_warns_of_nothing():
     code = "import jaxnet, sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    baseline = subprocess.run([sys.executable, "-c", code.replace("jaxnet", "jax")], capture_output=True, text=True)
+    baseline = subprocess.run(
+        [sys.executable, "-c", code.replace("jaxnet", "jax")], capture_output=True, text=True
+    )
     loaded = set(done.stdout.split()) - set(baseline.stdout.split())
     assert "jaxnet" in loaded and not loaded & LAZY, f"import jaxnet loads {sorted(loaded & LAZY)}"
 
@@ -153,7 +184,9 @@ def test_importing_the_package_loads_nothing_heavy_and_warns_of_nothing():
 def test_what_a_folder_hands_on_is_imported_when_it_is_asked_for(home, rooms):
     (above,) = rooms
     code = f"import sys, {home} as home; print('jaxnet.{above}' in sys.modules); home.from_torch; "
-    code += f"print('jaxnet.{above}' in sys.modules, all(hasattr(home, name) for name in home.__all__))"
+    code += (
+        f"print('jaxnet.{above}' in sys.modules, all(hasattr(home, name) for name in home.__all__))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True", "True"], done.stderr
 
@@ -170,4 +203,6 @@ def test_every_public_function_is_exported_and_has_a_docstring(path):
     module = importlib.import_module(module_name(path))
     assert module.__doc__ or path.name == "__init__.py" and not path.read_text().strip()
     for name in getattr(module, "__all__", []):
-        assert getattr(getattr(module, name), "__doc__", None), f"{module.__name__}.{name} has no docstring"
+        assert getattr(getattr(module, name), "__doc__", None), (
+            f"{module.__name__}.{name} has no docstring"
+        )

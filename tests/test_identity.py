@@ -1,4 +1,6 @@
-"""A run that resumes is told apart from the run that wrote the file, by its step and by its order."""
+"""A run that resumes is told apart from the run that wrote the file, by its step and by its
+order.
+"""
 
 import warnings
 
@@ -20,7 +22,9 @@ def loss(params, batch):
 
 def ran(file, step, optimizer=0.1, epochs=1, **options):
     start = train_state(jnp.zeros(3), optimizer, jax.random.key(0))
-    return fit(step, start, DATA, batch_size=8, epochs=epochs, checkpoint=file, progress=False, **options)
+    return fit(
+        step, start, DATA, batch_size=8, epochs=epochs, checkpoint=file, progress=False, **options
+    )
 
 
 def weighing(weights):
@@ -35,14 +39,19 @@ def looked_up(*rates):
 
 def with_key(seed):
     key = jax.random.key(seed)
-    return lambda params, batch: loss(params, batch) * jax.random.key_data(key)[-1].astype(jnp.float32)
+    return lambda params, batch: (
+        loss(params, batch) * jax.random.key_data(key)[-1].astype(jnp.float32)
+    )
 
 
 CHANGED = {
     "a rate": lambda one: (train_step(loss, jnp.float32(0.1 if one else 0.2)), 0.1),
     "a rate of adam": lambda one: adam_of(jnp.float32(0.1 if one else 0.2)),
     "class weights": lambda one: (train_step(weighing([1, 2] if one else [1, 3]), 0.1), 0.1),
-    "a table of rates": lambda one: (train_step(loss, looked_up(0.1, 0.2, 0.3 if one else 0.4)), 0.1),
+    "a table of rates": lambda one: (
+        train_step(loss, looked_up(0.1, 0.2, 0.3 if one else 0.4)),
+        0.1,
+    ),
     "weights of numpy": lambda one: (train_step(weighed_by_numpy(1.0 if one else 2.0), 0.1), 0.1),
     "inside jit": lambda one: (train_step(jax.jit(weighing([1, 2] if one else [1, 3])), 0.1), 0.1),
     "a key": lambda one: (train_step(with_key(int(one)), 0.1), 0.1),
@@ -101,4 +110,6 @@ def test_an_order_of_other_rows_is_another_one(name, tmp_path):
 def test_the_type_of_labels_does_not_matter(tmp_path):
     step, file = train_step(loss, 0.1), tmp_path / "run.safetensors"
     ran(file, step, order=balanced(LABELS.astype(np.int64)))
-    assert ran(file, step, order=balanced(LABELS.astype(np.uint8)), epochs=2).history[-1]["epoch"] == 2
+    assert (
+        ran(file, step, order=balanced(LABELS.astype(np.uint8)), epochs=2).history[-1]["epoch"] == 2
+    )

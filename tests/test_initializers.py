@@ -13,19 +13,24 @@ from jaxnet.layers import initializers
 
 JAX = {
     initializers.lecun_normal: jax.nn.initializers.lecun_normal(),
-    initializers.fan_in_normal: jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0),
+    initializers.fan_in_normal: jax.nn.initializers.variance_scaling(
+        1.0, "fan_in", "normal", out_axis=0
+    ),
     initializers.zeros: jax.nn.initializers.zeros,
     initializers.ones: jax.nn.initializers.ones,
 }
 RANDOM = [initializers.lecun_normal, initializers.fan_in_normal]
 TRACED = [(7, 5), (4, 8)]  # one that is cut from a longer draw, and one that is a whole draw
-EAGER = [(1, 1), (100, 37), (256, 256), (300, 255)]  # the last two are the shortest draw, and beyond it
+# The last two are the shortest draw, and beyond it.
+EAGER = [(1, 1), (100, 37), (256, 256), (300, 255)]
 each_random = pytest.mark.parametrize("ours", RANDOM, ids=lambda f: f.__name__)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_this_module():
-    """Other modules compile without optimizations, which rounds differently; JAX would find their programs again."""
+    """Other modules compile without optimizations, which rounds differently; JAX would find their
+    programs again.
+    """
     jax.clear_caches()
 
 
@@ -37,8 +42,13 @@ def one_key_for_two_draws():
 
 def same_bits(actual, expected):
     assert isinstance(actual, jax.Array) and actual.weak_type == expected.weak_type
-    assert (actual.dtype, actual.shape, actual.committed) == (expected.dtype, expected.shape, expected.committed)
-    if jax.__version_info__ >= (0, 11):  # where jax.nn.initializers rounds the fan-in otherwise than in 0.10
+    assert (actual.dtype, actual.shape, actual.committed) == (
+        expected.dtype,
+        expected.shape,
+        expected.committed,
+    )
+    # Where jax.nn.initializers rounds the fan-in otherwise than in 0.10.
+    if jax.__version_info__ >= (0, 11):
         eps = jnp.finfo(expected.dtype).eps
         actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
         return np.testing.assert_allclose(actual, expected, rtol=4 * float(eps))
@@ -97,15 +107,23 @@ def test_parameters_are_where_the_key_is(ours):
 @pytest.mark.parametrize("ours", JAX, ids=lambda f: f.__name__)
 def test_a_mesh_places_parameters_as_it_places_those_of_jax(ours, axis_type):
     with jax.set_mesh(jax.make_mesh((4,), ("x",), axis_types=(axis_type,))):
-        actual, expected = (init(jax.random.key(3), (8, 5), jnp.float32) for init in (ours, JAX[ours]))
+        actual, expected = (
+            init(jax.random.key(3), (8, 5), jnp.float32) for init in (ours, JAX[ours])
+        )
         same_bits(actual, expected)
         assert actual.sharding.is_equivalent_to(expected.sharding, 2) and len(actual.devices()) == 4
 
 
 def test_layers_have_the_parameters_that_jax_would_give_them():
     key, x = jax.random.key(5), jnp.ones((2, 6, 6, 3))
-    same_bits(dense(7).init(key, x)["kernel"], jax.nn.initializers.lecun_normal()(key, (3, 7), jnp.float32))
-    same_bits(conv(7, 3).init(key, x)["kernel"], jax.nn.initializers.lecun_normal()(key, (3, 3, 3, 7), jnp.float32))
+    same_bits(
+        dense(7).init(key, x)["kernel"],
+        jax.nn.initializers.lecun_normal()(key, (3, 7), jnp.float32),
+    )
+    same_bits(
+        conv(7, 3).init(key, x)["kernel"],
+        jax.nn.initializers.lecun_normal()(key, (3, 3, 3, 7), jnp.float32),
+    )
     table = embed(11, 7).init(key, jnp.zeros((2,), jnp.int32))["embedding"]
     same_bits(table, JAX[initializers.fan_in_normal](key, (11, 7), jnp.float32))
 
@@ -131,7 +149,9 @@ with jax.log_compiles():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled = [
-        line.split("jit(")[1].split(")")[0] for line in done.stderr.splitlines() if "XLA compilation of" in line
+        line.split("jit(")[1].split(")")[0]
+        for line in done.stderr.splitlines()
+        if "XLA compilation of" in line
     ]
     # One program draws the numbers, the other one derives the keys of the layers.
     assert sorted(compiled) == ["_blocks", "_fold_in"]
@@ -142,5 +162,7 @@ def test_what_init_returns_may_be_donated():
     x = jnp.ones((4, 2))
     params, state = net.init(jax.random.key(0), x), net.init_state(x)
     expected = jax.tree.map(lambda w: np.asarray(w) + 1, (params, state))
-    actual = jax.jit(lambda tree: jax.tree.map(lambda w: w + 1, tree), donate_argnums=0)((params, state))
+    actual = jax.jit(lambda tree: jax.tree.map(lambda w: w + 1, tree), donate_argnums=0)(
+        (params, state)
+    )
     jax.tree.map(np.testing.assert_array_equal, actual, expected)

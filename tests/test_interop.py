@@ -1,5 +1,7 @@
-"""Parameters of other libraries. What a layer computes there is the expectation for what it computes here: the tests
-that need a library skip where it is missing; the rules themselves are tested without."""
+"""Parameters of other libraries. What a layer computes there is the expectation for what it
+computes here: the tests that need a library skip where it is missing; the rules themselves are
+tested without.
+"""
 
 import json
 import os
@@ -17,7 +19,16 @@ import pytest
 import safetensors.numpy
 
 from jaxnet import batch_norm, chain, conv, dense, embed, layer_norm, repeat, tree, wire
-from jaxnet.checkpoint import CheckpointError, from_equinox, from_flax, from_haiku, from_torch, load, save, to_torch
+from jaxnet.checkpoint import (
+    CheckpointError,
+    from_equinox,
+    from_flax,
+    from_haiku,
+    from_torch,
+    load,
+    save,
+    to_torch,
+)
 from jaxnet.cli import main
 
 RNG = np.random.default_rng(0)
@@ -41,16 +52,23 @@ def network(f, x, ids):
 def template(net=network, *inputs):
     inputs = inputs or (jnp.asarray(IMAGES), jnp.asarray(IDS))
     params = jax.eval_shape(net.init, jax.random.key(0), *inputs)
-    return {"params": params, "state": jax.eval_shape(net.init_state, *inputs) if net.init_state else {}}
+    return {
+        "params": params,
+        "state": jax.eval_shape(net.init_state, *inputs) if net.init_state else {},
+    }
 
 
 def outputs(variables):
-    y, _ = network.apply(variables["params"], jnp.asarray(IMAGES), jnp.asarray(IDS), state=variables["state"])
+    y, _ = network.apply(
+        variables["params"], jnp.asarray(IMAGES), jnp.asarray(IDS), state=variables["state"]
+    )
     return np.asarray(y)
 
 
 def noisy(x):
-    """Other numbers than those that layers start with, which zeros and ones could be mistaken for; positive ones stay so."""
+    """Other numbers than those that layers start with, which zeros and ones could be mistaken for;
+    positive ones stay so.
+    """
     return (x + RNG.uniform(0.1, 0.5, np.shape(x))).astype(x.dtype)
 
 
@@ -58,7 +76,9 @@ def library(name):
     """Import it or skip; what it warns of is its own affair."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip(name, reason=f"{name} is not installed: these numbers are compared with its own")
+        return pytest.importorskip(
+            name, reason=f"{name} is not installed: these numbers are compared with its own"
+        )
 
 
 @pytest.fixture
@@ -75,7 +95,7 @@ def assert_equal(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
 
 
-# ---------------------------------------------------------------------------------------------------------- the rules
+# ---------------------------------------------------------------------------------------- the rules
 
 
 def arange(*shape, dtype: Any = np.float32):
@@ -102,17 +122,38 @@ def test_the_layout_of_each_kind_of_array():
     got = from_torch(STATE_DICT)
     params, state = got["params"], got["state"]
     assert sorted(tree.paths(got)) == [
-        *["params/bn/bias", "params/bn/scale", "params/conv/bias", "params/conv/kernel", "params/line/kernel"],
-        *["params/rnn/weight_ih_l0", "params/square/kernel", "params/volume/kernel", "state/bn/mean", "state/bn/var"],
+        *[
+            "params/bn/bias",
+            "params/bn/scale",
+            "params/conv/bias",
+            "params/conv/kernel",
+            "params/line/kernel",
+        ],
+        *[
+            "params/rnn/weight_ih_l0",
+            "params/square/kernel",
+            "params/volume/kernel",
+            "state/bn/mean",
+            "state/bn/var",
+        ],
     ]
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(got))
-    conv, line, volume, square = (STATE_DICT[f"{n}.weight"] for n in ("conv", "line", "volume", "square"))
-    assert params["conv"]["kernel"].shape == (4, 5, 3, 2) and params["conv"]["kernel"][3, 1, 2, 0] == conv[0, 2, 3, 1]
-    assert params["line"]["kernel"].shape == (4, 3, 2) and params["line"]["kernel"][3, 2, 1] == line[1, 2, 3]
+    conv, line, volume, square = (
+        STATE_DICT[f"{n}.weight"] for n in ("conv", "line", "volume", "square")
+    )
+    assert (
+        params["conv"]["kernel"].shape == (4, 5, 3, 2)
+        and params["conv"]["kernel"][3, 1, 2, 0] == conv[0, 2, 3, 1]
+    )
+    assert (
+        params["line"]["kernel"].shape == (4, 3, 2)
+        and params["line"]["kernel"][3, 2, 1] == line[1, 2, 3]
+    )
     assert params["volume"]["kernel"].shape == (4, 5, 6, 3, 2)
     assert params["volume"]["kernel"][1, 2, 3, 2, 1] == volume[1, 2, 1, 2, 3]
     np.testing.assert_array_equal(params["square"]["kernel"], square.T)
-    np.testing.assert_array_equal(params["rnn"]["weight_ih_l0"], STATE_DICT["rnn.weight_ih_l0"])  # no rule: as it is
+    # No rule: as it is.
+    np.testing.assert_array_equal(params["rnn"]["weight_ih_l0"], STATE_DICT["rnn.weight_ih_l0"])
     np.testing.assert_array_equal(state["bn"]["var"], STATE_DICT["bn.running_var"])
 
 
@@ -122,14 +163,21 @@ def test_back_to_a_state_dict_and_forth_is_exact():
     for name, x in got.items():
         assert type(x) is np.ndarray and x.dtype == STATE_DICT[name].dtype and x.flags.c_contiguous
         np.testing.assert_array_equal(x, STATE_DICT[name])
-    variables = jax.tree.map(noisy, (network.init(jax.random.key(0), IMAGES, IDS), network.init_state(IMAGES, IDS)))
+    variables = jax.tree.map(
+        noisy, (network.init(jax.random.key(0), IMAGES, IDS), network.init_state(IMAGES, IDS))
+    )
     variables = {"params": variables[0], "state": variables[1]}
-    variables["params"]["head"]["kernel"] = jnp.asarray(variables["params"]["head"]["kernel"], jnp.bfloat16)
+    variables["params"]["head"]["kernel"] = jnp.asarray(
+        variables["params"]["head"]["kernel"], jnp.bfloat16
+    )
     assert_equal(from_torch(to_torch(variables), like=variables), variables)
 
 
 def test_a_matrix_is_an_embedding_where_the_template_or_the_rename_says_so():
-    source, table = {"wte.weight": arange(3, 3), "lm.weight": arange(3, 3)}, {"embedding": jnp.zeros((3, 3))}
+    source, table = (
+        {"wte.weight": arange(3, 3), "lm.weight": arange(3, 3)},
+        {"embedding": jnp.zeros((3, 3))},
+    )
     like = {"params": {"tokens": table, "lm": {"kernel": jnp.zeros((3, 3))}}}
     by_like = from_torch(source, like, rename={"wte": "tokens"})
     by_name = from_torch(source, rename={"wte.weight": "tokens/embedding"})
@@ -142,24 +190,44 @@ def test_a_matrix_is_an_embedding_where_the_template_or_the_rename_says_so():
 
 
 def test_renames_have_dots_or_slashes_the_longest_counts_and_a_function_may_do_it():
-    source = {"state_dict": {"module": {f"{name}.bias": arange(2) for name in ("a.0", "a.1", "b")}}, "epoch": 3}
+    source = {
+        "state_dict": {"module": {f"{name}.bias": arange(2) for name in ("a.0", "a.1", "b")}},
+        "epoch": 3,
+    }
     wanted = ["params/b/bias", "params/first/bias", "params/rest/1/bias"]
     for rename in [
         {"state_dict.module": "", "state_dict.module.a": "rest", "state_dict.module.a.0": "first"},
         {"state_dict/module": "", "state_dict/module/a": "rest", "state_dict/module/a/0": "first"},
-        lambda path: path[len("state_dict/module/") :].replace("a/0", "first").replace("a/", "rest/"),
+        lambda path: (
+            path[len("state_dict/module/") :].replace("a/0", "first").replace("a/", "rest/")
+        ),
     ]:
         got = from_torch(source, rename=rename)
         assert sorted(tree.paths(got)) == wanted
     back = to_torch(
-        got, rename={"": "state_dict.module", "first": "state_dict.module.a.0", "rest": "state_dict/module/a"}
+        got,
+        rename={
+            "": "state_dict.module",
+            "first": "state_dict.module.a.0",
+            "rest": "state_dict/module/a",
+        },
     )
     assert set(back) == {f"state_dict.module.{name}.bias" for name in ("a.0", "a.1", "b")}
 
 
 def test_all_that_does_not_fit_is_in_one_error_with_a_rename_that_can_be_pasted():
-    like = {"params": {"body": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}, "head": {"bias": jnp.zeros(4)}}}
-    source = {"net.fc.weight": arange(2, 3), "net.fc.bias": arange(2), "head.bias": arange(5), "head.weight": arange(5)}
+    like = {
+        "params": {
+            "body": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)},
+            "head": {"bias": jnp.zeros(4)},
+        }
+    }
+    source = {
+        "net.fc.weight": arange(2, 3),
+        "net.fc.bias": arange(2),
+        "head.bias": arange(5),
+        "head.weight": arange(5),
+    }
     with pytest.raises(CheckpointError) as caught:
         from_torch(source, like)
     assert str(caught.value).split("\n  ") == [
@@ -183,7 +251,8 @@ def test_strict_false_leaves_out_what_only_the_source_has_and_forgives_nothing_e
     like = {"params": {"body": {"bias": jnp.zeros(2)}, "more": jnp.ones(1)}}
     source = {"body.bias": arange(2), "head.bias": arange(3)}
     with pytest.raises(
-        CheckpointError, match="missing from the file: more float32.1.(.|\n)*split off with jaxnet.tree"
+        CheckpointError,
+        match="missing from the file: more float32.1.(.|\n)*split off with jaxnet.tree",
     ):
         from_torch(source, like, strict=False)
     # The remedy that the error names.
@@ -191,7 +260,9 @@ def test_strict_false_leaves_out_what_only_the_source_has_and_forgives_nothing_e
     got = tree.merge(from_torch(source, old, strict=False), new)
     assert_equal(got, {"params": {"body": {"bias": jnp.arange(2.0)}, "more": jnp.ones(1)}})
     with pytest.raises(CheckpointError, match="missing from the file: head/bias"):
-        from_torch({"fc.bias": arange(2)}, {"params": {"head": {"bias": jnp.zeros(2)}}}, strict=False)
+        from_torch(
+            {"fc.bias": arange(2)}, {"params": {"head": {"bias": jnp.zeros(2)}}}, strict=False
+        )
 
 
 def test_dtypes_are_kept_unless_cast_and_what_would_be_narrowed_stays_numpy():
@@ -199,7 +270,9 @@ def test_dtypes_are_kept_unless_cast_and_what_would_be_narrowed_stays_numpy():
     got = from_torch(source)["params"]
     assert type(got["a"]["bias"]) is np.ndarray and got["b"]["bias"].dtype == jnp.bfloat16
     like = {"params": {"a": {"bias": jnp.zeros(2)}, "b": {"bias": np.zeros(2)}}}
-    with pytest.raises(CheckpointError, match="dtype differs: a/bias: template float32.2., file float64"):
+    with pytest.raises(
+        CheckpointError, match="dtype differs: a/bias: template float32.2., file float64"
+    ):
         from_torch(source, like)
     got = from_torch(source, like, cast=True)["params"]
     assert got["a"]["bias"].dtype == jnp.float32 and type(got["b"]["bias"]) is np.ndarray
@@ -208,7 +281,9 @@ def test_dtypes_are_kept_unless_cast_and_what_would_be_narrowed_stays_numpy():
 def test_integers_are_taken_where_the_template_has_them():
     like = {"params": {}, "state": {"bn": {"num_batches_tracked": np.array(0)}}}
     got = from_torch({n: x for n, x in STATE_DICT.items() if n.endswith("tracked")}, like)
-    assert_equal(got["state"], {"bn": {"num_batches_tracked": STATE_DICT["bn.num_batches_tracked"]}})
+    assert_equal(
+        got["state"], {"bn": {"num_batches_tracked": STATE_DICT["bn.num_batches_tracked"]}}
+    )
     counts = {"params": {"a": jnp.ones(2)}, "state": {"norm": {"count": jnp.array(3)}}}
     assert_equal(from_torch(to_torch(counts), counts), counts)
 
@@ -228,27 +303,38 @@ def test_numbered_modules_are_stacked_where_the_template_has_a_repeat():
     like = template(net, x)
     source = {f"h.{i}.fc.{n}": noisy(np.zeros(s, np.float32)) for i in range(4) for n, s in FC}
     source |= {f"h.{i}.norm.{n}": noisy(np.zeros(3, np.float32)) for i in range(4) for n in NORM}
-    source |= {"head.weight": noisy(np.zeros((2, 3), np.float32)), "head.bias": np.zeros(2, np.float32)}
+    source |= {
+        "head.weight": noisy(np.zeros((2, 3), np.float32)),
+        "head.bias": np.zeros(2, np.float32),
+    }
     got = from_torch(source, like, rename={"h": "body"})
     y = x
-    for i in range(4):  # the layers one by one, as the numbers say; evaluation of batch norm as in its paper
+    # The layers one by one, as the numbers say; evaluation of batch norm as in its paper.
+    for i in range(4):
         a = np.tanh(y) @ source[f"h.{i}.fc.weight"].T + source[f"h.{i}.fc.bias"]
         mean, var, scale, bias = (source[f"h.{i}.norm.{n}"] for n in NORM)
         y = (a - mean) / np.sqrt(var + 1e-5) * scale + bias
     y = y @ source["head.weight"].T
-    np.testing.assert_allclose(net.apply(got["params"], x, state=got["state"])[0], y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        net.apply(got["params"], x, state=got["state"])[0], y, rtol=1e-5, atol=1e-5
+    )
     back = to_torch(got, rename={"body": "h"}, stacked="body")
     assert back.keys() == source.keys()
     for name, array in source.items():
         np.testing.assert_array_equal(back[name], array)
     del source["h.2.fc.bias"]
     with pytest.raises(
-        CheckpointError, match=r"missing from the file: body/fc/bias .*\n  not in the .*: body/0/fc/bias"
+        CheckpointError,
+        match=r"missing from the file: body/fc/bias .*\n  not in the .*: body/0/fc/bias",
     ):
         from_torch(source, like, rename={"h": "body"})
-    with pytest.raises(ValueError, match="the leaves below 'heads' must share a leading axis, these do not exist"):
+    with pytest.raises(
+        ValueError, match="the leaves below 'heads' must share a leading axis, these do not exist"
+    ):
         to_torch(got, stacked="heads")
-    with pytest.raises(ValueError, match=r"below 'head' must share a leading axis, these have .* sizes \[2, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"below 'head' must share a leading axis, these have .* sizes \[2, 3\]"
+    ):
         to_torch(got, stacked=["body", "head"])
 
 
@@ -257,14 +343,24 @@ NORM = ["running_mean", "running_var", "weight", "bias"]
 
 
 def test_what_is_no_variables_or_has_no_template():
-    for wrong in [{"w": jnp.zeros(2)}, {"state": {}}, {"params": {}, "state": {}, "step": 1}, jnp.zeros(2)]:
+    for wrong in [
+        {"w": jnp.zeros(2)},
+        {"state": {}},
+        {"params": {}, "state": {}, "step": 1},
+        jnp.zeros(2),
+    ]:
         for call in [lambda x: from_torch({"w": arange(2)}, x), to_torch]:
-            with pytest.raises(ValueError, match="must be {'params': params, 'state': state} or .*, got "):
+            with pytest.raises(
+                ValueError, match="must be {'params': params, 'state': state} or .*, got "
+            ):
                 call(wrong)
     both = {"params": {"a": jnp.zeros(1)}, "state": {"a": jnp.zeros(1)}}
     with pytest.raises(ValueError, match="'a' is in params and in state"):
         to_torch(both)
-    for leaf, match in [(1.5, "'state/b' is of kind float"), (jax.random.key(0), "'state/b' is of kind key")]:
+    for leaf, match in [
+        (1.5, "'state/b' is of kind float"),
+        (jax.random.key(0), "'state/b' is of kind key"),
+    ]:
         with pytest.raises(ValueError, match=match):
             to_torch({"params": {}, "state": {"b": leaf}})
     with pytest.raises(CheckpointError, match="leaf 'params/a': a ShapeDtypeStruct has no values"):
@@ -273,11 +369,16 @@ def test_what_is_no_variables_or_has_no_template():
         from_flax({"params": {"a": {"mean": arange(1)}}, "batch_stats": {"a": {"mean": arange(1)}}})
     with pytest.raises(ValueError, match="need variables `like`"):
         from_torch({}, cast=True)
-    with pytest.raises(CheckpointError, match="leaf 'a/kernel': rename gives this path to 'a/kernel' and 'a/weight'"):
+    with pytest.raises(
+        CheckpointError,
+        match="leaf 'a/kernel': rename gives this path to 'a/kernel' and 'a/weight'",
+    ):
         from_torch({"a.kernel": arange(2, 2), "a.weight": arange(2, 2)})
     with pytest.raises(CheckpointError, match="another leaf is called 'a.weight' too"):
         to_torch({"params": {"a": {"kernel": arange(2, 2), "scale": arange(2)}}})
-    with pytest.raises(CheckpointError, match="leaf 'a/b': two arrays have this path, 'a/b' and another"):
+    with pytest.raises(
+        CheckpointError, match="leaf 'a/b': two arrays have this path, 'a/b' and another"
+    ):
         from_torch({"a.b": arange(1), "a/b": arange(1)})
     with pytest.raises(CheckpointError, match="leaf 'mlp/linear/w': two arrays have this path"):
         from_haiku({"mlp/~/linear": {"w": arange(1, 1)}, "mlp/linear": {"w": arange(1, 1)}})
@@ -285,7 +386,7 @@ def test_what_is_no_variables_or_has_no_template():
         from_torch({"a.kernel": arange(2, 2)}, rename={"b": "c"})
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_a_safetensors_file_and_what_is_written(tmp_path):
@@ -311,7 +412,9 @@ def test_without_torch_its_files_are_refused_with_what_to_install(tmp_path, monk
     write_zip_of_torch(tmp_path / "net.pt")
     with pytest.raises(ImportError, match=r"net.pt: needs torch .* pip install 'jaxnet\[torch\]'"):
         from_torch(tmp_path / "net.pt")
-    assert_equal(from_torch({"a.bias": arange(2)}), {"params": {"a": {"bias": jnp.arange(2.0)}}, "state": {}})
+    assert_equal(
+        from_torch({"a.bias": arange(2)}), {"params": {"a": {"bias": jnp.arange(2.0)}}, "state": {}}
+    )
 
 
 class Evil:
@@ -335,11 +438,13 @@ def test_nothing_in_a_file_of_torch_is_executed(torch, tmp_path, monkeypatch):
         from_torch("missing.pt")
     assert not os.path.exists("executed")
     monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
-    with pytest.raises(ImportError, match="torch 2.5.1.cpu does not open files safely; from 2.6 on"):
+    with pytest.raises(
+        ImportError, match="torch 2.5.1.cpu does not open files safely; from 2.6 on"
+    ):
         from_torch("list.pt")
 
 
-# -------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 @pytest.fixture
@@ -359,8 +464,12 @@ def test_convert_from_a_state_dict_and_back(files, capsys):
     assert main(["convert", "out", "back.safetensors", "--to", "torch", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     written = safetensors.numpy.load_file("back.safetensors")
-    assert {x["path"]: x["shape"] for x in printed["leaves"]} == {n: list(x.shape) for n, x in written.items()}
-    assert printed["metadata"] == {"format": "pt"} and written.keys() == STATE_DICT.keys() - {"bn.num_batches_tracked"}
+    assert {x["path"]: x["shape"] for x in printed["leaves"]} == {
+        n: list(x.shape) for n, x in written.items()
+    }
+    assert printed["metadata"] == {"format": "pt"} and written.keys() == STATE_DICT.keys() - {
+        "bn.num_batches_tracked"
+    }
     for name, x in written.items():
         np.testing.assert_array_equal(x, STATE_DICT[name])
 
@@ -372,19 +481,59 @@ def test_convert_with_renames_a_template_and_stacks(files):
     assert_equal(load("out"), from_torch(STATE_DICT, rename=rename))
     save("like", {"params": {"body": {"kernel": jnp.zeros((2, 3, 3))}}, "opt": 1})
     save("numbered", {"h.0.weight": arange(3, 3), "h.1.weight": 2 * arange(3, 3)})
-    assert main(["convert", "--from", "torch", "numbered", "stacked", "--like", "like", "--rename", "h=body"]) == 0
-    np.testing.assert_array_equal(load("stacked")["params"]["body"]["kernel"][1], 2 * arange(3, 3).T)
-    assert main(["convert", "stacked", "again", "--to", "torch", "--stacked", "body", "--rename", "body=h"]) == 0
+    assert (
+        main(
+            [
+                "convert",
+                "--from",
+                "torch",
+                "numbered",
+                "stacked",
+                "--like",
+                "like",
+                "--rename",
+                "h=body",
+            ]
+        )
+        == 0
+    )
+    np.testing.assert_array_equal(
+        load("stacked")["params"]["body"]["kernel"][1], 2 * arange(3, 3).T
+    )
+    assert (
+        main(
+            [
+                "convert",
+                "stacked",
+                "again",
+                "--to",
+                "torch",
+                "--stacked",
+                "body",
+                "--rename",
+                "body=h",
+            ]
+        )
+        == 0
+    )
     assert_equal(load("again"), load("numbered"))
 
 
 def test_convert_repacks_without_another_layout(files):
-    tree = {"enc": {"kernel": np.ones((2, 3))}, "wide": np.int64(2**40), "key": jax.random.key(1), "step": 3}
+    tree = {
+        "enc": {"kernel": np.ones((2, 3))},
+        "wide": np.int64(2**40),
+        "key": jax.random.key(1),
+        "step": 3,
+    }
     save("t", tree, metadata={"a": 1})
     assert main(["convert", "t", "u"]) == 0
     with open("t", "rb") as a, open("u", "rb") as b:
         assert a.read() == b.read()
-    assert main(["convert", "t", "u", "--force", "--rename", "=params", "--rename", "enc=params/body"]) == 0
+    assert (
+        main(["convert", "t", "u", "--force", "--rename", "=params", "--rename", "enc=params/body"])
+        == 0
+    )
     assert sorted(tree.keys() - {"enc"} | {"body"}) == sorted(load("u")["params"])
     assert main(["convert", "torch.safetensors", "v", "--to", "torch", "--rename", "bn=norm"]) == 0
     written = safetensors.numpy.load_file("v")
@@ -397,11 +546,23 @@ def test_convert_repacks_without_another_layout(files):
 @pytest.mark.parametrize(
     "arguments, match",
     [
-        (["torch.safetensors", "jaxnet.safetensors"], "jaxnet.safetensors exists: --force replaces it"),
+        (
+            ["torch.safetensors", "jaxnet.safetensors"],
+            "jaxnet.safetensors exists: --force replaces it",
+        ),
         (["torch.safetensors", "out", "--rename", "conv"], "'conv' must be OLD=NEW"),
-        (["jaxnet.safetensors", "out", "--like", "jaxnet.safetensors"], "--like is for --from torch --to jaxnet"),
-        (["torch.safetensors", "out", "--stacked", "body"], "--stacked is for --from jaxnet --to torch"),
-        (["jaxnet.safetensors", "out", "--to", "torch", "--stacked", "body"], "'body' must share a leading axis"),
+        (
+            ["jaxnet.safetensors", "out", "--like", "jaxnet.safetensors"],
+            "--like is for --from torch --to jaxnet",
+        ),
+        (
+            ["torch.safetensors", "out", "--stacked", "body"],
+            "--stacked is for --from jaxnet --to torch",
+        ),
+        (
+            ["jaxnet.safetensors", "out", "--to", "torch", "--stacked", "body"],
+            "'body' must share a leading axis",
+        ),
         (["torch.safetensors", "out", "--to", "onnx"], "invalid choice: 'onnx'"),
         (["torch.safetensors"], "required: OUT"),
     ],
@@ -409,14 +570,20 @@ def test_convert_repacks_without_another_layout(files):
 def test_a_wrong_convert_gives_code_2_and_writes_nothing(arguments, match, files, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         main(["convert", *arguments])
-    assert match in capsys.readouterr().err and sorted(os.listdir()) == ["jaxnet.safetensors", "torch.safetensors"]
+    assert match in capsys.readouterr().err and sorted(os.listdir()) == [
+        "jaxnet.safetensors",
+        "torch.safetensors",
+    ]
 
 
 def test_convert_tells_a_file_of_torch_by_its_content(files, capsys):
     write_zip_of_torch("net")
     with pytest.raises(SystemExit, match="^2$"):
         main(["convert", "net", "out", "--from", "jaxnet"])
-    assert "a checkpoint of jaxnet is a safetensors file, and this is one of torch.save" in capsys.readouterr().err
+    assert (
+        "a checkpoint of jaxnet is a safetensors file, and this is one of torch.save"
+        in capsys.readouterr().err
+    )
     assert not os.path.exists("out")
 
 
@@ -456,7 +623,10 @@ def test_the_command_that_convert_advises_gives_the_variables_of_a_run(files, ca
     save("run", {"train_state": run, "best": None})
     assert main(["convert", "run", "out", "--to", "torch"]) == 1
     options = capsys.readouterr().err.rpartition("IN NEW ")[2].split()
-    assert main(["convert", "run", "new", *options]) == 0 and main(["convert", "new", "out", "--to", "torch"]) == 0
+    assert (
+        main(["convert", "run", "new", *options]) == 0
+        and main(["convert", "new", "out", "--to", "torch"]) == 0
+    )
     assert_equal(load("new"), {"params": run["params"], "state": run["state"]})
     # PyTorch's kernel of a linear map is [out, in].
     tensors = {name: x.shape for name, x in load("out").items()}
@@ -466,7 +636,9 @@ def test_the_command_that_convert_advises_gives_the_variables_of_a_run(files, ca
 EVIL = "\x1b[31m\a\r\n  forged\u202e"
 
 
-@pytest.mark.parametrize("where", ["twice", "both", "stacked", "kind", "weight", "only", "rename", "values", "flax"])
+@pytest.mark.parametrize(
+    "where", ["twice", "both", "stacked", "kind", "weight", "only", "rename", "values", "flax"]
+)
 def test_errors_of_other_libraries_names_are_printable_and_on_one_line(where):
     one = np.ones(2, np.float32)
 
@@ -498,7 +670,7 @@ def test_convert_opens_files_of_torch(torch, files):
     assert_equal(load("net.safetensors"), from_torch(STATE_DICT))
 
 
-# --------------------------------------------------------------------------------------------------- the libraries
+# ------------------------------------------------------------------------------------ the libraries
 
 
 def torch_model(torch):
@@ -508,15 +680,27 @@ def torch_model(torch):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.bn, self.hidden = nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Linear(4, 4)
-            self.embed, self.norm, self.head = nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 5, bias=False)
+            self.conv, self.bn, self.hidden = (
+                nn.Conv2d(3, 4, 3, stride=2),
+                nn.BatchNorm2d(4),
+                nn.Linear(4, 4),
+            )
+            self.embed, self.norm, self.head = (
+                nn.Embedding(7, 4),
+                nn.LayerNorm(4),
+                nn.Linear(4, 5, bias=False),
+            )
 
         def forward(self, x, ids):
             h = torch.relu(self.bn(self.conv(x))).mean((-2, -1))
             return self.head(self.norm(self.hidden(h) + self.embed(ids)))
 
     torch.manual_seed(0)
-    model, x, ids = Net(), torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy()), torch.from_numpy(IDS)
+    model, x, ids = (
+        Net(),
+        torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy()),
+        torch.from_numpy(IDS),
+    )
     with torch.no_grad():
         for p in model.parameters():
             p += 0.4 * torch.rand_like(p)
@@ -530,9 +714,13 @@ def test_a_network_of_torch_computes_the_same_here_and_back_there(torch, tmp_pat
     model, run = torch_model(torch)
     expected = run()
     variables = from_torch(model.state_dict(), template())
-    np.testing.assert_allclose(outputs(variables), expected, rtol=1e-5, atol=1e-5)  # PyTorch's own output
+    # PyTorch's own output.
+    np.testing.assert_allclose(outputs(variables), expected, rtol=1e-5, atol=1e-5)
     torch.save(model.state_dict(), "net.pt")
-    torch.save({"model": {f"module.{n}": x for n, x in model.state_dict().items()}, "epoch": 3}, "train.pth")
+    torch.save(
+        {"model": {f"module.{n}": x for n, x in model.state_dict().items()}, "epoch": 3},
+        "train.pth",
+    )
     assert_equal(from_torch("net.pt", template()), variables)
     assert_equal(from_torch("train.pth", template(), rename={"model.module": ""}), variables)
     save("out.safetensors", to_torch(variables))
@@ -548,14 +736,18 @@ def test_a_network_of_torch_computes_the_same_here_and_back_there(torch, tmp_pat
 
 def test_the_features_of_a_flattened_convolution_are_reordered_as_the_guide_says(torch):
     nn = torch.nn
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, groups=1, padding=1), nn.Flatten(), nn.Linear(4 * 9 * 9, 2))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, groups=1, padding=1), nn.Flatten(), nn.Linear(4 * 9 * 9, 2)
+    )
     net = chain(conv(4, 3, padding=1), lambda x: x.reshape(len(x), -1), dense(2))
     variables = from_torch(model.state_dict(), template(net, jnp.asarray(IMAGES)))
     kernel = variables["params"]["2"]["kernel"]  # [C H W, out] -> [H W C, out]
     kernel = kernel.reshape(4, 9, 9, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
     variables = tree.put(variables, "params/2/kernel", kernel)
     expected = model(torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())).detach().numpy()
-    np.testing.assert_allclose(net.apply(variables["params"], IMAGES), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        net.apply(variables["params"], IMAGES), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("rank, groups", [(1, 1), (2, 2), (3, 1), (1, 4)])
@@ -564,22 +756,38 @@ def test_convolutions_of_every_rank_and_in_groups(rank, groups, torch):
     x = RNG.normal(size=(2, *(5, 6, 4)[:rank], 4)).astype(np.float32)
     net = chain(conv(8, (3, 2, 1)[:rank], groups=groups, padding="VALID"))
     variables = from_torch(model.state_dict(), template(net, jnp.asarray(x)), rename={"": "0"})
-    expected = np.moveaxis(model(torch.from_numpy(np.moveaxis(x, -1, 1).copy())).detach().numpy(), 1, -1)
+    expected = np.moveaxis(
+        model(torch.from_numpy(np.moveaxis(x, -1, 1).copy())).detach().numpy(), 1, -1
+    )
     np.testing.assert_allclose(net.apply(variables["params"], x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_dtype_of_torch_and_tensors_of_odd_strides(torch):
-    for name in ["float16", "bfloat16", "float32", "float64", "complex64", "float8_e4m3fn", "float8_e5m2"]:
+    for name in [
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+        "complex64",
+        "float8_e4m3fn",
+        "float8_e5m2",
+    ]:
         x = torch.tensor([[0.5, -2.0, 3.0], [1.0, 0.0, -0.25]]).to(getattr(torch, name))
         for tensor in [x, x.T, x[0], x[0, 1], x[:0]]:
-            got = from_torch({"w": tensor.requires_grad_(name in ("float32", "float64"))})["params"]["w"]
+            got = from_torch({"w": tensor.requires_grad_(name in ("float32", "float64"))})[
+                "params"
+            ]["w"]
             assert got.dtype.name == name and got.shape == tuple(tensor.shape)
             wide = torch.complex64 if name == "complex64" else torch.float64
-            np.testing.assert_array_equal(np.asarray(got, str(wide)[6:]), tensor.detach().to(wide).numpy())
+            np.testing.assert_array_equal(
+                np.asarray(got, str(wide)[6:]), tensor.detach().to(wide).numpy()
+            )
 
 
 def test_a_published_resnet_gives_its_published_logits(real_data, torch):
-    """ResNet-20 for CIFAR-10, trained in PyTorch; the logits are from an independent forward pass in NumPy."""
+    """ResNet-20 for CIFAR-10, trained in PyTorch; the logits are from an independent forward pass
+    in NumPy.
+    """
     folder = real_data / "pretrained" / "resnet_cifar10"
     cifar = real_data / "cifar10" / "test_batch.bin.gz"
     if not folder.is_dir() or not cifar.exists():
@@ -595,17 +803,25 @@ def test_a_published_resnet_gives_its_published_logits(real_data, torch):
         )
         def body(f, x):
             y = f.bn2(f.conv2(jax.nn.relu(f.bn1(f.conv1(x)))))
-            extra = (features - x.shape[-1]) // 2  # shortcut A: every other pixel, and zeros on both sides
-            return jax.nn.relu(y + jnp.pad(x[:, ::stride, ::stride], [(0, 0)] * 3 + [(extra, extra)]))
+            # Shortcut A: every other pixel, and zeros on both sides.
+            extra = (features - x.shape[-1]) // 2
+            return jax.nn.relu(
+                y + jnp.pad(x[:, ::stride, ::stride], [(0, 0)] * 3 + [(extra, extra)])
+            )
 
         return body
 
-    stages = {f"layer{i + 1}": chain(*(block(16 << i, 2 if i and not n else 1) for n in range(3))) for i in range(3)}
+    stages = {
+        f"layer{i + 1}": chain(*(block(16 << i, 2 if i and not n else 1) for n in range(3)))
+        for i in range(3)
+    }
     stem = dict(conv1=conv(16, 3, padding=1, bias=False), bn1=batch_norm(), relu=jax.nn.relu)
     resnet = chain(**stem, **stages, pool=lambda x: x.mean((1, 2)), linear=dense(10))
     records = np.frombuffer(gzip.decompress(cifar.read_bytes()), np.uint8).reshape(-1, 3073)[:256]
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) / 255
-    x = jnp.asarray((images - [[[[0.485, 0.456, 0.406]]]]) / [[[[0.229, 0.224, 0.225]]]], jnp.float32)
+    x = jnp.asarray(
+        (images - [[[[0.485, 0.456, 0.406]]]]) / [[[[0.229, 0.224, 0.225]]]], jnp.float32
+    )
     path = folder / "resnet20-12fca82f.th"
     variables = from_torch(path, template(resnet, x), rename={"state_dict.module": ""})
     logits, _ = jax.jit(lambda v, x: resnet.apply(v["params"], x, state=v["state"]))(variables, x)
@@ -614,7 +830,13 @@ def test_a_published_resnet_gives_its_published_logits(real_data, torch):
     assert np.mean(np.argmax(logits, -1) == records[:, 0]) > 0.9  # published: 91.73 % of all 10,000
 
 
-FLAX = {"Conv_0": "conv", "BatchNorm_0": "bn", "Dense_0": "hidden", "Embed_0": "embed", "LayerNorm_0": "norm"}
+FLAX = {
+    "Conv_0": "conv",
+    "BatchNorm_0": "bn",
+    "Dense_0": "hidden",
+    "Embed_0": "embed",
+    "LayerNorm_0": "norm",
+}
 
 
 def test_a_network_of_linen_computes_the_same():
@@ -644,8 +866,14 @@ def test_a_network_of_nnx_computes_the_same():
         def __init__(self, rngs):
             self.conv = nnx.Conv(3, 4, (3, 3), strides=2, padding="VALID", rngs=rngs)
             self.bn, self.hidden = nnx.BatchNorm(4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
-            self.embed, self.norm = nnx.Embed(7, 4, rngs=rngs), nnx.LayerNorm(4, epsilon=1e-5, rngs=rngs)
-            self.head, self.drop = nnx.Linear(4, 5, use_bias=False, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+            self.embed, self.norm = (
+                nnx.Embed(7, 4, rngs=rngs),
+                nnx.LayerNorm(4, epsilon=1e-5, rngs=rngs),
+            )
+            self.head, self.drop = (
+                nnx.Linear(4, 5, use_bias=False, rngs=rngs),
+                nnx.Dropout(0.5, rngs=rngs),
+            )
 
         def __call__(self, x, ids):
             h = nnx.relu(self.bn(self.conv(x))).mean((-3, -2))
@@ -702,8 +930,14 @@ def test_a_network_of_equinox_computes_the_same(mode):
             return self.head(self.norm(self.hidden[0](h) + self.embed(ids))), state
 
     def make():
-        hidden, head = eqx.nn.Linear(4, 4, key=keys[1]), eqx.nn.Linear(4, 5, use_bias=False, key=keys[3])
-        first = eqx.nn.Conv2d(3, 4, 3, stride=2, key=keys[0]), eqx.nn.BatchNorm(4, "batch", mode=mode, momentum=0.9)
+        hidden, head = (
+            eqx.nn.Linear(4, 4, key=keys[1]),
+            eqx.nn.Linear(4, 5, use_bias=False, key=keys[3]),
+        )
+        first = (
+            eqx.nn.Conv2d(3, 4, 3, stride=2, key=keys[0]),
+            eqx.nn.BatchNorm(4, "batch", mode=mode, momentum=0.9),
+        )
         return Net(*first, [hidden], eqx.nn.Embedding(7, 4, key=keys[2]), eqx.nn.LayerNorm(4), head)
 
     with jax.numpy_rank_promotion("allow"):

@@ -1,4 +1,6 @@
-"""Weights of Keras: its own outputs are the expectation, and no file may ask for more than it holds."""
+"""Weights of Keras: its own outputs are the expectation, and no file may ask for more than it
+holds.
+"""
 
 import json
 import warnings
@@ -25,11 +27,15 @@ def keras(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False):
         warnings.simplefilter("ignore")
-        yield pytest.importorskip("keras", reason="keras is not installed: its outputs are the expectation")
+        yield pytest.importorskip(
+            "keras", reason="keras is not installed: its outputs are the expectation"
+        )
 
 
 def shaken(model):
-    """Other weights than those that layers start with, which zeros and ones could be mistaken for."""
+    """Other weights than those that layers start with, which zeros and ones could be mistaken
+    for.
+    """
     for v in model.weights:
         if "float" in str(v.dtype):
             v.assign(np.asarray(v) + RNG.uniform(0.1, 0.5, v.shape).astype(np.float32))
@@ -46,7 +52,9 @@ def saved(model, folder):
 
 def variables_like(net, *inputs):
     params = jax.eval_shape(net.init, jax.random.key(0), *inputs)
-    return {"params": params} | ({"state": jax.eval_shape(net.init_state, *inputs)} if net.init_state else {})
+    return {"params": params} | (
+        {"state": jax.eval_shape(net.init_state, *inputs)} if net.init_state else {}
+    )
 
 
 def output(net, variables, x):
@@ -101,49 +109,68 @@ def test_a_convnet_computes_the_same_from_every_kind_of_file_and_from_memory(ker
 @pytest.mark.parametrize("rank, groups", [(1, 1), (1, 2), (2, 2), (3, 1)])
 def test_convolutions_of_every_rank_and_in_groups(rank, groups, keras, tmp_path):
     window = (3, 2, 1)[:rank]
-    layer = getattr(keras.layers, f"Conv{rank}D")(6, window, groups=groups, name="c", dilation_rate=1)
+    layer = getattr(keras.layers, f"Conv{rank}D")(
+        6, window, groups=groups, name="c", dilation_rate=1
+    )
     model = shaken(keras.Sequential([keras.Input((*(5, 6, 4)[:rank], 4)), layer]))
     net = chain(c=conv(6, window, groups=groups, padding="VALID"))
     x = RNG.normal(size=(2, *(5, 6, 4)[:rank], 4)).astype(np.float32)
     for source in saved(model, tmp_path):
         variables = from_keras(source, variables_like(net, jnp.asarray(x)))
-        np.testing.assert_allclose(output(net, variables, x), np.asarray(model(x)), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            output(net, variables, x), np.asarray(model(x)), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_depthwise_convolution_keeps_the_order_of_its_outputs(rank, keras, tmp_path):
     """Channel c of C with multiplier M gives the outputs c * M to c * M + M - 1, there and here."""
     window = (3, 2)[:rank]
-    layer = getattr(keras.layers, f"DepthwiseConv{rank}D")(window, depth_multiplier=3, name="d", use_bias=False)
+    layer = getattr(keras.layers, f"DepthwiseConv{rank}D")(
+        window, depth_multiplier=3, name="d", use_bias=False
+    )
     model = shaken(keras.Sequential([keras.Input((*(7, 6)[:rank], 4)), layer]))
     net = chain(d=conv(12, window, groups=4, padding="VALID", bias=False))
     x = RNG.normal(size=(2, *(7, 6)[:rank], 4)).astype(np.float32)
     for source in saved(model, tmp_path):
         variables = from_keras(source, variables_like(net, jnp.asarray(x)))
-        np.testing.assert_allclose(output(net, variables, x), np.asarray(model(x)), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            output(net, variables, x), np.asarray(model(x)), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_nested_models_embeddings_and_other_names(keras, tmp_path):
     layers = keras.layers
-    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="up"), layers.Dense(4, name="down")], name="body")
+    inner = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(4, name="up"), layers.Dense(4, name="down")], name="body"
+    )
     ids = keras.Input((5,), dtype="int32")
     h = layers.Embedding(7, 4, name="tokens")(ids)
     h = layers.BatchNormalization(name="bn")(layers.GlobalAveragePooling1D()(h))
     model = shaken(keras.Model(ids, layers.Dense(2, name="head")(inner(h)), name="whole"))
     body = chain(fc1=dense(4), fc2=dense(4))
-    net = chain(wte=embed(7, 4), pool=global_avg_pool(1), bn=batch_norm(eps=1e-3), body=body, head=dense(2))
+    net = chain(
+        wte=embed(7, 4), pool=global_avg_pool(1), bn=batch_norm(eps=1e-3), body=body, head=dense(2)
+    )
     x = RNG.integers(0, 7, (3, 5)).astype(np.int32)
     rename = {"tokens": "wte", "body/up": "body/fc1", "body/down": "body/fc2"}
     for source in saved(model, tmp_path):
         variables = from_keras(source, variables_like(net, jnp.asarray(x)), rename=rename)
-        np.testing.assert_allclose(output(net, variables, x), np.asarray(model(x)), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            output(net, variables, x), np.asarray(model(x)), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("scale, center", [(False, True), (True, False), (False, False)])
 def test_a_norm_without_scale_or_without_shift(scale, center, keras, tmp_path):
-    """A file without configuration does not say whether its one array is gamma or beta: it is a number until it is named."""
+    """A file without configuration does not say whether its one array is gamma or beta: it is a
+    number until it is named.
+    """
     norms = keras.layers.BatchNormalization, keras.layers.LayerNormalization
-    parts = [norm(scale=scale, center=center, name=name) for norm, name in zip(norms, ("bn", "ln"), strict=True)]
+    parts = [
+        norm(scale=scale, center=center, name=name)
+        for norm, name in zip(norms, ("bn", "ln"), strict=True)
+    ]
     model = shaken(keras.Sequential([keras.Input((4,)), *parts, keras.layers.Dense(1, name="fc")]))
     net = chain(
         bn=batch_norm(eps=1e-3, scale=scale, bias=center),
@@ -155,12 +182,16 @@ def test_a_norm_without_scale_or_without_shift(scale, center, keras, tmp_path):
     *sources, bare = saved(model, tmp_path)
     for source in sources:
         variables = from_keras(source, like)
-        np.testing.assert_allclose(output(net, variables, x), np.asarray(model(x)), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            output(net, variables, x), np.asarray(model(x)), rtol=1e-4, atol=1e-5
+        )
     if scale or center:
         with pytest.raises(CheckpointError, match="not in the template: bn/0"):
             from_keras(bare, like)
         name = "scale" if scale else "bias"
-        assert same(from_keras(bare, like, rename={"bn/0": f"bn/{name}", "ln/0": f"ln/{name}"}), variables)
+        assert same(
+            from_keras(bare, like, rename={"bn/0": f"bn/{name}", "ln/0": f"ln/{name}"}), variables
+        )
     else:
         assert same(from_keras(bare, like), variables)
 
@@ -171,7 +202,10 @@ def test_a_subclassed_model_has_the_names_of_its_layers(keras, tmp_path):
     class Net(keras.Model):
         def __init__(self):
             super().__init__(name="net")
-            self.first, self.rest = layers.Dense(3, name="dense_1"), [layers.Dense(3, name=n) for n in ("mine", "two")]
+            self.first, self.rest = (
+                layers.Dense(3, name="dense_1"),
+                [layers.Dense(3, name=n) for n in ("mine", "two")],
+            )
             self.attention = layers.MultiHeadAttention(2, 2, name="mha")
             self.memory = layers.LSTM(3, name="lstm")
 
@@ -182,11 +216,18 @@ def test_a_subclassed_model_has_the_names_of_its_layers(keras, tmp_path):
     model = Net()
     model(np.zeros((2, 5, 3), np.float32))
     model.save_weights(tmp_path / "net.weights.h5")
-    ours, theirs = (tree.flatten(from_keras(source)) for source in (model, tmp_path / "net.weights.h5"))
-    assert {path.rpartition("/")[0] for path in ours} == {path.rpartition("/")[0] for path in theirs}
+    ours, theirs = (
+        tree.flatten(from_keras(source)) for source in (model, tmp_path / "net.weights.h5")
+    )
+    assert {path.rpartition("/")[0] for path in ours} == {
+        path.rpartition("/")[0] for path in theirs
+    }
     assert ours["params/lstm/lstm_cell/recurrent_kernel"].shape == (3, 12)
-    np.testing.assert_array_equal(ours["params/mha/query/kernel"], theirs["params/mha/query/kernel"])
-    # The list `rest` holds layers of class Dense, which the file says; of the name "mine" alone, nothing follows.
+    np.testing.assert_array_equal(
+        ours["params/mha/query/kernel"], theirs["params/mha/query/kernel"]
+    )
+    # The list `rest` holds layers of class Dense, which the file says; of the name "mine" alone,
+    # nothing follows.
     np.testing.assert_array_equal(ours["params/mine/kernel"], theirs["params/mine/kernel"])
 
 
@@ -202,26 +243,36 @@ def test_a_layer_of_an_unknown_class_has_numbers_that_rename_turns_into_names(ke
     model = keras.Sequential([keras.Input((3,)), Scaled(name="mine")])
     model.save_weights(tmp_path / "net.weights.h5")
     assert sorted(tree.paths(from_keras(model))) == ["params/mine/factor", "params/mine/other"]
-    got = from_keras(tmp_path / "net.weights.h5", rename={"mine/0": "mine/factor", "mine/1": "mine/other"})
+    got = from_keras(
+        tmp_path / "net.weights.h5", rename={"mine/0": "mine/factor", "mine/1": "mine/other"}
+    )
     assert same(got, from_keras(model))
 
 
 def test_dtypes_are_kept_and_codes_of_quantized_layers_are_refused(keras, tmp_path):
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, dtype="bfloat16", name="fc")])
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(2, dtype="bfloat16", name="fc")]
+    )
     for source in saved(model, tmp_path):
         got = from_keras(source)["params"]["fc"]["kernel"]
         assert got.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(model.layers[0].kernel.value, np.float32))
+        np.testing.assert_array_equal(
+            np.asarray(got, np.float32), np.asarray(model.layers[0].kernel.value, np.float32)
+        )
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="fc")])
     model.quantize("int8")
     model.save_weights(tmp_path / "int8.weights.h5")
     for source, name in [(model, "kernel"), (tmp_path / "int8.weights.h5", "0")]:
-        with pytest.raises(CheckpointError, match=f"fc/{name}.*a quantized layer holds codes .int8., not values"):
+        with pytest.raises(
+            CheckpointError, match=f"fc/{name}.*a quantized layer holds codes .int8., not values"
+        ):
             from_keras(source)
 
 
 def test_the_optimizer_is_left_out_and_only_takes_a_part(keras, tmp_path):
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="a"), keras.layers.Dense(2, name="b")])
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(2, name="a"), keras.layers.Dense(2, name="b")]
+    )
     model.compile("adam", "mse")
     model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
     for source in saved(model, tmp_path):
@@ -256,7 +307,7 @@ def test_convert_reads_files_of_keras(keras, tmp_path, monkeypatch, capsys):
     assert "--from keras" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------- files made by hand: no Keras
+# --------------------------------------------------------------------- files made by hand: no Keras
 
 
 def write(path, groups: dict[str, Any], names: dict[str, str] | None = None):
@@ -270,7 +321,9 @@ def write(path, groups: dict[str, Any], names: dict[str, str] | None = None):
 
 
 def test_a_weights_file_of_keras_2(tmp_path):
-    """Its arrays are called dense/kernel:0 inside the group of their layer, and depthwise kernels by another name."""
+    """Its arrays are called dense/kernel:0 inside the group of their layer, and depthwise kernels
+    by another name.
+    """
     kernel, depthwise = (
         np.arange(6, dtype=np.float32).reshape(2, 3),
         np.arange(12, dtype=np.float32).reshape(3, 1, 2, 2),
@@ -283,7 +336,13 @@ def test_a_weights_file_of_keras_2(tmp_path):
         file.create_group("top_level_model_weights")
     got = from_keras(tmp_path / "old.h5")
     assert sorted(tree.paths(got)) == [
-        *["params/bn/scale", "params/dw/kernel", "params/fc/bias", "params/fc/kernel", "state/bn/mean"]
+        *[
+            "params/bn/scale",
+            "params/dw/kernel",
+            "params/fc/bias",
+            "params/fc/kernel",
+            "state/bn/mean",
+        ]
     ]
     np.testing.assert_array_equal(got["params"]["fc"]["kernel"], kernel)
     np.testing.assert_array_equal(got["params"]["dw"]["kernel"], depthwise.reshape(3, 1, 1, 4))
@@ -291,8 +350,15 @@ def test_a_weights_file_of_keras_2(tmp_path):
 
 def test_a_weights_file_without_names_of_layers_has_those_of_its_groups(tmp_path):
     x = np.ones((2, 2), np.float32)
-    path = write(tmp_path / "a.h5", {"layers/dense/vars/0": x, "layers/dense_1/vars/0": x, "layers/dense/vars/1": x[0]})
-    assert sorted(tree.paths(from_keras(path))) == ["params/dense/bias", "params/dense/kernel", "params/dense_1/kernel"]
+    path = write(
+        tmp_path / "a.h5",
+        {"layers/dense/vars/0": x, "layers/dense_1/vars/0": x, "layers/dense/vars/1": x[0]},
+    )
+    assert sorted(tree.paths(from_keras(path))) == [
+        "params/dense/bias",
+        "params/dense/kernel",
+        "params/dense_1/kernel",
+    ]
     path = write(
         tmp_path / "b.h5",
         {"a/vars/0": x, "b/vars/0": x},
@@ -348,7 +414,12 @@ def huge_contiguous(file, folder):
 
 
 def bomb(file, folder):
-    file.create_dataset("layers/dense/vars/0", data=np.zeros(2**22, np.float32), compression="gzip", compression_opts=9)
+    file.create_dataset(
+        "layers/dense/vars/0",
+        data=np.zeros(2**22, np.float32),
+        compression="gzip",
+        compression_opts=9,
+    )
 
 
 def lzf(file, folder):
@@ -419,7 +490,9 @@ def archive(path, compression, **members):
 
 
 def test_an_archive_is_stored_and_undamaged(tmp_path):
-    raw = write(tmp_path / "a.h5", {"layers/dense/vars/0": np.zeros((512, 8), np.float32)}).read_bytes()
+    raw = write(
+        tmp_path / "a.h5", {"layers/dense/vars/0": np.zeros((512, 8), np.float32)}
+    ).read_bytes()
     good = archive(tmp_path / "good.keras", zipfile.ZIP_STORED, **{"model.weights.h5": raw})
     assert from_keras(good)["params"]["dense"]["kernel"].shape == (512, 8)
     bad = archive(tmp_path / "bomb.keras", zipfile.ZIP_DEFLATED, **{"model.weights.h5": raw})
@@ -435,15 +508,23 @@ def test_an_archive_is_stored_and_undamaged(tmp_path):
         from_keras(shards)
 
 
-@pytest.mark.parametrize("config", [b"{}", b"[]", b"nonsense", b'{"config": {"layers": [3]}}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "config", [b"{}", b"[]", b"nonsense", b'{"config": {"layers": [3]}}', b"[" * 100_000]
+)
 def test_a_configuration_that_is_not_understood_names_no_layers(config, tmp_path):
-    raw = write(tmp_path / "a.h5", {"layers/dense/vars/0": np.ones((2, 2), np.float32)}).read_bytes()
-    path = archive(tmp_path / "a.keras", zipfile.ZIP_STORED, **{"model.weights.h5": raw, "config.json": config})
+    raw = write(
+        tmp_path / "a.h5", {"layers/dense/vars/0": np.ones((2, 2), np.float32)}
+    ).read_bytes()
+    path = archive(
+        tmp_path / "a.keras", zipfile.ZIP_STORED, **{"model.weights.h5": raw, "config.json": config}
+    )
     assert tree.paths(from_keras(path)) == ["params/dense/kernel"]
 
 
 def test_damage_is_a_typed_error(tmp_path):
-    """A flipped bit gives CheckpointError, or other numbers (HDF5 has no checksums by default), and nothing else."""
+    """A flipped bit gives CheckpointError, or other numbers (HDF5 has no checksums by default), and
+    nothing else.
+    """
     names = ["layers/dense/vars/0", "layers/dense/vars/1", "layers/batch_normalization/vars/0"]
     raw = write(tmp_path / "a.h5", {n: np.ones((2, 2), np.float32) for n in names}).read_bytes()
     for position in RNG.integers(0, len(raw), 300):
@@ -459,6 +540,8 @@ def test_damage_is_a_typed_error(tmp_path):
 def test_the_configuration_of_an_old_file_tells_depthwise_from_full_convolutions(tmp_path):
     layer = {"class_name": "DepthwiseConv2D", "config": {"name": "mine"}}
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": {"layers": [layer]}})
+        file.attrs["model_config"] = json.dumps(
+            {"class_name": "Sequential", "config": {"layers": [layer]}}
+        )
         file["model_weights/mine/mine/kernel"] = np.ones((3, 3, 2, 4), np.float32)
     assert from_keras(tmp_path / "a.h5")["params"]["mine"]["kernel"].shape == (3, 3, 1, 8)

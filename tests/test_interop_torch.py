@@ -1,4 +1,5 @@
-"""State dicts of PyTorch as they are found: files of every name and age, containers, odd tensors, hostile archives.
+"""State dicts of PyTorch as they are found: files of every name and age, containers, odd tensors,
+hostile archives.
 
 The expectation for values is what torch itself says of a tensor, `x.tolist()`.
 """
@@ -50,14 +51,25 @@ def assert_is_state_dict(variables, prefix="params"):
     np.testing.assert_array_equal(got[f"{prefix}/fc/bias"], B)
 
 
-# -------------------------------------------------------------------------------------------------------- kinds of files
+# ----------------------------------------------------------------------------------- kinds of files
 
-NAMES = ["net.pth.tar", "net.tar", "net.model", "net.pkl", "net", "net.safetensors", "net.h5", "net.pt"]
+NAMES = [
+    "net.pth.tar",
+    "net.tar",
+    "net.model",
+    "net.pkl",
+    "net",
+    "net.safetensors",
+    "net.h5",
+    "net.pt",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_of_torch_is_told_by_its_first_bytes(name, zipped, torch, state_dict, tmp_path, monkeypatch):
+def test_a_file_of_torch_is_told_by_its_first_bytes(
+    name, zipped, torch, state_dict, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     torch.save(state_dict, name, _use_new_zipfile_serialization=zipped)
     assert_is_state_dict(from_torch(name))
@@ -76,7 +88,9 @@ def test_a_header_whose_length_looks_like_a_pickle_is_one_of_safetensors(length,
     """80 02 to 80 05 begin a pickle; they also are the lengths 640, 896, 1152 and 1408."""
     content = safetensors.numpy.save(STATE_DICT)
     size = int.from_bytes(content[:8], "little")
-    content = length.to_bytes(8, "little") + content[8 : 8 + size].ljust(length) + content[8 + size :]
+    content = (
+        length.to_bytes(8, "little") + content[8 : 8 + size].ljust(length) + content[8 + size :]
+    )
     (tmp_path / "net").write_bytes(content)
     assert_is_state_dict(from_torch(tmp_path / "net"))
 
@@ -103,7 +117,9 @@ def test_a_file_of_another_kind_is_named(content, match, tmp_path, capsys):
 
 def test_archives_of_numpy_and_of_torchscript_have_a_remedy(torch, tmp_path):
     np.savez(tmp_path / "net.npz", **STATE_DICT)
-    with pytest.raises(CheckpointError, match=r"an archive of NumPy: from_torch\(dict\(numpy.load\(file\)\)\)"):
+    with pytest.raises(
+        CheckpointError, match=r"an archive of NumPy: from_torch\(dict\(numpy.load\(file\)\)\)"
+    ):
         from_torch(tmp_path / "net.npz")
     with np.load(tmp_path / "net.npz") as content:
         assert_is_state_dict(from_torch(dict(content)))
@@ -115,18 +131,26 @@ def test_archives_of_numpy_and_of_torchscript_have_a_remedy(torch, tmp_path):
 
 
 def test_published_files_are_told_apart(real_data, torch, tmp_path):
-    """Real files: one of torch, and others whose names (.bin, .npz, .onnx, .json) say nothing of torch."""
+    """Real files: one of torch, and others whose names (.bin, .npz, .onnx, .json) say nothing of
+    torch.
+    """
     folder = real_data / "pretrained"
     resnet = folder / "resnet_cifar10" / "resnet20-12fca82f.th"
     if not resnet.exists():
         pytest.skip("the trained networks are not there")
     expected = from_torch(resnet, only="state_dict", rename={"state_dict.module": ""})
     with np.load(resnet.with_suffix(".npz")) as arrays:
-        kernel = arrays["conv1.weight"] if "conv1.weight" in arrays else arrays["module.conv1.weight"]
-    np.testing.assert_array_equal(expected["params"]["conv1"]["kernel"], kernel.transpose(2, 3, 1, 0))
+        kernel = (
+            arrays["conv1.weight"] if "conv1.weight" in arrays else arrays["module.conv1.weight"]
+        )
+    np.testing.assert_array_equal(
+        expected["params"]["conv1"]["kernel"], kernel.transpose(2, 3, 1, 0)
+    )
     for name in ("net.pth.tar", "net"):
         shutil.copy(resnet, tmp_path / name)
-        got = from_torch(tmp_path / name, expected, only="state_dict", rename={"state_dict.module": ""})
+        got = from_torch(
+            tmp_path / name, expected, only="state_dict", rename={"state_dict.module": ""}
+        )
         assert jax.tree.all(jax.tree.map(np.array_equal, got, expected))
     for path in folder.rglob("*"):
         if path.suffix in (".bin", ".npz", ".onnx", ".json", ".txt"):
@@ -134,7 +158,7 @@ def test_published_files_are_told_apart(real_data, torch, tmp_path):
                 from_torch(path)
 
 
-# ------------------------------------------------------------------------------------------------------------ containers
+# --------------------------------------------------------------------------------------- containers
 
 
 class Pair(collections.namedtuple("Pair", ["student", "teacher"])):
@@ -173,7 +197,9 @@ def test_containers_in_a_file(torch, state_dict, tmp_path):
     np.testing.assert_array_equal(got["params"]["state_dict"]["1"]["fc"]["kernel"], A.T)
 
 
-@pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"a": [{}, {"b": ()}]}, {"text": np.array(["x"])}])
+@pytest.mark.parametrize(
+    "content", [{}, {"epoch": 3}, {"a": [{}, {"b": ()}]}, {"text": np.array(["x"])}]
+)
 def test_nothing_found_is_an_error(content):
     with pytest.raises(CheckpointError, match="no array of floats is in it"):
         from_torch(content)
@@ -186,7 +212,12 @@ def test_arrays_without_names_are_an_error(content):
 
 
 def test_two_arrays_of_one_path_are_an_error_whatever_the_library():
-    for content in [{"a.b": A, "a": {"b": B}}, {"a": {1: A, "1": B}}, {"a/b": A, "a.b": B}, {"a": {"b": A}, "a/b": B}]:
+    for content in [
+        {"a.b": A, "a": {"b": B}},
+        {"a": {1: A, "1": B}},
+        {"a/b": A, "a.b": B},
+        {"a": {"b": A}, "a/b": B},
+    ]:
         with pytest.raises(CheckpointError, match="two arrays have this path"):
             from_torch(content)
     for call in [from_flax, from_haiku, from_equinox]:
@@ -211,7 +242,7 @@ def test_a_container_that_contains_itself_is_an_error(torch, tmp_path):
             from_torch(content)
 
 
-# -------------------------------------------------------------------------------------------------- training checkpoints
+# ----------------------------------------------------------------------------- training checkpoints
 
 
 @pytest.fixture
@@ -241,24 +272,40 @@ def test_only_takes_the_model_out_of_a_training_checkpoint(training):
     np.testing.assert_array_equal(got["params"]["kernel"], model.weight.detach().numpy().T)
     np.testing.assert_array_equal(got["params"]["bias"], model.bias.detach().numpy())
     assert paths(from_torch(path, only="model")) == ["params/model/bias", "params/model/kernel"]
-    assert paths(from_torch(path, only=["model.bias", "model.weight"])) == paths(from_torch(path, only="model"))
+    assert paths(from_torch(path, only=["model.bias", "model.weight"])) == paths(
+        from_torch(path, only="model")
+    )
     # As in `load`, a pattern speaks of the new paths, and `like` is the part that it chooses.
     for pattern in ("kernel", "params/kernel", "k*"):
-        got = from_torch(path, {"params": {"kernel": LINEAR["params"]["kernel"]}}, only=pattern, rename={"model": ""})
+        got = from_torch(
+            path,
+            {"params": {"kernel": LINEAR["params"]["kernel"]}},
+            only=pattern,
+            rename={"model": ""},
+        )
         np.testing.assert_array_equal(got["params"]["kernel"], model.weight.detach().numpy().T)
 
 
 def test_only_must_match_something(training):
-    with pytest.raises(CheckpointError, match="only: no path matches 'modle'; the nearest of .*'model/"):
+    with pytest.raises(
+        CheckpointError, match="only: no path matches 'modle'; the nearest of .*'model/"
+    ):
         from_torch(training[0], only=["model", "modle"])
     with pytest.raises(ValueError, match="only must be a pattern of paths or several, got none"):
         from_torch(training[0], only=[])
 
 
 def test_only_leaves_alone_what_cannot_be_read(torch, state_dict):
-    content = {"model": state_dict, "teacher": torch.nn.Linear(2, 2), "sparse": {"w": torch.eye(2).to_sparse()}}
+    content = {
+        "model": state_dict,
+        "teacher": torch.nn.Linear(2, 2),
+        "sparse": {"w": torch.eye(2).to_sparse()},
+    }
     assert_is_state_dict(from_torch(content, only="model", rename={"model": ""}))
-    with pytest.raises(CheckpointError, match="leaf 'teacher': .*Linear, expected arrays by name: give its state_dict"):
+    with pytest.raises(
+        CheckpointError,
+        match="leaf 'teacher': .*Linear, expected arrays by name: give its state_dict",
+    ):
         from_torch(content)
 
 
@@ -266,7 +313,9 @@ def test_only_for_the_other_libraries_and_for_stacks():
     variables = {"params": {"a": {"kernel": A}, "b": {"kernel": A}}}
     assert paths(from_flax(variables, only="b")) == ["params/b/kernel"]
     assert paths(from_haiku({"a": {"w": A}, "b": {"w": A}}, only="b/kernel")) == ["params/b/kernel"]
-    assert paths(from_equinox({"a": {"weight": A}, "b": {"weight": A}}, only="b")) == ["params/b/kernel"]
+    assert paths(from_equinox({"a": {"weight": A}, "b": {"weight": A}}, only="b")) == [
+        "params/b/kernel"
+    ]
     like = {"params": {"blocks": {"bias": jnp.zeros((2, 3))}}}
     source = {"blocks.0.bias": B, "blocks.1.bias": 2 * B, "head.bias": B}
     for pattern in ("blocks", "blocks/bias", "**/blocks/bias"):
@@ -275,13 +324,36 @@ def test_only_for_the_other_libraries_and_for_stacks():
 
 
 def test_convert_takes_only_a_part(training, tmp_path):
-    assert main(["convert", str(training[0]), str(tmp_path / "out"), "--only", "model", "--rename", "model="]) == 0
+    assert (
+        main(
+            [
+                "convert",
+                str(training[0]),
+                str(tmp_path / "out"),
+                "--only",
+                "model",
+                "--rename",
+                "model=",
+            ]
+        )
+        == 0
+    )
     assert paths(load(tmp_path / "out")) == ["params/bias", "params/kernel"]
     with pytest.raises(SystemExit, match="^2$"):
-        main(["convert", str(training[0]), str(tmp_path / "more"), "--only", "model", "--to", "torch"])
+        main(
+            [
+                "convert",
+                str(training[0]),
+                str(tmp_path / "more"),
+                "--only",
+                "model",
+                "--to",
+                "torch",
+            ]
+        )
 
 
-# --------------------------------------------------------------------------------------------------------- odd tensors
+# -------------------------------------------------------------------------------------- odd tensors
 
 STRIDED = {
     "transposed": lambda t: t.arange(24.0).reshape(4, 6).T,
@@ -290,7 +362,9 @@ STRIDED = {
     "one of a strided axis": lambda t: t.arange(10.0)[5::5][:1],
     "expanded": lambda t: t.arange(3.0).expand(4, 3),
     "expanded scalar": lambda t: t.tensor(2.0).expand(3),
-    "channels last": lambda t: t.arange(48.0).reshape(2, 3, 2, 4).contiguous(memory_format=t.channels_last),
+    "channels last": lambda t: (
+        t.arange(48.0).reshape(2, 3, 2, 4).contiguous(memory_format=t.channels_last)
+    ),
     "parameter": lambda t: t.nn.Parameter(t.arange(24.0).reshape(4, 6))[1:, ::2],
     "half": lambda t: t.arange(6.0).half()[::2],
     "diagonal": lambda t: t.arange(9.0).reshape(3, 3).diagonal(),
@@ -323,7 +397,14 @@ def test_bits_of_narrow_dtypes_survive_strides(torch):
 
 
 def test_arrays_of_numpy_of_all_strides_and_byte_orders():
-    for x in [A.T, A[::-1, ::-1], A[:, :1], np.broadcast_to(B, (2, 3)), A.astype(">f4"), np.asfortranarray(A)]:
+    for x in [
+        A.T,
+        A[::-1, ::-1],
+        A[:, :1],
+        np.broadcast_to(B, (2, 3)),
+        A.astype(">f4"),
+        np.asfortranarray(A),
+    ]:
         got = from_torch({"w": x})["params"]["w"]
         assert got.dtype == np.float32
         np.testing.assert_array_equal(got, x)
@@ -331,20 +412,53 @@ def test_arrays_of_numpy_of_all_strides_and_byte_orders():
 
 REFUSED = {
     "COO": (lambda t: t.eye(3).to_sparse(), "sparse tensor .torch.sparse_coo.*give x.to_dense()"),
-    "CSR": (lambda t: t.eye(3).to_sparse_csr(), "sparse tensor .torch.sparse_csr.*give x.to_dense()"),
+    "CSR": (
+        lambda t: t.eye(3).to_sparse_csr(),
+        "sparse tensor .torch.sparse_csr.*give x.to_dense()",
+    ),
     "meta": (lambda t: t.ones(2, device="meta"), "device 'meta' has no values"),
-    "quantized": (lambda t: t.quantize_per_tensor(t.ones(2), 0.1, 0, t.qint8), "quantized .*give x.dequantize()"),
-    "complex32": (lambda t: t.ones(2, dtype=t.complex32), "complex32 cannot be read: give x.to.torch.complex64"),
-    "nested": (lambda t: t.nested.nested_tensor([t.ones(2), t.ones(3)]), "nested tensor has no one shape"),
-    "lazy": (lambda t: t.nn.LazyLinear(3).weight, "uninitialized parameter has no values: run the model once"),
-    "packed": (lambda t: t.zeros(4, dtype=t.uint8).view(t.float4_e2m1fn_x2), "float4_e2m1fn_x2 cannot be read"),
-    "module": (lambda t: t.nn.Linear(2, 2), "Linear, expected arrays by name: give its state_dict()"),
-    "optimizer": (lambda t: t.optim.SGD([t.nn.Parameter(t.ones(1))]), "SGD, expected .*give its state_dict()"),
+    "quantized": (
+        lambda t: t.quantize_per_tensor(t.ones(2), 0.1, 0, t.qint8),
+        "quantized .*give x.dequantize()",
+    ),
+    "complex32": (
+        lambda t: t.ones(2, dtype=t.complex32),
+        "complex32 cannot be read: give x.to.torch.complex64",
+    ),
+    "nested": (
+        lambda t: t.nested.nested_tensor([t.ones(2), t.ones(3)]),
+        "nested tensor has no one shape",
+    ),
+    "lazy": (
+        lambda t: t.nn.LazyLinear(3).weight,
+        "uninitialized parameter has no values: run the model once",
+    ),
+    "packed": (
+        lambda t: t.zeros(4, dtype=t.uint8).view(t.float4_e2m1fn_x2),
+        "float4_e2m1fn_x2 cannot be read",
+    ),
+    "module": (
+        lambda t: t.nn.Linear(2, 2),
+        "Linear, expected arrays by name: give its state_dict()",
+    ),
+    "optimizer": (
+        lambda t: t.optim.SGD([t.nn.Parameter(t.ones(1))]),
+        "SGD, expected .*give its state_dict()",
+    ),
     "set": (lambda t: {t.ones(2)}, "arrays in a set have no names"),
-    "namespace": (lambda t: types.SimpleNamespace(w=t.ones(2)), "SimpleNamespace that holds arrays.*give vars()"),
-    "masked": (lambda t: np.ma.array([1.0, 2.0], mask=[False, True]), "would lose its mask: fill it"),
+    "namespace": (
+        lambda t: types.SimpleNamespace(w=t.ones(2)),
+        "SimpleNamespace that holds arrays.*give vars()",
+    ),
+    "masked": (
+        lambda t: np.ma.array([1.0, 2.0], mask=[False, True]),
+        "would lose its mask: fill it",
+    ),
     "objects": (lambda t: np.array([None, 1.0]), "dtype object cannot be stored"),
-    "abstract": (lambda t: jax.ShapeDtypeStruct((2,), jnp.float32), "ShapeDtypeStruct has no values"),
+    "abstract": (
+        lambda t: jax.ShapeDtypeStruct((2,), jnp.float32),
+        "ShapeDtypeStruct has no values",
+    ),
 }
 
 
@@ -361,7 +475,9 @@ def test_a_module_or_an_optimizer_instead_of_its_state_dict(torch):
     for source in (model, torch.optim.SGD(model.parameters())):
         with pytest.raises(CheckpointError, match="expected arrays by name: give its state_dict()"):
             from_torch(source)
-    np.testing.assert_array_equal(from_torch(model.state_dict())["params"]["bias"], model.bias.detach().numpy())
+    np.testing.assert_array_equal(
+        from_torch(model.state_dict())["params"]["bias"], model.bias.detach().numpy()
+    )
 
 
 def test_random_keys_and_text_beside_arrays_are_left_out():
@@ -374,10 +490,12 @@ def test_random_keys_and_text_beside_arrays_are_left_out():
     assert_is_state_dict(from_torch(content))
 
 
-# ------------------------------------------------------------------------------------------------------- hostile archives
+# --------------------------------------------------------------------------------- hostile archives
 
 
-def rewritten(source, target, compression=zipfile.ZIP_STORED, change=lambda info, data: (info, data)):
+def rewritten(
+    source, target, compression=zipfile.ZIP_STORED, change=lambda info, data: (info, data)
+):
     """A copy of a zip archive, record by record."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
         for record in old.infolist():
@@ -391,19 +509,24 @@ def test_a_deflated_archive_is_refused_before_it_is_unpacked(torch, tmp_path):
     torch.save({"w": torch.zeros(1 << 20)}, tmp_path / "net.pt")
     rewritten(tmp_path / "net.pt", tmp_path / "bomb.pt", zipfile.ZIP_DEFLATED)
     assert os.path.getsize(tmp_path / "bomb.pt") < 10_000
-    with pytest.raises(CheckpointError, match="compressed or encrypted, expected bytes as they are"):
+    with pytest.raises(
+        CheckpointError, match="compressed or encrypted, expected bytes as they are"
+    ):
         from_torch(tmp_path / "bomb.pt")
     rewritten(tmp_path / "net.pt", tmp_path / "again.pt")
     assert from_torch(tmp_path / "again.pt")["params"]["w"].shape == (1 << 20,)
 
 
 def test_damage_of_any_record_is_found(torch, state_dict, tmp_path):
-    """torch looks at no checksum: a flipped bit gives an error here or, in padding, the same numbers, never others."""
+    """torch looks at no checksum: a flipped bit gives an error here or, in padding, the same
+    numbers, never others.
+    """
     torch.save(state_dict, tmp_path / "net.pt")
     raw = (tmp_path / "net.pt").read_bytes()
     with zipfile.ZipFile(tmp_path / "net.pt") as archive:
         directory = archive.start_dir
-    # All of the directory at the end, where one bit makes torch hand out memory that nothing has filled.
+    # All of the directory at the end, where one bit makes torch hand out memory that nothing has
+    # filled.
     places = [*range(directory, len(raw)), *np.random.default_rng(0).integers(0, directory, 200)]
     for place in places:
         damaged = bytearray(raw)
@@ -442,13 +565,19 @@ def test_a_record_twice_is_refused(torch, state_dict, tmp_path):
     with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "net.pt", "a") as archive:
         warnings.simplefilter("ignore")
         archive.writestr("net/data/0", bytes(A.nbytes))
-    with pytest.raises(CheckpointError, match="leaf 'net/data/0': the archive has two records of this name"):
+    with pytest.raises(
+        CheckpointError, match="leaf 'net/data/0': the archive has two records of this name"
+    ):
         from_torch(tmp_path / "net.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_small_file_does_not_ask_for_much_memory(zipped, torch, tmp_path):
-    torch.save({"w": torch.zeros(1).expand(1 << 34)}, tmp_path / "net.pt", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"w": torch.zeros(1).expand(1 << 34)},
+        tmp_path / "net.pt",
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(CheckpointError, match="leaf 'w': the tensors take 68,719,476,736 bytes"):
         from_torch(tmp_path / "net.pt")
 
@@ -456,7 +585,8 @@ def test_a_small_file_does_not_ask_for_much_memory(zipped, torch, tmp_path):
 def test_an_object_of_another_class_is_named(torch, state_dict, tmp_path):
     torch.save({"model": state_dict, "args": argparse.Namespace(lr=0.1)}, tmp_path / "net.pt")
     with pytest.raises(
-        CheckpointError, match=r"an object of argparse.Namespace; .*safe_globals\(\[argparse.Namespace\]\)"
+        CheckpointError,
+        match=r"an object of argparse.Namespace; .*safe_globals\(\[argparse.Namespace\]\)",
     ):
         from_torch(tmp_path / "net.pt")
     # The remedy that the error names, for a file that can be trusted.

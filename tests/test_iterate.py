@@ -1,4 +1,6 @@
-"""`scan`, `vmap` and the options of `repeat`, against Python loops over the same layers; keys, state and captured outputs."""
+"""`scan`, `vmap` and the options of `repeat`, against Python loops over the same layers; keys,
+state and captured outputs.
+"""
 
 import functools
 
@@ -47,7 +49,7 @@ def copy_of(trees, i):
     return jax.tree.map(lambda leaf: leaf[i], trees)
 
 
-# --- scan ------------------------------------------------------------------------------------------------------------
+# --- scan -----------------------------------------------------------------------------------------
 
 
 def scanned_by_hand(params, state, carry, xs, order=range(T)):
@@ -59,9 +61,13 @@ def scanned_by_hand(params, state, carry, xs, order=range(T)):
     return (carry, jnp.stack(ys)), state  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("options", [{}, {"remat": True}, {"unroll": 2}, {"reverse": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"remat": True}, {"unroll": 2}, {"reverse": True}], ids=str
+)
 def test_scan_is_a_loop_in_outputs_state_and_gradients(options):
-    """The cell is stateful and random: each step has its key, and the statistics go from step to step."""
+    """The cell is stateful and random: each step has its key, and the statistics go from step to
+    step.
+    """
     net = scan(cell, **options)
     params, state = weights(net, H, XS), state_of(net, H, XS)
     assert jax.tree.structure(params) == jax.tree.structure(weights(cell, H, X))
@@ -75,9 +81,13 @@ def test_scan_is_a_loop_in_outputs_state_and_gradients(options):
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     with jax.enable_x64(True):
-        params, state, carry, xs = jax.tree.map(lambda leaf: leaf.astype("float64"), (params, state, H, XS))
+        params, state, carry, xs = jax.tree.map(
+            lambda leaf: leaf.astype("float64"), (params, state, H, XS)
+        )
         expected = value(lambda params: scanned_by_hand(params, state, carry, xs, order))
-        actual = value(lambda params: net.apply(params, carry, xs, state=state, key=key(5), train=True))
+        actual = value(
+            lambda params: net.apply(params, carry, xs, state=state, key=key(5), train=True)
+        )
         close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -117,12 +127,32 @@ def test_xs_may_be_a_tree_or_nothing_and_further_inputs_are_the_same_for_all_ste
 @pytest.mark.parametrize(
     "net, inputs, message",
     [
-        (scan(lambda c, x: c), (X, XS), r"scan: the cell returns \(carry, y\), a pair, got float32\[3, 4\]"),
-        (scan(lambda c, x: (c[:1], x)), (X, XS), r"scan: the layer must return what it receives, float32\[3, 4\], got"),
-        (scan(lambda c, x: (c.astype("int32"), x)), (X, XS), "scan: the layer must return what it receives"),
-        (scan(lambda c, x: (c, x)), (X, (XS, XS[:2])), "the arrays of xs must have one length along axis 0"),
+        (
+            scan(lambda c, x: c),
+            (X, XS),
+            r"scan: the cell returns \(carry, y\), a pair, got float32\[3, 4\]",
+        ),
+        (
+            scan(lambda c, x: (c[:1], x)),
+            (X, XS),
+            r"scan: the layer must return what it receives, float32\[3, 4\], got",
+        ),
+        (
+            scan(lambda c, x: (c.astype("int32"), x)),
+            (X, XS),
+            "scan: the layer must return what it receives",
+        ),
+        (
+            scan(lambda c, x: (c, x)),
+            (X, (XS, XS[:2])),
+            "the arrays of xs must have one length along axis 0",
+        ),
         (scan(lambda c, x: (c, x), length=4), (X, XS), "one length along axis 0.* and length=4"),
-        (scan(lambda c, x: (c, x), axis=3), (X, XS), r"every leaf of xs must be an array with the axis of time, 3"),
+        (
+            scan(lambda c, x: (c, x), axis=3),
+            (X, XS),
+            r"every leaf of xs must be an array with the axis of time, 3",
+        ),
         (scan(lambda c, x: (c, x)), (X, 3.0), "every leaf of xs must be an array"),
         (scan(lambda c, x: (c, x)), (X,), "say how many steps, by an array in xs or by length="),
     ],
@@ -133,7 +163,7 @@ def test_wrong_cells_and_inputs_of_scan_are_named(net, inputs, message):
             call()
 
 
-# --- vmap ------------------------------------------------------------------------------------------------------------
+# --- vmap -----------------------------------------------------------------------------------------
 
 
 def test_copies_side_by_side_are_a_loop_in_outputs_state_and_gradients():
@@ -145,7 +175,11 @@ def test_copies_side_by_side_are_a_loop_in_outputs_state_and_gradients():
     def by_hand(params):
         made = [
             noisy_block.apply(
-                copy_of(params, i), x[i], state=copy_of(state, i), key=jax.random.fold_in(key(5), i), train=True
+                copy_of(params, i),
+                x[i],
+                state=copy_of(state, i),
+                key=jax.random.fold_in(key(5), i),
+                train=True,
             )
             for i in range(n)
         ]
@@ -163,12 +197,18 @@ def test_copies_side_by_side_are_a_loop_in_outputs_state_and_gradients():
 
 
 def test_in_axes_say_what_each_copy_receives():
-    net = vmap(lambda x, y, mode, *, z: x + y + z if mode == "add" else None, 2, in_axes=(None, 1, 0))
+    net = vmap(
+        lambda x, y, mode, *, z: x + y + z if mode == "add" else None, 2, in_axes=(None, 1, 0)
+    )
     y, z = jnp.asarray([[1.0, 2.0]]), jnp.asarray([10.0, 20.0])
     np.testing.assert_array_equal(net.apply({}, 0.5, y, "add", z=z), [[11.5], [22.5]])
     experts = vmap(dense(2), 3, in_axes=None)
     params = weights(experts, X)
-    close(experts.apply(params, X), jnp.stack([dense(2).apply(copy_of(params, i), X) for i in range(3)]), rtol=1e-4)
+    close(
+        experts.apply(params, X),
+        jnp.stack([dense(2).apply(copy_of(params, i), X) for i in range(3)]),
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,7 +217,10 @@ def test_in_axes_say_what_each_copy_receives():
         (
             vmap(dense(4), 2),
             (X,),
-            r"vmap\[2\]: an input is divided .* must have 2 parts along axis 0, got float32\[3, 4\]",
+            (
+                r"vmap\[2\]: an input is divided .* must have 2 parts along axis 0, got "
+                r"float32\[3, 4\]"
+            ),
         ),
         (vmap(dense(4), 2, in_axes=5), (X,), "must have 2 parts along axis 5"),
         (vmap(dense(4), 2, in_axes=(0, 0)), (X,), r"vmap\[2\]: in_axes is for 2 inputs, got 1"),
@@ -192,12 +235,13 @@ def test_wrong_inputs_of_vmap_are_named(net, inputs, message):
 def test_parameters_for_another_number_of_copies_are_refused():
     params = weights(vmap(dense(4), 3), XS[:3])
     with pytest.raises(
-        ValueError, match=r"vmap\[2\]: leaves of params and state must be stacked, \[2, ...\], got float32\[3"
+        ValueError,
+        match=r"vmap\[2\]: leaves of params and state must be stacked, \[2, ...\], got float32\[3",
     ):
         vmap(dense(4), 2).apply(params, XS[:2])
 
 
-# --- repeat: each, collect, reverse, policies, no copies --------------------------------------------------------------
+# --- repeat: each, collect, reverse, policies, no copies ------------------------------------------
 
 
 @wire(mix=dense(4), drop=dropout(0.3))
@@ -207,7 +251,9 @@ def cached(f, x, start, rate, cache):
     return x + f.drop(y), (cache + y, start)
 
 
-@pytest.mark.parametrize("options", [{}, {"remat": True}, {"reverse": True}, {"unroll": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"remat": True}, {"reverse": True}, {"unroll": 3}], ids=str
+)
 def test_each_copy_takes_and_gives_its_own(options):
     n, rate, cache = 3, jnp.linspace(0.0, 1.0, 3), XS[:3]
     net = repeat(cached, n, each=("rate", "cache"), collect=True, **options)
@@ -216,7 +262,13 @@ def test_each_copy_takes_and_gives_its_own(options):
     x, outs = X, [None] * n
     for i in range(n)[:: -1 if "reverse" in options else 1]:
         x, outs[i] = cached.apply(
-            copy_of(params, i), x, 0.5, rate[i], cache[i], key=jax.random.fold_in(key(7), i), train=True
+            copy_of(params, i),
+            x,
+            0.5,
+            rate[i],
+            cache[i],
+            key=jax.random.fold_in(key(7), i),
+            train=True,
         )
     expected = x, (jnp.stack([out[0] for out in outs]), jnp.full(n, 0.5))  # pyright: ignore[reportOptionalSubscript]
     actual = net.apply(params, X, 0.5, rate=rate, cache=cache, key=key(7), train=True)
@@ -225,9 +277,15 @@ def test_each_copy_takes_and_gives_its_own(options):
 
 
 def test_reverse_is_the_inverse_of_a_flow():
-    """x -> x + f(x_other) with shared parameters, undone from the last copy to the first (RealNVP, Dinh et al. 2017)."""
-    forward = wire(shift=dense(2))(lambda f, x: jnp.concatenate([x[..., 2:], x[..., :2] + f.shift(x[..., 2:])], -1))
-    backward = wire(shift=dense(2))(lambda f, y: jnp.concatenate([y[..., 2:] - f.shift(y[..., :2]), y[..., :2]], -1))
+    """x -> x + f(x_other) with shared parameters, undone from the last copy to the first (RealNVP,
+    Dinh et al. 2017).
+    """
+    forward = wire(shift=dense(2))(
+        lambda f, x: jnp.concatenate([x[..., 2:], x[..., :2] + f.shift(x[..., 2:])], -1)
+    )
+    backward = wire(shift=dense(2))(
+        lambda f, y: jnp.concatenate([y[..., 2:] - f.shift(y[..., :2]), y[..., :2]], -1)
+    )
     params = weights(repeat(forward, 4), X)
     y = repeat(forward, 4).apply(params, X)
     close(repeat(backward, 4, reverse=True).apply(params, y), X, rtol=1e-3, atol=1e-4)
@@ -240,13 +298,20 @@ def test_a_policy_of_remat_says_what_is_stored():
 
     def products(remat):
         net = repeat(block, 3, remat=remat)
-        return str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(net.apply(p, X))))(params)).count("dot_general")
+        return str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(net.apply(p, X))))(params)).count(
+            "dot_general"
+        )
 
     # Forward, two gradients, and the recomputed forward product unless the policy stores it.
-    assert (products(False), products(True), products(jax.checkpoint_policies.dots_saveable)) == (3, 4, 3)
+    assert (products(False), products(True), products(jax.checkpoint_policies.dots_saveable)) == (
+        3,
+        4,
+        3,
+    )
     for combinator in [repeat, scan]:
         with pytest.raises(
-            TypeError, match="remat must be True, False or a policy of jax.checkpoint_policies, got 'all'"
+            TypeError,
+            match="remat must be True, False or a policy of jax.checkpoint_policies, got 'all'",
         ):
             combinator(block, *([3] if combinator is repeat else []), remat="all")
 
@@ -266,7 +331,9 @@ def test_no_copies_are_the_identity(block):
         close(outputs, expected)
         assert state == net.init_state(X) == {"rest": {}}
     assert summary(net, X).parameters == 20
-    with pytest.raises(ValueError, match=r"repeat\[0\]: leaves of params and state must be stacked, \[0, ...\]"):
+    with pytest.raises(
+        ValueError, match=r"repeat\[0\]: leaves of params and state must be stacked, \[0, ...\]"
+    ):
         repeat(dense(4), 0).apply(weights(repeat(dense(4), 2), X), X)
 
 
@@ -291,7 +358,11 @@ def test_the_number_of_copies_may_be_an_integer_of_numpy(n):
             {"r": 0.5},
             r"repeat\[3\]: 'r' is divided .* 3 parts along axis 0, got float",
         ),
-        (repeat(lambda x, r: x, 3, each="r"), {"r": jnp.ones(2)}, r"3 parts along axis 0, got float32\[2\]"),
+        (
+            repeat(lambda x, r: x, 3, each="r"),
+            {"r": jnp.ones(2)},
+            r"3 parts along axis 0, got float32\[2\]",
+        ),
         (
             repeat(lambda x: x, 3, collect=True),
             {},
@@ -311,7 +382,12 @@ def test_a_block_that_changes_its_input_is_found_by_init():
 
 
 def test_the_copies_are_initialised_alike_one_by_one_and_as_one_program():
-    net = repeat(chain(dense(4), wire(t=param((2,), jax.nn.initializers.normal()))(lambda f, x: x * f.t()[0])), 3)
+    net = repeat(
+        chain(
+            dense(4), wire(t=param((2,), jax.nn.initializers.normal()))(lambda f, x: x * f.t()[0])
+        ),
+        3,
+    )
     eager, traced = net.init(key(3), X), jax.jit(net.init)(key(3), X)
     close(eager, traced)
     one_by_one = [net.children[""].init(jax.random.fold_in(key(3), i), X) for i in range(3)]
@@ -321,14 +397,19 @@ def test_the_copies_are_initialised_alike_one_by_one_and_as_one_program():
         close(net.init(other, X), jax.jit(net.init)(other, X))
 
 
-# --- state that begins random -----------------------------------------------------------------------------------------
+# --- state that begins random ---------------------------------------------------------------------
 
 
 def fourier(m: int = 3):
     def init_state(x, key):
         return {"b": jax.random.normal(key, (x.shape[-1], m))}
 
-    return layer(None, lambda params, x, state: (x @ state["b"], state), init_state=init_state, label="fourier")
+    return layer(
+        None,
+        lambda params, x, state: (x @ state["b"], state),
+        init_state=init_state,
+        label="fourier",
+    )
 
 
 def test_random_state_differs_by_copy_place_and_member():
@@ -337,12 +418,19 @@ def test_random_state_differs_by_copy_place_and_member():
         lambda f, x: (f.a(x), f.b(x), f.c(x), f.d(x, XS))
     )
     state = net.init_state(X, key=key(1))
-    found = [state["a"]["ff"]["b"], *state["b"]["ff"]["b"], *state["c"]["ff"]["b"], state["d"]["ff"]["b"]]
+    found = [
+        state["a"]["ff"]["b"],
+        *state["b"]["ff"]["b"],
+        *state["c"]["ff"]["b"],
+        state["d"]["ff"]["b"],
+    ]
     assert len({leaf.tobytes() for leaf in map(np.asarray, found)}) == 6
     close(net.init_state(X, key=key(1)), state)
     members = jax.vmap(lambda k: net.init_state(X, key=k))(jax.random.split(key(2), 3))
     assert len(np.unique(members["a"]["ff"]["b"], axis=0)) == 3
-    jax.jit(functools.partial(net.apply, train=True))(net.init(key(3), X), X, state=state, key=key(4))
+    jax.jit(functools.partial(net.apply, train=True))(
+        net.init(key(3), X), X, state=state, key=key(4)
+    )
     assert summary(net, X).state_bytes == 6 * 4 * 4 * 4
 
 
@@ -369,11 +457,16 @@ def test_random_state_without_a_key_is_an_error_with_the_path():
     ) as error:
         net.init_state(X)
     assert "in layer 'features'" in error.value.__notes__
-    for stateful in [chain(batch_norm()), batch_norm(), remat(batch_norm()), repeat(batch_norm(), 2)]:
+    for stateful in [
+        chain(batch_norm()),
+        batch_norm(),
+        remat(batch_norm()),
+        repeat(batch_norm(), 2),
+    ]:
         close(stateful.init_state(X, key=key()), stateful.init_state(X))  # a key does no harm
 
 
-# --- captured outputs, summary, replace, cast, nesting ----------------------------------------------------------------
+# --- captured outputs, summary, replace, cast, nesting --------------------------------------------
 
 
 AUX = "**/aux"
@@ -389,7 +482,9 @@ def _aux_and(f, x):
     return f.inner(x)
 
 
-@pytest.mark.parametrize("around_blocks", [lambda b: b, remat, lambda b: cast(b, "float32")], ids=["", "remat", "cast"])
+@pytest.mark.parametrize(
+    "around_blocks", [lambda b: b, remat, lambda b: cast(b, "float32")], ids=["", "remat", "cast"]
+)
 def test_loss_terms_come_out_of_every_kind_of_iteration(around_blocks):
     block = with_aux(chain(dense(4), jnp.tanh))
     step = wire(block=block)(lambda f, c, x: (f.block(c + x),) * 2)
@@ -421,11 +516,18 @@ def test_loss_terms_come_out_of_every_kind_of_iteration(around_blocks):
 
     close(captured(params), by_hand(params), rtol=1e-4)
     total = lambda terms: lambda p: sum(jnp.sum(jnp.sin(v)) for v in terms(p).values())  # noqa: E731
-    close(jax.jit(jax.grad(total(captured)))(params), jax.grad(total(by_hand))(params), rtol=1e-3, atol=1e-5)
+    close(
+        jax.jit(jax.grad(total(captured)))(params),
+        jax.grad(total(by_hand))(params),
+        rtol=1e-3,
+        atol=1e-5,
+    )
 
 
 def test_capture_leaves_state_and_outputs_of_iterations_as_they_are():
-    net = wire(a=scan(cell), b=vmap(repeat(noisy_block, 2), 2))(lambda f, x: f.b(f.a(x[0], x)[1][:2]))
+    net = wire(a=scan(cell), b=vmap(repeat(noisy_block, 2), 2))(
+        lambda f, x: f.b(f.a(x[0], x)[1][:2])
+    )
     params, state = weights(net, XS), state_of(net, XS)
     expected = net.apply(params, XS, state=state, key=key(1), train=True)
     for pattern, paths in {
@@ -461,7 +563,8 @@ def test_a_chosen_layer_that_cannot_be_captured_is_an_error_and_not_left_out():
     assert set(capture(net)(params, X)[1]) == {"", "head"}
     for pattern in ["**/aux", "blocks", ["head", "blocks/**"]]:
         with pytest.raises(
-            RuntimeError, match=r"capture: 'blocks.*' ran inside a raw JAX transform.*jaxnet.scan, vmap"
+            RuntimeError,
+            match=r"capture: 'blocks.*' ran inside a raw JAX transform.*jaxnet.scan, vmap",
         ):
             capture(net, pattern)(params, X)
     assert set(capture(net, ["head", ""])(params, X)[1]) == {"", "head"}
@@ -484,9 +587,14 @@ def test_a_combinator_that_drops_what_was_captured_is_found():
 def test_flops_of_a_scan_and_of_copies_side_by_side():
     """2 B D H + B H per dense layer, as often as it runs."""
     one = 2 * B * D * D + B * D
-    rows = {row.path: row.flops for row in summary(wire(rnn=scan(plain_cell))(lambda f, xs: f.rnn(xs[0], xs)), XS).rows}
+    rows = {
+        row.path: row.flops
+        for row in summary(wire(rnn=scan(plain_cell))(lambda f, xs: f.rnn(xs[0], xs)), XS).rows
+    }
     assert rows["rnn/mix"] == T * one and rows["rnn"] == rows[""] == T * (one + B * D)
-    rows = {row.path: row.flops for row in summary(vmap(chain(mix=dense(D)), 3, in_axes=None), X).rows}
+    rows = {
+        row.path: row.flops for row in summary(vmap(chain(mix=dense(D)), 3, in_axes=None), X).rows
+    }
     assert rows == {"": 3 * one, "mix": 3 * one}
 
 
@@ -514,7 +622,7 @@ def test_an_iteration_under_cast_carries_its_state():
     assert 0 < np.abs(carry - exact).max() < 0.05
 
 
-# --- around -----------------------------------------------------------------------------------------------------------
+# --- around ---------------------------------------------------------------------------------------
 
 
 def test_a_combinator_of_an_author_changes_parameters_and_outputs():
@@ -536,7 +644,9 @@ def test_a_combinator_of_an_author_changes_parameters_and_outputs():
     params = net.init(key(), X)
     assert set(params["first"]) == {"kernel", "bias", "gain"}
     plain = {"kernel": params["first"]["kernel"], "bias": params["first"]["bias"]}
-    close(net.apply(params, X), dense(2).apply(params["second"], dense(4).apply(plain, X)), rtol=1e-4)
+    close(
+        net.apply(params, X), dense(2).apply(params["second"], dense(4).apply(plain, X)), rtol=1e-4
+    )
     assert set(capture(net)(params, X)[1]) == {"", "first", "second"}
 
 
@@ -565,6 +675,10 @@ def test_a_combinator_may_use_a_custom_derivative():
 
 
 def test_a_combinator_must_return_three_things():
-    net = around(jnp.tanh, lambda run, params, state, key, x: x, label="forgetful", rebuild=lambda new: new)
-    with pytest.raises(TypeError, match=r"forgetful: the function of `around` returns \(outputs, state, seen\)"):
+    net = around(
+        jnp.tanh, lambda run, params, state, key, x: x, label="forgetful", rebuild=lambda new: new
+    )
+    with pytest.raises(
+        TypeError, match=r"forgetful: the function of `around` returns \(outputs, state, seen\)"
+    ):
         net.apply({}, X)

@@ -1,4 +1,6 @@
-"""Training processes that are killed at random moments end, resumed, with the bits of one that was not."""
+"""Training processes that are killed at random moments end, resumed, with the bits of one that was
+not.
+"""
 
 import json
 import pathlib
@@ -19,19 +21,26 @@ STEPS = 2000
 
 def start(folder: pathlib.Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, SCRIPT, folder, str(STEPS)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, SCRIPT, folder, str(STEPS)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 def finish(process: subprocess.Popen) -> int:
     _, errors = process.communicate(timeout=300)
-    assert process.returncode in (0, 130, 143, -signal.SIGKILL, -signal.SIGINT, -signal.SIGTERM), errors
+    assert process.returncode in (0, 130, 143, -signal.SIGKILL, -signal.SIGINT, -signal.SIGTERM), (
+        errors
+    )
     return process.returncode
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The end of a run that nobody killed, and the seconds that it took from its first record on."""
+    """The end of a run that nobody killed, and the seconds that it took from its first record
+    on.
+    """
     folder = tmp_path_factory.mktemp("kills") / "undisturbed"
     folder.mkdir()
     process = start(folder)
@@ -42,8 +51,12 @@ def undisturbed(tmp_path_factory):
     return folder.parent, (folder / "end.safetensors").read_bytes(), time.monotonic() - began
 
 
-def killed_until_it_ends(undisturbed, name: str, signals: list[signal.Signals], kills: int, rng: random.Random) -> int:
-    """Kill a run again and again; returns how many of the kills found it at work. Its end must be that of the other."""
+def killed_until_it_ends(
+    undisturbed, name: str, signals: list[signal.Signals], kills: int, rng: random.Random
+) -> int:
+    """Kill a run again and again; returns how many of the kills found it at work. Its end must be
+    that of the other.
+    """
     parent, expected, seconds = undisturbed
     folder = parent / name
     folder.mkdir()
@@ -64,8 +77,11 @@ def killed_until_it_ends(undisturbed, name: str, signals: list[signal.Signals], 
             break
     assert finish(start(folder)) == 0
     assert (folder / "end.safetensors").read_bytes() == expected
-    steps = [json.loads(line)["step"] for line in (folder / "history.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == STEPS  # what had to be done again stands there once
+    steps = [
+        json.loads(line)["step"] for line in (folder / "history.jsonl").read_text().splitlines()
+    ]
+    # What had to be done again stands there once.
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
     return hits
 
 
@@ -77,7 +93,12 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(undisturbed):
 
 @pytest.mark.slow
 def test_fifty_kills_change_no_bit(undisturbed):
-    signals, rng, hits, run = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], random.Random(1), 0, 0
+    signals, rng, hits, run = (
+        [signal.SIGKILL, signal.SIGTERM, signal.SIGINT],
+        random.Random(1),
+        0,
+        0,
+    )
     while hits < 50:
         rng.shuffle(signals)
         hits += killed_until_it_ends(undisturbed, f"run{run}", signals, 10, rng)

@@ -1,4 +1,6 @@
-"""The laws of the design, for every public layer and combinator: see `registry.py` for the cases."""
+"""The laws of the design, for every public layer and combinator: see `registry.py` for the
+cases.
+"""
 
 import functools
 import json
@@ -32,7 +34,9 @@ def not_exempt(law: str):
 
 
 def close(actual, expected, rtol=1e-5, atol=1e-6):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, expected
+    )
 
 
 def equal(actual, expected):
@@ -40,12 +44,14 @@ def equal(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
 
 
-# --- the registry ----------------------------------------------------------------------------------------------------
+# --- the registry ---------------------------------------------------------------------------------
 
 
 def test_every_public_layer_and_combinator_has_a_case():
     constructors = {name.split(":")[0] for name in CASES} - {"network"}
-    assert constructors == registry.public_names(), "tests/registry.py needs a case for each public constructor"
+    assert constructors == registry.public_names(), (
+        "tests/registry.py needs a case for each public constructor"
+    )
 
 
 def test_exemptions_are_from_known_laws_and_say_why():
@@ -53,7 +59,7 @@ def test_exemptions_are_from_known_laws_and_say_why():
     assert all(law in registry.LAWS and len(why) > 10 for law, why in exemptions)
 
 
-# --- law 1: specs, jit, vmap -----------------------------------------------------------------------------------------
+# --- law 1: specs, jit, vmap ----------------------------------------------------------------------
 
 
 @each_case
@@ -61,9 +67,13 @@ def test_exemptions_are_from_known_laws_and_say_why():
 def test_output_specs_are_those_of_apply(case, train):
     params, state = case.start()
     key = jax.random.key(1) if train else None
-    traced = jax.eval_shape(lambda *a: run(case, *a, train=train, key=key), params, state, case.inputs)
+    traced = jax.eval_shape(
+        lambda *a: run(case, *a, train=train, key=key), params, state, case.inputs
+    )
     said = output_specs(case.net, train, *case.inputs)
-    assert jax.tree.map(lambda s: (s.shape, s.dtype), said) == jax.tree.map(lambda s: (s.shape, s.dtype), traced[0])
+    assert jax.tree.map(lambda s: (s.shape, s.dtype), said) == jax.tree.map(
+        lambda s: (s.shape, s.dtype), traced[0]
+    )
     assert describe(traced[1]) == describe(state)
 
 
@@ -75,14 +85,16 @@ def test_a_jitted_training_step_compiles_once_and_its_gradients_reach_every_para
         def loss(params):
             outputs, new_state = run(case, params, state, inputs, train=True, key=key)
             return sum(
-                jnp.vdot(y, towards) for y, towards in zip(jax.tree.leaves(outputs), targets, strict=True)
+                jnp.vdot(y, towards)
+                for y, towards in zip(jax.tree.leaves(outputs), targets, strict=True)
             ), new_state
 
         grads, new_state = jax.grad(loss, has_aux=True)(params)
         return jax.tree.map(lambda p, g: p - 0.01 * g, params, grads), new_state, grads
 
     targets = [
-        np.cos(np.arange(y.size).reshape(y.shape)) for y in jax.tree.leaves(output_specs(case.net, True, *case.inputs))
+        np.cos(np.arange(y.size).reshape(y.shape))
+        for y in jax.tree.leaves(output_specs(case.net, True, *case.inputs))
     ]
     compiled = jax.jit(step)
     params, state, grads = compiled(params, state, jax.random.key(1), case.data())
@@ -102,7 +114,9 @@ def test_jit_equals_eager(case, train):
     params, state = case.start()
 
     def evaluate(params, state, inputs):
-        return run(case, params, state, inputs, train=train, key=jax.random.key(1) if train else None)
+        return run(
+            case, params, state, inputs, train=train, key=jax.random.key(1) if train else None
+        )
 
     eager, jitted = (fn(params, state, case.data()) for fn in (evaluate, jax.jit(evaluate)))
     close(jitted, eager, rtol=2e-2 if "differences" in case.exempt else 1e-5)
@@ -112,7 +126,9 @@ def test_jit_equals_eager(case, train):
 
 @each_case
 def test_leading_axes_are_batch_axes(case):
-    """vmap over one more axis, one more leading axis, and a larger batch are the same; statistics are those of state."""
+    """vmap over one more axis, one more leading axis, and a larger batch are the same; statistics
+    are those of state.
+    """
     params, state = case.start()
     inputs = case.data(lead=(2,))
     larger = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), inputs)
@@ -122,7 +138,7 @@ def test_leading_axes_are_batch_axes(case):
     close(jax.tree.map(lambda y: y.reshape(2, -1, *y.shape[1:]), evaluate(larger)), mapped)
 
 
-# --- law 2: dtypes ---------------------------------------------------------------------------------------------------
+# --- law 2: dtypes --------------------------------------------------------------------------------
 
 
 @not_exempt("dtype")
@@ -136,20 +152,29 @@ def test_dtype_in_is_dtype_out(case, dtype, train):
         state = jax.eval_shape(lambda: state_of(case.net, *specs)) if case.net.init_state else None
 
         def loss(params, state, inputs):
-            outputs, state = run(case, params, state, inputs, train=train, key=key if train else None)
-            return sum(y.astype(jnp.float32).sum() for y in jax.tree.leaves(outputs)), (outputs, state)
+            outputs, state = run(
+                case, params, state, inputs, train=train, key=key if train else None
+            )
+            return sum(y.astype(jnp.float32).sum() for y in jax.tree.leaves(outputs)), (
+                outputs,
+                state,
+            )
 
-        grads, (outputs, new_state) = jax.eval_shape(jax.grad(loss, has_aux=True), params, state, specs)
+        grads, (outputs, new_state) = jax.eval_shape(
+            jax.grad(loss, has_aux=True), params, state, specs
+        )
     assert {leaf.dtype for leaf in jax.tree.leaves((params, grads, outputs))} == {dtype}
     wide = jnp.promote_types(dtype, jnp.float32)  # statistics are never kept in less than float32
     assert {leaf.dtype for leaf in jax.tree.leaves((state, new_state))} <= {wide}
 
 
-# --- law 3: gradients ------------------------------------------------------------------------------------------------
+# --- law 3: gradients -----------------------------------------------------------------------------
 
 
 def float64(case):
-    """The case in float64: all its numbers (parameters and float inputs), and a function of them to its outputs in training."""
+    """The case in float64: all its numbers (parameters and float inputs), and a function of them to
+    its outputs in training.
+    """
     (params, state), inputs = case.start(jnp.float64), case.data(jnp.float64)
     ids = [x for x in inputs if jnp.issubdtype(x.dtype, jnp.integer)]
     floats = [x for x in inputs if not jnp.issubdtype(x.dtype, jnp.integer)]
@@ -163,9 +188,11 @@ def float64(case):
 
 @not_exempt("differences")
 def test_gradients_equal_finite_differences(case):
-    """First and second derivatives in a direction v, forward and reverse, of a scalar of the outputs in training.
+    """First and second derivatives in a direction v, forward and reverse, of a scalar of the
+    outputs in training.
 
-    With L(t) = loss(all numbers + t v), compiled once for t in {-h, 0, h}, the errors of central differences are O(h^2).
+    With L(t) = loss(all numbers + t v), compiled once for t in {-h, 0, h}, the errors of central
+    differences are O(h^2).
     """
     h = 1e-5
     with jax.enable_x64(True):
@@ -176,7 +203,9 @@ def test_gradients_equal_finite_differences(case):
             return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(function(numbers)))
 
         def slope(numbers):  # by reverse mode
-            return sum(map(jnp.vdot, jax.tree.leaves(jax.grad(loss)(numbers)), jax.tree.leaves(direction)))
+            return sum(
+                map(jnp.vdot, jax.tree.leaves(jax.grad(loss)(numbers)), jax.tree.leaves(direction))
+            )
 
         @jax.jit
         @jax.vmap
@@ -191,7 +220,9 @@ def test_gradients_equal_finite_differences(case):
     np.testing.assert_allclose(forward[1], (value[2] - value[0]) / (2 * h), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(reverse, forward, rtol=1e-9, atol=1e-12)
     for second in curvature:
-        np.testing.assert_allclose(second[1], (reverse[2] - reverse[0]) / (2 * h), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            second[1], (reverse[2] - reverse[0]) / (2 * h), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.slow
@@ -200,17 +231,24 @@ def test_check_grads_of_jax_agrees_to_second_order(case):
     with jax.enable_x64(True):
         numbers, function = float64(case)
         modes, tolerance = ("fwd", "rev"), 1e-4
-        jax.test_util.check_grads(jax.jit(function), (numbers,), 2, modes, tolerance, tolerance, eps=1e-5)
+        jax.test_util.check_grads(
+            jax.jit(function), (numbers,), 2, modes, tolerance, tolerance, eps=1e-5
+        )
 
 
-# --- law 4: the layout -----------------------------------------------------------------------------------------------
+# --- law 4: the layout ----------------------------------------------------------------------------
 
 
 def test_layouts_are_those_of_the_golden_file():
     golden = json.loads(registry.GOLDEN.read_text())
     now = registry.layouts()
-    changed = sorted(name for name in golden.keys() | now.keys() if golden.get(name) != now.get(name))
-    remedy = "if it is wanted, `python tests/registry.py` writes the file again: read its diff, saved parameters depend on it"
+    changed = sorted(
+        name for name in golden.keys() | now.keys() if golden.get(name) != now.get(name)
+    )
+    remedy = (
+        "if it is wanted, `python tests/registry.py` writes the file again: read its diff, saved "
+        "parameters depend on it"
+    )
     assert not changed, f"the layout of params or state is another for {changed}; {remedy}"
 
 
@@ -228,7 +266,7 @@ def test_params_and_state_are_plain_nested_dicts_of_arrays(case):
         check(jax.eval_shape(lambda: state_of(case.net, *case.inputs)))
 
 
-# --- law 5: init -----------------------------------------------------------------------------------------------------
+# --- law 5: init ----------------------------------------------------------------------------------
 
 
 @each_case
@@ -238,7 +276,9 @@ def test_init_reads_only_specs_and_the_key(case):
     other = case.net.init(jax.random.key(4), *case.inputs)
     for path, leaf in tree.flatten(from_specs).items():
         random = np.any(leaf != leaf.ravel()[0])
-        assert random == np.any(leaf != tree.get(other, path)), f"{path} must depend on the key, unless it is constant"
+        assert random == np.any(leaf != tree.get(other, path)), (
+            f"{path} must depend on the key, unless it is constant"
+        )
 
 
 @each_case
@@ -253,13 +293,15 @@ def test_init_never_allocates_what_flows_through_the_network(case):
 
 @each_case
 def test_a_sibling_does_not_change_how_a_layer_is_initialised(case):
-    sibling = layer(lambda key, *xs: {"w": jax.random.normal(key, (2,))}, lambda params, *xs: params["w"])
+    sibling = layer(
+        lambda key, *xs: {"w": jax.random.normal(key, (2,))}, lambda params, *xs: params["w"]
+    )
     alone = parallel(case=case.net).init(jax.random.key(3), *case.inputs)
     beside = parallel(sibling=sibling, case=case.net).init(jax.random.key(3), *case.inputs)
     equal(beside.get("case", {}), alone.get("case", {}))
 
 
-# --- law 6: errors ---------------------------------------------------------------------------------------------------
+# --- law 6: errors --------------------------------------------------------------------------------
 
 
 @each_case
@@ -269,7 +311,9 @@ def test_a_missing_parameter_is_named_by_layer_and_path(case):
     for path in tree.paths(params):
         _, rest = tree.split(params, path)
         with pytest.raises(ValueError) as error:
-            run(Case(net, ()), {"outer": rest}, state and {"outer": state}, case.data(), train=False)
+            run(
+                Case(net, ()), {"outer": rest}, state and {"outer": state}, case.data(), train=False
+            )
         *above, name = path.split("/")
         where = error.value.__notes__[0]
         assert (
@@ -326,7 +370,9 @@ def test_a_bad_key_is_told_apart_from_a_good_one(case):
 def test_training_without_a_key_raises_just_where_one_is_needed(case):
     params, state = case.start()
     if case.net.random and "dropout" in repr(case.net):
-        with pytest.raises(ValueError, match=r"dropout\(.*training draws random numbers: pass key="):
+        with pytest.raises(
+            ValueError, match=r"dropout\(.*training draws random numbers: pass key="
+        ):
             run(case, params, state, case.data(), train=True)
     else:
         run(case, params, state, case.data(), train=True)

@@ -1,4 +1,6 @@
-"""The laws of how networks are used, for every public layer and combinator: meshes, export, NumPy's arrays and sizes."""
+"""The laws of how networks are used, for every public layer and combinator: meshes, export, NumPy's
+arrays and sizes.
+"""
 
 from typing import Any
 
@@ -26,14 +28,21 @@ from jaxnet.layers import (
 )
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-# Both modes in float32; in the other dtypes, training, which has all that evaluation has. In these, what is made of
-# other layers has nothing new.
+# Both modes in float32; in the other dtypes, training, which has all that evaluation has. In these,
+# what is made of other layers has nothing new.
 each_use = pytest.mark.parametrize(
     "case, train, dtype",
     [
-        pytest.param(case, train, dtype, id=f"{name}-{'train' if train else 'evaluate'}-{dtype}", marks=marks)
+        pytest.param(
+            case, train, dtype, id=f"{name}-{'train' if train else 'evaluate'}-{dtype}", marks=marks
+        )
         for name, case in CASES.items()
-        for train, dtype in [(False, "float32"), (True, "float32"), (True, "bfloat16"), (True, "float64")]
+        for train, dtype in [
+            (False, "float32"),
+            (True, "float32"),
+            (True, "bfloat16"),
+            (True, "float64"),
+        ]
         for marks in [[pytest.mark.slow] if case.net.children and dtype != "float32" else []]
     ],
 )
@@ -42,11 +51,16 @@ each_use = pytest.mark.parametrize(
 def larger(case: Case, dtype, times: int):
     """Inputs whose batch is that of the case, several times; each copy has other numbers."""
     specs = case.specs(dtype)
-    return numbers(tuple(jax.ShapeDtypeStruct((times * x.shape[0], *x.shape[1:]), x.dtype) for x in specs), seed=7)
+    return numbers(
+        tuple(jax.ShapeDtypeStruct((times * x.shape[0], *x.shape[1:]), x.dtype) for x in specs),
+        seed=7,
+    )
 
 
 def used(case: Case, train: bool):
-    """Everything that a training step asks of a network: gradients of parameters and of float inputs, outputs, state."""
+    """Everything that a training step asks of a network: gradients of parameters and of float
+    inputs, outputs, state.
+    """
 
     def use(params, state, inputs):
         key = jax.random.key(1) if train else None
@@ -57,7 +71,9 @@ def used(case: Case, train: bool):
             for i, x in zip(moving, floating, strict=True):
                 filled[i] = x
             outputs, new_state = call(case.net, params, state, key, train, tuple(filled))
-            wide = (y.astype(jnp.promote_types(y.dtype, jnp.float32)) for y in jax.tree.leaves(outputs))
+            wide = (
+                y.astype(jnp.promote_types(y.dtype, jnp.float32)) for y in jax.tree.leaves(outputs)
+            )
             return sum(jnp.sum(jnp.sin(y)) for y in wide), (outputs, new_state)
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, [inputs[i] for i in moving])
@@ -68,12 +84,16 @@ def used(case: Case, train: bool):
 def agree(actual, expected, dtype):
     assert jax.tree.map(jnp.shape, actual) == jax.tree.map(jnp.shape, expected)
     assert describe(actual) == describe(expected)
-    tolerance = {"float64": 1e-9, "float32": 1e-4}.get(dtype, 0.1)  # sums over a mesh are taken in another order
+    # Sums over a mesh are taken in another order.
+    tolerance = {"float64": 1e-9, "float32": 1e-4}.get(dtype, 0.1)
     leaves = {path: np.asarray(leaf, np.float64) for path, leaf in tree.flatten(expected).items()}
     sizes = {path: np.abs(leaf).max(initial=0) for path, leaf in leaves.items()}
-    # The gradient of a bias before a normalization is zero: its terms cancel, and their rounding errors are left. Such an
-    # error is at most a few units in the last place of the terms, which are no larger than the largest gradient here.
-    rounding = 4 * np.finfo("float64" if dtype == "float64" else "float32").eps * max(sizes.values())
+    # The gradient of a bias before a normalization is zero: its terms cancel, and their rounding
+    # errors are left. Such an error is at most a few units in the last place of the terms, which
+    # are no larger than the largest gradient here.
+    rounding = (
+        4 * np.finfo("float64" if dtype == "float64" else "float32").eps * max(sizes.values())
+    )
     for path, leaf in leaves.items():
         bound = max(tolerance * max(sizes[path], 1e-2), rounding)
         np.testing.assert_allclose(
@@ -86,7 +106,7 @@ def exact(case: Case, dtype: str) -> str:
     return "bfloat16" if "differences" in case.exempt else dtype
 
 
-# --- inputs sharded over the batch on a mesh as JAX makes it by default ------------------------------------------------
+# --- inputs sharded over the batch on a mesh as JAX makes it by default ---------------------------
 
 
 @pytest.mark.cpu_only("it wants four devices")
@@ -110,7 +130,9 @@ def test_an_embedding_is_sharded_as_ids_and_table_are():
     params, ids = {"embedding": jnp.arange(24.0).reshape(6, 4)}, jnp.array([[0, 5], [3, 7]])
     expected = embed(6, 4).apply(params, ids)
     with jax.set_mesh(mesh):
-        table = jax.device_put(params["embedding"], NamedSharding(mesh, PartitionSpec(None, "model")))
+        table = jax.device_put(
+            params["embedding"], NamedSharding(mesh, PartitionSpec(None, "model"))
+        )
         split = jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data")))
         for function in (embed(6, 4).apply, jax.jit(embed(6, 4).apply)):
             y = function({"embedding": table}, split)
@@ -118,7 +140,7 @@ def test_an_embedding_is_sharded_as_ids_and_table_are():
             assert y.sharding.spec == PartitionSpec("data", None, "model")
 
 
-# --- jax.export with a symbolic batch ---------------------------------------------------------------------------------
+# --- jax.export with a symbolic batch -------------------------------------------------------------
 
 
 @each_use
@@ -126,7 +148,9 @@ def test_a_batch_may_be_symbolic_in_an_export(case, train, dtype):
     with jax.enable_x64(dtype == "float64"):
         (params, state), use = case.start(dtype), used(case, train)
         (batch,) = jax.export.symbolic_shape("batch")
-        spec = tuple(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in case.specs(dtype))
+        spec = tuple(
+            jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in case.specs(dtype)
+        )
         exported = jax.export.export(use)(
             *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, state)), spec
         )
@@ -134,7 +158,7 @@ def test_a_batch_may_be_symbolic_in_an_export(case, train, dtype):
         agree(exported.call(params, state, inputs), use(params, state, inputs), exact(case, dtype))
 
 
-# --- NumPy's arrays and integers --------------------------------------------------------------------------------------
+# --- NumPy's arrays and integers ------------------------------------------------------------------
 
 
 @each_case
@@ -162,7 +186,8 @@ def normal(key, shape, dtype):
     return jax.random.normal(key, shape, dtype)
 
 
-# By what is made: how, from sizes of any type, and for which input. All sizes of all constructors are here.
+# By what is made: how, from sizes of any type, and for which input. All sizes of all constructors
+# are here.
 SIZED = {
     "dense": (lambda i: dense(i(3)), floats(2, 4)),
     "conv": (
@@ -171,12 +196,19 @@ SIZED = {
     ),
     "conv: by axis": (
         lambda i: conv(
-            i(4), (i(3), i(2)), strides=(i(2), i(1)), padding=((i(1), i(0)), (i(0), i(1))), dilation=[i(1), i(2)]
+            i(4),
+            (i(3), i(2)),
+            strides=(i(2), i(1)),
+            padding=((i(1), i(0)), (i(0), i(1))),
+            dilation=[i(1), i(2)],
         ),
         floats(2, 9, 9, 4),
     ),
     "max_pool": (lambda i: max_pool(i(3), strides=i(2), padding=i(1)), floats(2, 9, 9, 4)),
-    "avg_pool": (lambda i: avg_pool((i(3),), strides=(i(1),), padding=[(i(1), i(0))]), floats(2, 9, 4)),
+    "avg_pool": (
+        lambda i: avg_pool((i(3),), strides=(i(1),), padding=[(i(1), i(0))]),
+        floats(2, 9, 4),
+    ),
     "global_max_pool": (lambda i: global_max_pool(i(1)), floats(2, 9, 4)),
     "global_avg_pool": (lambda i: global_avg_pool(i(2)), floats(2, 9, 9, 4)),
     "embed": (lambda i: embed(i(5), i(3)), ints(2, 4)),
@@ -186,7 +218,9 @@ SIZED = {
 
 
 @pytest.mark.parametrize(
-    "kind", [np.int64, np.uint8, lambda n: np.array(n), jnp.int32], ids=["int64", "uint8", "0-d", "jax"]
+    "kind",
+    [np.int64, np.uint8, lambda n: np.array(n), jnp.int32],
+    ids=["int64", "uint8", "0-d", "jax"],
 )
 @pytest.mark.parametrize("make, spec", SIZED.values(), ids=SIZED.keys())
 def test_sizes_may_be_integers_of_numpy(make, spec, kind):
@@ -224,7 +258,9 @@ def test_sizes_may_be_integers_of_numpy(make, spec, kind):
     ],
 )
 def test_what_is_no_integer_is_no_size(make, wrong):
-    with pytest.raises(ValueError, match=r"must be (a positive int|an int of at least 0|'SAME').*, got "):
+    with pytest.raises(
+        ValueError, match=r"must be (a positive int|an int of at least 0|'SAME').*, got "
+    ):
         make(wrong)
 
 
@@ -241,19 +277,25 @@ def test_an_array_of_sizes_is_one_for_each_axis():
     close(max_pool(sizes).apply({}, x), max_pool((3, 2)).apply({}, x), rtol=0, atol=0)
 
 
-# --- state under cast -------------------------------------------------------------------------------------------------
+# --- state under cast -----------------------------------------------------------------------------
 
 
 def kv_cache(length: int):
-    """A stateful layer as users write them: the last `length` inputs, whatever they are computed in."""
+    """A stateful layer as users write them: the last `length` inputs, whatever they are computed
+    in.
+    """
 
     def init_state(x):
-        return {"seen": jnp.zeros((*x.shape[:-2], length, x.shape[-1]), x.dtype), "at": jnp.zeros((), jnp.int32)}
+        return {
+            "seen": jnp.zeros((*x.shape[:-2], length, x.shape[-1]), x.dtype),
+            "at": jnp.zeros((), jnp.int32),
+        }
 
     def fn(params, x, state):
         seen, at = state["seen"], state["at"]
         start = (0,) * (x.ndim - 2) + (at, 0)
-        seen = jax.lax.dynamic_update_slice(seen, x.astype(seen.dtype), start)  # into the state in its dtype
+        # Into the state in its dtype.
+        seen = jax.lax.dynamic_update_slice(seen, x.astype(seen.dtype), start)
         return seen.sum(-2, keepdims=True).astype(x.dtype), {
             "seen": seen,
             "at": at + x.shape[-2],
@@ -273,21 +315,28 @@ def test_cast_takes_the_state_that_init_state_gave_and_keeps_its_dtypes(case, dt
     net = cast(case.net, dtype)
     params, start = Case(net, case.inputs).start()
     plain, exact_state = case.start()[0], state_of(case.net, *case.inputs)
-    step = jax.jit(lambda state, x: net.apply(params, *x, state=state, key=jax.random.key(1), train=True))
+    step = jax.jit(
+        lambda state, x: net.apply(params, *x, state=state, key=jax.random.key(1), train=True)
+    )
     state = start
     for seed in (7, 8, 9):
         x = case.data(seed=seed)
         y, state = step(state, x)
-        expected, exact_state = case.net.apply(plain, *x, state=exact_state, key=jax.random.key(1), train=True)
+        expected, exact_state = case.net.apply(
+            plain, *x, state=exact_state, key=jax.random.key(1), train=True
+        )
         assert describe(state) == describe(start)
         assert describe(y) == describe(expected)
     assert step._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
-    for path, leaf in tree.flatten(exact_state).items():  # the numbers are those of float32, but for rounding
+    # The numbers are those of float32, but for rounding.
+    for path, leaf in tree.flatten(exact_state).items():
         scale = float(np.abs(np.asarray(leaf, np.float64)).max()) or 1.0
-        np.testing.assert_allclose(tree.get(state, path), leaf, rtol=0, atol=0.05 * scale, err_msg=path)
+        np.testing.assert_allclose(
+            tree.get(state, path), leaf, rtol=0, atol=0.05 * scale, err_msg=path
+        )
 
 
-# --- complex numbers --------------------------------------------------------------------------------------------------
+# --- complex numbers ------------------------------------------------------------------------------
 
 COMPUTING = {
     "dense": (dense(3), floats(4, 4)),
@@ -305,17 +354,22 @@ COMPUTING = {
 
 @pytest.mark.parametrize("net, spec", COMPUTING.values(), ids=COMPUTING.keys())
 def test_layers_that_compute_refuse_complex_numbers(net, spec):
-    """As inputs and as parameters. `flatten` only moves numbers, of any dtype; combinators leave it to what is inside."""
+    """As inputs and as parameters. `flatten` only moves numbers, of any dtype; combinators leave it
+    to what is inside.
+    """
     params, x = net.init(jax.random.key(0), spec), numbers(spec)
     state = {"state": state_of(net, spec)} if net.init_state else {}
     for function in (net.apply, jax.jit(net.apply)):
         with pytest.raises(
-            TypeError, match=r"(the input must be (floating|real|integer)|dtype of the parameters).*complex64"
+            TypeError,
+            match=r"(the input must be (floating|real|integer)|dtype of the parameters).*complex64",
         ):
             function(params, x.astype(jnp.complex64), **state)
         for path in params:
             wrong = {**params, path: params[path].astype(jnp.complex64)}
-            with pytest.raises(TypeError, match=rf"the parameter '{path}' must be real, got complex64"):
+            with pytest.raises(
+                TypeError, match=rf"the parameter '{path}' must be real, got complex64"
+            ):
                 function(wrong, x, **state)
     with pytest.raises(TypeError, match="embed.* must be a float, got complex64"):
         embed(4, 4, dtype=jnp.complex64)

@@ -1,4 +1,6 @@
-"""The numbers of the layers against NumPy's formulas and PyTorch's results, and what they say to a wrong input."""
+"""The numbers of the layers against NumPy's formulas and PyTorch's results, and what they say to a
+wrong input.
+"""
 
 import functools
 
@@ -17,12 +19,15 @@ def numbers(text: str, *shape: int) -> np.ndarray:
     return np.array(text.split(), np.float32).reshape(shape)
 
 
-# --- against PyTorch -------------------------------------------------------------------------------------------------
+# --- against PyTorch ------------------------------------------------------------------------------
 
-# torch 2.13.0+cpu, x = arange(12).reshape(4, 3).sin(), cotangent c = arange(12).reshape(4, 3).cos(), and for each layer
-#     weight = arange(weight.numel()).reshape(weight.shape).add(1).cos(), bias = arange(bias.numel()).add(2).sin()
-#     y = layer(x); dx, dweight, dbias = torch.autograd.grad((y * c[:, :y.shape[1]]).sum(), [x, layer.weight, layer.bias])
-# with Linear(3, 2), LayerNorm(3), BatchNorm1d(3) in training, and the same BatchNorm1d(3) then in evaluation.
+# torch 2.13.0+cpu, x = arange(12).reshape(4, 3).sin(), cotangent c = arange(12).reshape(4,
+#     3).cos(), and for each layer weight =
+#     arange(weight.numel()).reshape(weight.shape).add(1).cos(), bias =
+#     arange(bias.numel()).add(2).sin() y = layer(x); dx, dweight, dbias = torch.autograd.grad((y *
+#     c[:, :y.shape[1]]).sum(), [x, layer.weight, layer.bias])
+# with Linear(3, 2), LayerNorm(3), BatchNorm1d(3) in training, and the same BatchNorm1d(3) then in
+# evaluation.
 X = np.sin(np.arange(12, dtype=np.float32)).reshape(4, 3)
 COTANGENT = np.cos(np.arange(12, dtype=np.float32)).reshape(4, 3)
 TORCH = {
@@ -58,7 +63,8 @@ TORCH = {
         "dbias": "0.059048 -0.198511 -0.273559",
     },
 }
-TORCH_MEAN, TORCH_VAR = "0.006846 0.004941 -0.001506", "0.908303 0.966622 1.024142"  # after one step of training
+# After one step of training.
+TORCH_MEAN, TORCH_VAR = "0.006846 0.004941 -0.001506", "0.908303 0.966622 1.024142"
 NORM_PARAMS = {"scale": np.cos(np.arange(3) + 1.0), "bias": np.sin(np.arange(3) + 2.0)}
 STATE_AFTER = {"mean": numbers(TORCH_MEAN, 3), "var": numbers(TORCH_VAR, 3)}
 
@@ -69,7 +75,10 @@ STATE_AFTER = {"mean": numbers(TORCH_MEAN, 3), "var": numbers(TORCH_VAR, 3)}
         (
             "dense",
             dense(2),
-            {"kernel": np.cos(np.arange(6) + 1.0).reshape(2, 3).T, "bias": np.sin(np.arange(2) + 2.0)},
+            {
+                "kernel": np.cos(np.arange(6) + 1.0).reshape(2, 3).T,
+                "bias": np.sin(np.arange(2) + 2.0),
+            },
             None,
             False,
         ),
@@ -95,7 +104,8 @@ def test_outputs_and_gradients_are_those_of_pytorch(name, layer, params, state, 
 
     y, dx, dparams = pulled(X, params, COTANGENT)
     weight = "kernel" if name == "dense" else "scale"
-    dweight = numbers(expected["dweight"], *params[weight].T.shape).T  # PyTorch's Linear has (out, in)
+    # PyTorch's Linear has (out, in).
+    dweight = numbers(expected["dweight"], *params[weight].T.shape).T
     for actual, reference in [
         (y, numbers(expected["y"], *y.shape)),
         (dx, numbers(expected["dx"], 4, 3)),
@@ -109,12 +119,14 @@ def test_running_statistics_are_those_of_pytorch():
     params = jax.tree.map(jnp.float32, NORM_PARAMS)
     norm = batch_norm()  # PyTorch's momentum=0.1 is 0.9 here
     _, state = norm.apply(params, X, state=state_of(norm, X), train=True)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), state, STATE_AFTER)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), state, STATE_AFTER
+    )
     _, same = norm.apply(params, X, state=state)
     jax.tree.map(np.testing.assert_array_equal, same, state)
 
 
-# --- against formulas ------------------------------------------------------------------------------------------------
+# --- against formulas -----------------------------------------------------------------------------
 
 
 def test_dense_is_a_matrix_product_over_the_last_axis_for_any_leading_axes():
@@ -125,17 +137,22 @@ def test_dense_is_a_matrix_product_over_the_last_axis_for_any_leading_axes():
     for lead in [(2, 4), (8,), (1, 2, 2, 2)]:
         y = dense(3).apply(params, jnp.float32(x).reshape(*lead, 5))
         np.testing.assert_allclose(y, expected.reshape(*lead, 3), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(dense(3).apply(params, jnp.float32(x[0, 0])), expected[0, 0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        dense(3).apply(params, jnp.float32(x[0, 0])), expected[0, 0], rtol=1e-5, atol=1e-6
+    )
     assert dense(3).apply(params, jnp.zeros((0, 5))).shape == (0, 3)
     bare = dense(3, bias=False)
-    np.testing.assert_allclose(bare.apply({"kernel": params["kernel"]}, jnp.float32(x)), expected - bias, rtol=1e-4)
+    np.testing.assert_allclose(
+        bare.apply({"kernel": params["kernel"]}, jnp.float32(x)), expected - bias, rtol=1e-4
+    )
 
 
 def test_dense_kernels_have_the_variance_of_lecun_and_biases_are_zero():
     n_in, n_out = 50, 200
     params = dense(n_out).init(jax.random.key(0), jnp.ones((1, n_in)))
     n = n_in * n_out
-    sample = np.var(params["kernel"])  # its standard error is at most that of a normal sample, v sqrt(2 / n)
+    # Its standard error is at most that of a normal sample, v sqrt(2 / n).
+    sample = np.var(params["kernel"])
     np.testing.assert_allclose(sample, 1 / n_in, atol=4 / n_in * np.sqrt(2 / n))
     assert not params["bias"].any()
 
@@ -149,7 +166,9 @@ def test_initialisers_and_precision_are_used():
     normal = jax.nn.initializers.normal()
     drawn = dense(4, kernel_init=normal, bias_init=normal).init(jax.random.key(0), jnp.ones((1, 1)))
     assert np.all(drawn["kernel"][0] != drawn["bias"])  # from keys of their own
-    table = embed(2, 3, embedding_init=constant(5.0)).init(jax.random.key(0), jnp.array([0]))["embedding"]
+    table = embed(2, 3, embedding_init=constant(5.0)).init(jax.random.key(0), jnp.array([0]))[
+        "embedding"
+    ]
     np.testing.assert_array_equal(table, np.full((2, 3), 5))
 
 
@@ -177,8 +196,12 @@ def test_batch_norm_takes_statistics_over_all_axes_but_the_last(momentum):
     wide, axes = x.astype(np.float64), (0, 1, 2)
     expected = (wide - wide.mean(axes)) / np.sqrt(wide.var(axes) + 1e-5)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(state["mean"], momentum * 7 + (1 - momentum) * wide.mean(axes), rtol=1e-5)
-    np.testing.assert_allclose(state["var"], momentum * 9 + (1 - momentum) * wide.var(axes, ddof=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        state["mean"], momentum * 7 + (1 - momentum) * wide.mean(axes), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        state["var"], momentum * 9 + (1 - momentum) * wide.var(axes, ddof=1), rtol=1e-5
+    )
     y, _ = apply({}, x, state=start)
     np.testing.assert_allclose(y, (wide - 7) / np.sqrt(9 + 1e-5), rtol=1e-4, atol=1e-5)
 
@@ -187,24 +210,30 @@ def test_batch_norm_takes_statistics_over_all_axes_but_the_last(momentum):
 def test_batch_norm_is_accurate_where_the_mean_is_large_against_the_deviation(first):
     x = np.random.default_rng(0).normal(1e4, 1, size=(1000, 3)).astype(np.float32)
     if first != "like the others":
-        x[0] = {"an outlier": 1e4 + 100, "zero": 0}[first]  # the first row is what variances are computed against
+        # The first row is what variances are computed against.
+        x[0] = {"an outlier": 1e4 + 100, "zero": 0}[first]
     norm = batch_norm(momentum=0.0, scale=False, bias=False)
     y, state = jax.jit(lambda x: norm.apply({}, x, state=state_of(norm, x), train=True))(x)
     wide = x.astype(np.float64)
     np.testing.assert_allclose(state["var"], wide.var(0, ddof=1), rtol=1e-3)
     np.testing.assert_allclose(state["mean"], wide.mean(0), rtol=1e-6)
     expected = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
-    np.testing.assert_allclose(y, expected, rtol=5e-4, atol=5e-3)  # numbers of 1e4 in float32 are 1e-3 apart
+    # Numbers of 1e4 in float32 are 1e-3 apart.
+    np.testing.assert_allclose(y, expected, rtol=5e-4, atol=5e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_statistics_of_half_precision_inputs_are_computed_in_float32(dtype):
-    """A mean of 64.1 would be 64.0 in bfloat16, which is 0.04 deviations; the sums of 4096 numbers stay finite too."""
+    """A mean of 64.1 would be 64.0 in bfloat16, which is 0.04 deviations; the sums of 4096 numbers
+    stay finite too.
+    """
     x = jnp.linspace(60.1, 68.1, 4096).astype(dtype)
     wide = np.asarray(x, np.float64)
     norm = layer_norm(scale=False, bias=False)
     y = jax.jit(norm.apply)({}, x)
-    np.testing.assert_allclose(np.asarray(y, np.float64), layer_norm_formula(wide, 1e-5), rtol=2**-8, atol=1e-3)
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), layer_norm_formula(wide, 1e-5), rtol=2**-8, atol=1e-3
+    )
     batch = batch_norm(momentum=0.0, scale=False, bias=False)
     state = state_of(batch, x[:, None])
     _, state = jax.jit(functools.partial(batch.apply, train=True))({}, x[:, None], state=state)
@@ -226,7 +255,11 @@ def test_a_constant_feature_gives_finite_numbers_and_gradients():
 def test_no_gradient_flows_through_the_running_statistics():
     norm = batch_norm(scale=False, bias=False)
     x = jnp.arange(6.0).reshape(3, 2)
-    grad = jax.grad(lambda x: sum(s.sum() for s in norm.apply({}, x, state=state_of(norm, x), train=True)[1].values()))
+    grad = jax.grad(
+        lambda x: sum(
+            s.sum() for s in norm.apply({}, x, state=state_of(norm, x), train=True)[1].values()
+        )
+    )
     np.testing.assert_array_equal(jax.jit(grad)(x), np.zeros((3, 2)))
 
 
@@ -262,22 +295,28 @@ def test_embed_looks_up_rows_and_marks_what_is_outside():
     ids = jnp.array([[0, 2], [1, 1]])
     table = np.arange(6.0).reshape(3, 2)
     for dtype in ["int32", "uint8", "int8"]:
-        np.testing.assert_array_equal(embed(3, 2).apply(params, ids.astype(dtype)), table[np.asarray(ids)])
+        np.testing.assert_array_equal(
+            embed(3, 2).apply(params, ids.astype(dtype)), table[np.asarray(ids)]
+        )
     assert np.isnan(embed(3, 2).apply(params, jnp.array([3, -1, 300]))).all()
     grad = jax.grad(lambda p: embed(3, 2).apply(p, ids).sum())(params)["embedding"]
-    np.testing.assert_array_equal(grad, [[1, 1], [2, 2], [1, 1]])  # how often each row was looked up
+    # How often each row was looked up.
+    np.testing.assert_array_equal(grad, [[1, 1], [2, 2], [1, 1]])
 
 
 def test_embeddings_have_unit_length_on_average_and_the_dtype_that_is_asked():
     table = embed(500, 40).init(jax.random.key(0), jnp.array([0]))["embedding"]
     n = table.size
-    np.testing.assert_allclose(np.var(table), 1 / 40, atol=4 / 40 * np.sqrt(2 / n))  # deviation 1 / sqrt(features)
+    # Deviation 1 / sqrt(features).
+    np.testing.assert_allclose(np.var(table), 1 / 40, atol=4 / 40 * np.sqrt(2 / n))
     half = embed(4, 4, dtype=jnp.bfloat16)
     params = half.init(jax.random.key(0), jnp.array([0]))
     assert half.apply(params, jnp.array([0])).dtype == params["embedding"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("rank, shape", [(1, (2, 3, 4, 5)), (2, (2, 3, 20)), (3, (2, 60)), (4, (120,))])
+@pytest.mark.parametrize(
+    "rank, shape", [(1, (2, 3, 4, 5)), (2, (2, 3, 20)), (3, (2, 60)), (4, (120,))]
+)
 def test_flatten_merges_the_last_axes_in_order(rank, shape):
     x = np.arange(120).reshape(2, 3, 4, 5)
     y = flatten(rank).apply({}, x)
@@ -285,7 +324,7 @@ def test_flatten_merges_the_last_axes_in_order(rank, shape):
     np.testing.assert_array_equal(y.ravel(), x.ravel())
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 X23 = jnp.ones((2, 3))
 IDS = jnp.array([0, 1])
@@ -293,7 +332,13 @@ REMEDY = r"x\.astype\(jnp\."
 
 
 WRONG = [
-    (dense(4), X23, jnp.ones((2, 5)), ValueError, r"dense\(4\): last axis must be 3, got float32\[2, 5\]"),
+    (
+        dense(4),
+        X23,
+        jnp.ones((2, 5)),
+        ValueError,
+        r"dense\(4\): last axis must be 3, got float32\[2, 5\]",
+    ),
     (dense(4), X23, jnp.float32(1), ValueError, r"dense\(4\): .*at least 1 axes, got float32\[\]"),
     (
         dense(4),
@@ -319,25 +364,83 @@ WRONG = [
     ),
     (dense(4), X23, "text", TypeError, r"dense\(4\): the input must be an array.*got 'text'"),
     (dense(4), X23, None, TypeError, r"dense\(4\): the input must be an array.*got None"),
-    (layer_norm(), X23, jnp.ones((2, 5)), ValueError, r"layer_norm: last axis must be 3, got float32\[2, 5\]"),
-    (layer_norm(), X23, X23.astype("float16"), TypeError, r"layer_norm: .* float32, got float16\[2, 3\]"),
-    (layer_norm(), X23, jnp.ones((2, 3), int), TypeError, r"layer_norm: .*floating, got int32\[2, 3\]"),
-    (layer_norm(scale=False), X23, jnp.ones((2, 5)), ValueError, r"layer_norm: last axis must be 3"),
-    (batch_norm(), X23, jnp.ones((2, 5)), ValueError, r"batch_norm: last axis must be 3, got float32\[2, 5\]"),
-    (batch_norm(bias=False), X23, X23.astype("float16"), TypeError, r"batch_norm: .* float32, got float16\[2, 3\]"),
+    (
+        layer_norm(),
+        X23,
+        jnp.ones((2, 5)),
+        ValueError,
+        r"layer_norm: last axis must be 3, got float32\[2, 5\]",
+    ),
+    (
+        layer_norm(),
+        X23,
+        X23.astype("float16"),
+        TypeError,
+        r"layer_norm: .* float32, got float16\[2, 3\]",
+    ),
+    (
+        layer_norm(),
+        X23,
+        jnp.ones((2, 3), int),
+        TypeError,
+        r"layer_norm: .*floating, got int32\[2, 3\]",
+    ),
+    (
+        layer_norm(scale=False),
+        X23,
+        jnp.ones((2, 5)),
+        ValueError,
+        r"layer_norm: last axis must be 3",
+    ),
+    (
+        batch_norm(),
+        X23,
+        jnp.ones((2, 5)),
+        ValueError,
+        r"batch_norm: last axis must be 3, got float32\[2, 5\]",
+    ),
+    (
+        batch_norm(bias=False),
+        X23,
+        X23.astype("float16"),
+        TypeError,
+        r"batch_norm: .* float32, got float16\[2, 3\]",
+    ),
     (batch_norm(), X23, None, TypeError, r"batch_norm: the input must be an array"),
-    (dropout(0.5), X23, jnp.ones((2, 3), int), TypeError, r"dropout\(0\.5\): .*floating, got int32\[2, 3\]"),
-    (embed(5, 4), IDS, jnp.ones(2), TypeError, rf"embed\(5, 4\): .*integer, got float32\[2\].*{REMEDY}int32"),
+    (
+        dropout(0.5),
+        X23,
+        jnp.ones((2, 3), int),
+        TypeError,
+        r"dropout\(0\.5\): .*floating, got int32\[2, 3\]",
+    ),
+    (
+        embed(5, 4),
+        IDS,
+        jnp.ones(2),
+        TypeError,
+        rf"embed\(5, 4\): .*integer, got float32\[2\].*{REMEDY}int32",
+    ),
     (embed(5, 4), IDS, 3, TypeError, r"embed\(5, 4\): the input must be an array.*got 3"),
-    (flatten(2), X23, jnp.ones(3), ValueError, r"flatten\(2\): .*at least 2 axes, got float32\[3\]"),
+    (
+        flatten(2),
+        X23,
+        jnp.ones(3),
+        ValueError,
+        r"flatten\(2\): .*at least 2 axes, got float32\[3\]",
+    ),
     (flatten(2), X23, 3.0, TypeError, r"flatten\(2\): the input must be an array.*got 3\.0"),
 ]
 
 
 @pytest.mark.parametrize(
-    "layer, good, bad, kind, message", WRONG, ids=[f"{layer!r}: {describe(bad)}" for layer, _, bad, *_ in WRONG]
+    "layer, good, bad, kind, message",
+    WRONG,
+    ids=[f"{layer!r}: {describe(bad)}" for layer, _, bad, *_ in WRONG],
 )
-def test_a_wrong_input_is_named_with_the_layer_the_expected_and_the_received(layer, good, bad, kind, message):
+def test_a_wrong_input_is_named_with_the_layer_the_expected_and_the_received(
+    layer, good, bad, kind, message
+):
     net = chain(outer=chain(inner=layer))
     params = net.init(jax.random.key(0), good)
     state = {"state": state_of(net, good)} if net.init_state else {}
@@ -367,12 +470,15 @@ def test_a_wrong_argument_fails_when_the_layer_is_made(make, message):
 def test_batch_norm_cannot_train_on_one_value_a_feature():
     norm = batch_norm(scale=False, bias=False)
     with pytest.raises(
-        ValueError, match=r"batch_norm: training needs more than one value a feature, got float32\[1, 3\]"
+        ValueError,
+        match=r"batch_norm: training needs more than one value a feature, got float32\[1, 3\]",
     ):
         norm.apply({}, jnp.ones((1, 3)), state=state_of(norm, X23), train=True)
 
 
-@pytest.mark.parametrize("layer", [dense(2), layer_norm(), batch_norm(), dropout(0.5), flatten(1)], ids=repr)
+@pytest.mark.parametrize(
+    "layer", [dense(2), layer_norm(), batch_norm(), dropout(0.5), flatten(1)], ids=repr
+)
 def test_numpy_arrays_are_inputs_too_and_float64_is_what_jit_makes_of_it(layer):
     x = np.ones((4, 3))
     assert x.dtype == np.float64

@@ -1,4 +1,6 @@
-"""Many trainings at once: every form of `many` against one run at a time, its choice of blocks, its errors by text."""
+"""Many trainings at once: every form of `many` against one run at a time, its choice of blocks, its
+errors by text.
+"""
 
 import functools
 
@@ -26,7 +28,10 @@ def rates():
 @functools.cache
 def problem():
     random = np.random.default_rng(0)
-    data = random.normal(size=(24, 3)).astype(np.float32), random.normal(size=(24, 2)).astype(np.float32)
+    data = (
+        random.normal(size=(24, 3)).astype(np.float32),
+        random.normal(size=(24, 2)).astype(np.float32),
+    )
     return chain(up=dense(5), bend=jnp.tanh, down=dense(2)), data
 
 
@@ -36,7 +41,9 @@ def mean_square(params, batch):
 
 
 def run(key, lr):
-    """A whole training, its learning rate traced: initial weights, batches in an order of its own, Adam."""
+    """A whole training, its learning rate traced: initial weights, batches in an order of its own,
+    Adam.
+    """
     net, data = problem()
     optimizer = optax.adam(lr)
     init_key, run_key = jax.random.split(key)
@@ -65,19 +72,25 @@ def one_by_one():
 def test_every_member_is_the_run_alone(how):
     end, metrics = many(run, how=how)(keys(), rates())
     assert_equal_members((end.params, metrics["loss"]), one_by_one())
-    np.testing.assert_array_equal(jax.random.key_data(end.key)[1], jax.random.key_data(jax.random.split(keys()[1])[1]))
+    np.testing.assert_array_equal(
+        jax.random.key_data(end.key)[1], jax.random.key_data(jax.random.split(keys()[1])[1])
+    )
     if how == "map":  # the same program in a loop: no rounding either
         assert_equal_members((end.params, metrics["loss"]), one_by_one(), rtol=0)
 
 
 def test_each_member_has_its_own_learning_rate():
-    """The first step of Adam is lr * sign(g) for every weight (Kingma & Ba 2015, section 2.1), epsilon aside."""
+    """The first step of Adam is lr * sign(g) for every weight (Kingma & Ba 2015, section 2.1),
+    epsilon aside.
+    """
 
     def first_step(lr):
         optimizer = optax.adam(lr)
         params = {"w": jnp.ones(3)}
         step = train_step(lambda params, batch: jnp.sum(params["w"] * batch), optimizer)
-        return step(train_state(params, optimizer, jax.random.key(0)), jnp.array([5.0, -3.0, 2.0]))[0].params["w"]
+        return step(train_state(params, optimizer, jax.random.key(0)), jnp.array([5.0, -3.0, 2.0]))[
+            0
+        ].params["w"]
 
     moved = many(first_step)(rates()) - 1
     np.testing.assert_allclose(moved, -np.outer(rates(), [1.0, -1.0, 1.0]), rtol=1e-4)
@@ -109,7 +122,9 @@ def test_it_compiles_once_and_takes_keywords():
 
     f = many(add, how="vmap")
     for start in range(3):
-        np.testing.assert_array_equal(f(jnp.arange(3) + start, y=jnp.ones(3, int)), np.arange(3) + start + 1)
+        np.testing.assert_array_equal(
+            f(jnp.arange(3) + start, y=jnp.ones(3, int)), np.arange(3) + start + 1
+        )
     assert len(traces) == 1
 
 
@@ -117,9 +132,15 @@ def test_it_compiles_once_and_takes_keywords():
 
 
 def widths_of_calls(f, *args):
-    """How many members in step the program has: the leading axis of its largest result of rank 2, read off its text."""
+    """How many members in step the program has: the leading axis of its largest result of rank 2,
+    read off its text.
+    """
     text = jax.jit(f).lower(*args).as_text()
-    shapes = [line.split("tensor<")[-1].split("x") for line in text.splitlines() if "stablehlo.tanh" in line]
+    shapes = [
+        line.split("tensor<")[-1].split("x")
+        for line in text.splitlines()
+        if "stablehlo.tanh" in line
+    ]
     return {int(shape[0]) if len(shape) == 3 else 1 for shape in shapes}
 
 
@@ -146,7 +167,9 @@ def test_blocks_on_a_cpu_share_two_mebibytes(members, size, block):
 
 @pytest.mark.cpu_only("it counts the blocks of the CPU")
 def test_what_the_loop_carries_counts_wherever_it_is_nested():
-    """Half a MiB in two leaves within a jit within a loop: blocks of four; integers, such as an order of data, do not count."""
+    """Half a MiB in two leaves within a jit within a loop: blocks of four; integers, such as an
+    order of data, do not count.
+    """
 
     @jax.jit
     def inner(carry):
@@ -161,7 +184,9 @@ def test_what_the_loop_carries_counts_wherever_it_is_nested():
 
 
 def test_other_platforms_get_vmap():
-    lowered = jax.export.export(jax.jit(many(lambda x: jnp.tanh(x) * 2)), platforms=["cuda"])(jnp.ones((64, 3)))
+    lowered = jax.export.export(jax.jit(many(lambda x: jnp.tanh(x) * 2)), platforms=["cuda"])(
+        jnp.ones((64, 3))
+    )
     assert "tensor<64x3xf32>" in lowered.mlir_module() and "while" not in lowered.mlir_module()
 
 
@@ -170,7 +195,8 @@ def test_other_platforms_get_vmap():
 
 def test_arguments_without_a_common_leading_axis_are_named():
     with pytest.raises(
-        ValueError, match=r"one leading axis.* got the shapes \(6,\) of '0', \(5,\) of '1'; let `run` close"
+        ValueError,
+        match=r"one leading axis.* got the shapes \(6,\) of '0', \(5,\) of '1'; let `run` close",
     ):
         many(run)(keys(), rates()[:5])
     with pytest.raises(ValueError, match=r"\(\) of '0/lr', \(6, 2\) of '0/w'"):
@@ -182,10 +208,15 @@ def test_arguments_without_a_common_leading_axis_are_named():
 
 
 def test_a_size_of_numpy_is_a_how():
-    np.testing.assert_array_equal(many(lambda x: x + 1, how=np.int64(2))(jnp.arange(5)), np.arange(5) + 1)  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(
+        many(lambda x: x + 1, how=np.int64(2))(jnp.arange(5)), np.arange(5) + 1
+    )  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("how", ["pmap", 0, -1, 2.0, True, np.bool_(True)])
 def test_another_how_is_refused(how):
-    with pytest.raises(ValueError, match="how must be 'vmap', 'map' or None, or else it must be a positive int, got"):
+    with pytest.raises(
+        ValueError,
+        match="how must be 'vmap', 'map' or None, or else it must be a positive int, got",
+    ):
         many(run, how=how)

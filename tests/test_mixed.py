@@ -1,4 +1,6 @@
-"""Gradients in narrow dtypes: sums over many examples, and the error of whole networks beside PyTorch's autocast."""
+"""Gradients in narrow dtypes: sums over many examples, and the error of whole networks beside
+PyTorch's autocast.
+"""
 
 import contextlib
 
@@ -6,7 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from registry import CASES, Case, as_stated, close, floats, ints, numbers, quick_to_compile, state_of, weights  # noqa: F401
+from registry import (
+    CASES,
+    as_stated,
+    close,
+    floats,
+    ints,
+    numbers,
+    quick_to_compile,  # noqa: F401 (a fixture)
+    state_of,
+    weights,
+)
 
 from jaxnet import capture, cast, chain, remat, repeat, tree
 from jaxnet.core import call, param, wire
@@ -28,17 +40,20 @@ def grads(net, params, inputs, cotangent=1.0, train=False):
     return jax.jit(jax.grad(loss))(params)
 
 
-# --- sums over many examples ------------------------------------------------------------------------------------------
+# --- sums over many examples ----------------------------------------------------------------------
 
-MANY = 50_176  # 64 x 28 x 28; half precision knows the integers up to 256 (bfloat16) and 2,048 (float16) only
-SHARED = {  # a layer, its input, and the parameters whose gradient is the number of examples, by definition
+# 64 x 28 x 28; half precision knows the integers up to 256 (bfloat16) and 2,048 (float16) only.
+MANY = 50_176
+# A layer, its input, and the parameters whose gradient is the number of examples, by definition.
+SHARED = {
     "dense": (dense(3), jnp.ones((MANY, 4)), ["bias"]),
     "dense: sequences": (dense(3), jnp.ones((MANY // 28, 28, 4)), ["bias"]),
     "conv": (conv(4, 3), jnp.ones((64, 28, 28, 4)), ["bias"]),
     "conv: sequence": (conv(4, (3,), padding="VALID"), jnp.ones((MANY // 28, 30, 4)), ["bias"]),
     "conv: depthwise": (conv(4, 3, groups=4), jnp.ones((64, 28, 28, 4)), ["bias"]),
     "layer_norm": (layer_norm(), jnp.tile(jnp.array([-1.0, 1]), (MANY, 1)), ["bias"]),
-    "batch_norm": (batch_norm(), jnp.ones((64, 28, 28, 4)), ["bias", "scale"]),  # its first state is mean 0 and var 1
+    # Its first state is mean 0 and var 1.
+    "batch_norm": (batch_norm(), jnp.ones((64, 28, 28, 4)), ["bias", "scale"]),
     "embed": (embed(3, 2), jnp.zeros(MANY, int), ["embedding"]),
     "embed: images": (embed(3, 2), jnp.zeros((64, 28, 28), int), ["embedding"]),
 }
@@ -57,11 +72,15 @@ def test_a_gradient_counts_all_examples(net, x, shared, dtype):
 
 @each_narrow
 def test_a_gradient_counts_all_examples_inside_combinators(dtype):
-    net, x = cast(chain(blocks=repeat(remat(chain(mix=dense(4), norm=layer_norm())), 2)), dtype), jnp.ones((MANY, 4))
+    net, x = (
+        cast(chain(blocks=repeat(remat(chain(mix=dense(4), norm=layer_norm())), 2)), dtype),
+        jnp.ones((MANY, 4)),
+    )
     params = weights(net, x)
     for apply in (net.apply, lambda p, x: capture(net)(p, x)[0]):
         got = jax.jit(jax.grad(lambda p, apply=apply: jnp.sum(apply(p, x))))(params)["blocks"]
-        np.testing.assert_allclose(got["norm"]["bias"][1], np.full(4, MANY), rtol=1e-4)  # of the last block
+        # Of the last block.
+        np.testing.assert_allclose(got["norm"]["bias"][1], np.full(4, MANY), rtol=1e-4)
 
 
 @each_narrow
@@ -78,12 +97,22 @@ def test_parameters_that_are_narrow_themselves_have_sums_that_are_rounded_once(d
 
 
 def test_above_the_range_of_float16_only_products_overflow():
-    """65,504 is its largest number. Gradients of kernels are float16 numbers, as in PyTorch; those of biases are not."""
+    """65,504 is its largest number. Gradients of kernels are float16 numbers, as in PyTorch; those
+    of biases are not.
+    """
     n = 100_000
-    got = grads(cast(dense(3), "float16"), dense(3).init(jax.random.key(0), floats(n, 4)), (jnp.ones((n, 4)),))
+    got = grads(
+        cast(dense(3), "float16"),
+        dense(3).init(jax.random.key(0), floats(n, 4)),
+        (jnp.ones((n, 4)),),
+    )
     np.testing.assert_allclose(got["bias"], np.full(3, n), rtol=1e-4)
     assert np.isinf(got["kernel"]).all()
-    got = grads(cast(embed(3, 2), "float16"), embed(3, 2).init(jax.random.key(0), ints(n)), (jnp.zeros(n, int),))
+    got = grads(
+        cast(embed(3, 2), "float16"),
+        embed(3, 2).init(jax.random.key(0), ints(n)),
+        (jnp.zeros(n, int),),
+    )
     np.testing.assert_allclose(got["embedding"][0], [n, n], rtol=1e-4)
 
 
@@ -91,7 +120,9 @@ def test_above_the_range_of_float16_only_products_overflow():
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_copies_of_a_batch_multiply_every_gradient(case, train, dtype):
-    """The gradient over n copies of a batch is n times that of one, for each leaf of each layer: only sums could differ."""
+    """The gradient over n copies of a batch is n times that of one, for each leaf of each layer:
+    only sums could differ.
+    """
     if train and (case.net.random or case.net.init_state is None):
         pytest.skip("training draws other numbers for each copy, or is evaluation")
     net, (params, _), inputs = cast(case.net, dtype), case.start(), case.data()
@@ -100,7 +131,8 @@ def test_copies_of_a_batch_multiply_every_gradient(case, train, dtype):
     one, all_ = grads(net, params, inputs, 0.05, train), grads(net, params, many, 0.05, train)
     for path, leaf in tree.flatten(one).items():
         leaf, got = np.asarray(leaf, np.float64), np.asarray(tree.get(all_, path), np.float64)
-        # Inside a network, the cotangents themselves are rounded, and not in the same way in two programs.
+        # Inside a network, the cotangents themselves are rounded, and not in the same way in two
+        # programs.
         share = 0.04 if case.net.children else 0.01
         bound = share * np.abs(leaf).max() + 1e-3
         np.testing.assert_allclose(got / copies, leaf, rtol=0, atol=bound, err_msg=path)
@@ -108,19 +140,24 @@ def test_copies_of_a_batch_multiply_every_gradient(case, train, dtype):
 
 @each_narrow
 def test_bodies_that_share_an_array_have_the_same_sums(dtype):
-    """`add_bias` and `rows` are for the bodies of `wire`; a plain `+` or `[]` sums in the narrow dtype."""
+    """`add_bias` and `rows` are for the bodies of `wire`; a plain `+` or `[]` sums in the narrow
+    dtype.
+    """
 
-    @wire(table=param((3, 4), jax.nn.initializers.ones), shift=param((4,), jax.nn.initializers.zeros))
+    @wire(
+        table=param((3, 4), jax.nn.initializers.ones), shift=param((4,), jax.nn.initializers.zeros)
+    )
     def body(f, ids):
         return add_bias(rows(f.table(), ids), f.shift())
 
     net = cast(body, dtype)
     got = grads(net, net.init(jax.random.key(0), ints(MANY)), (jnp.zeros(MANY, int),))
-    np.testing.assert_allclose(got["table"][0], np.full(4, MANY), rtol=4e-3)  # rounded once to the narrow dtype
+    # Rounded once to the narrow dtype.
+    np.testing.assert_allclose(got["table"][0], np.full(4, MANY), rtol=4e-3)
     np.testing.assert_allclose(got["shift"], np.full(4, MANY), rtol=4e-3)
 
 
-# --- what must not change ---------------------------------------------------------------------------------------------
+# --- what must not change -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -132,12 +169,15 @@ def test_wide_programs_have_no_conversions(dtype):
             (layer_norm(), floats(4, 4)),
             (embed(4, 4), ints(3)),
         ]:
-            spec = spec if net.label.startswith("embed") else jax.ShapeDtypeStruct(spec.shape, dtype)
+            spec = (
+                spec if net.label.startswith("embed") else jax.ShapeDtypeStruct(spec.shape, dtype)
+            )
             params = weights(net, spec)
             grad = jax.grad(lambda p, x, net=net: jnp.sum(net.apply(p, x)))
             program = str(jax.make_jaxpr(grad)(params, numbers(spec)))
             assert "custom_jvp" not in program
-            if not net.label.startswith("embed"):  # whose ids are compared with bounds of another type
+            # Whose ids are compared with bounds of another type.
+            if not net.label.startswith("embed"):
                 assert "convert_element_type" not in program
 
 
@@ -147,7 +187,9 @@ def test_narrow_results_are_those_of_float32_rounded_once(dtype, roundings):
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.normal(size=shape), dtype) for shape in [(64, 32), (32, 16)])
     bias = jnp.asarray(rng.normal(size=16), jnp.float32)
-    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias, np.float64)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(
+        bias, np.float64
+    )
     y = np.asarray(affine(x, kernel, bias), np.float64)
     assert affine(x, kernel, bias).dtype == dtype
     half_a_step = float(jnp.finfo(dtype).eps) / 2
@@ -157,10 +199,11 @@ def test_narrow_results_are_those_of_float32_rounded_once(dtype, roundings):
 
 @each_narrow
 def test_all_transformations_of_jax_agree(dtype):
-    """Forward and reverse mode, second derivatives, per-example gradients, remat with policies, export, capture.
+    """Forward and reverse mode, second derivatives, per-example gradients, remat with policies,
+    export, capture.
 
-    They are compared in programs that round alike. The gradient of an ordinary program is compared with that of the
-    network in float32.
+    They are compared in programs that round alike. The gradient of an ordinary program is compared
+    with that of the network in float32.
     """
     net = cast(chain(dense(8), jnp.tanh, norm=layer_norm(), out=dense(3)), dtype)
     x = numbers(floats(6, 4))
@@ -184,7 +227,12 @@ def test_all_transformations_of_jax_agree(dtype):
     each = jax.vmap(jax.grad(lambda p, x: jnp.sum(jnp.sin(net.apply(p, x)))), (None, 0))(params, x)
     agree(jax.tree.map(lambda g: g.sum(0), each), grad)
     for policy in (None, jax.checkpoint_policies.dots_saveable):
-        agree(as_stated(jax.grad(lambda p, policy=policy: loss(p, remat(net, policy=policy))))(params), grad)
+        agree(
+            as_stated(jax.grad(lambda p, policy=policy: loss(p, remat(net, policy=policy))))(
+                params
+            ),
+            grad,
+        )
     exported = jax.export.export(jax.jit(jax.grad(loss)))(params)
     agree(as_stated(exported.call)(params), grad)
     close(capture(net)(params, x)[0], net.apply(params, x), rtol=0, atol=0)
@@ -213,11 +261,12 @@ def test_biases_and_scales_are_not_rounded_and_everything_else_is():
     np.testing.assert_array_equal(y, np.ones((1, 2)))  # what a layer returns is rounded to bfloat16
     grad = jax.grad(lambda p: jnp.sum(net.apply(p, x)) * fine)(params)
     assert {g.dtype for g in jax.tree.leaves(grad)} == {jnp.dtype("float32")}
-    with pytest.raises(TypeError, match="layer_norm: .* float32, got bfloat16"):  # without cast, a mixture is refused
+    # Without cast, a mixture is refused.
+    with pytest.raises(TypeError, match="layer_norm: .* float32, got bfloat16"):
         layer_norm().apply(params["norm"], x.astype("bfloat16"))
 
 
-# --- whole networks beside PyTorch's autocast -------------------------------------------------------------------------
+# --- whole networks beside PyTorch's autocast -----------------------------------------------------
 
 HEADS, WIDTH, TIME, WORDS = 4, 32, 16, 23
 
@@ -281,8 +330,12 @@ def of_torch(torch, name, p, x):
     if name == "mlp":
         return affine(p["head"], f.relu(affine(p["b"], f.relu(affine(p["a"], x)))))
     if name == "convnet":
-        x = f.conv2d(x.permute(0, 3, 1, 2), p["a"]["kernel"].permute(3, 2, 0, 1), p["a"]["bias"], padding=1)
-        x = f.batch_norm(f.max_pool2d(f.relu(x), 2), None, None, p["n"]["scale"], p["n"]["bias"], True)
+        x = f.conv2d(
+            x.permute(0, 3, 1, 2), p["a"]["kernel"].permute(3, 2, 0, 1), p["a"]["bias"], padding=1
+        )
+        x = f.batch_norm(
+            f.max_pool2d(f.relu(x), 2), None, None, p["n"]["scale"], p["n"]["bias"], True
+        )
         x = f.relu(f.conv2d(x, p["b"]["kernel"].permute(3, 2, 0, 1), p["b"]["bias"], padding=1))
         return affine(p["head"], x.permute(0, 2, 3, 1).flatten(1))
     x = f.embedding(x, p["words"]["embedding"]) + f.embedding(
@@ -300,7 +353,9 @@ def of_torch(torch, name, p, x):
 @each_narrow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_error_of_every_leaf_is_at_most_half_more_than_that_of_pytorchs_autocast(name, dtype):
-    """Relative rms error of the gradient of the mean cross entropy, times 256 as a loss scale, against float32."""
+    """Relative rms error of the gradient of the mean cross entropy, times 256 as a loss scale,
+    against float32.
+    """
     torch = pytest.importorskip("torch")
     net, spec, classes = NETWORKS[name]
     rng = np.random.default_rng(0)
@@ -323,18 +378,24 @@ def test_the_error_of_every_leaf_is_at_most_half_more_than_that_of_pytorchs_auto
         leaves = jax.tree.map(lambda p: torch.tensor(np.asarray(p)).requires_grad_(), params)
         with torch.autocast("cpu", dtype=kind) if kind else contextlib.nullcontext():
             logits = of_torch(torch, name, leaves, torch.tensor(x))
-        loss = torch.nn.functional.cross_entropy(logits.float().reshape(-1, classes), torch.tensor(labels.ravel()))
+        loss = torch.nn.functional.cross_entropy(
+            logits.float().reshape(-1, classes), torch.tensor(labels.ravel())
+        )
         (256 * loss).backward()
         return jax.tree.map(lambda p: p.grad.numpy(), leaves)
 
     def errors(grad):
         def error(g, e):
-            return float(np.linalg.norm(np.float64(g) - np.float64(e)) / np.linalg.norm(np.float64(e)))
+            return float(
+                np.linalg.norm(np.float64(g) - np.float64(e)) / np.linalg.norm(np.float64(e))
+            )
 
         return tree.flatten(jax.tree.map(error, grad, exact))
 
     exact = ours(net)
     assert max(errors(theirs(None)).values()) < 1e-4  # it is the same network
     own, reference = errors(ours(cast(net, dtype))), errors(theirs(getattr(torch, dtype)))
-    too_large = {path: (own[path], reference[path]) for path in own if own[path] > 1.5 * reference[path]}
+    too_large = {
+        path: (own[path], reference[path]) for path in own if own[path] > 1.5 * reference[path]
+    }
     assert not too_large, too_large

@@ -1,4 +1,6 @@
-"""The norms on data that is hard for float32, against float64; PyTorch's errors on the same data are in the comments."""
+"""The norms on data that is hard for float32, against float64; PyTorch's errors on the same data
+are in the comments.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,9 @@ def outlier(row):
     return x
 
 
-# Each with the largest error of y that is allowed. Deviations are of size 1, and PyTorch's errors are those of torch
-# 2.13.0+cpu with BatchNorm1d(3, affine=False): 5.8e-6, 4.3e-6, 1.7e-3, 2.2e-2, 5.4e-3, 1.0, 0.87, 1.1e-16, 5.3e-7, 4.5e-5.
+# Each with the largest error of y that is allowed. Deviations are of size 1, and PyTorch's errors
+# are those of torch 2.13.0+cpu with BatchNorm1d(3, affine=False): 5.8e-6, 4.3e-6, 1.7e-3, 2.2e-2,
+# 5.4e-3, 1.0, 0.87, 1.1e-16, 5.3e-7, 4.5e-5.
 HARD = {
     "the first row is an outlier of 1e4 deviations": (outlier(0), 1.7e-5),
     "another row is an outlier": (outlier(500), 1.7e-5),
@@ -40,15 +43,22 @@ HARD = {
 def test_norms_are_as_exact_as_float32_allows(x, bound):
     wide, n = x.astype(np.float64), len(x)
     expected = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
-    batch, layer = batch_norm(momentum=0.0, scale=False, bias=False), layer_norm(scale=False, bias=False)
+    batch, layer = (
+        batch_norm(momentum=0.0, scale=False, bias=False),
+        layer_norm(scale=False, bias=False),
+    )
     y, state = jax.jit(lambda x: batch.apply({}, x, state=state_of(batch, x), train=True))(x)
     np.testing.assert_allclose(y, expected, rtol=0, atol=bound)
-    np.testing.assert_allclose(state["mean"], wide.mean(0), rtol=2e-6, atol=1e-6 * np.abs(wide).max())
+    np.testing.assert_allclose(
+        state["mean"], wide.mean(0), rtol=2e-6, atol=1e-6 * np.abs(wide).max()
+    )
     floor = (
         np.finfo(np.float32).eps * np.abs(wide).max()
     ) ** 2  # of a variance that is zero: numbers are this far apart
     np.testing.assert_allclose(state["var"], wide.var(0) * n / (n - 1), rtol=3e-6, atol=floor)
-    np.testing.assert_allclose(jax.jit(lambda x: layer.apply({}, x))(x.T), expected.T, rtol=0, atol=bound)
+    np.testing.assert_allclose(
+        jax.jit(lambda x: layer.apply({}, x))(x.T), expected.T, rtol=0, atol=bound
+    )
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (5, 4)], ids=str)

@@ -1,4 +1,6 @@
-"""Convolution and pooling as operations: equal to their definitions and to JAX's own, in every mode of differentiation."""
+"""Convolution and pooling as operations: equal to their definitions and to JAX's own, in every mode
+of differentiation.
+"""
 
 import contextlib
 import functools
@@ -17,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxnet.ops import avg_pool, convolve, max_pool
 
-# spatial sizes, window, features in and out of one group, options; together they reach every form on the CPU
+# spatial sizes, window, features in and out of one group, options; together they reach every form
+# on the CPU
 GEOMETRIES = {
     "wide": ((7, 6), (3, 3), 3, 18, {}),
     "wide, dilated": ((7, 6), (3, 2), 18, 5, dict(dilation=(2, 3), padding=((3, 0), (1, 2)))),
@@ -32,7 +35,9 @@ GEOMETRIES = {
     "pointwise": ((4, 3), (1, 1), 5, 6, {}),
     "pointwise, strided": ((5, 4), (1, 1), 5, 6, dict(strides=(2, 3))),
     "patches": ((6, 9), (2, 3), 3, 5, dict(strides=(2, 3))),
-    "patches, gaps, a rest, zeros": ((8, 9), (2, 2), 3, 5, dict(strides=(4, 3), dilation=(2, 1), padding=((1, 1), (0, 1)))),
+    "patches, gaps, a rest, zeros": (
+        (8, 9), (2, 2), 3, 5, dict(strides=(4, 3), dilation=(2, 1), padding=((1, 1), (0, 1)))
+    ),
     "window larger than the input": ((3, 2), (5, 4), 5, 6, dict(padding=((2, 3), (2, 2)))),
     "line": ((9,), (3,), 5, 18, dict(strides=2)),
     "line, small": ((9,), (4,), 5, 6, dict(dilation=2, padding=((5, 1),))),
@@ -40,7 +45,9 @@ GEOMETRIES = {
     "groups": ((5, 6), (3, 3), 5, 6, dict(groups=2)),
     "groups, strided line": ((9,), (3,), 2, 5, dict(groups=3, strides=2)),
     "depthwise": ((5, 6), (3, 3), 1, 1, dict(groups=5)),
-    "depthwise, two out of each, strided": ((7, 6), (3, 2), 1, 2, dict(groups=3, strides=(1, 2), dilation=(2, 1))),
+    "depthwise, two out of each, strided": (
+        (7, 6), (3, 2), 1, 2, dict(groups=3, strides=(1, 2), dilation=(2, 1))
+    ),
     "depthwise volume": ((3, 4, 3), (2, 2, 2), 1, 1, dict(groups=3, padding="VALID")),
 }  # fmt: skip
 QUICK = {"xla_backend_optimization_level": 0}  # compile in less time; the forms are chosen before
@@ -54,12 +61,20 @@ def plain(x, kernel, *, strides=1, padding="SAME", dilation=1, groups=1):
     padding = [(padding, padding)] * n if isinstance(padding, int) else padding
     names = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
     return lax.conv_general_dilated(
-        x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=names, feature_group_count=groups
+        x,
+        kernel,
+        strides,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=names,
+        feature_group_count=groups,
     )
 
 
 def operands(name, dtype="float32", batch=None):
-    """x, kernel and a cotangent y, and the options. Of many wide images, a few are taken at a time."""
+    """x, kernel and a cotangent y, and the options. Of many wide images, a few are taken at a
+    time.
+    """
     batch = batch or (12 if "wide" in name else 2)
     sizes, window, channels, features, options = GEOMETRIES[name]
     groups = options.get("groups", 1)
@@ -67,7 +82,12 @@ def operands(name, dtype="float32", batch=None):
         normal((batch, *sizes, channels * groups), 0, dtype),
         normal((*window, channels, features * groups), 1, dtype),
     )
-    return x, kernel, normal(jax.eval_shape(functools.partial(plain, **options), x, kernel).shape, 2, dtype), options
+    return (
+        x,
+        kernel,
+        normal(jax.eval_shape(functools.partial(plain, **options), x, kernel).shape, 2, dtype),
+        options,
+    )
 
 
 def normal(shape, seed=0, dtype="float32"):
@@ -81,11 +101,17 @@ def quickly(fn, *args):
 def assert_trees_close(actual, expected, rtol=1e-4):
     """Equal structure, shapes and dtypes; values to `rtol` of the largest."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         np.testing.assert_allclose(
-            a, b, rtol=0, atol=rtol * max(1.0, abs(b).max(initial=0)), err_msg=jax.tree_util.keystr(path)
+            a,
+            b,
+            rtol=0,
+            atol=rtol * max(1.0, abs(b).max(initial=0)),
+            err_msg=jax.tree_util.keystr(path),
         )
 
 
@@ -95,20 +121,28 @@ def assert_trees_close(actual, expected, rtol=1e-4):
 @pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolve_is_its_definition(stride):
-    """y[n, o, p, f] = sum over h, w, c of x[n, s o + h - 1, s p + 2 w - 2, c] k[h, w, c, f], written as loops."""
+    """y[n, o, p, f] = sum over h, w, c of x[n, s o + h - 1, s p + 2 w - 2, c] k[h, w, c, f],
+    written as loops.
+    """
     x, k = np.asarray(normal((2, 5, 6, 3), 0)), np.asarray(normal((3, 2, 3, 4), 1))
     outputs = (5 + 1 + 0 - 3) // stride + 1, (6 + 2 + 1 - 3) // stride + 1
     y = np.zeros((2, *outputs, 4))
-    for n, o, p, f, h, w, c in itertools.product(range(2), *map(range, outputs), *map(range, (4, 3, 2, 3))):
+    for n, o, p, f, h, w, c in itertools.product(
+        range(2), *map(range, outputs), *map(range, (4, 3, 2, 3))
+    ):
         i, j = stride * o + h - 1, stride * p + 2 * w - 2
         if 0 <= i < 5 and 0 <= j < 6:
             y[n, o, p, f] += x[n, i, j, c] * k[h, w, c, f]
-    result = convolve(jnp.asarray(x), jnp.asarray(k), strides=stride, padding=((1, 0), (2, 1)), dilation=(1, 2))
+    result = convolve(
+        jnp.asarray(x), jnp.asarray(k), strides=stride, padding=((1, 0), (2, 1)), dilation=(1, 2)
+    )
     np.testing.assert_allclose(result, y, rtol=1e-4, atol=1e-5)
 
 
 def test_convolve_and_its_gradients_equal_those_of_pytorch():
-    """torch 2.13, float64: conv2d with stride (2, 1), padding (1, 2), dilation (1, 2), 2 groups on sines and cosines."""
+    """torch 2.13, float64: conv2d with stride (2, 1), padding (1, 2), dilation (1, 2), 2 groups on
+    sines and cosines.
+    """
     with jax.enable_x64():
 
         def numbers(f, shape):
@@ -121,9 +155,15 @@ def test_convolve_and_its_gradients_equal_those_of_pytorch():
         x, k = numbers(np.sin, (1, 5, 4, 4)), numbers(np.cos, (3, 2, 2, 4))
         (dx, dk), y = jax.grad(loss, (0, 1), has_aux=True)(x, k)
     assert y.shape == (1, 3, 6, 4) and y.dtype == jnp.float64
-    np.testing.assert_allclose(y[0, 1, 2], [0.97439208, 0.45879346, 0.19411291, 0.72655750], rtol=1e-6)
-    np.testing.assert_allclose(dx[0, 2, 1], [0.58398130, 0.18341833, 0.62746440, -1.33189463], rtol=1e-6)
-    np.testing.assert_allclose(dk[1, 0, 0], [0.99363994, 0.78209432, 1.47482644, 0.36631616], rtol=1e-6)
+    np.testing.assert_allclose(
+        y[0, 1, 2], [0.97439208, 0.45879346, 0.19411291, 0.72655750], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        dx[0, 2, 1], [0.58398130, 0.18341833, 0.62746440, -1.33189463], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        dk[1, 0, 0], [0.99363994, 0.78209432, 1.47482644, 0.36631616], rtol=1e-6
+    )
 
 
 @pytest.mark.usefixtures("exact_products")
@@ -142,7 +182,9 @@ def test_convolve_and_both_gradients_equal_lax(name):
 
 
 @pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize("name", ["wide", "small, strided", "few out", "groups, strided line", "depthwise"])
+@pytest.mark.parametrize(
+    "name", ["wide", "small, strided", "few out", "groups, strided line", "depthwise"]
+)
 def test_every_mode_of_differentiation_equals_lax(name):
     x, kernel, _, options = operands(name, batch=1)
     x = x[:, :5]
@@ -170,7 +212,9 @@ def test_every_mode_of_differentiation_equals_lax(name):
                 "vmap of both": jax.vmap(gradient, (1, -1), 1)(xs, kernels),
                 "vmap of vmap": jax.vmap(jax.vmap(fn, (None, -1)), (1, None))(xs, kernels),
                 "scan": lax.scan(step, (x, kernel), None, length=2)[0],
-                "checkpoint": jax.grad(jax.checkpoint(lambda x: jnp.sum(jnp.sin(fn(x, kernel)))))(x),
+                "checkpoint": jax.grad(jax.checkpoint(lambda x: jnp.sum(jnp.sin(fn(x, kernel)))))(
+                    x
+                ),
             }
 
         return quickly(all_modes, x, kernel, jnp.cos(x), jnp.sin(kernel), xs, kernels)
@@ -185,7 +229,9 @@ def test_dtype_in_dtype_out(name, dtype):
         x, kernel, y, options = operands(name, dtype)
 
         def everything(convolution):
-            return lambda x, kernel, y: jax.vjp(functools.partial(convolution, **options), x, kernel)[1](y)
+            return lambda x, kernel, y: jax.vjp(
+                functools.partial(convolution, **options), x, kernel
+            )[1](y)
 
         assert convolve(x, kernel, **options).dtype == dtype
         exact = quickly(everything(plain), *(a.astype("float32") for a in (x, kernel, y)))
@@ -198,11 +244,14 @@ def test_dtype_in_dtype_out(name, dtype):
 
 @pytest.mark.cpu_only("is about the forms of the operations on a CPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("channels, features, groups", [(4, 32, 1), (32, 4, 1), (32, 32, 1), (4, 4, 4)])
+@pytest.mark.parametrize(
+    "channels, features, groups", [(4, 32, 1), (32, 4, 1), (32, 32, 1), (4, 4, 4)]
+)
 def test_gradients_of_narrow_kernels_are_summed_in_float32(channels, features, groups, dtype):
     """64 images of 28 x 28 are 50,176 terms: in bfloat16, a sum of ones would stay at 256.
 
-    The only rounding is that of the result, so it is the nearest narrow number to the sum in float64.
+    The only rounding is that of the result, so it is the nearest narrow number to the sum in
+    float64.
     """
     x, y = (normal((64, 28, 28, n), seed, dtype) + 1 for seed, n in enumerate((channels, features)))
     kernel = jnp.zeros((3, 3, channels // groups, features), dtype)
@@ -214,16 +263,22 @@ def test_gradients_of_narrow_kernels_are_summed_in_float32(channels, features, g
     else:
         exact = np.einsum("nhwc,nhwc->c", pixels, sums)[None]
     assert result.dtype == dtype
-    np.testing.assert_allclose(np.asarray(result[0, 0], np.float64), exact, rtol=0.51 * float(jnp.finfo(dtype).eps))
+    np.testing.assert_allclose(
+        np.asarray(result[0, 0], np.float64), exact, rtol=0.51 * float(jnp.finfo(dtype).eps)
+    )
 
 
 LOOPS = ("wide, strided, odd sizes", "wide, more outputs than inputs", "small", "few out, strided")
 
 
 @pytest.mark.cpu_only("reads the program that XLA makes for a CPU")
-@pytest.mark.parametrize("name", [*LOOPS, "window larger than the input", "line", "volume", "groups"])
+@pytest.mark.parametrize(
+    "name", [*LOOPS, "window larger than the input", "line", "volume", "groups"]
+)
 def test_no_convolution_leaves_the_fast_path_in_a_loop(name):
-    """XLA has fast code on a CPU for images N.., C and kernels ..I, O alone; elsewhere than in a loop it transposes by itself."""
+    """XLA has fast code on a CPU for images N.., C and kernels ..I, O alone; elsewhere than in a
+    loop it transposes by itself.
+    """
     x, kernel, y, options = operands(name)
 
     def step(carry, _):
@@ -231,7 +286,9 @@ def test_no_convolution_leaves_the_fast_path_in_a_loop(name):
         dx, dk = pull_back(result)
         return (carry[0] - dx, carry[1] - dk), None
 
-    loop = jax.jit(lambda x, kernel: lax.scan(step, (x, kernel), None, length=3)[0], compiler_options=QUICK)
+    loop = jax.jit(
+        lambda x, kernel: lax.scan(step, (x, kernel), None, length=3)[0], compiler_options=QUICK
+    )
     text = loop.lower(x, kernel).compile().as_text() or ""
     orders = re.findall(r" convolution\(.*dim_labels=([^,\s]+)", text)
     assert set(orders) <= {"b01f_01io->b01f"}
@@ -269,7 +326,9 @@ def test_sizes_may_be_numpy_integers():
     x, kernel = normal((1, 9, 3)), normal((3, 3, 4), 1)
     two: Any = np.int64(2)
     one: Any = np.int32(1)
-    assert_trees_close(convolve(x, kernel, strides=two, dilation=two), convolve(x, kernel, strides=2, dilation=2))
+    assert_trees_close(
+        convolve(x, kernel, strides=two, dilation=two), convolve(x, kernel, strides=2, dilation=2)
+    )
     assert_trees_close(max_pool(x, two, strides=one), max_pool(x, 2, strides=1))
 
 
@@ -297,14 +356,21 @@ def test_convolve_over_several_devices(name):
     shards = NamedSharding(mesh, P("data"))
 
     def gradients(convolution):
-        return lambda x, kernel: jax.grad(lambda x, k: jnp.sum(jnp.sin(convolution(x, k))), (0, 1))(x, kernel)
+        return lambda x, kernel: jax.grad(lambda x, k: jnp.sum(jnp.sin(convolution(x, k))), (0, 1))(
+            x, kernel
+        )
 
     expected = quickly(gradients(functools.partial(plain, **options)), x, kernel)
-    automatic = quickly(gradients(functools.partial(convolve, **options)), jax.device_put(x, shards), kernel)
+    automatic = quickly(
+        gradients(functools.partial(convolve, **options)), jax.device_put(x, shards), kernel
+    )
     assert automatic[0].sharding.is_equivalent_to(shards, x.ndim)
     assert_trees_close(automatic, expected)
     by_hand = jax.shard_map(
-        functools.partial(convolve, **options), mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
+        functools.partial(convolve, **options),
+        mesh=mesh,
+        in_specs=(P("data"), P()),
+        out_specs=P("data"),
     )
     assert_trees_close(
         quickly(gradients(by_hand), x, kernel), expected
@@ -339,7 +405,9 @@ def test_convolve_is_exported_for_any_size_of_the_batch(name):
 
 
 def assert_exports(fn, x, *rest):
-    """One program exported for batches of any size computes what `fn` does for batches of two sizes."""
+    """One program exported for batches of any size computes what `fn` does for batches of two
+    sizes.
+    """
     (batch,) = jax.export.symbolic_shape("batch")
     spec = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
     exported = jax.export.export(jax.jit(fn))(spec, *rest)
@@ -350,7 +418,8 @@ def assert_exports(fn, x, *rest):
 @pytest.mark.cpu_only("needs four devices")
 @pytest.mark.parametrize("named", [False, True], ids=["", "set_mesh"])
 @pytest.mark.parametrize(
-    "name", ["wide", "small", "few in", "few out", "patches", "line", "volume", "groups", "depthwise"]
+    "name",
+    ["wide", "small", "few in", "few out", "patches", "line", "volume", "groups", "depthwise"],
 )
 def test_convolve_over_the_batch_of_an_explicit_mesh(name, named):
     x, kernel, _, options = operands(name, batch=8)
@@ -369,7 +438,9 @@ def test_convolve_over_the_batch_of_an_explicit_mesh(name, named):
 
 
 def assert_spreads(fn, x, *rest, named=True):
-    """With x spread over the batch, on a mesh as `jax.make_mesh` makes it, `fn` gives the same numbers."""
+    """With x spread over the batch, on a mesh as `jax.make_mesh` makes it, `fn` gives the same
+    numbers.
+    """
     mesh = jax.make_mesh((4,), ("data",))
     expected = quickly(fn, x, *rest)
     with jax.set_mesh(mesh) if named else contextlib.nullcontext():
@@ -409,7 +480,9 @@ def test_precision_is_that_of_the_call():
 
     assert configured(within) == {"HIGHEST"}
     assert configured(functools.partial(convolve, precision=lax.Precision.HIGH)) == {"HIGH"}
-    assert configured(jax.grad(lambda x, k: jnp.sum(convolve(x, k, precision="highest")))) == {"HIGHEST"}
+    assert configured(jax.grad(lambda x, k: jnp.sum(convolve(x, k, precision="highest")))) == {
+        "HIGHEST"
+    }
     assert configured(convolve) <= {"DEFAULT"}
 
 
@@ -422,7 +495,12 @@ def test_precision_is_that_of_the_call():
             ValueError,
             "padding must be 'SAME', 'VALID', an int or .*'FULL'",
         ),
-        (((2, 5, 5, 3), (3, 3, 3, 4)), dict(padding=[(1, 1)]), ValueError, "for each of the 2 spatial axes, got"),
+        (
+            ((2, 5, 5, 3), (3, 3, 3, 4)),
+            dict(padding=[(1, 1)]),
+            ValueError,
+            "for each of the 2 spatial axes, got",
+        ),
         (((2, 5, 5, 3), (3, 3, 3, 4)), dict(padding=-1), ValueError, "neither negative"),
         (
             ((2, 5, 5, 3), (3, 3, 3, 4)),
@@ -430,12 +508,27 @@ def test_precision_is_that_of_the_call():
             ValueError,
             "strides must be a positive int, or one for each",
         ),
-        (((2, 5, 5, 3), (3, 3, 3, 4)), dict(strides=True), ValueError, "strides must be a positive int"),
-        (((2, 5, 5, 3), (3, 3, 3, 4)), dict(dilation=0), ValueError, "dilation must be a positive int"),
+        (
+            ((2, 5, 5, 3), (3, 3, 3, 4)),
+            dict(strides=True),
+            ValueError,
+            "strides must be a positive int",
+        ),
+        (
+            ((2, 5, 5, 3), (3, 3, 3, 4)),
+            dict(dilation=0),
+            ValueError,
+            "dilation must be a positive int",
+        ),
         (((2, 5, 5, 3), (3, 3, 2, 4)), dict(), ValueError, "groups=1 and shapes"),
         (((2, 5, 5, 4), (3, 3, 2, 5)), dict(groups=2), ValueError, "groups must divide"),
         (((2, 5, 5, 3), (3, 3, 4)), dict(), ValueError, "the same number of spatial axes"),
-        (((2, 5, 5, 3), (7, 3, 3, 4)), dict(padding="VALID"), ValueError, r"the window \(7, 3\) does not fit"),
+        (
+            ((2, 5, 5, 3), (7, 3, 3, 4)),
+            dict(padding="VALID"),
+            ValueError,
+            r"the window \(7, 3\) does not fit",
+        ),
     ],
 )
 def test_convolve_says_what_it_got(shapes, options, error, message):
@@ -465,25 +558,41 @@ POOLS = {
 
 
 def windows_by_definition(x, window, strides=None, padding: Any = "VALID"):
-    """The elements of each window that are in x: a dict from the index of an output to the flat indices into one image."""
+    """The elements of each window that are in x: a dict from the index of an output to the flat
+    indices into one image.
+    """
     sizes = x.shape[1:-1]
     strides = np.broadcast_to(window if strides is None else strides, len(sizes))
     if padding == "SAME":
-        totals = [max(0, (-(-n // s) - 1) * s + w - n) for n, w, s in zip(sizes, window, strides, strict=True)]
+        totals = [
+            max(0, (-(-n // s) - 1) * s + w - n)
+            for n, w, s in zip(sizes, window, strides, strict=True)
+        ]
         padding = [(total // 2, total - total // 2) for total in totals]
     padding = {"VALID": 0}.get(padding, padding) if isinstance(padding, str) else padding
     padding = np.broadcast_to(padding, (len(sizes), 2))
-    outputs = [(n + lo + hi - w) // s + 1 for n, w, s, (lo, hi) in zip(sizes, window, strides, padding, strict=True)]
+    outputs = [
+        (n + lo + hi - w) // s + 1
+        for n, w, s, (lo, hi) in zip(sizes, window, strides, padding, strict=True)
+    ]
     found = {}
     for output in np.ndindex(*outputs):
-        taps = [np.add(np.multiply(output, strides), tap) - padding[:, 0] for tap in np.ndindex(*window)]
-        found[output] = [np.ravel_multi_index(tap, sizes) for tap in taps if np.all(tap >= 0) and np.all(tap < sizes)]
+        taps = [
+            np.add(np.multiply(output, strides), tap) - padding[:, 0] for tap in np.ndindex(*window)
+        ]
+        found[output] = [
+            np.ravel_multi_index(tap, sizes)
+            for tap in taps
+            if np.all(tap >= 0) and np.all(tap < sizes)
+        ]
     return found
 
 
 @pytest.mark.parametrize("name", POOLS)
 def test_pools_and_their_gradients_are_their_definitions(name):
-    """Maximum and mean of the elements that are in x; the gradient of a maximum is at the first of the largest."""
+    """Maximum and mean of the elements that are in x; the gradient of a maximum is at the first of
+    the largest.
+    """
     sizes, window, options = POOLS[name]
     x = jnp.round(normal((2, *sizes, 3)) * 2)  # with ties
     flat = np.asarray(x).reshape(2, -1, 3)
@@ -491,7 +600,9 @@ def test_pools_and_their_gradients_are_their_definitions(name):
     for pool in (max_pool, avg_pool):
         fn = functools.partial(pool, window=window, **options)
         cotangent = normal(jax.eval_shape(fn, x).shape, 1)
-        y, (dx,) = quickly(lambda x, cotangent, fn=fn: (fn(x), jax.vjp(fn, x)[1](cotangent)), x, cotangent)
+        y, (dx,) = quickly(
+            lambda x, cotangent, fn=fn: (fn(x), jax.vjp(fn, x)[1](cotangent)), x, cotangent
+        )
         expected, gradient = np.zeros(y.shape), np.zeros(flat.shape)
         for output, cell in cells.items():
             for n, c in itertools.product(range(2), range(3)):
@@ -513,7 +624,11 @@ def test_pools_differentiate_in_every_mode_as_lax_does(name):
     xs = jnp.stack([x, jnp.sin(3 * x)], 2)
     strides = np.broadcast_to(options.get("strides", window), len(window)).tolist()
     padding = options.get("padding", "VALID")
-    pads = padding if isinstance(padding, str) else [(0, 0), *[(padding, padding)] * len(sizes), (0, 0)]
+    pads = (
+        padding
+        if isinstance(padding, str)
+        else [(0, 0), *[(padding, padding)] * len(sizes), (0, 0)]
+    )
 
     def reduced(start, combine, x):
         return lax.reduce_window(x, start, combine, (1, *window, 1), (1, *strides, 1), pads)
@@ -544,30 +659,47 @@ def test_pools_differentiate_in_every_mode_as_lax_does(name):
 
 def test_max_pool_sends_the_gradient_to_the_first_of_equals_as_pytorch():
     """torch 2.13: max_pool2d(x, 2) and max_pool2d(ones(3, 3), 3, stride=1, padding=1)."""
-    x = jnp.array([[1, 1, 0, 2], [1, 0, 2, 2], [3, 3, 3, 3], [3, 3, 3, 3]], jnp.float32)[None, ..., None]
+    x = jnp.array([[1, 1, 0, 2], [1, 0, 2, 2], [3, 3, 3, 3], [3, 3, 3, 3]], jnp.float32)[
+        None, ..., None
+    ]
     cotangent = jnp.array([[1.0, 2], [3, 4]])[None, ..., None]
     (gradient,) = quickly(lambda x: jax.vjp(lambda x: max_pool(x, 2), x)[1](cotangent), x)
-    np.testing.assert_array_equal(gradient[0, ..., 0], [[1, 0, 0, 2], [0, 0, 0, 0], [3, 0, 4, 0], [0, 0, 0, 0]])
-    gradient = quickly(jax.grad(lambda x: jnp.sum(max_pool(x, 3, strides=1, padding=1))), jnp.ones((1, 3, 3, 1)))
+    np.testing.assert_array_equal(
+        gradient[0, ..., 0], [[1, 0, 0, 2], [0, 0, 0, 0], [3, 0, 4, 0], [0, 0, 0, 0]]
+    )
+    gradient = quickly(
+        jax.grad(lambda x: jnp.sum(max_pool(x, 3, strides=1, padding=1))), jnp.ones((1, 3, 3, 1))
+    )
     np.testing.assert_array_equal(gradient[0, ..., 0], [[4, 2, 0], [2, 1, 0], [0, 0, 0]])
 
 
 def test_padding_never_takes_the_gradient():
-    """torch 2.13: max_pool2d(full((5, 5), -inf), 2, stride=2, padding=1), whose backward is 1 at the corner."""
+    """torch 2.13: max_pool2d(full((5, 5), -inf), 2, stride=2, padding=1), whose backward is 1 at
+    the corner.
+    """
     x = jnp.full((1, 5, 5, 1), -jnp.inf)
-    gradient = quickly(jax.grad(lambda x: jnp.sum(max_pool(x, 2, strides=2, padding=1))), jnp.ones_like(x) * x)
+    gradient = quickly(
+        jax.grad(lambda x: jnp.sum(max_pool(x, 2, strides=2, padding=1))), jnp.ones_like(x) * x
+    )
     expected = np.zeros((5, 5))
     expected[np.ix_([0, 1, 3], [0, 1, 3])] = 1
     np.testing.assert_array_equal(gradient[0, ..., 0], expected)
 
 
-WINDOWS_WITH_PADDING = [((2, 2), 1, (1, 1)), ((3, 4), 2, (1, 2)), ((9, 13), 1, (4, 6)), ((31, 5), 3, (15, 2))]
+WINDOWS_WITH_PADDING = [
+    ((2, 2), 1, (1, 1)),
+    ((3, 4), 2, (1, 2)),
+    ((9, 13), 1, (4, 6)),
+    ((31, 5), 3, (15, 2)),
+]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("window, strides, padding", WINDOWS_WITH_PADDING)
 def test_the_gradient_of_a_maximum_stays_in_x(window, strides, padding, dtype):
-    """Of equals, the first in x in row-major order has it: where all are -inf, that is the first element of the window."""
+    """Of equals, the first in x in row-major order has it: where all are -inf, that is the first
+    element of the window.
+    """
     x = normal((1, 7, 8, 2))
     x = jnp.where(x < 0.5, -jnp.inf, jnp.round(x)).astype(dtype).at[..., 1].set(-jnp.inf)
     pads = [(p, p) for p in padding]
@@ -594,7 +726,9 @@ def test_a_nan_takes_the_gradient(window):
 @pytest.mark.parametrize("pool", [max_pool, avg_pool])
 @pytest.mark.parametrize("name", [*POOLS, "long"])
 def test_pools_are_exported_and_spread_over_the_batch(name, pool):
-    sizes, window, options = POOLS.get(name, ((14, 5), (11, 2), dict(strides=1, padding=((5, 5), (1, 0)))))
+    sizes, window, options = POOLS.get(
+        name, ((14, 5), (11, 2), dict(strides=1, padding=((5, 5), (1, 0))))
+    )
     fn = functools.partial(pool, window=window, **options)
 
     def training(x):
@@ -608,7 +742,11 @@ def test_pools_are_exported_and_spread_over_the_batch(name, pool):
 
 @pytest.mark.parametrize("pool", [max_pool, avg_pool])
 def test_pools_of_nothing(pool):
-    for window, options in ((2, {}), (3, dict(strides=1, padding=1)), (9, dict(strides=1, padding=8))):
+    for window, options in (
+        (2, {}),
+        (3, dict(strides=1, padding=1)),
+        (9, dict(strides=1, padding=8)),
+    ):
         fn = functools.partial(pool, window=window, **options)
         for x in (jnp.ones((0, 6, 6, 2)), jnp.ones((2, 6, 6, 0))):
             shape = jax.eval_shape(fn, jnp.ones((2, 6, 6, 2))).shape
@@ -621,8 +759,12 @@ def test_pools_of_nothing(pool):
 def test_padding_counts_for_nothing():
     """torch 2.13: avg_pool2d(arange(9), 2, stride=2, padding=1, count_include_pad=False)."""
     x = jnp.arange(9.0).reshape(1, 3, 3, 1)
-    np.testing.assert_allclose(avg_pool(x, 2, strides=2, padding=1)[0, ..., 0], [[0, 1.5], [4.5, 6]])
-    np.testing.assert_array_equal(max_pool(-x, 2, strides=2, padding=1)[0, ..., 0], [[0, -1], [-3, -4]])
+    np.testing.assert_allclose(
+        avg_pool(x, 2, strides=2, padding=1)[0, ..., 0], [[0, 1.5], [4.5, 6]]
+    )
+    np.testing.assert_array_equal(
+        max_pool(-x, 2, strides=2, padding=1)[0, ..., 0], [[0, -1], [-3, -4]]
+    )
     integers = max_pool(-jnp.arange(9, dtype=jnp.int8).reshape(1, 3, 3, 1), 2, strides=2, padding=1)
     assert integers.dtype == jnp.int8
     np.testing.assert_array_equal(integers[0, ..., 0], [[0, -1], [-3, -4]])
@@ -641,7 +783,10 @@ def test_pools_keep_the_dtype(dtype):
     with jax.enable_x64(dtype == "float64"):
         x = normal((1, 4, 4, 2), dtype=dtype)
         assert (
-            max_pool(x, 2).dtype == avg_pool(x, 2).dtype == jax.grad(lambda x: avg_pool(x, 2).sum())(x).dtype == dtype
+            max_pool(x, 2).dtype
+            == avg_pool(x, 2).dtype
+            == jax.grad(lambda x: avg_pool(x, 2).sum())(x).dtype
+            == dtype
         )
 
 
@@ -656,11 +801,41 @@ def test_pools_keep_the_dtype(dtype):
             ValueError,
             "window must be a positive int, or one for",
         ),
-        (avg_pool, jnp.ones((1, 4, 4, 3)), dict(window=5), ValueError, r"avg_pool: the window \(5, 5\) does not fit"),
-        (avg_pool, jnp.ones((1, 4, 4, 3)), dict(padding=2), ValueError, "padding must be smaller than the window"),
-        (avg_pool, jnp.ones((1, 4, 4, 3)), dict(padding="same pls"), ValueError, "avg_pool: padding must be 'SAME'"),
-        (avg_pool, jnp.ones((1, 4, 4, 3), int), {}, TypeError, "avg_pool: x must be floating, got int32"),
-        (max_pool, jnp.ones((1, 4, 4, 3), bool), {}, TypeError, "max_pool: x must hold real numbers, got bool"),
+        (
+            avg_pool,
+            jnp.ones((1, 4, 4, 3)),
+            dict(window=5),
+            ValueError,
+            r"avg_pool: the window \(5, 5\) does not fit",
+        ),
+        (
+            avg_pool,
+            jnp.ones((1, 4, 4, 3)),
+            dict(padding=2),
+            ValueError,
+            "padding must be smaller than the window",
+        ),
+        (
+            avg_pool,
+            jnp.ones((1, 4, 4, 3)),
+            dict(padding="same pls"),
+            ValueError,
+            "avg_pool: padding must be 'SAME'",
+        ),
+        (
+            avg_pool,
+            jnp.ones((1, 4, 4, 3), int),
+            {},
+            TypeError,
+            "avg_pool: x must be floating, got int32",
+        ),
+        (
+            max_pool,
+            jnp.ones((1, 4, 4, 3), bool),
+            {},
+            TypeError,
+            "max_pool: x must hold real numbers, got bool",
+        ),
     ],
 )
 def test_pools_say_what_they_got(pool, x, options, error, message):

@@ -51,7 +51,9 @@ PAIRED = {
     "isclose": lambda b: jnp.isclose(b["p"], b["y"]),
     "logical_and": lambda b: jnp.logical_and(b["p"], b["y"]),
     "inside jit": lambda b: jax.jit(lambda p, y: p - y)(b["p"], b["y"]),
-    "inside scan": lambda b: jax.lax.scan(lambda c, _: (c + (b["p"] - b["y"]).mean(), None), 0.0, None, 3)[0],
+    "inside scan": lambda b: jax.lax.scan(
+        lambda c, _: (c + (b["p"] - b["y"]).mean(), None), 0.0, None, 3
+    )[0],
     "inside remat": lambda b: jax.checkpoint(lambda p, y: (p - y) ** 2)(b["p"], b["y"]),
     "inside grad": lambda b: jax.grad(lambda p: jnp.mean((p - b["y"]) ** 2))(b["p"]),
     "inside vmap": lambda b: jax.vmap(lambda scale: scale * b["p"] - b["y"])(jnp.ones(3)),
@@ -81,13 +83,19 @@ UNPAIRED = {
     "equal labels": lambda b: b["i"][:, None] == b["i"],
     "similarities": lambda b: b["z"] @ b["z"].T,
     "contrastive": lambda b: optax.losses.ntxent(b["z"], b["i"]),
-    "contrastive, softmax": lambda b: optax.softmax_cross_entropy(b["z"] @ b["z"].T, jnp.eye(len(b["z"]))),
-    "columns of similarities": lambda b: b["s"] @ b["s"].T - jax.nn.logsumexp(b["s"] @ b["s"].T, axis=0),
+    "contrastive, softmax": lambda b: optax.softmax_cross_entropy(
+        b["z"] @ b["z"].T, jnp.eye(len(b["z"]))
+    ),
+    "columns of similarities": lambda b: (
+        b["s"] @ b["s"].T - jax.nn.logsumexp(b["s"] @ b["s"].T, axis=0)
+    ),
     "distances": lambda b: jnp.linalg.norm(b["z"][:, None, :] - b["z"][None, :, :], axis=-1),
     "bias, as many features as examples": lambda b: b["s"] + FREQUENCIES,
     "frequencies, as many as examples": lambda b: jnp.sin(b["y"][:, None] * FREQUENCIES),
     "frequencies of [B, 1]": lambda b: jnp.sin(b["p"] * FREQUENCIES),
-    "causal mask, as long as the batch": lambda b: b["y"][0] * (jnp.arange(B)[:, None] >= jnp.arange(B)),
+    "causal mask, as long as the batch": lambda b: (
+        b["y"][0] * (jnp.arange(B)[:, None] >= jnp.arange(B))
+    ),
     "causal mask of 15": lambda b: b["y"][0] * (jnp.arange(15)[:, None] >= jnp.arange(15)),
     "norm": lambda b: (b["s"] - b["s"].mean(-1, keepdims=True)) * FREQUENCIES + FREQUENCIES,
     "attention": lambda b: jax.nn.dot_product_attention(*[b["z"].reshape(-1, 5, 1, 1)] * 3),
@@ -106,7 +114,8 @@ UNPAIRED = {
 def test_pairs_that_broadcasting_makes_are_refused_every_time(form):
     for _ in range(2):  # JAX remembers what it has traced
         with pytest.raises(
-            ValueError, match=r"the loss broadcasts \[.*\] against \[.*\] in '\w+'.* pairs every example"
+            ValueError,
+            match=r"the loss broadcasts \[.*\] against \[.*\] in '\w+'.* pairs every example",
         ):
             refuse_pairs("the loss", PAIRED[form], BATCH)
 
@@ -123,7 +132,9 @@ def fixed(function):
 
 
 def stateful(function):
-    """A loss with a state of the true size of the batch, as truncated backpropagation through time has."""
+    """A loss with a state of the true size of the batch, as truncated backpropagation through time
+    has.
+    """
     return lambda b, p: (jnp.tanh(jnp.zeros((B, 4)) + b[0][:, :4]), function(b, p))
 
 
@@ -138,7 +149,9 @@ RESEARCH = {
     "distances, keepdims": lambda b, p: (
         jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(b[0] ** 2, 1) - 2 * b[0] @ b[0].T
     ),
-    "distances, newaxis": lambda b, p: jnp.sum(b[0] ** 2, 1)[:, None] + jnp.sum(b[0] ** 2, 1) - 2 * b[0] @ b[0].T,
+    "distances, newaxis": lambda b, p: (
+        jnp.sum(b[0] ** 2, 1)[:, None] + jnp.sum(b[0] ** 2, 1) - 2 * b[0] @ b[0].T
+    ),
     "distances of two arrays": lambda b, p: (
         jnp.sum(b[0] ** 2, 1)[:, None] + jnp.sum(b[2][:, 0] ** 2, 1) - 2 * b[0] @ b[2][:, 0].T
     ),
@@ -148,13 +161,17 @@ RESEARCH = {
     "distances, another order": lambda b, p: (
         (b[0] * b[0]).sum(-1, keepdims=True) - 2 * b[0] @ b[0].T + (b[0] * b[0]).sum(-1)
     ),
-    "cosines": lambda b, p: b[0] @ b[0].T / (norm(b[0], axis=1, keepdims=True) * norm(b[0], axis=1)),
+    "cosines": lambda b, p: (
+        b[0] @ b[0].T / (norm(b[0], axis=1, keepdims=True) * norm(b[0], axis=1))
+    ),
     "cosines of two arrays": lambda b, p: (
         b[0] @ b[2][:, 1].T / (norm(b[0], axis=1, keepdims=True) * norm(b[2][:, 1], axis=1))
     ),
     "RankNet": lambda b, p: f(p, b)[:, None] - f(p, b),
     "concordance": lambda b, p: -b[1][:, None] < -b[1],
-    "equal labels, converted": lambda b, p: b[1].astype(jnp.float16)[:, None] == b[1].astype(jnp.float16),
+    "equal labels, converted": lambda b, p: (
+        b[1].astype(jnp.float16)[:, None] == b[1].astype(jnp.float16)
+    ),
     "pairs of a mask": lambda b, p: (b[1] > 0)[:, None] * (b[1] > 0),
     "AUC": lambda b, p: jnp.where((b[1] > 0)[:, None] & (b[1] < 1), f(p, b)[:, None] - f(p, b), 0),
     "kernel of two arrays": lambda b, p: (f(p, b)[:, None] - b[1]) ** 2,
@@ -164,7 +181,9 @@ RESEARCH = {
     "Sinkhorn loop": lambda b, p: jax.lax.fori_loop(
         0,
         5,
-        lambda i, uv: (lambda u, v, C: (-jax.nn.logsumexp((v - C), 1), -jax.nn.logsumexp(u[:, None] - C, 0)))(
+        lambda i, uv: (
+            lambda u, v, C: (-jax.nn.logsumexp((v - C), 1), -jax.nn.logsumexp(u[:, None] - C, 0))
+        )(
             *uv,
             b[0] @ b[0].T,  # pyright: ignore
         ),
@@ -184,51 +203,90 @@ RESEARCH = {
     "true size, mask of B": fixed(lambda b, p: jnp.arange(8)[:, None] >= jnp.arange(8)),
     "state, mask of 2B": stateful(lambda b, p: jnp.arange(16)[:, None] >= jnp.arange(16)),
     "true size, codebook of B": fixed(
-        lambda b, p: jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(CODES**2, 1) - 2 * b[0] @ CODES.T
-    ),
-    "codebook of B": lambda b, p: jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(CODES**2, 1) - 2 * b[0] @ CODES.T,
-    "state, codebook of B": stateful(lambda b, p: jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(CODES**2, 1)),
-    "true size, bias of B": fixed(lambda b, p: jax.nn.relu(b[0] @ MIX + FREQUENCIES)),
-    "true size, norm of B": fixed(
-        lambda b, p: (lambda h: (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True)) * FREQUENCIES)(
-            b[0] @ MIX
+        lambda b, p: (
+            jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(CODES**2, 1) - 2 * b[0] @ CODES.T
         )
     ),
+    "codebook of B": lambda b, p: (
+        jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(CODES**2, 1) - 2 * b[0] @ CODES.T
+    ),
+    "state, codebook of B": stateful(
+        lambda b, p: jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(CODES**2, 1)
+    ),
+    "true size, bias of B": fixed(lambda b, p: jax.nn.relu(b[0] @ MIX + FREQUENCIES)),
+    "true size, norm of B": fixed(
+        lambda b, p: (
+            lambda h: (
+                (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True)) * FREQUENCIES
+            )
+        )(b[0] @ MIX)
+    ),
     "true size, distances": fixed(
-        lambda b, p: jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(b[0] ** 2, 1) - 2 * b[0] @ b[0].T
+        lambda b, p: (
+            jnp.sum(b[0] ** 2, 1, keepdims=True) + jnp.sum(b[0] ** 2, 1) - 2 * b[0] @ b[0].T
+        )
     ),
     "true size, RankNet": fixed(lambda b, p: f(p, b)[:, None] - f(p, b)),
-    "vmap twice": lambda b, p: jax.vmap(lambda x: jax.vmap(lambda y: ((x - y) ** 2).sum())(b[0]))(b[0]),
-    "vmap twice, [B, 1]": lambda b, p: jax.vmap(lambda x: jax.vmap(lambda y: ((x - y) ** 2).sum())(b[1]))(b[0] @ p),
+    "vmap twice": lambda b, p: jax.vmap(lambda x: jax.vmap(lambda y: ((x - y) ** 2).sum())(b[0]))(
+        b[0]
+    ),
+    "vmap twice, [B, 1]": lambda b, p: jax.vmap(
+        lambda x: jax.vmap(lambda y: ((x - y) ** 2).sum())(b[1])
+    )(b[0] @ p),
     "vmap over [B, 1]": lambda b, p: jax.vmap(lambda x: (x - b[1]) ** 2)(b[0] @ p),
     "einsum that names pairs": lambda b, p: jnp.einsum("ik,jk->ij", b[0] @ p, b[0] @ p),
     "einsum, one shape": lambda b, p: jnp.einsum("...,...->...", (b[0] @ p)[:, 0], b[1]),
     "einsum of [B] and [B]": lambda b, p: jnp.einsum("i,j->ij", (b[0] @ p).squeeze(-1), b[1]),
-    "vectorize, one shape": lambda b, p: jnp.vectorize(lambda a, c: (a - c) ** 2)((b[0] @ p)[:, 0], b[1]),
-    "vectorize, both [B, 1]": lambda b, p: jnp.vectorize(lambda a, c: (a - c) ** 2)((b[0] @ p), b[1][:, None]),
-    "keepdims of both axes": lambda b, p: (lambda d: d.min(1, keepdims=True) - d.min(0, keepdims=True))(b[0] @ b[0].T),
+    "vectorize, one shape": lambda b, p: jnp.vectorize(lambda a, c: (a - c) ** 2)(
+        (b[0] @ p)[:, 0], b[1]
+    ),
+    "vectorize, both [B, 1]": lambda b, p: jnp.vectorize(lambda a, c: (a - c) ** 2)(
+        (b[0] @ p), b[1][:, None]
+    ),
+    "keepdims of both axes": lambda b, p: (
+        lambda d: d.min(1, keepdims=True) - d.min(0, keepdims=True)
+    )(b[0] @ b[0].T),
     "gradient of RankNet": lambda b, p: jax.grad(
         lambda q: jnp.mean((f(q, b)[:, None] - f(q, b) - (b[1][:, None] - b[1])) ** 2)
     )(p),
     "supervised contrastive": lambda b, p: (
-        lambda z, m, s: ((s - jnp.log(jnp.sum(jnp.exp(s) * (1 - jnp.eye(len(z))), 1, keepdims=True))) * m).sum()
+        lambda z, m, s: (
+            (s - jnp.log(jnp.sum(jnp.exp(s) * (1 - jnp.eye(len(z))), 1, keepdims=True))) * m
+        ).sum()
     )(b[0] / norm(b[0], axis=1, keepdims=True), b[1][:, None] == b[1], b[0] @ b[0].T),
-    "Cox": lambda b, p: jax.nn.logsumexp(jnp.where(b[1][:, None] <= b[1], f(p, b), -jnp.inf), axis=1),
+    "Cox": lambda b, p: jax.nn.logsumexp(
+        jnp.where(b[1][:, None] <= b[1], f(p, b), -jnp.inf), axis=1
+    ),
 }
 # Each with the name of the operation that the error has.
 MISTAKES = {
-    "vectorize": ("subtract", lambda b, p: jnp.vectorize(lambda a, c: (a - c) ** 2)(b[0] @ p, b[1])),
+    "vectorize": (
+        "subtract",
+        lambda b, p: jnp.vectorize(lambda a, c: (a - c) ** 2)(b[0] @ p, b[1]),
+    ),
     "shifted": ("subtract", lambda b, p: ((b[0] @ p)[1:] - b[1][1:]) ** 2),
-    "half of the batch": ("subtract", lambda b, p: (b[0] @ p)[: len(b[1]) // 2] - b[1][: len(b[1]) // 2]),
-    "half, a size that is written down": ("subtract", lambda b, p: (b[0] @ p)[: B // 2] - b[1][: B // 2]),
+    "half of the batch": (
+        "subtract",
+        lambda b, p: (b[0] @ p)[: len(b[1]) // 2] - b[1][: len(b[1]) // 2],
+    ),
+    "half, a size that is written down": (
+        "subtract",
+        lambda b, p: (b[0] @ p)[: B // 2] - b[1][: B // 2],
+    ),
     "split": ("subtract", lambda b, p: jnp.split(b[0] @ p, 2)[0] - jnp.split(b[1], 2)[0]),
     "logpdf": ("logpdf", lambda b, p: jax.scipy.stats.norm.logpdf(b[1], 0.0, jnp.exp(b[0] @ p))),
     "logpdf, mean is a parameter": (
         "logpdf",
         lambda b, p: jax.scipy.stats.norm.logpdf(b[1], p[0, 0], jnp.exp(b[0] @ p)),
     ),
-    "logpdf, both predicted": ("logpdf", lambda b, p: jax.scipy.stats.norm.logpdf(b[1], b[0] @ p, jnp.exp(b[0] @ p))),
-    "Poisson": ("logpmf", lambda b, p: jax.scipy.stats.poisson.logpmf(b[1].astype(int), jnp.exp(b[0] @ p))),
+    "logpdf, both predicted": (
+        "logpdf",
+        lambda b, p: jax.scipy.stats.norm.logpdf(b[1], b[0] @ p, jnp.exp(b[0] @ p)),
+    ),
+    "Poisson": (
+        "logpmf",
+        lambda b, p: jax.scipy.stats.poisson.logpmf(b[1].astype(int), jnp.exp(b[0] @ p)),
+    ),
     "einsum": ("einsum", lambda b, p: jnp.einsum("...,...->...", b[0] @ p, b[1])),
     "atleast_2d": ("subtract", lambda b, p: b[0] @ p - jnp.atleast_2d(b[1])),
     "true size, [B, B] against [B]": ("subtract", fixed(lambda b, p: b[0] @ MIX - b[1])),
@@ -236,10 +294,15 @@ MISTAKES = {
     "true size": ("subtract", fixed(lambda b, p: b[0] @ p - b[1])),
     "logaddexp": ("logaddexp", lambda b, p: jnp.logaddexp(b[0] @ p, b[1])),
     "weights": ("subtract", lambda b, p: (b[0] @ p) * b[1][:, None] - b[1]),
-    "take_along_axis": ("subtract", lambda b, p: jnp.take_along_axis(b[0], b[1].astype(int)[:, None], 1) - b[1]),
+    "take_along_axis": (
+        "subtract",
+        lambda b, p: jnp.take_along_axis(b[0], b[1].astype(int)[:, None], 1) - b[1],
+    ),
     "network of [:, None]": (
         "subtract",
-        lambda b, p: jax.nn.relu(f(p, b)[:, None] @ np.ones((1, 4), "f")) @ np.ones((4, 1), "f") - b[1],
+        lambda b, p: (
+            jax.nn.relu(f(p, b)[:, None] @ np.ones((1, 4), "f")) @ np.ones((4, 1), "f") - b[1]
+        ),
     ),
     "[B, B], logaddexp": ("logaddexp", lambda b, p: jnp.logaddexp(b[0] @ MIX, b[1])),
     "[B, B], where": ("where", lambda b, p: jnp.where(b[1] > 0, b[0] @ MIX, 0.0)),
@@ -247,8 +310,14 @@ MISTAKES = {
     "clip": ("clip", lambda b, p: jnp.clip(b[0] @ p, -1, b[1])),
     "xlogy": ("xlogy", lambda b, p: jax.scipy.special.xlogy(b[0] @ p, b[1])),
     "argmax": ("equal", lambda b, p: b[0].argmax(-1, keepdims=True) == b[1]),
-    "mean of one column": ("subtract", lambda b, p: jax.nn.sigmoid(b[0] @ p).mean(-1, keepdims=True) - b[1]),
-    "scan": ("subtract", lambda b, p: jax.lax.scan(lambda c, x: (c, x @ p - b[1]), 0.0, jnp.swapaxes(b[2], 0, 1))),
+    "mean of one column": (
+        "subtract",
+        lambda b, p: jax.nn.sigmoid(b[0] @ p).mean(-1, keepdims=True) - b[1],
+    ),
+    "scan": (
+        "subtract",
+        lambda b, p: jax.lax.scan(lambda c, x: (c, x @ p - b[1]), 0.0, jnp.swapaxes(b[2], 0, 1)),
+    ),
 }
 INPUTS = (
     np.random.default_rng(0).normal(size=(B, 5)).astype(np.float32),
@@ -297,9 +366,10 @@ def test_the_error_names_the_operation_the_shapes_and_the_line():
         train_step(loss, 0.1)(train_state(jnp.float32(1), 0.1, jax.random.key(0)), BATCH)
     line = loss.__code__.co_firstlineno + 1
     assert str(caught.value).splitlines()[0] == (
-        f"train_step: the loss broadcasts [8, 1] against [8] in 'subtract' (test_pairs.py:{line}), which pairs every "
-        "example with every other one: give both one shape, with x[:, 0] or y[:, None]; if all pairs are meant, write "
-        "y[None, :] or wrap the function in jaxnet.train.all_pairs"
+        "train_step: the loss broadcasts [8, 1] against [8] in 'subtract' "
+        f"(test_pairs.py:{line}), which pairs every example with every other one: give both one "
+        "shape, with x[:, 0] or y[:, None]; if all pairs are meant, write y[None, :] or wrap the "
+        "function in jaxnet.train.all_pairs"
     )
 
 
@@ -349,13 +419,19 @@ def test_an_evaluation_is_refused_every_time(batch_size):
 
     data = DATA if batch_size else [DATA]
     for _ in range(2):
-        with pytest.raises(ValueError, match="evaluate: a metric broadcasts .* pairs every example"):
+        with pytest.raises(
+            ValueError, match="evaluate: a metric broadcasts .* pairs every example"
+        ):
             evaluate(square, data, batch_size=batch_size)(start())
     right = evaluate(
-        lambda p, b: {"mse": jnp.mean((NET.apply(p, b[0])[:, 0] - b[1]) ** 2)}, data, batch_size=batch_size
+        lambda p, b: {"mse": jnp.mean((NET.apply(p, b[0])[:, 0] - b[1]) ** 2)},
+        data,
+        batch_size=batch_size,
     )
     predicted = np.asarray(NET.apply(start().params, DATA[0]))[:, 0]
-    assert float(right(start())["mse"]) == pytest.approx(np.mean((predicted - DATA[1]) ** 2), rel=1e-5)
+    assert float(right(start())["mse"]) == pytest.approx(
+        np.mean((predicted - DATA[1]) ** 2), rel=1e-5
+    )
 
 
 def test_a_loss_of_all_pairs_trains_when_it_says_so():

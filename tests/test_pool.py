@@ -20,16 +20,23 @@ def test_windows_that_tile_the_input_are_blocks(window, spatial):
     blocks = np.asarray(x).reshape(2, 3, *pairs, 5)
     taps = tuple(range(3, 3 + 2 * len(sizes), 2))
     np.testing.assert_array_equal(max_pool(window).apply({}, x), blocks.max(taps))
-    np.testing.assert_allclose(avg_pool(window).apply({}, x), blocks.mean(taps), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(max_pool(window).apply({}, x[0, 0]), blocks.max(taps)[0, 0])  # no batch axis
+    np.testing.assert_allclose(
+        avg_pool(window).apply({}, x), blocks.mean(taps), rtol=1e-5, atol=1e-6
+    )
+    # No batch axis.
+    np.testing.assert_array_equal(max_pool(window).apply({}, x[0, 0]), blocks.max(taps)[0, 0])
 
 
 def test_pools_over_everything():
     x = normal((2, 3, 4, 5))
-    np.testing.assert_allclose(global_avg_pool().apply({}, x), np.mean(x, (1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        global_avg_pool().apply({}, x), np.mean(x, (1, 2)), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_array_equal(global_max_pool().apply({}, x), np.max(x, (1, 2)))
     np.testing.assert_array_equal(global_max_pool(1).apply({}, x), np.max(x, 2))
-    np.testing.assert_allclose(global_avg_pool(3).apply({}, x), np.mean(x, (0, 1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        global_avg_pool(3).apply({}, x), np.mean(x, (0, 1, 2)), rtol=1e-5, atol=1e-6
+    )
     gradient = jax.grad(lambda x: global_max_pool().apply({}, x).sum())(jnp.ones((2, 2, 1)))
     np.testing.assert_array_equal(gradient, jnp.full((2, 2, 1), 0.25))  # shared equally
 
@@ -83,7 +90,12 @@ def test_pools_refuse_options_when_they_are_made(make, message):
             TypeError,
             r"avg_pool\(2\): the input must be floating, got int32\[4, 4, 3\]",
         ),
-        (max_pool(2), jnp.ones((4, 4, 3), bool), TypeError, r"max_pool\(2\): the input must be number, got bool"),
+        (
+            max_pool(2),
+            jnp.ones((4, 4, 3), bool),
+            TypeError,
+            r"max_pool\(2\): the input must be number, got bool",
+        ),
         (
             global_max_pool(),
             jnp.ones((4, 0, 3)),

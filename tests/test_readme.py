@@ -13,7 +13,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
-TRAINING = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.S))  # one program
+# One program.
+TRAINING = "".join(
+    re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.S)
+)
 COMMANDS = re.findall(r"```bash\n(.*?)```", README, re.S)
 
 
@@ -28,7 +31,8 @@ def test_code_blocks_run(code, tmp_path, monkeypatch, capsys):
     promised = re.search(r"print\(.*\)  # ([\d.]+%)$", code, re.M)
     if promised:
         printed = float(capsys.readouterr().out.split()[-1].rstrip("%"))
-        assert abs(printed - float(promised[1].rstrip("%"))) < 1.5  # other processors round otherwise
+        # Other processors round otherwise.
+        assert abs(printed - float(promised[1].rstrip("%"))) < 1.5
 
 
 def test_the_program_in_the_training_page_runs(tmp_path, monkeypatch, capsys):
@@ -39,7 +43,9 @@ def test_the_program_in_the_training_page_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_its_commands_name_what_exists():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     train, test = COMMANDS
     for extra in re.findall(r"\.\[(\w+)\]", README) + re.findall(r"extra `(\w+)`", README):
         assert extra in extras
@@ -58,16 +64,24 @@ def test_its_links_lead_somewhere():
         ROOT / "benchmarks" / "README.md",
     ]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name} links to {link}"
+            assert link.startswith("http") or (page.parent / link).exists(), (
+                f"{page.name} links to {link}"
+            )
 
 
 def test_every_public_name_in_its_table_exists():
     import jaxnet
     from jaxnet import data, train, tree
 
-    rows = re.findall(r"^\| (compose|layers|see and change|train|keep|data) \| (.*) \|$", README, re.M)
+    rows = re.findall(
+        r"^\| (compose|layers|see and change|train|keep|data) \| (.*) \|$", README, re.M
+    )
     names = {name for _, cell in rows for name in re.findall(r"`(\w+)`", cell)}
-    assert len(rows) == 6 and {n for n in names if not any(hasattr(m, n) for m in (jaxnet, data, train, tree))} == set()
+    assert (
+        len(rows) == 6
+        and {n for n in names if not any(hasattr(m, n) for m in (jaxnet, data, train, tree))}
+        == set()
+    )
     missing = set(jaxnet.__all__) - names - {"Layer", "checkpoint"}
     assert not missing, f"public, but not in the README: {missing}"
 
@@ -78,7 +92,13 @@ def test_the_commands_work_as_printed_in_a_fresh_clone(command, tmp_path):
     if not shutil.which("git") or not (ROOT / ".git").exists():
         pytest.skip("needs git and a checkout")
     subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path / "jaxnet"], check=True)
-    clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
-    run = subprocess.run(["bash", "-c", command], cwd=tmp_path / "jaxnet", env=clean, capture_output=True, text=True)
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("VIRTUAL_ENV", "PYTHONPATH")
+    }
+    run = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path / "jaxnet", env=clean, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     assert ("every prediction is identical" if "digits.py" in command else " passed") in run.stdout

@@ -14,7 +14,9 @@ from jaxnet import tree
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
 SECTIONS = {
-    part.splitlines()[0].partition(":")[0].partition(",")[0].strip(): re.findall(r"```python\n(.*?)```", part, re.S)
+    part.splitlines()[0].partition(":")[0].partition(",")[0].strip(): re.findall(
+        r"```python\n(.*?)```", part, re.S
+    )
     for part in PAGE.split("\n## ")[1:]
 }
 
@@ -52,7 +54,7 @@ def test_every_recipe_runs(title):
     assert program(title)
 
 
-# --- GPT --------------------------------------------------------------------------------------------------------------
+# --- GPT ------------------------------------------------------------------------------------------
 
 
 def gpt_in_numpy(params, ids, heads, groups):
@@ -72,7 +74,8 @@ def gpt_in_numpy(params, ids, heads, groups):
 
     x = table[ids]
     for p in [
-        jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(len(params["blocks"]["q"]["kernel"]))
+        jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+        for i in range(len(params["blocks"]["q"]["kernel"]))
     ]:
         h = norm(x, p["norm"]["scale"])
         q, k, v = (h @ p[name]["kernel"] for name in "qkv")
@@ -81,7 +84,12 @@ def gpt_in_numpy(params, ids, heads, groups):
             mine = slice(head * size, (head + 1) * size)
             group = slice(head // (heads // groups) * size, (head // (heads // groups) + 1) * size)
             for t in range(T):
-                scores = np.array([rotated(q[t, mine], t) @ rotated(k[s, group], s) for s in range(t + 1)]) / size**0.5
+                scores = (
+                    np.array(
+                        [rotated(q[t, mine], t) @ rotated(k[s, group], s) for s in range(t + 1)]
+                    )
+                    / size**0.5
+                )
                 mixed[t, mine] = softmax(scores) @ v[: t + 1, group]
         x = x + mixed @ p["o"]["kernel"]
         h, mlp = norm(x, p["mlp"]["0"]["scale"]), p["mlp"]["1"]
@@ -94,10 +102,16 @@ def test_gpt_and_its_generation_are_those_of_numpy():
     scope = program("GPT")
     params, prompt, net = scope["params"], np.asarray(scope["prompt"]), scope["net"]
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf + 0.05 * rng.normal(size=leaf.shape), leaf.dtype), params)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf + 0.05 * rng.normal(size=leaf.shape), leaf.dtype), params
+    )
     logits, _ = net.apply(params, prompt)
-    np.testing.assert_allclose(logits[0], gpt_in_numpy(params, prompt[0], 4, 2), rtol=1e-3, atol=1e-4)
-    text = jax.jit(scope["generate"], static_argnums=(0, 4))(net, params, prompt, scope["cache"], 12)
+    np.testing.assert_allclose(
+        logits[0], gpt_in_numpy(params, prompt[0], 4, 2), rtol=1e-3, atol=1e-4
+    )
+    text = jax.jit(scope["generate"], static_argnums=(0, 4))(
+        net, params, prompt, scope["cache"], 12
+    )
     for row, generated in zip(prompt, np.asarray(text), strict=True):
         ids = list(row)
         for _ in range(12):
@@ -111,10 +125,13 @@ def test_gpt_is_trained_through_remat_and_stays_short():
     ids = np.arange(12).reshape(2, 6)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(net.apply(p, ids)[0]))))(params)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))
-    assert lines(next(blocks for title, blocks in SECTIONS.items() if title.startswith("GPT"))[1]) <= 20
+    assert (
+        lines(next(blocks for title, blocks in SECTIONS.items() if title.startswith("GPT"))[1])
+        <= 20
+    )
 
 
-# --- LSTM -------------------------------------------------------------------------------------------------------------
+# --- LSTM -----------------------------------------------------------------------------------------
 
 
 def test_the_lstm_is_that_of_pytorch_on_packed_sequences():
@@ -133,18 +150,25 @@ def test_the_lstm_is_that_of_pytorch_on_packed_sequences():
             getattr(lstm, name).copy_(torch.from_numpy(np.array(value)))
         lstm.bias_hh_l0.zero_()
         packed = torch.nn.utils.rnn.pack_padded_sequence(
-            torch.from_numpy(np.array(x)), torch.from_numpy(np.array(lengths)), batch_first=True, enforce_sorted=False
+            torch.from_numpy(np.array(x)),
+            torch.from_numpy(np.array(lengths)),
+            batch_first=True,
+            enforce_sorted=False,
         )
         h = lstm(packed)[1][0][0].numpy()
     expected = h @ np.asarray(params["head"]["kernel"]) + np.asarray(params["head"]["bias"])
-    np.testing.assert_allclose(scope["net"].apply(params, x, lengths), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        scope["net"].apply(params, x, lengths), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_what_follows_the_end_of_a_sequence_changes_nothing_and_masks_are_fresh():
     scope = program("LSTM")
     net, params, x, lengths = (scope[name] for name in ("net", "params", "x", "lengths"))
     changed = x.at[1, 2:].set(9.0)
-    np.testing.assert_array_equal(net.apply(params, x, lengths), net.apply(params, changed, lengths))
+    np.testing.assert_array_equal(
+        net.apply(params, x, lengths), net.apply(params, changed, lengths)
+    )
     _, seen = jaxnet.capture(net, "rnn/drop")(
         params, jnp.ones((3, 7, 50))[..., :5], lengths, key=jax.random.key(0), train=True
     )
@@ -152,12 +176,17 @@ def test_what_follows_the_end_of_a_sequence_changes_nothing_and_masks_are_fresh(
     assert len(np.unique(masks, axis=0)) == 7
 
 
-# --- experts ----------------------------------------------------------------------------------------------------------
+# --- experts --------------------------------------------------------------------------------------
 
 
 def test_the_experts_are_those_of_numpy_with_their_loss_terms_and_train():
     scope = program("Mixture")
-    moe, tapped, params, x = scope["moe"], scope["tapped"], scope["run"].train_state.params, np.asarray(scope["x"][:16])
+    moe, tapped, params, x = (
+        scope["moe"],
+        scope["tapped"],
+        scope["run"].train_state.params,
+        np.asarray(scope["x"][:16]),
+    )
     _, seen = tapped(params, x)
     assert seen.keys() == {"blocks/aux"} and seen["blocks/aux"].shape == (4,)
     p = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), params["blocks"])
@@ -168,13 +197,21 @@ def test_the_experts_are_those_of_numpy_with_their_loss_terms_and_train():
         for e in chosen:
             first, second = p["experts"]["0"], p["experts"]["2"]
             h = x[b] @ first["kernel"][e] + first["bias"][e]
-            h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))  # jax.nn.gelu's default form
-            expected[b] += gates[b, e] / gates[b, chosen].sum() * (h @ second["kernel"][e] + second["bias"][e])
+            # jax.nn.gelu's default form.
+            h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+            expected[b] += (
+                gates[b, e] / gates[b, chosen].sum() * (h @ second["kernel"][e] + second["bias"][e])
+            )
             chosen_by[e] += 1 / len(x)
     np.testing.assert_allclose(
-        moe.apply(jax.tree.map(lambda leaf: leaf[0], params["blocks"]), x), expected, rtol=1e-4, atol=1e-5
+        moe.apply(jax.tree.map(lambda leaf: leaf[0], params["blocks"]), x),
+        expected,
+        rtol=1e-4,
+        atol=1e-5,
     )
-    np.testing.assert_allclose(seen["blocks/aux"][0], 8 * (gates.mean(0) * chosen_by).sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        seen["blocks/aux"][0], 8 * (gates.mean(0) * chosen_by).sum(), rtol=1e-5
+    )
     losses = [record["loss"] for record in scope["run"].history]
     assert losses[-1] < losses[0] or len(losses) == 1
     grads = jax.grad(lambda p: sum(v.sum() for v in tapped(p, x)[1].values()))(params)
@@ -183,7 +220,9 @@ def test_the_experts_are_those_of_numpy_with_their_loss_terms_and_train():
 
 def test_the_bodies_of_an_autoencoder_agree():
     scope = program("Encoder")
-    np.testing.assert_allclose(scope["y"], scope["autoencode"].apply(scope["params"], scope["x"]), rtol=1e-6)
+    np.testing.assert_allclose(
+        scope["y"], scope["autoencode"].apply(scope["params"], scope["x"]), rtol=1e-6
+    )
 
 
 def test_stochastic_depth_drops_the_last_block_most():
@@ -199,7 +238,9 @@ def test_stochastic_depth_drops_the_last_block_most():
 
 
 def test_fourier_features_approximate_the_gaussian_kernel():
-    """The mean over features of cos(b(x - y)) tends to exp(-|x - y|^2 / 2) (Rahimi & Recht 2007)."""
+    """The mean over features of cos(b(x - y)) tends to exp(-|x - y|^2 / 2) (Rahimi & Recht
+    2007).
+    """
     fourier = program("State")["fourier"](20_000)
     x = jnp.asarray([[0.3, -0.2], [0.9, 0.5]])
     z, _ = fourier.apply({}, x, state=fourier.init_state(x, key=jax.random.key(0)))
@@ -210,4 +251,6 @@ def test_weight_norm_has_columns_of_the_given_length():
     scope = program("A combinator")
     assert set(scope["seen"]) == {"", "first", "act", "out"}
     first, x = scope["params"]["first"], scope["x"]
-    np.testing.assert_allclose(scope["seen"]["first"], x @ first["kernel"] + first["bias"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        scope["seen"]["first"], x @ first["kernel"] + first["bias"], rtol=1e-5, atol=1e-6
+    )

@@ -1,4 +1,6 @@
-"""Training on data that an explicit mesh axis shards over the examples. The values are those of the unsharded run."""
+"""Training on data that an explicit mesh axis shards over the examples. The values are those of the
+unsharded run.
+"""
 
 import contextlib
 
@@ -51,7 +53,11 @@ def sharded(data):
 
 def start(place="off the mesh"):
     made = train_state(jnp.zeros(3), OPTIMIZER, jax.random.key(0))
-    return jax.device_put(made, NamedSharding(mesh(), PartitionSpec())) if place == "replicated" else made
+    return (
+        jax.device_put(made, NamedSharding(mesh(), PartitionSpec()))
+        if place == "replicated"
+        else made
+    )
 
 
 def weighted(data):
@@ -72,11 +78,17 @@ PURE = {
     "all at once": lambda: train_steps(train_step(loss, OPTIMIZER), 60, 3),
     "indivisible": lambda: train_steps(train_step(loss, OPTIMIZER), 7, 9),
     "accumulate": lambda: train_steps(train_step(loss, OPTIMIZER, accumulate=2), 16, 7),
-    "accumulate, indivisible": lambda: train_steps(train_step(loss, OPTIMIZER, accumulate=3), 12, 7),
+    "accumulate, indivisible": lambda: train_steps(
+        train_step(loss, OPTIMIZER, accumulate=3), 12, 7
+    ),
     "short batch": lambda: train_epoch(train_step(loss, OPTIMIZER), 16, drop_last=False),
-    "short batch, indivisible": lambda: train_epoch(train_step(loss, OPTIMIZER), 14, drop_last=False),
+    "short batch, indivisible": lambda: train_epoch(
+        train_step(loss, OPTIMIZER), 14, drop_last=False
+    ),
     "in order": lambda: train_epoch(train_step(loss, OPTIMIZER), 16, order=None),
-    "balanced": lambda: train_epoch(train_step(loss, OPTIMIZER), 16, order=balanced(np.arange(60) % 7)),
+    "balanced": lambda: train_epoch(
+        train_step(loss, OPTIMIZER), 16, order=balanced(np.arange(60) % 7)
+    ),
     "augmented": lambda: train_epoch(augmented(train_step(loss, OPTIMIZER), noise), 16),
 }
 
@@ -130,7 +142,14 @@ def test_evaluate(context, size):
 def test_fit_resumes(context, place, options, tmp_path):
     def ran(data, begin, epochs, **more):
         result = fit(
-            train_step(loss, OPTIMIZER), begin, data, batch_size=16, epochs=epochs, progress=False, **options, **more
+            train_step(loss, OPTIMIZER),
+            begin,
+            data,
+            batch_size=16,
+            epochs=epochs,
+            progress=False,
+            **options,
+            **more,
         )
         return result.train_state.params, [record["loss"] for record in result.history]
 
@@ -146,7 +165,13 @@ def test_a_step_that_is_not_finite_is_explained():
     bad[0][3, 1] = np.nan
     with pytest.raises(NonFiniteError, match="row 3"):
         fit(
-            train_step(loss, OPTIMIZER), start(), sharded(bad), batch_size=16, epochs=1, drop_last=False, progress=False
+            train_step(loss, OPTIMIZER),
+            start(),
+            sharded(bad),
+            batch_size=16,
+            epochs=1,
+            drop_last=False,
+            progress=False,
         )
 
 

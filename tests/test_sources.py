@@ -1,4 +1,6 @@
-"""Where batches come from: files larger than memory, and iterables of every kind, give what arrays in memory give."""
+"""Where batches come from: files larger than memory, and iterables of every kind, give what arrays
+in memory give.
+"""
 
 import json
 import os
@@ -45,7 +47,9 @@ def fitted(data, **settings):
 
 
 def not_cut(result):
-    """The result of a run that no SIGTERM has cut. `fit` takes the signal that ends the tests for the end of the run."""
+    """The result of a run that no SIGTERM has cut. `fit` takes the signal that ends the tests for
+    the end of the run.
+    """
     assert result.stopped != "SIGTERM"
     return result
 
@@ -54,10 +58,14 @@ def watched(data, *, record_every=1, progress: bool | None = False, **settings):
     """What the steps of a run see: the sums of their batches, in order."""
 
     def step(state, batch):
-        return state._replace(step=state.step + 1), {"sum": sum(leaf.sum() for leaf in jax.tree.leaves(batch))}
+        return state._replace(step=state.step + 1), {
+            "sum": sum(leaf.sum() for leaf in jax.tree.leaves(batch))
+        }
 
     start = TrainState(jnp.float32(0), {}, (), key0(), jnp.int32(0))
-    result = not_cut(fit(step, start, data, record_every=record_every, progress=progress, **settings))
+    result = not_cut(
+        fit(step, start, data, record_every=record_every, progress=progress, **settings)
+    )
     return [record["sum"] for record in result.history], result
 
 
@@ -84,7 +92,8 @@ def test_a_memory_map_gives_what_memory_gives(on_disk, settings, monkeypatch):
     np.save(on_disk[0].filename, numbers)
     lazy = np.load(on_disk[0].filename, mmap_mode="r")
     assert (
-        watched(numbers, batch_size=4, epochs=3, **settings)[0] == watched(lazy, batch_size=4, epochs=3, **settings)[0]
+        watched(numbers, batch_size=4, epochs=3, **settings)[0]
+        == watched(lazy, batch_size=4, epochs=3, **settings)[0]
     )
 
 
@@ -93,7 +102,9 @@ def test_weights_and_full_batches_may_lie_on_disk(on_disk):
     for settings in ({"batch_size": 22}, {"batch_size": 4, "drop_last": False}):
         inside = fitted(Weighted(regression(22), weights), epochs=2, **settings)
         outside = fitted(Weighted(on_disk, weights), epochs=2, **settings)
-        chex.assert_trees_all_close(inside.train_state.params, outside.train_state.params, rtol=1e-6)
+        chex.assert_trees_all_close(
+            inside.train_state.params, outside.train_state.params, rtol=1e-6
+        )
 
 
 def test_a_run_on_disk_resumes_bit_for_bit(on_disk, tmp_path):
@@ -105,14 +116,16 @@ def test_a_run_on_disk_resumes_bit_for_bit(on_disk, tmp_path):
 
 def test_only_the_rows_of_the_batches_are_read():
     class Counted:
-        shape, dtype, read = (1_000_000_000, 2), np.dtype(np.float32), 0  # 8 GB, if it were an array
+        # 8 GB, if it were an array.
+        shape, dtype, read = (1_000_000_000, 2), np.dtype(np.float32), 0
 
         def __getitem__(self, rows):
             Counted.read += len(rows)
             return np.ones((len(rows), 2), np.float32)
 
     sums, _ = watched(Counted(), batch_size=4, steps=10)
-    assert sums == [8.0] * 10 and Counted.read < 4 * 80  # what was used, and a little that was read ahead
+    # What was used, and a little that was read ahead.
+    assert sums == [8.0] * 10 and Counted.read < 4 * 80
 
 
 def test_windows_are_rows_of_a_sequence(tmp_path):
@@ -120,14 +133,21 @@ def test_windows_are_rows_of_a_sequence(tmp_path):
     tokens.tofile(tmp_path / "tokens.bin")
     windows = Windows(np.memmap(tmp_path / "tokens.bin", np.uint16, "r"), 9, stride=4)
     expected = np.lib.stride_tricks.sliding_window_view(tokens, 9)[::4]
-    assert windows.shape == expected.shape and len(windows) == len(expected) and windows.dtype == np.uint16
+    assert (
+        windows.shape == expected.shape
+        and len(windows) == len(expected)
+        and windows.dtype == np.uint16
+    )
     rows = np.array([3, 0, -1])
     np.testing.assert_array_equal(windows[rows], expected[rows])
     np.testing.assert_array_equal(windows[2:7:2], expected[2:7:2])
     np.testing.assert_array_equal(windows[5], expected[5])
     sums, _ = watched(windows, batch_size=4, epochs=1, order=None)
     np.testing.assert_array_equal(sums, expected[:20].reshape(5, 36).sum(1))
-    for wrong, error in [(lambda: Windows(tokens, 101), ValueError), (lambda: Windows(tokens, 0), ValueError)]:
+    for wrong, error in [
+        (lambda: Windows(tokens, 101), ValueError),
+        (lambda: Windows(tokens, 0), ValueError),
+    ]:
         with pytest.raises(error, match="Windows"):
             wrong()
     with pytest.raises(IndexError, match=re.escape("rows must be within -23..22, got 23..23")):
@@ -144,7 +164,9 @@ def test_batches_of_an_iterable_train_as_arrays_do(monkeypatch):
     for size in (1 << 25, 100):  # all batches of a pass at once, and one by one
         monkeypatch.setattr("jaxnet.train.source.STACK", size)
         for run in (fitted(stream, epochs=3), fitted(stream, steps=15)):
-            chex.assert_trees_all_close(run.train_state.params, arrays.train_state.params, rtol=1e-5)
+            chex.assert_trees_all_close(
+                run.train_state.params, arrays.train_state.params, rtol=1e-5
+            )
 
 
 def test_records_of_an_iterable_end_with_its_passes():
@@ -157,7 +179,9 @@ def test_records_of_an_iterable_end_with_its_passes():
         (9, 2, None),
         (10, 2, 10),
     ]
-    _, result = watched(stream, steps=6, record_every=4, evaluate=lambda state: {"at": state.step}, evaluate_every=4)
+    _, result = watched(
+        stream, steps=6, record_every=4, evaluate=lambda state: {"at": state.step}, evaluate_every=4
+    )
     assert [(r["step"], r.get("at")) for r in result.history] == [(4, 4.0), (5, None), (6, None)]
 
 
@@ -171,14 +195,22 @@ def test_another_shape_is_compiled_again_and_named(capsys):
 
 def test_a_generator_ends_with_its_only_pass():
     sums, result = watched((np.full(2, i, np.float32) for i in range(4)), steps=100)
-    assert sums == [0.0, 2.0, 4.0, 6.0] and result.train_state.step == 4 and result.stopped == "the data ended"
+    assert (
+        sums == [0.0, 2.0, 4.0, 6.0]
+        and result.train_state.step == 4
+        and result.stopped == "the data ended"
+    )
 
 
 def test_a_finished_run_over_an_iterable_stays_finished(tmp_path):
     for _ in range(2):
-        _, result = watched([np.ones(2, np.float32)] * 4, epochs=2, checkpoint=tmp_path / "run.safetensors")
+        _, result = watched(
+            [np.ones(2, np.float32)] * 4, epochs=2, checkpoint=tmp_path / "run.safetensors"
+        )
         assert result.train_state.step == 8 and result.stopped is None
-    _, result = watched([np.ones(2, np.float32)] * 4, epochs=3, checkpoint=tmp_path / "run.safetensors")
+    _, result = watched(
+        [np.ones(2, np.float32)] * 4, epochs=3, checkpoint=tmp_path / "run.safetensors"
+    )
     assert result.train_state.step == 12
 
 
@@ -202,7 +234,8 @@ def test_the_thread_sees_the_settings_of_its_caller():
         seen = [
             batch.dtype
             for (batch,) in [
-                stack.inputs for stack in Prefetch(stacks_of_iterable(iter([np.ones(2)]), {}, lambda s: 9, 0))
+                stack.inputs
+                for stack in Prefetch(stacks_of_iterable(iter([np.ones(2)]), {}, lambda s: 9, 0))
             ]
         ]
     assert seen == [np.float64] and result.train_state.step == 1
@@ -226,7 +259,8 @@ def test_what_the_source_raises_is_passed_on(tmp_path):
     assert any("the state at step 3 is saved" in note for note in caught.value.__notes__)
     again = [np.full(2, i, np.float32) for i in (1, 1, 1, 3, 4)]
     sums, _ = watched(again, steps=5, checkpoint=file)
-    assert sums == [2.0, 2.0, 2.0, 6.0, 8.0]  # what was done, and the rest of a source that begins as the first did
+    # What was done, and the rest of a source that begins as the first did.
+    assert sums == [2.0, 2.0, 2.0, 6.0, 8.0]
 
 
 @pytest.mark.parametrize("stream", [[], iter([]), lambda epoch: []])
@@ -236,7 +270,9 @@ def test_an_iterable_without_batches_is_named(stream):
 
 
 def test_integers_of_a_stream_are_checked_too():
-    with pytest.raises(ValueError, match=r"'x' holds 1099511627776, which int64 can and int32 cannot"):
+    with pytest.raises(
+        ValueError, match=r"'x' holds 1099511627776, which int64 can and int32 cannot"
+    ):
         watched([{"x": np.array([1])}, {"x": np.array([2**40])}], steps=2)
     with pytest.raises(TypeError, match="'name' must hold numbers, got <U1"):
         watched([{"name": np.array(["a"])}], steps=2)
@@ -249,7 +285,10 @@ def test_the_thread_ends_with_the_run():
 
     watched(endless(), steps=3)
     deadline = time.monotonic() + 10
-    while any(thread.name == "jaxnet-prefetch" for thread in threading.enumerate()) and time.monotonic() < deadline:
+    while (
+        any(thread.name == "jaxnet-prefetch" for thread in threading.enumerate())
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     assert not any(thread.name == "jaxnet-prefetch" for thread in threading.enumerate())
 
@@ -264,7 +303,9 @@ def test_at_most_so_many_items_are_drawn_ahead():
 
 
 class Draws:
-    """An iterable with a state, in Grain's manner: random batches that nobody could find again by counting passes."""
+    """An iterable with a state, in Grain's manner: random batches that nobody could find again by
+    counting passes.
+    """
 
     def __iter__(self):
         return DrawsIterator()
@@ -322,7 +363,8 @@ class Plain:
 @pytest.mark.parametrize("stack", [8, 24, 1 << 25])
 @pytest.mark.parametrize("stop", [1, 4, 9, 11])
 def test_an_iterable_goes_on_where_it_stood(source, stack, stop, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxnet.train.source.STACK", stack)  # one, three and 64 batches on the device at once
+    # One, three and 64 batches on the device at once.
+    monkeypatch.setattr("jaxnet.train.source.STACK", stack)
     file = tmp_path / "run.safetensors"
     whole, _ = watched(source(), steps=14)
     watched(source(), steps=stop, checkpoint=file)
@@ -334,11 +376,17 @@ def test_an_iterable_goes_on_where_it_stood(source, stack, stop, tmp_path, monke
 
 
 def test_the_states_of_iterators_survive_json():
-    state = {"a": (1, 2.5, None, "x"), 3: [True, b"\x00\xff"], "rng": np.arange(6, dtype=np.uint8).reshape(2, 3)}
+    state = {
+        "a": (1, 2.5, None, "x"),
+        3: [True, b"\x00\xff"],
+        "rng": np.arange(6, dtype=np.uint8).reshape(2, 3),
+    }
     again = from_json(json.loads(json.dumps(to_json(state))))
     np.testing.assert_array_equal(again.pop("rng"), state.pop("rng"))
     assert again == state
-    with pytest.raises(TypeError, match="the iterator's state holds a object, which a checkpoint cannot keep"):
+    with pytest.raises(
+        TypeError, match="the iterator's state holds a object, which a checkpoint cannot keep"
+    ):
         to_json([object()])
 
 
@@ -356,7 +404,13 @@ def test_loaders_that_shuffle_go_on_where_they_stood(library, tmp_path):
         import grain  # pyright: ignore[reportMissingImports]
 
         def source():
-            return grain.MapDataset.source(np.arange(40)).shuffle(seed=1).repeat().batch(4).to_iter_dataset()
+            return (
+                grain.MapDataset.source(np.arange(40))
+                .shuffle(seed=1)
+                .repeat()
+                .batch(4)
+                .to_iter_dataset()
+            )
     else:
         import torch  # pyright: ignore[reportMissingImports]
         from torchdata.stateful_dataloader import StatefulDataLoader  # pyright: ignore[reportMissingImports]
@@ -378,13 +432,22 @@ def test_more_skipped_steps_than_allowed_are_an_error(tmp_path):
 
     def run(bad, **settings):
         stream = [np.array([i in bad]) for i in range(9)]
-        return fit(step, train_state(jnp.float32(0), optimizer, key0()), stream, steps=9, progress=False, **settings)
+        return fit(
+            step,
+            train_state(jnp.float32(0), optimizer, key0()),
+            stream,
+            steps=9,
+            progress=False,
+            **settings,
+        )
 
     result = run([3, 4, 8])
     assert result.train_state.params == 6 and result.history[-1]["skipped"] == 3
-    assert result.history[-1]["loss"] == pytest.approx(-np.mean([0, 1, 2, 3, 4, 5]))  # of the steps that were taken
+    # Of the steps that were taken.
+    assert result.history[-1]["loss"] == pytest.approx(-np.mean([0, 1, 2, 3, 4, 5]))
     with pytest.raises(
-        NonFiniteError, match="3 steps in a row were not finite, up to step 5, and were skipped; the limit is 2"
+        NonFiniteError,
+        match="3 steps in a row were not finite, up to step 5, and were skipped; the limit is 2",
     ):
         run([3, 4, 5])
 
@@ -393,7 +456,9 @@ def test_more_skipped_steps_than_allowed_are_an_error(tmp_path):
 
 
 def in_other_libraries():
-    """One column of numbers and one of labels in many forms; what they hold, in order of position."""
+    """One column of numbers and one of labels in many forms; what they hold, in order of
+    position.
+    """
     pandas, torch = pytest.importorskip("pandas"), pytest.importorskip("torch")
     numbers = np.arange(12, dtype=np.float32)
     shuffled_index = np.random.default_rng(0).permutation(12)
@@ -430,11 +495,15 @@ def test_arrays_of_other_libraries_are_read_by_position(form):
         steps=1,
         progress=False,
     )
-    assert float(weighted.train_state.params) == pytest.approx(-(numbers * numbers).sum() / numbers.sum(), rel=1e-5)
+    assert float(weighted.train_state.params) == pytest.approx(
+        -(numbers * numbers).sum() / numbers.sum(), rel=1e-5
+    )
     mean = evaluate(lambda params, x: {"mean": x * 1.0}, column, batch_size=5)(weighted.train_state)
     assert float(mean["mean"]) == 5.5
     if form not in ("torch, bfloat16", "float64"):
-        streamed = [batch.sum() for batch in batches({"x": column}, 4) for batch in [np.asarray(batch["x"])]]
+        streamed = [
+            batch.sum() for batch in batches({"x": column}, 4) for batch in [np.asarray(batch["x"])]
+        ]
         assert streamed == [6.0, 22.0, 38.0]
 
 
@@ -467,13 +536,16 @@ def test_arrays_that_cannot_be_read_are_named_with_a_remedy():
 
 
 @pytest.mark.parametrize(
-    "bad, text", [(-1.0, "got -1.0 in row 3"), (np.nan, "got nan in row 3"), (np.inf, "got inf in row 3")]
+    "bad, text",
+    [(-1.0, "got -1.0 in row 3"), (np.nan, "got nan in row 3"), (np.inf, "got inf in row 3")],
 )
 @pytest.mark.parametrize("source", ["memory", "disk", "stream"])
 def test_weights_without_a_meaning_are_refused_before_the_first_step(bad, text, source, on_disk):
     weights = np.ones(22, np.float32)
     weights[3] = bad
-    data = {"memory": Weighted(regression(22), weights), "disk": Weighted(on_disk, weights)}.get(source)
+    data = {"memory": Weighted(regression(22), weights), "disk": Weighted(on_disk, weights)}.get(
+        source
+    )
     with pytest.raises(ValueError, match=f"weights' must be at least 0 and finite, {text}"):
         if data is None:
             fitted([Weighted(regression(22), weights)], epochs=1)
@@ -512,10 +584,20 @@ def test_a_dataset_of_h5py_gives_what_memory_gives(in_hdf5, order, drop_last):
     inside = fitted(regression(22), **settings)
     outside = fitted((in_hdf5["x"], in_hdf5["y"]), **settings)
     chex.assert_trees_all_close(inside.train_state.params, outside.train_state.params, rtol=1e-5)
-    assert watched(in_hdf5["flags"], **settings)[0] == watched(np.arange(22) % 3 == 0, **settings)[0]
-    right = evaluate(lambda params, batch: {"mse": squares(params, batch)}, regression(22), batch_size=5)
-    lazy = evaluate(lambda params, batch: {"mse": squares(params, batch)}, (in_hdf5["x"], in_hdf5["y"]), batch_size=5)
-    assert float(lazy(inside.train_state)["mse"]) == pytest.approx(float(right(inside.train_state)["mse"]), rel=1e-5)
+    assert (
+        watched(in_hdf5["flags"], **settings)[0] == watched(np.arange(22) % 3 == 0, **settings)[0]
+    )
+    right = evaluate(
+        lambda params, batch: {"mse": squares(params, batch)}, regression(22), batch_size=5
+    )
+    lazy = evaluate(
+        lambda params, batch: {"mse": squares(params, batch)},
+        (in_hdf5["x"], in_hdf5["y"]),
+        batch_size=5,
+    )
+    assert float(lazy(inside.train_state)["mse"]) == pytest.approx(
+        float(right(inside.train_state)["mse"]), rel=1e-5
+    )
 
 
 def test_windows_of_a_dataset_of_h5py(tmp_path):
@@ -542,7 +624,9 @@ def test_an_array_with_other_rules_for_rows_is_named():
         def __getitem__(self, rows):
             return np.ones((10, len(rows)), np.float32)
 
-    with pytest.raises(TypeError, match=r"a Columns, gives \[10, \d+\] for \d+ rows, not \[\d+, 3\]"):
+    with pytest.raises(
+        TypeError, match=r"a Columns, gives \[10, \d+\] for \d+ rows, not \[\d+, 3\]"
+    ):
         watched(Columns(), batch_size=4, epochs=1)
 
 
@@ -566,7 +650,9 @@ def test_short_batches_from_disk_and_memory_have_the_same_records(on_disk, monke
         **settings,
     )
     by_hand = float(squares(frozen.train_state.params, regression(22)).mean())  # every example once
-    assert [record["loss"] for record in frozen.history] == pytest.approx([by_hand] * len(frozen.history), rel=1e-5)
+    assert [record["loss"] for record in frozen.history] == pytest.approx(
+        [by_hand] * len(frozen.history), rel=1e-5
+    )
 
 
 # Iterables whose order is not saved
@@ -575,7 +661,9 @@ def test_short_batches_from_disk_and_memory_have_the_same_records(on_disk, monke
 def loader_of_torch(seed=0):
     torch = pytest.importorskip("torch")
     generator = torch.Generator().manual_seed(seed)
-    return torch.utils.data.DataLoader(torch.arange(20.0), batch_size=4, shuffle=True, generator=generator)
+    return torch.utils.data.DataLoader(
+        torch.arange(20.0), batch_size=4, shuffle=True, generator=generator
+    )
 
 
 @pytest.mark.parametrize("stop", [2, 5, 7, 10, 12])
@@ -587,7 +675,8 @@ def test_a_shuffling_loader_goes_on_rightly_or_not_at_all(stop, tmp_path):
         assert watched(loader_of_torch(), steps=14, checkpoint=file)[0][:5] == whole[:5]
         return
     with pytest.raises(
-        ValueError, match=r"data: pass \d does not begin with .*function \(number of the pass\) -> iterable"
+        ValueError,
+        match=r"data: pass \d does not begin with .*function \(number of the pass\) -> iterable",
     ):
         watched(loader_of_torch(), steps=14, checkpoint=file)
 
@@ -600,7 +689,11 @@ def test_a_loader_for_each_pass_goes_on_where_it_stood(stop, tmp_path):
     assert watched(loader_of_torch, steps=14, checkpoint=file)[0] == whole
     with pytest.raises(ValueError, match="does not begin with the batch"):
         watched(loader_of_torch, steps=7, checkpoint=tmp_path / "b.safetensors")
-        watched(lambda number: loader_of_torch(number + 1), steps=14, checkpoint=tmp_path / "b.safetensors")
+        watched(
+            lambda number: loader_of_torch(number + 1),
+            steps=14,
+            checkpoint=tmp_path / "b.safetensors",
+        )
 
 
 # Numbers in the data that no training survives
@@ -611,7 +704,18 @@ def test_a_nan_in_the_data_is_named_by_leaf_and_row(kind):
     images = np.ones((16, 3), np.float32)
     images[7, 1] = np.nan
     step = train_step(lambda w, batch: (w * batch["images"]).sum(-1), 0.1)
-    data, settings = ({"images": images}, {"batch_size": 4}) if kind == "memory" else ([{"images": images}], {})
-    with pytest.raises(NonFiniteError, match=r"The cause is in the data: 'images' holds NaN in row 7 of the") as caught:
-        fit(step, train_state(jnp.float32(1), 0.1, key0()), data, epochs=1, progress=False, **settings)  # pyright: ignore[reportArgumentType]
+    data, settings = (
+        ({"images": images}, {"batch_size": 4}) if kind == "memory" else ([{"images": images}], {})
+    )
+    with pytest.raises(
+        NonFiniteError, match=r"The cause is in the data: 'images' holds NaN in row 7 of the"
+    ) as caught:
+        fit(
+            step,
+            train_state(jnp.float32(1), 0.1, key0()),
+            data,
+            epochs=1,
+            progress=False,
+            **settings,
+        )  # pyright: ignore[reportArgumentType]
     assert "learning rate" not in str(caught.value)

@@ -1,4 +1,6 @@
-"""The training loop: its steps against hand-written JAX and NumPy, its order of the data against theory, its errors by text."""
+"""The training loop: its steps against hand-written JAX and NumPy, its order of the data against
+theory, its errors by text.
+"""
 
 import math
 import re
@@ -46,11 +48,14 @@ def test_sgd_contracts_a_parabola_at_rate_one_minus_lr_h():
     h, lr = 4.0, 0.1
     step = train_step(lambda w, batch: h * w**2 / 2, lr)
     state, metrics = jax.lax.scan(step, train_state(jnp.float32(1), lr, key0()), jnp.zeros(20))
-    np.testing.assert_allclose(state.params, (1 - lr * h) ** 20, rtol=1e-5)  # exact linear recursion
+    # Exact linear recursion.
+    np.testing.assert_allclose(state.params, (1 - lr * h) ** 20, rtol=1e-5)
     assert metrics["loss"].shape == (20,) and state.step == 20
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adamw(1e-2), optax.chain(optax.clip(0.1), optax.sgd(0.1))])
+@pytest.mark.parametrize(
+    "optimizer", [optax.sgd(0.1), optax.adamw(1e-2), optax.chain(optax.clip(0.1), optax.sgd(0.1))]
+)
 def test_any_optax_optimizer_goes_through_the_step_as_written_by_hand(optimizer):
     batch, params = regression(), params_of()
     state = train_state(params, optimizer, key0())
@@ -128,17 +133,24 @@ def test_shuffled_is_a_permutation(n):
 
 def test_every_order_of_four_is_equally_likely():
     runs = 24_000
-    orders = jax.jit(jax.vmap(lambda key: shuffled(key, 4, jnp.arange(4))))(jax.random.split(key0(), runs))
+    orders = jax.jit(jax.vmap(lambda key: shuffled(key, 4, jnp.arange(4))))(
+        jax.random.split(key0(), runs)
+    )
     _, counts = np.unique(np.asarray(orders), axis=0, return_counts=True)
     expected = runs / math.factorial(4)
     assert len(counts) == 24
     chi_squared = np.sum((counts - expected) ** 2 / expected)
-    assert chi_squared < 23 + 5 * math.sqrt(2 * 23)  # mean and deviation of chi squared with 23 degrees of freedom
+    # Mean and deviation of chi squared with 23 degrees of freedom.
+    assert chi_squared < 23 + 5 * math.sqrt(2 * 23)
 
 
 def test_neighbours_come_apart_as_they_should():
     n, runs = 101, 4000
-    orders = np.asarray(jax.jit(jax.vmap(lambda key: shuffled(key, n, jnp.arange(n))))(jax.random.split(key0(), runs)))
+    orders = np.asarray(
+        jax.jit(jax.vmap(lambda key: shuffled(key, n, jnp.arange(n))))(
+            jax.random.split(key0(), runs)
+        )
+    )
     apart = np.bincount(((orders[:, 1:] - orders[:, :-1]) % n).ravel(), minlength=n)[1:]
     expected = apart.sum() / (n - 1)  # each difference but 0 is equally likely
     chi_squared = np.sum((apart - expected) ** 2 / expected)
@@ -153,13 +165,16 @@ def seen_rows(chunks, batch_size, n, **settings):
 
     state, rows = TrainState({}, {}, (), jax.random.key(7), jnp.int32(0)), []
     for steps in chunks:
-        state, metrics = jax.jit(train_steps(step, batch_size, steps, **settings))(state, jnp.arange(n))
+        state, metrics = jax.jit(train_steps(step, batch_size, steps, **settings))(
+            state, jnp.arange(n)
+        )
         rows += list(np.asarray(metrics["rows"]))
     return rows
 
 
 def test_each_epoch_sees_each_example_at_most_once_and_another_order():
-    rows = seen_rows([6], batch_size=3, n=10)  # two epochs of three steps; one example of ten is left out of each
+    # Two epochs of three steps; one example of ten is left out of each.
+    rows = seen_rows([6], batch_size=3, n=10)
     first, second = np.concatenate(rows[:3]), np.concatenate(rows[3:])
     assert len(set(first)) == len(set(second)) == 9 and not np.array_equal(first, second)
 
@@ -178,10 +193,14 @@ def test_an_epoch_equals_a_python_loop_over_its_steps():
     step = train_step(mean_square, optimizer)
     start = train_state(params_of(), optimizer, key0())
     state, metrics = jax.jit(train_epoch(step, 4))(start, data)
-    rows = shuffled(jax.random.fold_in(jax.random.fold_in(key0(), 0x6F726465), 0), 12, jnp.arange(12)).reshape(3, 4)
+    rows = shuffled(
+        jax.random.fold_in(jax.random.fold_in(key0(), 0x6F726465), 0), 12, jnp.arange(12)
+    ).reshape(3, 4)
     expected = start
     for row in rows:
-        expected, _ = step(expected, jax.tree.map(lambda leaf, row=row: jnp.asarray(leaf)[row], data))
+        expected, _ = step(
+            expected, jax.tree.map(lambda leaf, row=row: jnp.asarray(leaf)[row], data)
+        )
     chex.assert_trees_all_close(state.params, expected.params, rtol=1e-5)
     assert metrics["loss"].shape == (3,)
 
@@ -190,7 +209,9 @@ def test_a_run_maps_over_seeds_and_rates():
     data = regression()
 
     def run(key, lr):
-        state, metrics = train_steps(train_step(mean_square, lr), 4, 9)(train_state(params_of(), lr, key), data)
+        state, metrics = train_steps(train_step(mean_square, lr), 4, 9)(
+            train_state(params_of(), lr, key), data
+        )
         return state.params, metrics["loss"][-1]
 
     keys, rates = jax.random.split(key0(), 3), jnp.array([0.01, 0.05, 0.1])
@@ -237,9 +258,12 @@ def test_balanced_gives_every_class_its_share_and_every_example_its_turn():
         counts = np.bincount(rows, minlength=99)
         for label, size in ((0, 70), (5, 20), (9, 9)):
             mine = counts[labels == label]
-            assert set(mine) <= {33 // size, -(-33 // size)}  # as equally often as 33 draws from so many can be
+            # As equally often as 33 draws from so many can be.
+            assert set(mine) <= {33 // size, -(-33 // size)}
         seen += counts
-    assert (seen[:70] > 0).all() and abs(seen[:70] - 40 * 33 / 70).max() < 5 * math.sqrt(40 * 33 / 70)
+    assert (seen[:70] > 0).all() and abs(seen[:70] - 40 * 33 / 70).max() < 5 * math.sqrt(
+        40 * 33 / 70
+    )
 
 
 def test_balanced_says_what_it_cannot_use():
@@ -262,14 +286,17 @@ def test_the_last_batch_of_an_epoch_has_its_true_size():
         return state._replace(step=state.step + 1), named | {"size": jnp.int32(len(batch))}
 
     start = TrainState({}, {}, (), jax.random.key(7), jnp.int32(0))
-    _, seen = jax.jit(train_steps(step, 4, 6, drop_last=False))(start, jnp.arange(10))  # two epochs of three batches
+    # Two epochs of three batches.
+    _, seen = jax.jit(train_steps(step, 4, 6, drop_last=False))(start, jnp.arange(10))
     assert list(seen["size"]) == [4, 4, 2] * 2 and list(seen["weight"]) == [4, 4, 2] * 2
     for epoch in (slice(0, 3), slice(3, 6)):
         assert [seen[f"row{i}"][epoch].sum() for i in range(10)] == [1] * 10
 
 
 def test_statistics_of_the_last_batch_are_of_its_own_examples():
-    """18 examples in batches of 8: after the third step of an epoch the running variance has seen two rows, not copies."""
+    """18 examples in batches of 8: after the third step of an epoch the running variance has seen
+    two rows, not copies.
+    """
     net = chain(norm=batch_norm(momentum=0.0))  # keeps the last batch's statistics
     x = np.asarray(jax.random.normal(jax.random.key(3), (18, 2)), np.float32) * 2
 
@@ -296,7 +323,8 @@ def test_one_example_that_is_left_over_is_refused_by_a_layer_that_needs_two():
     with pytest.raises(ValueError) as caught:
         train_steps(train_step(loss, 0.1), 4, 3, drop_last=False)(start, x)
     assert any(
-        "with drop_last=False an epoch ends with a batch of 1 examples" in note for note in caught.value.__notes__
+        "with drop_last=False an epoch ends with a batch of 1 examples" in note
+        for note in caught.value.__notes__
     )
 
 
@@ -305,7 +333,10 @@ def test_a_metric_whose_shape_follows_the_batch_cannot_end_an_epoch_early():
         return state, {"rows": batch}
 
     start = TrainState({}, {}, (), key0(), jnp.int32(0))
-    with pytest.raises(ValueError, match=r"the metrics \['rows'\] have another shape in the last batch, of 2 examples"):
+    with pytest.raises(
+        ValueError,
+        match=r"the metrics \['rows'\] have another shape in the last batch, of 2 examples",
+    ):
         train_steps(step, 4, 3, drop_last=False)(start, jnp.arange(10))
 
 
@@ -317,7 +348,9 @@ def test_an_epoch_with_a_short_batch_equals_a_loop_in_python(loss_is):
     state, metrics = jax.jit(train_epoch(step, 4, order=None, drop_last=False))(start, data)
     expected, losses = start, []
     for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
-        expected, one = step(expected, jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), data))
+        expected, one = step(
+            expected, jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), data)
+        )
         losses.append(one["loss"])
     chex.assert_trees_all_close(state.params, expected.params, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
@@ -363,8 +396,12 @@ def test_weights_go_with_their_rows_through_an_epoch():
 
 def test_a_scalar_loss_cannot_be_weighted():
     (x, y), weights = regression(4), np.ones(4, np.float32)
-    with pytest.raises(ValueError, match=r"the loss must be one value per example \[B\], got a scalar"):
-        train_step(mean_square, 0.1)(train_state(params_of(), 0.1, key0()), Weighted((x, y), weights))
+    with pytest.raises(
+        ValueError, match=r"the loss must be one value per example \[B\], got a scalar"
+    ):
+        train_step(mean_square, 0.1)(
+            train_state(params_of(), 0.1, key0()), Weighted((x, y), weights)
+        )
 
 
 # Parts of a batch
@@ -379,10 +416,14 @@ def test_accumulated_gradients_are_those_of_the_large_batch(loss, weighted):
     params, optimizer = params_of(), optax.sgd(0.1)
 
     def noted(params, batch):
-        return loss(params, batch), {"mean": batch[0].mean()} if not weighted else {"first": batch[0][:, 0]}
+        return loss(params, batch), {"mean": batch[0].mean()} if not weighted else {
+            "first": batch[0][:, 0]
+        }
 
     whole = jax.jit(train_step(noted, optimizer))(train_state(params, optimizer, key0()), batch)
-    parts = jax.jit(train_step(noted, optimizer, accumulate=4))(train_state(params, optimizer, key0()), batch)
+    parts = jax.jit(train_step(noted, optimizer, accumulate=4))(
+        train_state(params, optimizer, key0()), batch
+    )
     chex.assert_trees_all_close(whole[0].params, parts[0].params, rtol=1e-5)
     chex.assert_trees_all_close(whole[1], parts[1], rtol=1e-5)
 
@@ -404,16 +445,25 @@ def test_parts_draw_noise_of_their_own_and_pass_state_on():
         return w + jnp.mean(batch), {"n": state["n"] + 1}, {"noise": jax.random.uniform(key)}
 
     step = jax.jit(train_step(loss, 0.1, accumulate=3))
-    state, metrics = step(train_state(jnp.float32(0), 0.1, key0(), state={"n": jnp.int32(0)}), jnp.ones(6))
+    state, metrics = step(
+        train_state(jnp.float32(0), 0.1, key0(), state={"n": jnp.int32(0)}), jnp.ones(6)
+    )
     assert state.state["n"] == 3
     step_key = jax.random.fold_in(key0(), 0)
-    noise = [float(jax.random.uniform(jax.random.fold_in(jax.random.clone(step_key), i))) for i in range(3)]
+    noise = [
+        float(jax.random.uniform(jax.random.fold_in(jax.random.clone(step_key), i)))
+        for i in range(3)
+    ]
     assert len(set(noise)) == 3 and metrics["noise"] == pytest.approx(np.mean(noise))
 
 
 def test_a_batch_that_does_not_divide_is_named():
-    with pytest.raises(ValueError, match="a batch of 12 does not divide into accumulate=5 equal parts"):
-        train_step(mean_square, 0.1, accumulate=5)(train_state(params_of(), 0.1, key0()), regression())
+    with pytest.raises(
+        ValueError, match="a batch of 12 does not divide into accumulate=5 equal parts"
+    ):
+        train_step(mean_square, 0.1, accumulate=5)(
+            train_state(params_of(), 0.1, key0()), regression()
+        )
     with pytest.raises(ValueError, match="accumulate must be a positive int, got 0"):
         train_step(mean_square, 0.1, accumulate=0)
 
@@ -428,11 +478,14 @@ def test_a_change_of_the_batch_follows_from_key_and_step():
     step = jax.jit(augmented(train_step(loss, 0.0), noise))
     start = train_state(jnp.float32(1), 0.0, key0())
     first, one = step(start, jnp.zeros(8))
-    assert one["loss"] == step(start, jnp.zeros(8))[1]["loss"] != step(first, jnp.zeros(8))[1]["loss"]
+    assert (
+        one["loss"] == step(start, jnp.zeros(8))[1]["loss"] != step(first, jnp.zeros(8))[1]["loss"]
+    )
     weighted, _ = jax.jit(augmented(train_step(lambda w, x: w * x, 0.1), lambda key, x: x + 1))(
         start, Weighted(jnp.zeros(2), jnp.ones(2))
     )
-    assert weighted.params == pytest.approx(0.9)  # the gradient is 1, the mean of what came out of the change
+    # The gradient is 1, the mean of what came out of the change.
+    assert weighted.params == pytest.approx(0.9)
 
 
 # Around an optimizer
@@ -441,17 +494,22 @@ def test_a_change_of_the_batch_follows_from_key_and_step():
 def test_groups_have_optimizers_of_their_own_and_frozen_ones_do_not_move():
     params = {"body": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}
     optimizer = by_path({"body/kernel": None, "**/bias": 0.5, "**": optax.sgd(0.25)})
-    step = jax.jit(train_step(lambda p, b: sum(leaf.sum() for leaf in jax.tree.leaves(p)), optimizer))
+    step = jax.jit(
+        train_step(lambda p, b: sum(leaf.sum() for leaf in jax.tree.leaves(p)), optimizer)
+    )
     state, _ = step(train_state(params, optimizer, key0()), jnp.zeros(1))
     assert jax.tree.map(lambda leaf: float(leaf[0]), state.params) == {
         "body": {"kernel": 1.0, "bias": 0.5},
         "head": {"kernel": 0.75},
     }
     frozen = freeze(0.25, "body")
-    state, _ = jax.jit(train_step(lambda p, b: sum(leaf.sum() for leaf in jax.tree.leaves(p)), frozen))(
-        train_state(params, frozen, key0()), jnp.zeros(1)
-    )
-    assert jax.tree.map(lambda leaf: float(leaf[0]), state.params)["body"] == {"kernel": 1.0, "bias": 1.0}
+    state, _ = jax.jit(
+        train_step(lambda p, b: sum(leaf.sum() for leaf in jax.tree.leaves(p)), frozen)
+    )(train_state(params, frozen, key0()), jnp.zeros(1))
+    assert jax.tree.map(lambda leaf: float(leaf[0]), state.params)["body"] == {
+        "kernel": 1.0,
+        "bias": 1.0,
+    }
 
 
 @pytest.mark.cpu_only("it counts the products in the CPU's program")
@@ -462,7 +520,9 @@ def test_a_frozen_layers_gradient_is_not_computed():
         return jnp.mean(x @ p["body"] @ p["head"])
 
     def products(optimizer):
-        text = jax.jit(train_step(loss, optimizer)).lower(train_state(params, optimizer, key0()), jnp.ones((8, 64)))
+        text = jax.jit(train_step(loss, optimizer)).lower(
+            train_state(params, optimizer, key0()), jnp.ones((8, 64))
+        )
         return (text.compile().as_text() or "").count(" dot(")
 
     assert products(freeze(0.1, "body")) < products(0.1)
@@ -472,7 +532,9 @@ def test_groups_that_miss_something_are_named():
     params = {"a": jnp.ones(1), "b": jnp.ones(1)}
     with pytest.raises(KeyError, match=r"no pattern matches \['b'\]; the last may be '\*\*'"):
         by_path({"a": 0.1}).init(params)
-    with pytest.raises(KeyError, match=r"nothing is left for \['c'\]; the parameters are \['a', 'b'\]"):
+    with pytest.raises(
+        KeyError, match=r"nothing is left for \['c'\]; the parameters are \['a', 'b'\]"
+    ):
         freeze(0.1, "c").init(params)
 
 
@@ -497,7 +559,9 @@ def test_half_precision_is_averaged_in_float32():
 
 
 def poisoned(at, limit=10, optimizer=None, **settings):
-    """A run whose loss is not finite at some steps; its parameter and its state count the others."""
+    """A run whose loss is not finite at some steps; its parameter and its state count the
+    others.
+    """
     optimizer = guarded(1.0 if optimizer is None else optimizer, limit=limit, **settings)
 
     def loss(w, bad, state):
@@ -534,11 +598,18 @@ def test_the_loss_scale_halves_and_doubles():
 
 def test_a_scaled_loss_rescues_gradients_that_underflow_in_float16():
     def loss(w, x):
-        return (w.astype(jnp.float16) * x.astype(jnp.float16) * jnp.float16(1e-4)).astype(jnp.float32).mean()
+        return (
+            (w.astype(jnp.float16) * x.astype(jnp.float16) * jnp.float16(1e-4))
+            .astype(jnp.float32)
+            .mean()
+        )
 
-    def moved(optimizer):  # the gradient is 1e-4 * 1e-5: less than float16's least 6e-8, until it is scaled
+    # The gradient is 1e-4 * 1e-5: less than float16's least 6e-8, until it is scaled.
+    def moved(optimizer):
         step = jax.jit(train_step(loss, optimizer))
-        return float(step(train_state(jnp.float32(0), optimizer, key0()), jnp.full(1, 1e-5))[0].params)
+        return float(
+            step(train_state(jnp.float32(0), optimizer, key0()), jnp.full(1, 1e-5))[0].params
+        )
 
     assert moved(1.0) == 0
     assert moved(guarded(1.0, loss_scale=2.0**15)) == pytest.approx(-1e-9, rel=0.05)
@@ -554,9 +625,14 @@ def test_mixed_precision_keeps_parameters_norms_and_loss_in_float32():
 
     state, metrics = jax.jit(train_step(loss, 0.1))(train_state(params, 0.1, key0()), x)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, metrics))} == {"float32"}
-    text = jax.jit(train_step(loss, 0.1)).lower(train_state(params, 0.1, jax.random.key(2)), x).as_text()
+    text = (
+        jax.jit(train_step(loss, 0.1))
+        .lower(train_state(params, 0.1, jax.random.key(2)), x)
+        .as_text()
+    )
     assert re.search(r"dot_general.*bf16", text) and not re.search(r"dot_general.*xf32", text)
-    assert not re.search(r"(rsqrt|exponential).*bf16", text)  # the norm's and the softmax's inner steps
+    # The norm's and the softmax's inner steps.
+    assert not re.search(r"(rsqrt|exponential).*bf16", text)
 
 
 def test_settings_that_make_no_sense_are_named():
@@ -571,14 +647,18 @@ def test_settings_that_make_no_sense_are_named():
 
 @pytest.mark.parametrize("factor", [1.0, 1000.0])
 def test_a_loss_scale_that_grows_at_every_step_stays_finite_and_exact(factor):
-    """As PyTorch's GradScaler(growth_interval=1): after 113 doublings of 2^15 the scale is not infinite."""
+    """As PyTorch's GradScaler(growth_interval=1): after 113 doublings of 2^15 the scale is not
+    infinite.
+    """
     optimizer = guarded(0.5, loss_scale=2.0**15, interval=1)
 
     def loss(w, x):
         return factor * w.mean()
 
     start = train_state(jnp.ones(2), optimizer, key0())
-    end, metrics = jax.jit(lambda s: jax.lax.scan(train_step(loss, optimizer), s, jnp.zeros(300)))(start)
+    end, metrics = jax.jit(lambda s: jax.lax.scan(train_step(loss, optimizer), s, jnp.zeros(300)))(
+        start
+    )
     taken = 300 - metrics["skipped"].sum()
     assert np.isfinite(end.opt.scale) and end.opt.scale <= 2.0**127 and taken >= 200
     np.testing.assert_allclose(end.params, 1 - 0.5 * factor / 2 * taken, rtol=1e-4)
@@ -591,7 +671,9 @@ def test_a_loss_scale_below_one_does_not_grow_when_a_step_is_skipped():
 
 def test_float16_parameters_keep_their_gradients_at_a_large_scale():
     optimizer = guarded(1.0, loss_scale=2.0**20)  # more than float16 can hold
-    step = jax.jit(train_step(lambda w, x: 1e-2 * w.astype(jnp.float32).sum() * x.mean(), optimizer))
+    step = jax.jit(
+        train_step(lambda w, x: 1e-2 * w.astype(jnp.float32).sum() * x.mean(), optimizer)
+    )
     state, _ = step(train_state(jnp.ones(2, jnp.float16), optimizer, key0()), jnp.full(4, 1e-2))
     np.testing.assert_allclose(state.params, 1 - 1e-4, rtol=1e-3)
 
@@ -603,20 +685,30 @@ def coins(steps=200, wrapped=lambda step: step):
     """The draws of two changes, one around the other, and of the loss, over many steps."""
 
     def loss(w, batch, key):
-        return w, {"loss coin": jax.random.bernoulli(key), **{name: batch[name][0] for name in ("inner", "outer")}}
+        return w, {
+            "loss coin": jax.random.bernoulli(key),
+            **{name: batch[name][0] for name in ("inner", "outer")},
+        }
 
     def flip(name):
-        return lambda key, batch: {**batch, name: jnp.full(4, jax.random.bernoulli(key), jnp.float32)}
+        return lambda key, batch: {
+            **batch,
+            name: jnp.full(4, jax.random.bernoulli(key), jnp.float32),
+        }
 
     step = augmented(wrapped(augmented(train_step(loss, 0.0), flip("inner"))), flip("outer"))
     zeros = {"inner": jnp.zeros(4), "outer": jnp.zeros(4)}
     start = train_state(jnp.float32(0), 0.0, key0())
-    end, metrics = jax.jit(lambda s: jax.lax.scan(lambda s, _: step(s, zeros), s, None, steps))(start)
+    end, metrics = jax.jit(lambda s: jax.lax.scan(lambda s, _: step(s, zeros), s, None, steps))(
+        start
+    )
     np.testing.assert_array_equal(jax.random.key_data(end.key), jax.random.key_data(start.key))
     return [np.asarray(metrics[name]) for name in ("inner", "outer", "loss coin")]
 
 
-@pytest.mark.parametrize("wrapped", [lambda step: step, lambda step: lambda *args: step(*args), jax.jit])
+@pytest.mark.parametrize(
+    "wrapped", [lambda step: step, lambda step: lambda *args: step(*args), jax.jit]
+)
 def test_changes_around_each_other_and_the_loss_draw_independently(wrapped):
     draws = coins(wrapped=wrapped)
     for i in range(3):
@@ -663,7 +755,10 @@ def test_complex_and_integer_parameters_are_refused_by_path():
         train_state(params, 0.1, key0())
     with pytest.raises(TypeError, match=r"sgd: 'body/w' is complex64"):
         sgd(params, params, 0.1)
-    with pytest.raises(TypeError, match=r"'n' is int32\[3\], parameters are floats; cast it, or keep it in the state"):
+    with pytest.raises(
+        TypeError,
+        match=r"'n' is int32\[3\], parameters are floats; cast it, or keep it in the state",
+    ):
         train_state({"n": params["n"]}, optax.adam(0.1), key0())
     real = train_state({"w": jnp.ones(2)}, 0.1, key0())
     with pytest.raises(TypeError, match=r"train_step: 'w' is complex64"):
@@ -677,16 +772,35 @@ def test_complex_and_integer_parameters_are_refused_by_path():
 def test_another_optimizer_than_the_states_is_told_before_the_first_step():
     batch = regression(4)
     for ours, theirs, text in [
-        (optax.adam(1e-3), optax.sgd(0.1, momentum=0.9), r"TraceState\(trace\).*this optimizer's is ScaleByAdamState"),
-        (0.1, optax.adam(1e-3), r"ScaleByAdamState\(count, mu, nu\).*this optimizer's is empty, as for plain SGD"),
-        (optax.adam(1e-3), 0.1, r"its `opt` is empty, as for plain SGD, this optimizer's is ScaleByAdamState"),
+        (
+            optax.adam(1e-3),
+            optax.sgd(0.1, momentum=0.9),
+            r"TraceState\(trace\).*this optimizer's is ScaleByAdamState",
+        ),
+        (
+            0.1,
+            optax.adam(1e-3),
+            r"ScaleByAdamState\(count, mu, nu\).*this optimizer's is empty, as for plain SGD",
+        ),
+        (
+            optax.adam(1e-3),
+            0.1,
+            r"its `opt` is empty, as for plain SGD, this optimizer's is ScaleByAdamState",
+        ),
         (guarded(optax.adam(1e-3)), optax.adam(1e-3), r"this optimizer's is Guarded\("),
     ]:
         start = train_state(params_of(), theirs, key0())
-        with pytest.raises(ValueError, match="the train state was made with another optimizer.*" + text):
+        with pytest.raises(
+            ValueError, match="the train state was made with another optimizer.*" + text
+        ):
             jax.jit(train_step(mean_square, ours))(start, batch)
-    wider = train_state({"w": jnp.ones(3)}, optax.adam(0.1), key0())._replace(params={"w": jnp.ones(5)})
-    with pytest.raises(ValueError, match=r"made for other parameters: 'opt/0/mu/w' has the shape \[3\], .* need \[5\]"):
+    wider = train_state({"w": jnp.ones(3)}, optax.adam(0.1), key0())._replace(
+        params={"w": jnp.ones(5)}
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"made for other parameters: 'opt/0/mu/w' has the shape \[3\], .* need \[5\]",
+    ):
         train_step(lambda p, b: p["w"].sum(), optax.adam(0.1))(wider, jnp.ones(2))
 
 
@@ -711,7 +825,10 @@ class Optimizer:  # what torch.optim's classes look like
 )
 def test_something_that_is_no_optimizer_is_named(wrong, text):
     wanted = "the optimizer is an optax transformation such as optax.adam"
-    for make in (lambda: train_state(params_of(), wrong, key0()), lambda: train_step(mean_square, wrong)):
+    for make in (
+        lambda: train_state(params_of(), wrong, key0()),
+        lambda: train_step(mean_square, wrong),
+    ):
         with pytest.raises(TypeError, match=wanted + ".*" + text):
             make()
     if wrong is not None:  # None stands for frozen parameters there
@@ -723,7 +840,8 @@ def test_parameters_and_numbers_in_place_of_states_and_keys_are_named():
     step, batch = train_step(mean_square, 0.1), regression(4)
     for call in (step, augmented(step, lambda key, batch: batch), train_steps(step, 2, 2)):
         with pytest.raises(
-            TypeError, match=r"needs a train state, as train_state\(params, optimizer, key\) .*got a dict"
+            TypeError,
+            match=r"needs a train state, as train_state\(params, optimizer, key\) .*got a dict",
         ):
             call(params_of(), batch)
     with pytest.raises(TypeError, match="key must be a PRNG key such as jax.random.key.*got int 0"):
@@ -741,21 +859,38 @@ def test_sizes_are_whole_positive_and_fit_into_int32():
         with pytest.raises(ValueError, match="batch_size must be a positive int"):
             train_steps(step, wrong, 4)(start, data)  # pyright: ignore[reportArgumentType]
     with pytest.raises(
-        ValueError, match=r"must be less than 2\*\*31, since steps are counted in int32, got 2147483658"
+        ValueError,
+        match=r"must be less than 2\*\*31, since steps are counted in int32, got 2147483658",
     ):
         train_steps(step, 4, 2**31 + 10)
-    with pytest.raises(ValueError, match=r"rows are counted in int32, at most 2\*\*31 - 1 of them, got 3000000000"):
-        jax.eval_shape(train_steps(step, 4, 1), start, jax.ShapeDtypeStruct((3_000_000_000,), jnp.uint8))
+    with pytest.raises(
+        ValueError, match=r"rows are counted in int32, at most 2\*\*31 - 1 of them, got 3000000000"
+    ):
+        jax.eval_shape(
+            train_steps(step, 4, 1), start, jax.ShapeDtypeStruct((3_000_000_000,), jnp.uint8)
+        )
 
 
 @pytest.mark.parametrize(
     "order, text",
     [
-        (lambda key, n, epoch, positions: positions + 1, r"rows must be within 0 \.\. 9, got 10 in epoch 0"),
-        (lambda key, n, epoch, positions: positions + epoch, r"rows must be within 0 \.\. 9, got 10 in epoch 1"),
+        (
+            lambda key, n, epoch, positions: positions + 1,
+            r"rows must be within 0 \.\. 9, got 10 in epoch 0",
+        ),
+        (
+            lambda key, n, epoch, positions: positions + epoch,
+            r"rows must be within 0 \.\. 9, got 10 in epoch 1",
+        ),
         (lambda key, n, epoch, positions: positions - n, r"got -10 in epoch 0"),
-        (lambda key, n, epoch, positions: positions.astype(jnp.float32), r"must return integers \[2\]"),
-        (lambda key, n, epoch, positions: positions[:1], r"must return integers \[2\], one row per position"),
+        (
+            lambda key, n, epoch, positions: positions.astype(jnp.float32),
+            r"must return integers \[2\]",
+        ),
+        (
+            lambda key, n, epoch, positions: positions[:1],
+            r"must return integers \[2\], one row per position",
+        ),
     ],
 )
 def test_rows_out_of_range_are_refused_before_the_first_step(order, text):
@@ -803,14 +938,17 @@ def test_a_loss_with_weights_of_its_own_is_exact_in_any_number_of_parts(accumula
     assert metrics["weight"] == mask.sum()
     gradient = (2 * (0.5 - x) * mask).sum() / mask.sum()
     assert float(state.params) == pytest.approx(0.5 - 0.1 * gradient, rel=1e-5)
-    twice = np.array([2, 1, 1, 1, 1, 1, 1, 1], np.float32)  # weights of a batch multiply those of the loss
+    # Weights of a batch multiply those of the loss.
+    twice = np.array([2, 1, 1, 1, 1, 1, 1, 1], np.float32)
     _, metrics = step(train_state(jnp.float32(0.5), 0.1, key0()), Weighted((x, mask), twice))
     expected = ((0.5 - x) ** 2 * mask * twice[:, None]).sum() / (mask * twice[:, None]).sum()
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_frozen_body_keeps_its_statistics_too():
-    """The recipe of the training page: the body is applied as in evaluation, and its state is handed on."""
+    """The recipe of the training page: the body is applied as in evaluation, and its state is
+    handed on.
+    """
     body, head = chain(dense=dense(3), norm=batch_norm()), chain(norm=batch_norm(), out=dense(1))
     x, y = regression(12)
     hidden = jax.eval_shape(lambda: jnp.zeros((12, 3)))
@@ -855,7 +993,9 @@ def test_jaxs_own_switches_for_debugging_change_no_number(switch):
         start = train_state(params, optimizer, key)
         step = augmented(train_step(loss, optimizer), lambda key, batch: batch)
         end, metrics = jax.jit(train_steps(step, 4, 4, drop_last=False))(start, data)
-        mean = evaluate(lambda params, batch: {"mse": squares(params, batch)}, regression(10), batch_size=4)(end)
+        mean = evaluate(
+            lambda params, batch: {"mse": squares(params, batch)}, regression(10), batch_size=4
+        )(end)
         return end.params, metrics, mean
 
     expected = run()

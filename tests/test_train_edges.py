@@ -1,4 +1,6 @@
-"""Edges of training: weights of zero, the limit of the counter, foreign dtypes, wrong arguments, NaN at the start."""
+"""Edges of training: weights of zero, the limit of the counter, foreign dtypes, wrong arguments,
+NaN at the start.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +48,16 @@ def test_a_record_over_weights_of_zero_lacks_the_metrics_and_means_over_records_
     weights[:16] = 0
     data = Weighted(DATA, weights)
     result = ran(
-        data, order=None, record_every=1, evaluate=lambda state: {"t": 1.0}, stop=early_stopping("min loss", 9)
+        data,
+        order=None,
+        record_every=1,
+        evaluate=lambda state: {"t": 1.0},
+        stop=early_stopping("min loss", 9),
     )
     assert ["loss" in record for record in result.history] == [False, False, True]
     means = [record["loss"] for record in result.history if "loss" in record]
-    # Nothing moves the parameters from 0 before the last batch, so its loss is the mean square of its targets.
+    # Nothing moves the parameters from 0 before the last batch, so its loss is the mean square of
+    # its targets.
     np.testing.assert_allclose(means, [np.mean(DATA[1][16:].astype(float) ** 2)], rtol=1e-6)
     np.testing.assert_allclose(result.evaluations[0]["loss"], means[0], rtol=1e-6)
     metrics = train_epoch(train_step(loss, 0.1), 8, order=None)(start(), data)[1]
@@ -72,7 +79,9 @@ def test_a_history_with_gaps_is_saved_and_restored(tmp_path):
 def test_the_counter_of_steps_has_a_limit():
     near = start()._replace(step=jnp.int32(2**31 - 4))
     assert int(train_steps(train_step(loss, 0.1), 8, 3)(near, DATA)[0].step) == 2**31 - 1
-    with pytest.raises(ValueError, match=r"less than 2\*\*31, got 2147483644 done \+ 4 = 2147483648"):
+    with pytest.raises(
+        ValueError, match=r"less than 2\*\*31, got 2147483644 done \+ 4 = 2147483648"
+    ):
         train_steps(train_step(loss, 0.1), 8, 4)(near, DATA)
 
 
@@ -84,11 +93,15 @@ def test_big_endian_arrays_are_converted(dtype, tmp_path):
     expected = ran().train_state.params
     foreign = tuple(part.astype(dtype) for part in DATA)
     np.testing.assert_array_equal(ran(foreign).train_state.params, expected)
-    np.testing.assert_array_equal(train_epoch(train_step(loss, 0.1), 8)(start(), foreign)[0].params, expected)
+    np.testing.assert_array_equal(
+        train_epoch(train_step(loss, 0.1), 8)(start(), foreign)[0].params, expected
+    )
     np.save(tmp_path / "x.npy", foreign[0])
     lazy = np.load(tmp_path / "x.npy", mmap_mode="r")
     np.testing.assert_array_equal(ran((lazy, foreign[1])).train_state.params, expected)
-    value = evaluate(lambda params, batch: {"error": loss(params, batch)}, foreign)(start())["error"]
+    value = evaluate(lambda params, batch: {"error": loss(params, batch)}, foreign)(start())[
+        "error"
+    ]
     np.testing.assert_allclose(value, np.mean(DATA[1].astype(float) ** 2), rtol=1e-6)
     batches = [tuple(part[i : i + 8] for part in foreign) for i in (0, 8, 16)]
     whole = ran(order=None).train_state.params

@@ -1,4 +1,6 @@
-"""capture, replace, summary, walk: against the same networks written out, and costs against formulas and XLA."""
+"""capture, replace, summary, walk: against the same networks written out, and costs against
+formulas and XLA.
+"""
 
 import functools
 
@@ -6,7 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from registry import CASES, close, floats, noisy_block, numbers, quick_to_compile, state_of, transformer_block, weights  # noqa: F401 (a fixture)
+from registry import (
+    CASES,
+    close,
+    floats,
+    noisy_block,
+    numbers,
+    quick_to_compile,  # noqa: F401 (a fixture)
+    state_of,
+    transformer_block,
+    weights,
+)
 
 from jaxnet import tree
 from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual
@@ -26,11 +38,15 @@ def equal(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-# --- walk ------------------------------------------------------------------------------------------------------------
+# --- walk -----------------------------------------------------------------------------------------
 
 
 def test_walk_gives_every_layer_with_its_path_parents_first():
-    net = chain(stem=dense(4), blocks=repeat(residual(chain(norm=layer_norm(), up=dense(4))), 2), head=jnp.tanh)
+    net = chain(
+        stem=dense(4),
+        blocks=repeat(residual(chain(norm=layer_norm(), up=dense(4))), 2),
+        head=jnp.tanh,
+    )
     assert [(path, layer.label) for path, layer in walk(net)] == [
         ("", "chain"),
         ("stem", "dense(4)"),
@@ -43,7 +59,7 @@ def test_walk_gives_every_layer_with_its_path_parents_first():
     ]
 
 
-# --- capture ---------------------------------------------------------------------------------------------------------
+# --- capture --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -70,7 +86,13 @@ def test_capture_gives_every_output_by_path():
     params = weights(net, X)
     result, seen = capture(net)(params, X)
     up = dense(4).apply(params["encoder"]["up"], X)
-    expected = {"": result, "encoder": jnp.tanh(up), "encoder/act": jnp.tanh(up), "encoder/up": up, "head": result}
+    expected = {
+        "": result,
+        "encoder": jnp.tanh(up),
+        "encoder/act": jnp.tanh(up),
+        "encoder/up": up,
+        "head": result,
+    }
     close(seen, expected)
     assert list(seen) == sorted(seen)
 
@@ -84,12 +106,21 @@ def test_outputs_inside_repeat_are_stacked_and_those_of_the_copies_are_at_its_pa
     x, mixes, acts = X, [], []
     for i in range(3):
         for j in range(2):
-            kernel, bias = params["blocks"]["mix"]["kernel"][i, j], params["blocks"]["mix"]["bias"][i, j]
+            kernel, bias = (
+                params["blocks"]["mix"]["kernel"][i, j],
+                params["blocks"]["mix"]["bias"][i, j],
+            )
             mixes.append(x @ kernel + bias[None])
             x = jnp.tanh(mixes[-1])
             acts.append(x)
-    stacked = {name: jnp.stack(xs).reshape(3, 2, 4, 4) for name, xs in [("mix", mixes), ("act", acts)]}
-    close(seen, {"blocks": stacked["act"], "blocks/act": stacked["act"], "blocks/mix": stacked["mix"]}, rtol=1e-4)
+    stacked = {
+        name: jnp.stack(xs).reshape(3, 2, 4, 4) for name, xs in [("mix", mixes), ("act", acts)]
+    }
+    close(
+        seen,
+        {"blocks": stacked["act"], "blocks/act": stacked["act"], "blocks/mix": stacked["mix"]},
+        rtol=1e-4,
+    )
 
 
 def test_a_layer_called_again_has_its_call_in_the_path():
@@ -120,7 +151,11 @@ def test_what_shares_a_path_is_covered_by_the_outermost_layer():
 
 
 def test_capture_carries_state_and_keeps_what_it_does_not_capture():
-    net = chain(stem=batch_norm(), blocks=repeat(noisy_block, 2), tail=parallel(batch_norm(), jnp.tanh, merge=jnp.add))
+    net = chain(
+        stem=batch_norm(),
+        blocks=repeat(noisy_block, 2),
+        tail=parallel(batch_norm(), jnp.tanh, merge=jnp.add),
+    )
     params, state = weights(net, X), state_of(net, X)
     expected = net.apply(params, X, state=state, key=key(3), train=True)
     for pattern, seen_paths in [
@@ -136,9 +171,15 @@ def test_capture_carries_state_and_keeps_what_it_does_not_capture():
         capture(dense(4))(weights(dense(4), X), X, state={"mean": X})
 
 
-@pytest.mark.parametrize("first", [jnp.zeros(()), (jnp.zeros(()),), {}], ids=["array", "tuple", "empty"])
+@pytest.mark.parametrize(
+    "first", [jnp.zeros(()), (jnp.zeros(()),), {}], ids=["array", "tuple", "empty"]
+)
 def test_capture_keeps_a_state_of_any_form(first):
-    count = layer(None, lambda params, x, state: (x, jax.tree.map(lambda s: s + 1, state)), init_state=lambda x: first)
+    count = layer(
+        None,
+        lambda params, x, state: (x, jax.tree.map(lambda s: s + 1, state)),
+        init_state=lambda x: first,
+    )
     net = wire(count=count, plain=jnp.tanh, block=repeat(chain(count), 2))(
         lambda f, x: f.block(f.count(f.plain(f.count(x))))
     )
@@ -164,7 +205,11 @@ def test_captured_outputs_are_ordinary_values_under_jit_grad_and_vmap():
     grads = jax.jit(jax.grad(penalty))(params, X)
     close(grads["up"], jax.grad(by_hand)(params, X)["up"], rtol=1e-4)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["down"]))
-    close(jax.vmap(penalty, (None, 0))(params, X), jnp.stack([by_hand(params, row) for row in X]), rtol=1e-4)
+    close(
+        jax.vmap(penalty, (None, 0))(params, X),
+        jnp.stack([by_hand(params, row) for row in X]),
+        rtol=1e-4,
+    )
 
 
 def test_what_is_called_inside_a_raw_transform_is_left_out():
@@ -185,20 +230,28 @@ def test_captured_outputs_may_be_trees():
     equal(seen["split"], {"a": X, "b": (X, None)})
 
 
-@pytest.mark.parametrize("function", [capture, lambda net, pattern: replace(net, pattern, dense(1))])
+@pytest.mark.parametrize(
+    "function", [capture, lambda net, pattern: replace(net, pattern, dense(1))]
+)
 def test_a_pattern_for_no_layer_is_an_error(function):
     net = chain(encoder=chain(up=dense(4)), head=dense(2))
-    with pytest.raises(KeyError, match="no layer matches 'encodr/up'; the layers are encoder, encoder/up, head"):
+    with pytest.raises(
+        KeyError, match="no layer matches 'encodr/up'; the layers are encoder, encoder/up, head"
+    ):
         function(net, "encodr/up")
     with pytest.raises(KeyError, match="no layer matches 'head/kernel'"):  # layers, not parameters
         function(net, "head/kernel")
 
 
-# --- replace ---------------------------------------------------------------------------------------------------------
+# --- replace --------------------------------------------------------------------------------------
 
 
 def test_replace_exchanges_layers_by_path_and_keeps_parameters_usable():
-    net = chain(stem=dense(4), blocks=repeat(residual(chain(norm=layer_norm(), up=dense(4))), 2), norm=layer_norm())
+    net = chain(
+        stem=dense(4),
+        blocks=repeat(residual(chain(norm=layer_norm(), up=dense(4))), 2),
+        norm=layer_norm(),
+    )
     params = weights(net, X)
     identity = replace(net, "**/norm", chain())
     assert "layer_norm" not in repr(identity) and "layer_norm" in repr(net)
@@ -247,7 +300,8 @@ def test_replace_reaches_into_every_combinator_and_keeps_its_options():
         )
     )
     out = replace(net, "**", lambda path, layer: layer if layer.children else jnp.sin)
-    # A layer that comes back unchanged is searched further, so that "every layer without children" can be said.
+    # A layer that comes back unchanged is searched further, so that "every layer without children"
+    # can be said.
     assert repr(out) == repr(net).replace("dense(4)", "sin")
     assert repr(replace(net, "**", lambda path, layer: layer)) == repr(net)
     out = replace(replace(net, "0", lambda path, layer: repeat(jnp.sin, 2)), "1/a", chain(jnp.cos))
@@ -275,17 +329,23 @@ def test_a_network_with_the_same_parts_is_the_same_program(around):
 
 
 def test_what_a_replacing_function_returns_must_be_a_layer():
-    with pytest.raises(TypeError, match="replace: the new layer at 'a' must be a layer or a function"):
+    with pytest.raises(
+        TypeError, match="replace: the new layer at 'a' must be a layer or a function"
+    ):
         replace(chain(a=dense(4)), "a", lambda path, layer: None)
 
 
-# --- summary ---------------------------------------------------------------------------------------------------------
+# --- summary --------------------------------------------------------------------------------------
 
 
 def test_a_summary_prints_as_a_table():
-    net = chain(stem=dense(8), blocks=repeat(residual(chain(norm=layer_norm(), mix=dense(8))), 3), norm=batch_norm())
-    # FLOPs: dense 2 B D H + B H; layer_norm 9 operations on 4 x 8 numbers and 8 on 4; batch_norm 3 on 4 x 8 and 3 on 8;
-    # the sum of the residual 4 x 8; three copies of all that is in the blocks.
+    net = chain(
+        stem=dense(8),
+        blocks=repeat(residual(chain(norm=layer_norm(), mix=dense(8))), 3),
+        norm=batch_norm(),
+    )
+    # FLOPs: dense 2 B D H + B H; layer_norm 9 operations on 4 x 8 numbers and 8 on 4; batch_norm 3
+    # on 4 x 8 and 3 on 8; the sum of the residual 4 x 8; three copies of all that is in the blocks.
     text = """\
 path         layer                       output         parameters  bytes  FLOPs
 --------------------------------------------------------------------------------
@@ -310,7 +370,10 @@ def test_parameters_bytes_and_rows_are_those_of_init(case, train):
         tree.bytes_of(state),
     )
     rows = {row.path: row for row in table.rows}
-    assert list(rows) == list(dict.fromkeys(path for path, _ in walk(case.net))) and rows[""].flops == table.flops
+    assert (
+        list(rows) == list(dict.fromkeys(path for path, _ in walk(case.net)))
+        and rows[""].flops == table.flops
+    )
     for path, row in rows.items():
         inside = [leaf for name, leaf in tree.flatten(params).items() if tree.matches(name, path)]
         assert (row.parameters, row.bytes) == (tree.count(inside), tree.bytes_of(inside)), path
@@ -335,7 +398,9 @@ def test_flops_of_dense_are_two_a_multiply_add_and_one_a_bias():
     assert flops(dense(H), floats(B, D)) == 2 * B * D * H + B * H
     assert flops(dense(H, bias=False), floats(2, B, D)) == 2 * 2 * B * D * H
     assert flops(repeat(dense(D), 5), floats(B, D)) == 5 * (2 * B * D * D + B * D)
-    assert flops(repeat(repeat(dense(D), 5), 3, remat=True), floats(B, D)) == 15 * (2 * B * D * D + B * D)
+    assert flops(repeat(repeat(dense(D), 5), 3, remat=True), floats(B, D)) == 15 * (
+        2 * B * D * D + B * D
+    )
 
 
 @pytest.mark.parametrize(
@@ -343,22 +408,29 @@ def test_flops_of_dense_are_two_a_multiply_add_and_one_a_bias():
     [
         (lambda x: x @ x, 2 * 4**3),
         (lambda x: jnp.einsum("ij,kj->ik", x, x), 2 * 4**3),
-        (lambda x: jnp.einsum("ij,ij->i", x, x), 2 * 4**2),  # a batched product: one multiply-add an element
+        # A batched product: one multiply-add an element.
+        (lambda x: jnp.einsum("ij,ij->i", x, x), 2 * 4**2),
         (lambda x: jnp.tanh(x) + 1, 2 * 4**2),
         (lambda x: x.sum(0), 4**2),  # one an input element
         (lambda x: x.T.reshape(2, 8)[:, ::2], 0),  # moving data is free
-        (lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, jnp.negative, x), 2 * 4**3),  # the dearest branch
+        # The dearest branch.
+        (lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, jnp.negative, x), 2 * 4**3),
         (lambda x: jax.lax.scan(lambda h, row: (h + row, None), x[0], x)[0], 4 * 4),
-        (lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x @ x, x), 3 * (2 * 4**3 + 1)),  # a scan; and its counter
+        # A scan; and its counter.
+        (lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x @ x, x), 3 * (2 * 4**3 + 1)),
         (lambda x: jax.jit(jax.checkpoint(lambda x: x @ x))(x), 2 * 4**3),
-        (lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x), 2 * 4**3),  # one turn
+        # One turn.
+        (lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x), 2 * 4**3),
         (lambda x: jax.nn.relu(x), 4**2),  # through a custom_jvp
         (lambda x: scaled_gradient(x), 4**2),
         (
             lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (2, 2), (2, 2), "VALID"),
             4 * 4,
         ),  # a window an output
-        (lambda x: jax.lax.conv(x[None, None], jnp.ones((3, 1, 2, 2)), (1, 1), "VALID"), 2 * (3 * 3 * 3) * (2 * 2)),
+        (
+            lambda x: jax.lax.conv(x[None, None], jnp.ones((3, 1, 2, 2)), (1, 1), "VALID"),
+            2 * (3 * 3 * 3) * (2 * 2),
+        ),
     ],
 )
 def test_flops_of_a_body_are_counted_by_equation(function, expected):
@@ -374,7 +446,9 @@ def test_flops_are_those_that_xla_counts():
 
 
 def test_a_layer_called_twice_has_its_weights_counted_once_and_its_flops_twice():
-    net = wire(a=dense(4), table=param((4, 4), jax.nn.initializers.ones))(lambda f, x: f.a(f.a(x)) @ f.table())
+    net = wire(a=dense(4), table=param((4, 4), jax.nn.initializers.ones))(
+        lambda f, x: f.a(f.a(x)) @ f.table()
+    )
     table = summary(net, X)
     assert table.parameters == 20 + 16
     assert [(row.path, row.parameters, row.flops) for row in table.rows] == [
@@ -395,7 +469,10 @@ def test_what_is_inside_a_raw_transform_has_parameters_and_its_parent_the_flops(
 
 def test_a_summary_runs_nothing_and_takes_the_inputs_that_the_network_takes():
     huge = jax.ShapeDtypeStruct((10**6, 10**6, 4), jnp.float32)
-    assert summary(chain(layer_norm(), dense(4)), huge).rows[0].output == "float32[1000000, 1000000, 4]"
+    assert (
+        summary(chain(layer_norm(), dense(4)), huge).rows[0].output
+        == "float32[1000000, 1000000, 4]"
+    )
     net = wire(a=dense(4), b=dense(4))(
         lambda f, x, y, mode, *, flip=False: f.a(x) + f.b(y) if flip and mode == "add" else x
     )

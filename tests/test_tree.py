@@ -1,4 +1,6 @@
-"""Trees by path: laws over random trees, the pattern language as a table, and the text of tables and errors."""
+"""Trees by path: laws over random trees, the pattern language as a table, and the text of tables
+and errors.
+"""
 
 import collections
 import copy
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from jaxnet import tree
 
-# --- random trees ----------------------------------------------------------------------------------------------------
+# --- random trees ---------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -42,16 +44,22 @@ def nodes(children):
 
 
 TREES = st.recursive(LEAVES | EMPTY, nodes, max_leaves=8)
-DICTS = st.recursive(LEAVES, lambda children: st.dictionaries(NAMES, children, min_size=1, max_size=3), max_leaves=8)
+DICTS = st.recursive(
+    LEAVES, lambda children: st.dictionaries(NAMES, children, min_size=1, max_size=3), max_leaves=8
+)
 PATTERNS = st.lists(
-    NAMES | st.sampled_from(["*", "**", "?", "[ab]", "[!a]", "k*", "0", "1", "trace"]), min_size=1, max_size=3
+    NAMES | st.sampled_from(["*", "**", "?", "[ab]", "[!a]", "k*", "0", "1", "trace"]),
+    min_size=1,
+    max_size=3,
 )
 
 
 def same(a, b) -> bool:
     """The same structure, types of nodes included, and the very same leaves."""
     leaves, others = jax.tree.leaves(a), jax.tree.leaves(b)
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(x is y for x, y in zip(leaves, others, strict=True))
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x is y for x, y in zip(leaves, others, strict=True)
+    )
 
 
 quick = settings(max_examples=300, deadline=None)
@@ -62,9 +70,19 @@ def trees_and_patterns(draw):
     """A tree, and patterns made of its paths with wildcards in the place of some names."""
     t, patterns = draw(TREES), []
     for path in draw(st.lists(st.sampled_from(tree.paths(t)), max_size=2)) if tree.paths(t) else []:
-        wild = draw(st.lists(st.sampled_from(["", "*", "**", "?*"]), min_size=path.count("/") + 1, max_size=9))
-        patterns.append("/".join(new or old for new, old in zip(wild, path.split("/"), strict=False)))
-    return t, [pattern for pattern in patterns if any(tree.matches(path, pattern) for path in tree.paths(t))]
+        wild = draw(
+            st.lists(
+                st.sampled_from(["", "*", "**", "?*"]), min_size=path.count("/") + 1, max_size=9
+            )
+        )
+        patterns.append(
+            "/".join(new or old for new, old in zip(wild, path.split("/"), strict=False))
+        )
+    return t, [
+        pattern
+        for pattern in patterns
+        if any(tree.matches(path, pattern) for path in tree.paths(t))
+    ]
 
 
 @quick
@@ -115,7 +133,9 @@ def test_put_changes_one_place_and_get_finds_it(t, data):
     assert not known or jax.tree.structure(changed) == structure
     for other in known:
         assert other == path or tree.get(changed, other) is tree.get(t, other)
-    assert jax.tree.structure(t) == structure and all(x is y for x, y in zip(leaves, jax.tree.leaves(t), strict=True))
+    assert jax.tree.structure(t) == structure and all(
+        x is y for x, y in zip(leaves, jax.tree.leaves(t), strict=True)
+    )
     assert same(tree.put(t, path, tree.get(t, path)), t)
 
 
@@ -123,7 +143,9 @@ def test_put_changes_one_place_and_get_finds_it(t, data):
 @given(TREES)
 def test_map_with_path_sees_each_leaf_by_its_path(t):
     seen = tree.map_with_path(lambda path, leaf, twin: (path, leaf is twin), t, t)
-    pairs = jax.tree.leaves(seen, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str))
+    pairs = jax.tree.leaves(
+        seen, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str)
+    )
     assert [path for path, _ in pairs] == tree.paths(t) and all(twins for _, twins in pairs)
 
 
@@ -131,7 +153,10 @@ def network() -> dict:
     def dense():
         return {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}
 
-    return {"blocks": {"attn": {"query": dense(), "out": dense()}, "norm": {"scale": jnp.ones(2)}}, "head": dense()}
+    return {
+        "blocks": {"attn": {"query": dense(), "out": dense()}, "norm": {"scale": jnp.ones(2)}},
+        "head": dense(),
+    }
 
 
 @pytest.mark.parametrize("pattern", ["0/mu", "**/bias", "**/head", "0/count", "**"])
@@ -139,10 +164,13 @@ def test_split_and_merge_of_an_optimizer_state(pattern):
     state = optax.adamw(1e-3).init(network())
     chosen, rest = tree.split(state, pattern)
     assert same(tree.merge(chosen, rest), state)
-    assert len(tree.paths(chosen)) == {"0/mu": 7, "**/bias": 6, "**/head": 4, "0/count": 1, "**": 15}[pattern]
+    assert (
+        len(tree.paths(chosen))
+        == {"0/mu": 7, "**/bias": 6, "**/head": 4, "0/count": 1, "**": 15}[pattern]
+    )
 
 
-# --- patterns --------------------------------------------------------------------------------------------------------
+# --- patterns -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -197,11 +225,18 @@ def test_the_pattern_language(pattern, path, matches, exactly):
 
 
 def test_several_patterns_match_what_one_of_them_matches():
-    assert tree.matches("a/bias", "b", "**/bias") and not tree.matches("a/bias", "b", "c") and not tree.matches("a")
-    assert list(tree.select(network(), "head/bias", "**/scale")) == ["blocks/norm/scale", "head/bias"]
+    assert (
+        tree.matches("a/bias", "b", "**/bias")
+        and not tree.matches("a/bias", "b", "c")
+        and not tree.matches("a")
+    )
+    assert list(tree.select(network(), "head/bias", "**/scale")) == [
+        "blocks/norm/scale",
+        "head/bias",
+    ]
 
 
-# --- flatten, get, put, merge: cases ---------------------------------------------------------------------------------
+# --- flatten, get, put, merge: cases --------------------------------------------------------------
 
 
 def test_flatten_names_every_kind_of_node():
@@ -215,7 +250,10 @@ def test_flatten_names_every_kind_of_node():
 
 def test_get_and_put_reach_nodes_and_new_keys():
     params = network()
-    assert tree.get(params, "blocks/norm") is params["blocks"]["norm"] and tree.get(params, "") is params
+    assert (
+        tree.get(params, "blocks/norm") is params["blocks"]["norm"]
+        and tree.get(params, "") is params
+    )
     assert tree.get({"a": [None, 1]}, "a/0") is None
     without = tree.put(params, "blocks/attn", {})
     assert tree.paths(without["blocks"]) == ["norm/scale"] and "query" in params["blocks"]["attn"]
@@ -235,19 +273,47 @@ def test_get_and_put_reach_nodes_and_new_keys():
             KeyError,
             "no 'blocks/atn/query': blocks has no 'atn'; did you mean",
         ),
-        (lambda: tree.get(network(), "hed"), KeyError, r"the top of the tree has no 'hed'; did you mean 'head'\?"),
-        (lambda: tree.get(network(), "head/bias/0"), KeyError, r"head/bias has no '0' \(it has no children\)"),
-        (lambda: tree.put(network(), "hed/bias", 1), KeyError, "no 'hed/bias': the top of the tree has no 'hed'"),
+        (
+            lambda: tree.get(network(), "hed"),
+            KeyError,
+            r"the top of the tree has no 'hed'; did you mean 'head'\?",
+        ),
+        (
+            lambda: tree.get(network(), "head/bias/0"),
+            KeyError,
+            r"head/bias has no '0' \(it has no children\)",
+        ),
+        (
+            lambda: tree.put(network(), "hed/bias", 1),
+            KeyError,
+            "no 'hed/bias': the top of the tree has no 'hed'",
+        ),
         (lambda: tree.put([1, 2], "2", 1), KeyError, r"has no '2' \(it has 0, 1\)"),
-        (lambda: tree.select(network(), "**/bais"), KeyError, r"no path matches '\*\*/bais'; the nearest of 7 are \["),
+        (
+            lambda: tree.select(network(), "**/bais"),
+            KeyError,
+            r"no path matches '\*\*/bais'; the nearest of 7 are \[",
+        ),
         (lambda: tree.mask({}, "a"), KeyError, r"no path matches 'a'; the nearest of 0 are \[\]"),
-        (lambda: tree.flatten({"a/b": 1, "a": {"b": 2}}), ValueError, "two leaves have the path 'a/b'"),
+        (
+            lambda: tree.flatten({"a/b": 1, "a": {"b": 2}}),
+            ValueError,
+            "two leaves have the path 'a/b'",
+        ),
         (lambda: tree.unflatten({"a": 1, "a/b": 2}), ValueError, "'a/b' goes through a leaf"),
         (lambda: tree.unflatten({"a/b": 2, "a": 1}), ValueError, "'a' is both a leaf and a node"),
         (lambda: tree.merge({"a": {"b": 1}}, {"a": {"b": 2}}), ValueError, "both trees hold 'a/b'"),
         (lambda: tree.merge({"a": {"b": 1}}, {"a": 2}), ValueError, "both trees hold 'a'"),
-        (lambda: tree.merge({"a": (1, None)}, {"a": [None, 2]}), ValueError, "cannot merge tuple and list at 'a'"),
-        (lambda: tree.merge((1, None), (None, 2, 3)), ValueError, "cannot merge tuple and tuple at '': other children"),
+        (
+            lambda: tree.merge({"a": (1, None)}, {"a": [None, 2]}),
+            ValueError,
+            "cannot merge tuple and list at 'a'",
+        ),
+        (
+            lambda: tree.merge((1, None), (None, 2, 3)),
+            ValueError,
+            "cannot merge tuple and tuple at '': other children",
+        ),
     ],
 )
 def test_errors_say_where_and_what_is_nearest(call, error, message):
@@ -259,12 +325,19 @@ def test_merge_takes_any_number_of_parts():
     params = network()
     a, rest = tree.split(params, "head")
     b, c = tree.split(rest, "**/attn")
-    assert same(tree.merge(a, b, c), params) and same(tree.merge(c, b, a), params) and same(tree.merge(params), params)
+    assert (
+        same(tree.merge(a, b, c), params)
+        and same(tree.merge(c, b, a), params)
+        and same(tree.merge(params), params)
+    )
 
 
 def test_parts_know_nothing_of_each_other_in_dicts_and_keep_positions_elsewhere():
     chosen, rest = tree.split({"a": {"x": 1, "y": 2}, "b": [1, {"x": 3}]}, "**/x")
-    assert chosen == {"a": {"x": 1}, "b": [None, {"x": 3}]} and rest == {"a": {"y": 2}, "b": [1, None]}
+    assert chosen == {"a": {"x": 1}, "b": [None, {"x": 3}]} and rest == {
+        "a": {"y": 2},
+        "b": [1, None],
+    }
     assert tree.split({"a": 1}, "a") == ({"a": 1}, {}) and tree.split(5, "**") == (5, None)
     assert tree.split({"a": 1}) == ({}, {"a": 1})  # no pattern, nothing chosen
     assert tree.split({"a": 1, "e": {}, "n": None}, "**") == (
@@ -273,7 +346,7 @@ def test_parts_know_nothing_of_each_other_in_dicts_and_keep_positions_elsewhere(
     )  # no leaf, nothing to choose
 
 
-# --- with optax ------------------------------------------------------------------------------------------------------
+# --- with optax -----------------------------------------------------------------------------------
 
 
 def test_mask_drives_optax_masked():
@@ -281,7 +354,9 @@ def test_mask_drives_optax_masked():
     decay = optax.masked(optax.add_decayed_weights(0.5), tree.mask(params, "**/kernel"))
     updates, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
     for path, update in tree.flatten(updates).items():
-        np.testing.assert_array_equal(update, 0.5 * tree.get(params, path) if path.endswith("kernel") else 0 * update)
+        np.testing.assert_array_equal(
+            update, 0.5 * tree.get(params, path) if path.endswith("kernel") else 0 * update
+        )
     state = optax.masked(optax.adam(0.1), tree.mask(params, "head")).init(params)
     assert [p for p in tree.paths(state) if "/mu/" in p] == [
         "inner_state/0/mu/head/bias",
@@ -290,7 +365,7 @@ def test_mask_drives_optax_masked():
     assert same(tree.merge(*tree.split(state, "**/mu")), state)  # MaskedNodes stay where they are
 
 
-# --- counts, norms, tables -------------------------------------------------------------------------------------------
+# --- counts, norms, tables ------------------------------------------------------------------------
 
 KEY = jax.random.key(0)
 ODD = {
@@ -319,7 +394,9 @@ def test_count_and_bytes_are_sums_over_leaves_of_any_kind():
         assert (tree.count(ODD[name]), tree.bytes_of(ODD[name])) == (count, size), name
     assert tree.count(ODD) == sum(count for count, _ in sizes.values()) + 1
     state = optax.adam(0.1).init(network())
-    assert tree.count(state) == 2 * tree.count(network()) + 1 and tree.bytes_of(state) == 4 * tree.count(state)
+    assert tree.count(state) == 2 * tree.count(network()) + 1 and tree.bytes_of(
+        state
+    ) == 4 * tree.count(state)
     assert tree.count(None) == tree.bytes_of({}) == 0
 
 
@@ -327,7 +404,8 @@ def test_norms_are_euclidean_and_accumulated_in_float32():
     assert tree.norm({"a": jnp.array([3.0, 0]), "b": [jnp.array(4)]}) == 5
     norms = tree.norms({"a": jnp.array([3, 4]), "b": {"c": jnp.array([3 + 4j])}})
     assert norms == {"a": 5, "b/c": 5}
-    half = jnp.full(4096, 300, "float16")  # its square overflows float16, the sum of squares stops growing in bfloat16
+    # Its square overflows float16, the sum of squares stops growing in bfloat16.
+    half = jnp.full(4096, 300, "float16")
     np.testing.assert_allclose(tree.norm(half), 300 * 64, rtol=1e-6)
     np.testing.assert_allclose(tree.norm(half.astype("bfloat16")), 300 * 64, rtol=1e-6)
     assert tree.norm({}) == 0 and tree.norms({}) == {}
@@ -346,23 +424,32 @@ def test_the_gradient_of_a_norm_at_zero_is_zero():
     grad = jax.grad(tree.norm)({"a": jnp.array([3.0, 0]), "b": jnp.float32(4)})
     np.testing.assert_allclose(grad["a"], [0.6, 0], rtol=1e-6)
     np.testing.assert_allclose(grad["b"], 0.8, rtol=1e-6)
-    one_of_two = jax.grad(lambda x: sum(tree.norms(x).values()))({"a": jnp.zeros(2), "b": jnp.array([3.0, 4.0])})
+    one_of_two = jax.grad(lambda x: sum(tree.norms(x).values()))(
+        {"a": jnp.zeros(2), "b": jnp.array([3.0, 4.0])}
+    )
     np.testing.assert_allclose(one_of_two["b"], [0.6, 0.8], rtol=1e-6)
     assert not one_of_two["a"].any()
 
 
-@pytest.mark.parametrize("dtype, value", [(d, v) for d in ("float32", "bfloat16") for v in (2e38, 1e30, 1.0, 1e-30)])
+@pytest.mark.parametrize(
+    "dtype, value", [(d, v) for d in ("float32", "bfloat16") for v in (2e38, 1e30, 1.0, 1e-30)]
+)
 def test_squares_of_huge_and_tiny_numbers_neither_overflow_nor_vanish(dtype, value):
     x = jnp.array([value, 0.75 * value, -value]).astype(dtype)
-    expected = np.linalg.norm(np.asarray(x, np.float64))  # 3.2e38 at most, below the largest float32
+    # 3.2e38 at most, below the largest float32.
+    expected = np.linalg.norm(np.asarray(x, np.float64))
     np.testing.assert_allclose(jax.jit(tree.norm)({"x": x}), expected, rtol=1e-6)
     np.testing.assert_allclose(tree.norms({"x": x})["x"], expected, rtol=1e-6)
     grad = np.asarray(jax.grad(tree.norm)(x), np.float64)
-    np.testing.assert_allclose(grad, np.asarray(x, np.float64) / expected, rtol=2 * float(jnp.finfo(dtype).eps))
+    np.testing.assert_allclose(
+        grad, np.asarray(x, np.float64) / expected, rtol=2 * float(jnp.finfo(dtype).eps)
+    )
 
 
 def test_norms_tell_what_is_not_finite_and_what_is_too_large():
-    assert tree.norm(jnp.array([jnp.inf, 1])) == jnp.inf and jnp.isnan(tree.norm(jnp.array([jnp.nan, 1])))
+    assert tree.norm(jnp.array([jnp.inf, 1])) == jnp.inf and jnp.isnan(
+        tree.norm(jnp.array([jnp.nan, 1]))
+    )
     assert tree.norm(jnp.full(9, 3e38)) == jnp.inf  # 9e38 is no float32
     assert tree.norm({"a": jnp.zeros((0, 4))}) == 0
     with jax.enable_x64(True):

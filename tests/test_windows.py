@@ -1,4 +1,5 @@
-"""A law of windows: up to 31 elements along every axis, and beyond, programs stay short and agree with `jax.lax`.
+"""A law of windows: up to 31 elements along every axis, and beyond, programs stay short and agree
+with `jax.lax`.
 
 The program is the StableHLO text of the forward pass and all gradients.
 """
@@ -42,7 +43,13 @@ def lax_convolution(x, kernel, *, strides=1, padding="SAME", dilation=1, groups=
     strides, dilation = np.broadcast_to(strides, n).tolist(), np.broadcast_to(dilation, n).tolist()
     names = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
     return lax.conv_general_dilated(
-        x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=names, feature_group_count=groups
+        x,
+        kernel,
+        strides,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=names,
+        feature_group_count=groups,
     )
 
 
@@ -78,11 +85,16 @@ def check_window(kind, window, sizes, batch=2, **options):
     if kind in CONVOLUTIONS:
         channels, features, groups = CONVOLUTIONS[kind]
         # Sums of many products of the size of one: the gradients stay of the size of one, too.
-        kernel = normal((*window, channels, features * groups), 1) / np.sqrt(np.prod(window) * channels)
+        kernel = normal((*window, channels, features * groups), 1) / np.sqrt(
+            np.prod(window) * channels
+        )
         options = options | dict(groups=groups)
         ours, reference = (functools.partial(fn, **options) for fn in (convolve, lax_convolution))
         return check(ours, reference, normal((batch, *sizes, channels * groups)), kernel)
-    strides, padding = options.get("strides", (1,) * len(window)), [(w // 2, (w - 1) // 2) for w in window]
+    strides, padding = (
+        options.get("strides", (1,) * len(window)),
+        [(w // 2, (w - 1) // 2) for w in window],
+    )
     pool = {"max_pool": max_pool, "avg_pool": avg_pool}[kind]
     check(
         functools.partial(pool, window=window, strides=strides, padding=padding),
@@ -109,12 +121,17 @@ def test_all_windows_up_to_31_make_short_programs_and_agree_with_lax(kind, rank)
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_any_combination_of_options_agrees_with_lax(seed):
-    """Windows, strides, dilation, padding, features and groups at random; nothing of what they decide is left out."""
+    """Windows, strides, dilation, padding, features and groups at random; nothing of what they
+    decide is left out.
+    """
     draw, checked = random.Random(seed), 0
     while checked < 12:
         rank = draw.choice([1, 2, 2, 3])
         sizes = [draw.randint(1, {1: 60, 2: 14, 3: 6}[rank]) for _ in range(rank)]
-        window = [draw.choice([1, 2, 3, 5, 6, 7, 9, 16, 25, 31] if rank < 3 else [1, 2, 3, 6, 9]) for _ in range(rank)]
+        window = [
+            draw.choice([1, 2, 3, 5, 6, 7, 9, 16, 25, 31] if rank < 3 else [1, 2, 3, 6, 9])
+            for _ in range(rank)
+        ]
         channels, features = (draw.choice([1, 2, 4, 5, 16, 17, 33]) for _ in range(2))
         groups = draw.choice([1, 1, 2, 3])
         options = dict(
@@ -124,7 +141,9 @@ def test_any_combination_of_options_agrees_with_lax(seed):
             groups=groups,
         )
         x = normal((draw.choice([1, 3, 8]), *sizes, channels * groups))
-        kernel = normal((*window, channels, features * groups), 1) / np.sqrt(np.prod(window) * channels)
+        kernel = normal((*window, channels, features * groups), 1) / np.sqrt(
+            np.prod(window) * channels
+        )
         ours, reference = (functools.partial(fn, **options) for fn in (convolve, lax_convolution))
         if 0 in jax.eval_shape(reference, x, kernel).shape:
             continue
@@ -134,8 +153,13 @@ def test_any_combination_of_options_agrees_with_lax(seed):
 
 @pytest.mark.parametrize(
     "kind, window, sizes",
-    [("depthwise", (512,), (600,)), ("small", (512,), (600,)), ("max_pool", (1000,), (1020,)), ("avg_pool", (1000,), (1020,))],
-)  # fmt: skip
+    [
+        ("depthwise", (512,), (600,)),
+        ("small", (512,), (600,)),
+        ("max_pool", (1000,), (1020,)),
+        ("avg_pool", (1000,), (1020,)),
+    ],
+)
 def test_windows_of_hundreds(kind, window, sizes):
     check_window(kind, window, sizes, batch=1)
 
@@ -174,13 +198,15 @@ def test_second_derivatives_of_long_windows_agree_with_lax(kind, window):
     else:
         kernel = normal((*window, channels, features * groups), 1)
         fns = tuple(
-            functools.partial(lambda fn, x: fn(x, kernel, groups=groups), fn) for fn in (convolve, lax_convolution)
+            functools.partial(lambda fn, x: fn(x, kernel, groups=groups), fn)
+            for fn in (convolve, lax_convolution)
         )
 
     def modes(fn):
         gradient = jax.grad(lambda x: jnp.sum(jnp.sin(fn(x))))
         run = jax.jit(
-            lambda x, xs: (jax.jvp(gradient, (x,), (jnp.cos(x),)), jax.vmap(gradient, 1)(xs)), compiler_options=QUICK
+            lambda x, xs: (jax.jvp(gradient, (x,), (jnp.cos(x),)), jax.vmap(gradient, 1)(xs)),
+            compiler_options=QUICK,
         )
         return run(x, xs)
 

@@ -1,11 +1,13 @@
-"""Checkpoints: one file for a tree, written whole or not at all, and checked byte by byte when it is read.
+"""Checkpoints: one file for a tree, written whole or not at all, and checked byte by byte when it
+is read.
 
-    save("run/state.safetensors", {"params": params, "opt": opt_state, "step": 100}, metadata={"accuracy": 0.98})
+    save("run/state.safetensors", {"params": params, "step": 100}, metadata={"accuracy": 0.98})
     state = load("run/state.safetensors", like=state)
 
-`lazy` opens a file for single leaves, `Checkpoints` is a folder with one file per step; docs/checkpoints.md is the guide.
-Several processes save one tree in parts. `from_torch` and the other functions of `jaxnet.interop` are also available here.
-The files are plain safetensors; docs/checkpoint_format.md describes them. Linux and macOS (it takes `flock`).
+`lazy` opens a file for single leaves, `Checkpoints` is a folder with one file per step;
+docs/checkpoints.md is the guide. Several processes save one tree in parts. `from_torch` and the
+other functions of `jaxnet.interop` are also available here. The files are plain safetensors;
+docs/checkpoint_format.md describes them. Linux and macOS (it takes `flock`).
 """
 
 import importlib
@@ -40,7 +42,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the functions of `jaxnet.interop` on first use, so that `import jaxnet.checkpoint` does not load them."""
+    """Import the functions of `jaxnet.interop` on first use, so that `import jaxnet.checkpoint`
+    does not load them.
+    """
     if name in ("from_equinox", "from_flax", "from_haiku", "from_keras", "from_torch", "to_torch"):
         return getattr(importlib.import_module("jaxnet.interop"), name)
     raise AttributeError(f"module 'jaxnet.checkpoint' has no attribute '{name}'")

@@ -17,7 +17,9 @@ from jaxnet.checkpoint.words import shown
 
 
 class Target(NamedTuple):
-    """How an array shall come back: kind and dtype as in Node, and sharding (None: where JAX puts arrays by default)."""
+    """How an array shall come back: kind and dtype as in Node, and sharding (None: where JAX puts
+    arrays by default).
+    """
 
     kind: str
     dtype: str
@@ -25,7 +27,9 @@ class Target(NamedTuple):
 
 
 def describe(file: str, name: str, x: Any) -> Node:
-    """The node of a leaf that is to be saved; CheckpointError for what has no values, or none that can be had."""
+    """The node of a leaf that is to be saved; CheckpointError for what has no values, or none that
+    can be had.
+    """
     node = describe_template(file, name, x)
     text = None
     if isinstance(x, jax.ShapeDtypeStruct):
@@ -33,7 +37,10 @@ def describe(file: str, name: str, x: Any) -> Node:
     elif isinstance(x, jax.core.Tracer):
         text = "a traced array has no values yet: save outside jit, grad, vmap and scan"
     elif isinstance(x, jax.Array) and x.is_deleted():
-        text = "the array has been deleted (donated to a jitted function?): save the arrays that the function returned"
+        text = (
+            "the array has been deleted (donated to a jitted function?): save the arrays that "
+            "the function returned"
+        )
     if text:
         raise CheckpointError(file, name, text)
     return node
@@ -43,16 +50,25 @@ def describe_template(file: str, name: str, x: Any) -> Node:
     """The node of a leaf of a template, of which only kind, dtype, shape and sharding count."""
     if isinstance(x, (jax.Array, jax.ShapeDtypeStruct)):
         kind = "jax"
-    elif type(x) in (np.ndarray, np.memmap):  # no other subclass: a masked array would lose its mask
+    elif type(x) in (np.ndarray, np.memmap):
+        # No other subclass is taken: a masked array would lose its mask.
         kind = "numpy"
     elif isinstance(x, np.generic):
         kind = "numpy_scalar"
     else:
-        text = f"a {type(x).__module__}.{type(x).__qualname__} is neither an array nor a Python scalar, str or bytes"
+        text = (
+            f"a {type(x).__module__}.{type(x).__qualname__} is neither an array nor a Python "
+            "scalar, str or bytes"
+        )
         if callable(getattr(x, "init", None)) and callable(getattr(x, "apply", None)):
-            remedy = "a network is code and holds no arrays: save its parameters, params = net.init(key, x)"
+            remedy = (
+                "a network is code and holds no arrays: save its parameters, params = "
+                "net.init(key, x)"
+            )
             raise CheckpointError(file, name, f"{text}: {remedy}")
-        raise CheckpointError(file, name, f"{text}: convert it, or register its class as a pytree of arrays")
+        raise CheckpointError(
+            file, name, f"{text}: convert it, or register its class as a pytree of arrays"
+        )
     if node := _node(kind, x.dtype):
         return node
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -73,7 +89,9 @@ def shape_in_file(node: Node, x: Any) -> tuple[int, ...]:
 
 
 def to_bytes(node: Node, x: Any) -> np.ndarray:
-    """The bytes of a leaf as in the file, little-endian in row-major order: uint8 [bytes], a view where that can be."""
+    """The bytes of a leaf as in the file, little-endian in row-major order: uint8 [bytes], a view
+    where that can be.
+    """
     a = fetch(jax.random.key_data(x) if node.kind == "key" else x)
     if "int" in node.value and node.value in WIDENED:
         a = a.astype(np.uint8 if node.value.startswith("uint") else np.int8)
@@ -82,7 +100,9 @@ def to_bytes(node: Node, x: Any) -> np.ndarray:
 
 
 def as_stored(node: Node, x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """What `to_bytes` gives, as an array of this dtype where `x` lies, on however many devices and processes."""
+    """What `to_bytes` gives, as an array of this dtype where `x` lies, on however many devices and
+    processes.
+    """
     if node.kind == "key":
         return jax.random.key_data(x)
     if node.value == "complex128":
@@ -95,36 +115,56 @@ def as_stored(node: Node, x: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def copy(x: jax.Array) -> jax.Array:
-    """The same in other memory, where the host could share that of `x` and would see it change; else `x`."""
-    on_host = next(iter(x.sharding.device_set)).platform == "cpu" or "host" in str(x.sharding.memory_kind)
+    """The same in other memory, where the host could share that of `x` and would see it change;
+    else `x`.
+    """
+    on_host = next(iter(x.sharding.device_set)).platform == "cpu" or "host" in str(
+        x.sharding.memory_kind
+    )
     return _by_shard(x, lambda shard: shard) if on_host else x
 
 
 def _by_shard(x: jax.Array, change: Callable[[jax.Array], Any]) -> jax.Array:
     """A new array of the same shape and sharding, whose shards are changed one by one."""
-    shards = [jax.device_put(change(s.data), s.data.sharding, may_alias=False) for s in x.addressable_shards]
+    shards = [
+        jax.device_put(change(s.data), s.data.sharding, may_alias=False)
+        for s in x.addressable_shards
+    ]
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
 
 
-def from_bytes(file: str, name: str, node: Node, shape: tuple[int, ...], raw: np.ndarray) -> np.ndarray:
+def from_bytes(
+    file: str, name: str, node: Node, shape: tuple[int, ...], raw: np.ndarray
+) -> np.ndarray:
     """The array whose bytes were `raw`, as a view where that can be; for random keys their data."""
     if node.kind != "key" and node.value not in CODES and node.value not in WIDENED:
-        text = f"safetensors' type {node.value} packs several elements into a byte, which jaxnet cannot read: widen it"
+        text = (
+            f"safetensors' type {node.value} packs several elements into a byte, which jaxnet "
+            "cannot read: widen it"
+        )
         raise CheckpointError(file, name, text)
     try:
         if node.kind == "key":
             return raw.view(np.uint32).reshape(shape)
         dtype = dtype_of(node.value)
         if "int" in node.value and node.value in WIDENED:
-            return raw.view(np.uint8 if node.value.startswith("uint") else np.int8).astype(dtype).reshape(shape)
+            return (
+                raw.view(np.uint8 if node.value.startswith("uint") else np.int8)
+                .astype(dtype)
+                .reshape(shape)
+            )
         return raw.view(dtype).reshape(shape[:-1] if dtype == np.complex128 else shape)
     except (TypeError, ValueError) as e:
         raise CheckpointError(
-            file, name, f"numpy and ml_dtypes here cannot make {Spec(node.value, shape)}: {shown(e, 3000)}"
+            file,
+            name,
+            f"numpy and ml_dtypes here cannot make {Spec(node.value, shape)}: {shown(e, 3000)}",
         ) from e
 
 
-def place(file: str, nodes: dict[str, Node], data: dict[str, np.ndarray], targets: dict[str, Target]) -> dict[str, Any]:
+def place(
+    file: str, nodes: dict[str, Node], data: dict[str, np.ndarray], targets: dict[str, Target]
+) -> dict[str, Any]:
     """Turn what `from_bytes` gave into what `targets` asks for, all transfers in one call.
 
     What JAX would narrow (64 bits while `jax_enable_x64` is off) stays a NumPy array.
@@ -137,27 +177,41 @@ def place(file: str, nodes: dict[str, Node], data: dict[str, np.ndarray], target
         elif is_spread(target):
             result[name] = _spread(file, nodes[name], data[name], target.sharding)
         elif _goes_to_jax(target):
-            result[name] = _wrap_key(file, name, nodes[name].value, data[name]) if target.kind == "key" else data[name]
+            result[name] = (
+                _wrap_key(file, name, nodes[name].value, data[name])
+                if target.kind == "key"
+                else data[name]
+            )
             moving.append(name)
     shardings = [targets[name].sharding for name in moving]
     with _suitable(file):  # a list of nothing but None would take a fifth longer
-        placed = jax.device_put([result[name] for name in moving], shardings if any(shardings) else None)
+        placed = jax.device_put(
+            [result[name] for name in moving], shardings if any(shardings) else None
+        )
     return result | dict(zip(moving, placed, strict=True))
 
 
 def is_spread(target: Target) -> bool:
     """Whether an array goes to devices of several processes, of which each fills its own."""
-    return target.sharding is not None and not target.sharding.is_fully_addressable and _goes_to_jax(target)
+    return (
+        target.sharding is not None
+        and not target.sharding.is_fully_addressable
+        and _goes_to_jax(target)
+    )
 
 
 def _goes_to_jax(target: Target) -> bool:
     if target.kind == "key":
         return True
-    return target.kind == "jax" and jax.dtypes.canonicalize_dtype(dtype_of(target.dtype)) == dtype_of(target.dtype)
+    return target.kind == "jax" and jax.dtypes.canonicalize_dtype(
+        dtype_of(target.dtype)
+    ) == dtype_of(target.dtype)
 
 
 def blocks(file: str, target: Target, shape: tuple[int, ...]) -> list[tuple[slice, ...]] | None:
-    """Which blocks of an array in the file are for devices of this process; None if all of it is."""
+    """Which blocks of an array in the file are for devices of this process; None if all of it
+    is.
+    """
     if not is_spread(target):
         return None
     with _suitable(file):
@@ -175,11 +229,17 @@ def _suitable(file: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as e:
-        raise Misfit(file, None, f"the shardings of `like` do not suit its shapes: {shown(e, 3000)}") from e
+        raise Misfit(
+            file, None, f"the shardings of `like` do not suit its shapes: {shown(e, 3000)}"
+        ) from e
 
 
-def cast(file: str, data: dict[str, np.ndarray], targets: dict[str, Target]) -> dict[str, np.ndarray]:
-    """Arrays in the dtypes of `targets`: floats rounded to floats, all else exact, or one Misfit for all that is not."""
+def cast(
+    file: str, data: dict[str, np.ndarray], targets: dict[str, Target]
+) -> dict[str, np.ndarray]:
+    """Arrays in the dtypes of `targets`: floats rounded to floats, all else exact, or one Misfit
+    for all that is not.
+    """
     result, lines = {}, []
     for name, x in data.items():
         wanted = x.dtype if targets[name].kind == "key" else dtype_of(targets[name].dtype)
@@ -187,11 +247,13 @@ def cast(file: str, data: dict[str, np.ndarray], targets: dict[str, Target]) -> 
         if lost:
             spec = Spec(x.dtype.name, x.shape)
             lines.append(
-                f"{shown(name)}: {lost} of {x.size} values of {spec} do not fit {wanted}, the first is {x.flat[first]!s}"
+                f"{shown(name)}: {lost} of {x.size} values of {spec} do not fit {wanted}, the "
+                f"first is {x.flat[first]!s}"
             )
     if lines:
         text = (
-            "these leaves would change by more than rounding (load them in their own dtype and convert them yourself):"
+            "these leaves would change by more than rounding (load them in their own dtype and "
+            "convert them yourself):"
         )
         raise Misfit(file, None, "\n  ".join([text, *lines]))
     return result
@@ -210,7 +272,9 @@ def sharding(x: Any) -> Any:
 
 
 def empty(nbytes: int) -> np.ndarray:
-    """Memory that JAX on a CPU can take over without a copy, since it starts at a multiple of 64."""
+    """Memory that JAX on a CPU can take over without a copy, since it starts at a multiple of
+    64.
+    """
     raw = np.empty(nbytes + 63, np.uint8)
     start = -raw.__array_interface__["data"][0] % 64
     return raw[start : start + nbytes]
@@ -221,8 +285,11 @@ def dtype_of(name: str) -> np.dtype:
 
 
 def _cast(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int, int]:
-    """An array in another dtype, how many values have not come through, and the flat index of the first of them."""
-    result, lost, first, block = np.empty(x.shape, dtype), 0, 0, 1 << 20  # in blocks: the check takes float64s
+    """An array in another dtype, how many values have not come through, and the flat index of the
+    first of them.
+    """
+    # The array is cast in blocks, because the check takes float64s.
+    result, lost, first, block = np.empty(x.shape, dtype), 0, 0, 1 << 20
     source, target = x.reshape(-1), result.reshape(-1)
     for start in range(0, x.size, block):
         part = slice(start, start + block)
@@ -256,7 +323,9 @@ def _cast_block(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]
             before = x.astype(np.float64)
             inside = _inside(before, dtype)
             return np.where(inside, before, 0).astype(dtype), ~inside | (before != np.trunc(before))
-        whole = x.astype(np.dtype(f"{'u' * x.dtype.name.startswith(('u', 'bool'))}int{8 * x.dtype.itemsize}"))
+        whole = x.astype(
+            np.dtype(f"{'u' * x.dtype.name.startswith(('u', 'bool'))}int{8 * x.dtype.itemsize}")
+        )
         if is_a(np.floating, dtype):
             new = whole.astype(dtype)
             after = new.astype(np.float64)
@@ -269,10 +338,12 @@ def _cast_block(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]
 def _rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Convert floats to another float dtype, rounding each number once, to the nearest.
 
-    ml_dtypes converts float64 to its own dtypes through float32, which rounds twice. Rounding to odd in the first step
-    makes the second step correct: a number that is not a float32 goes to the neighbor whose last bit is 1.
+    ml_dtypes converts float64 to its own dtypes through float32, which rounds twice. Rounding to
+    odd in the first step makes the second step correct: a number that is not a float32 goes to the
+    neighbor whose last bit is 1.
 
-    Source: Boldo & Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008.
+    Source: Boldo & Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using
+    rounding to odd", 2008.
     """
     if dtype == ml_dtypes.float8_e8m0fnu:
         # Below the second smallest number, 2^-126, ml_dtypes always rounds up.
@@ -283,28 +354,42 @@ def _rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     near = x.astype(np.float32)
     bits, wide = near.view(np.uint32), near.astype(np.float64)
     odd = (bits - (abs(wide) > abs(x))) | 1
-    return np.where((wide == x) | np.isnan(x), bits, odd).astype(np.uint32).view(np.float32).astype(dtype)
+    return (
+        np.where((wide == x) | np.isnan(x), bits, odd)
+        .astype(np.uint32)
+        .view(np.float32)
+        .astype(dtype)
+    )
 
 
 def _limits(dtype: np.dtype) -> tuple[int, int]:
-    return (0, 1) if dtype.name == "bool" else (int(ml_dtypes.iinfo(dtype).min), int(ml_dtypes.iinfo(dtype).max))
+    return (
+        (0, 1)
+        if dtype.name == "bool"
+        else (int(ml_dtypes.iinfo(dtype).min), int(ml_dtypes.iinfo(dtype).max))
+    )
 
 
 def _inside(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Where float64 numbers lie in the range of an integer dtype, whose limits are powers of two and so exact."""
+    """Where float64 numbers lie in the range of an integer dtype, whose limits are powers of two
+    and so exact.
+    """
     low, high = _limits(dtype)
     return (x >= float(low)) & (x < float(high + 1))
 
 
 def fetch(x: Any) -> np.ndarray:
-    """The values on the host, without leaving a second copy inside the JAX array (as np.asarray does)."""
+    """The values on the host, without leaving a second copy inside the JAX array (as np.asarray
+    does).
+    """
     if not isinstance(x, jax.Array):
         return np.asarray(x)
     if x.is_fully_replicated:
         return np.asarray(x.addressable_data(0))
     if not x.is_fully_addressable:
         raise ValueError(
-            "an array is spread over several processes: gather it first (multihost_utils.process_allgather)"
+            "an array is spread over several processes: gather it first "
+            "(multihost_utils.process_allgather)"
         )
     result = np.empty(x.shape, x.dtype)
     for shard in x.addressable_shards:
@@ -315,7 +400,9 @@ def fetch(x: Any) -> np.ndarray:
 def _key_kind(file: str, name: str, dtype: Any) -> str:
     kind = jax.random.key_impl(jnp.empty(0, dtype))
     if not isinstance(kind, str):
-        raise CheckpointError(file, name, f"random keys of an unregistered kind ({kind}) cannot be stored")
+        raise CheckpointError(
+            file, name, f"random keys of an unregistered kind ({kind}) cannot be stored"
+        )
     return kind
 
 
@@ -324,6 +411,7 @@ def _wrap_key(file: str, name: str, kind: str, data: np.ndarray) -> jax.Array:
         return jax.random.wrap_key_data(jnp.asarray(data), impl=kind)
     except (TypeError, ValueError) as e:
         text = (
-            f"its data {Spec('uint32', data.shape)} are not random keys of kind {kind!r}: {shown(e, 3000)}; {RESTORE}"
+            f"its data {Spec('uint32', data.shape)} are not random keys of kind {kind!r}: "
+            f"{shown(e, 3000)}; {RESTORE}"
         )
         raise CheckpointError(file, name, text) from e

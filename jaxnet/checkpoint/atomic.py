@@ -1,8 +1,9 @@
 """Replace files atomically and durably, whatever their contents.
 
-The steps are: write a temporary file in the same folder, fsync it, rename it, fsync the folder. A reader sees either the
-old bytes or the new bytes. A process locks its temporary file, so an unlocked one was left behind by a killed process.
-This module never creates, deletes or follows symbolic links; `places.real` resolves them first.
+The steps are: write a temporary file in the same folder, fsync it, rename it, fsync the folder. A
+reader sees either the old bytes or the new bytes. A process locks its temporary file, so an
+unlocked one was left behind by a killed process. This module never creates, deletes or follows
+symbolic links; `places.real` resolves them first.
 """
 
 import contextlib
@@ -21,11 +22,13 @@ TEMPORARY = ".jaxnet-"
 
 @contextlib.contextmanager
 def replacing(file: str, target: str) -> Iterator[int]:
-    """Yield a descriptor to write to. The content replaces `target` if the block succeeds and is discarded if it raises.
+    """Yield a descriptor to write to. The content replaces `target` if the block succeeds and is
+    discarded if it raises.
 
     Args:
       file: how errors name the file.
-      target: the absolute path to replace. If it is a symbolic link, the link is replaced, not the file behind it.
+      target: the absolute path to replace. If it is a symbolic link, the link is replaced, not the
+        file behind it.
     """
     folder = os.path.dirname(target)
     old = check_target(file, target)
@@ -36,7 +39,8 @@ def replacing(file: str, target: str) -> Iterator[int]:
         if old and old.st_mode != os.fstat(fd).st_mode:
             os.fchmod(fd, stat.S_IMODE(old.st_mode))
         yield fd
-        # There is no second try: after a failed fsync, the kernel may have dropped the bytes and report success.
+        # There is no second try: after a failed fsync, the kernel may have dropped the bytes and
+        # report success.
         os.fsync(fd)
         os.replace(temporary, target)
     except BaseException as e:
@@ -48,18 +52,24 @@ def replacing(file: str, target: str) -> Iterator[int]:
 
 
 def check_target(file: str, target: str) -> os.stat_result | None:
-    """Return the status of the regular file at `target`, if any. Raise OSError if the target cannot be replaced."""
+    """Return the status of the regular file at `target`, if any. Raise OSError if the target cannot
+    be replaced.
+    """
     try:
         old = os.lstat(target)
     except (FileNotFoundError, NotADirectoryError):
         # If a parent is a file, `make_folder` raises later.
         return None
     if stat.S_ISDIR(old.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, this is a folder: add a file name", file)
+        raise IsADirectoryError(
+            errno.EISDIR, "a checkpoint is a file, this is a folder: add a file name", file
+        )
     if stat.S_ISLNK(old.st_mode):
         return None
     if not stat.S_ISREG(old.st_mode):
-        raise FileExistsError(errno.EEXIST, "this is neither a file nor a folder, and will not be replaced", file)
+        raise FileExistsError(
+            errno.EEXIST, "this is neither a file nor a folder, and will not be replaced", file
+        )
     return old
 
 
@@ -71,7 +81,9 @@ def write(fd: int, data: memoryview) -> None:
 
 @contextlib.contextmanager
 def temporary_file(folder: str) -> Iterator[int]:
-    """Yield the descriptor of a new, locked file in a folder, and delete the file after the block."""
+    """Yield the descriptor of a new, locked file in a folder, and delete the file after the
+    block.
+    """
     path, fd = _open_temporary(folder)
     try:
         yield fd
@@ -87,7 +99,9 @@ def _open_temporary(folder: str) -> tuple[str, int]:
 
 
 def open_locked(path: str) -> int | None:
-    """Create a file, lock it and return its descriptor; None if another process deleted it before it was locked."""
+    """Create a file, lock it and return its descriptor; None if another process deleted it before
+    it was locked.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         # On a file system without locks, `_sweep` cannot lock either, and so deletes nothing.
@@ -140,7 +154,8 @@ def sync_folder(folder: str) -> None:
     try:
         os.fsync(fd)
     except OSError as e:
-        # Some file systems cannot sync folders and report one of these two errors, which PostgreSQL also ignores.
+        # Some file systems cannot sync folders and report one of these two errors, which PostgreSQL
+        # also ignores.
         if e.errno not in (errno.EINVAL, errno.EBADF):
             raise
     finally:

@@ -1,4 +1,6 @@
-"""The values of one file in a few numbers, and of two files side by side: a leaf at a time, in little memory."""
+"""The values of one file in a few numbers, and of two files side by side: a leaf at a time, in
+little memory.
+"""
 
 import math
 import os
@@ -17,7 +19,9 @@ BLOCK = 1 << 20  # elements that are looked at at a time, in float64
 
 
 class Statistics(NamedTuple):
-    """Of the finite elements of an array, None where there are none; `nonfinite` counts the others."""
+    """Of the finite elements of an array, None where there are none; `nonfinite` counts the
+    others.
+    """
 
     min: float | None
     max: float | None
@@ -27,10 +31,12 @@ class Statistics(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How one leaf differs: `what` is 'only in A', 'only in B', 'shape', 'dtype' or 'values', `a` and `b` are the two.
+    """How one leaf differs: `what` is 'only in A', 'only in B', 'shape', 'dtype' or 'values', `a`
+    and `b` are the two.
 
-    For arrays of one shape `differing` counts the elements with other values or, in one dtype, other bits. For numbers
-    `largest` is max |a - b|, and `relative` is |a - b| / |a| in Euclidean norms (inf where a is zero).
+    For arrays of one shape `differing` counts the elements with other values or, in one dtype,
+    other bits. For numbers `largest` is max |a - b|, and `relative` is |a - b| / |a| in Euclidean
+    norms (inf where a is zero).
     """
 
     path: str
@@ -59,24 +65,36 @@ def statistics(x: Any) -> Statistics | None:
 
 
 def differences(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Difference]:
-    """The leaves in which two files differ, in the order of A; containers and metadata do not count.
+    """The leaves in which two files differ, in the order of A; containers and metadata do not
+    count.
 
     Raises: as `jaxnet.checkpoint.load`.
     """
     ours, theirs = _leaves(inspect(a)), _leaves(inspect(b))
-    found = [Difference(path, "only in A", str(spec), None) for path, spec in ours.items() if path not in theirs]
+    found = [
+        Difference(path, "only in A", str(spec), None)
+        for path, spec in ours.items()
+        if path not in theirs
+    ]
     with lazy(a) as x, lazy(b) as y:
         for path in ours:
-            if path in theirs and (line := _difference(path, ours[path], theirs[path], x[path], y[path])):
+            if path in theirs and (
+                line := _difference(path, ours[path], theirs[path], x[path], y[path])
+            ):
                 found.append(line)
-    return found + [Difference(path, "only in B", None, str(spec)) for path, spec in theirs.items() if path not in ours]
+    return found + [
+        Difference(path, "only in B", None, str(spec))
+        for path, spec in theirs.items()
+        if path not in ours
+    ]
 
 
 def _difference(path: str, a: Spec, b: Spec, x: Any, y: Any) -> Difference | None:
     """How two leaves of one path differ, if they do."""
     what = "shape" if a.shape != b.shape else "dtype" if a != b else "values"
     if a.shape is None and what == "values":
-        texts = structure.show(x), structure.show(y)  # these tell -0.0 from 0.0 and show NaN as equal to NaN
+        # The texts tell -0.0 from 0.0 and show NaN as equal to NaN.
+        texts = structure.show(x), structure.show(y)
         return Difference(path, what, *texts) if texts[0] != texts[1] else None
     if a.shape is None or what == "shape":
         return Difference(path, what, str(a), str(b))
@@ -85,7 +103,9 @@ def _difference(path: str, a: Spec, b: Spec, x: Any, y: Any) -> Difference | Non
         numbers = (int((words[0] != words[1]).any(axis=1).sum()) if words else None, None, None)
     else:
         numbers = _distance(np.asarray(x), np.asarray(y))
-    return Difference(path, what, str(a), str(b), *numbers) if numbers[0] or what != "values" else None
+    return (
+        Difference(path, what, str(a), str(b), *numbers) if numbers[0] or what != "values" else None
+    )
 
 
 def _leaves(info: Info) -> dict[str, Spec]:
@@ -107,7 +127,9 @@ def _distance(a: np.ndarray, b: np.ndarray) -> tuple[int, float, float]:
         wide, other = _wide(x), _wide(y)
         with np.errstate(all="ignore"):
             equal = (wide == other) | np.isnan(wide) & np.isnan(other)
-            apart = np.where(equal, 0, abs(wide - other))  # NaN where only one is, and inf where they have two signs
+            # The result is NaN if only one of the two is NaN, and inf if they are infinite with
+            # different signs.
+            apart = np.where(equal, 0, abs(wide - other))
             apart[np.isnan(apart)] = math.inf
             differ = (_bits(x) != _bits(y)).any(axis=1) if a.dtype == b.dtype else ~equal
             differing, largest = differing + int(differ.sum()), max(largest, float(apart.max()))

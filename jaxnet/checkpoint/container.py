@@ -15,7 +15,8 @@ from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.format import CheckpointError, Header, Misfit, Tensor
 from jaxnet.checkpoint.structure import Node
 
-# Bytes that are read and summed at a time, few enough to be in the processor's cache when they are summed.
+# Bytes that are read and summed at a time, few enough to be in the processor's cache when they are
+# summed.
 READ = 1 << 20
 # Bytes that are written and summed at a time; it divides format.CHUNK.
 WRITE = 4 << 20
@@ -34,7 +35,8 @@ def replace(target: str, content: bytes) -> None:
 def write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any]) -> list[str]:
     """Write the bytes of all tensors, one tensor at a time, and return their checksums.
 
-    A second thread syncs the bytes written so far, so that the disk works while the next bytes are fetched and summed.
+    A second thread syncs the bytes written so far, so that the disk works while the next bytes are
+    fetched and summed.
     """
     crcs, sync, unsynced = [], None, 0
     # Small tensors are written together, because a system call costs more than copying them.
@@ -57,7 +59,8 @@ def write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any]
                 unsynced += len(block)
                 if unsynced >= 4 * WRITE and (sync is None or sync.done()):
                     if sync:
-                        # The system reports a failed write to one fsync only, so this one must be looked at.
+                        # The system reports a failed write to one fsync only, so this one must be
+                        # looked at.
                         sync.result()
                         sync = None
                     # While the interpreter shuts down, no thread can be started.
@@ -72,7 +75,8 @@ def write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any]
     return crcs
 
 
-# Reading. Every value is checked before it is used, and no allocation exceeds what the size of the file justifies.
+# Reading. Every value is checked before it is used, and no allocation exceeds what the size of the
+# file justifies.
 
 
 @contextlib.contextmanager
@@ -105,10 +109,11 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
 
 
 def steadily(path: str | os.PathLike[str], read: Callable[[str, int, int], Any]) -> Any:
-    """Call `read(file, descriptor, size)`, again if another save replaces the file meanwhile, and return its result.
+    """Call `read(file, descriptor, size)`, again if another save replaces the file meanwhile, and
+    return its result.
 
-    A save deletes the parts and the Orbax folder of the file that it replaces. A reader of the old file may then find them
-    missing or truncated, and must start again with the new file.
+    A save deletes the parts and the Orbax folder of the file that it replaces. A reader of the old
+    file may then find them missing or truncated, and must start again with the new file.
     """
     tries = 0
     while True:
@@ -128,14 +133,18 @@ def steadily(path: str | os.PathLike[str], read: Callable[[str, int, int], Any])
 
 
 def replaced(file: str, fd: int, size: int) -> bool:
-    """Whether the path no longer leads to the open file. While the file is open, its inode number is not reused."""
+    """Whether the path no longer leads to the open file. While the file is open, its inode number
+    is not reused.
+    """
     if places.is_url(file):
         return places.fetch(file) != os.pread(fd, size, 0)
     return not os.path.samestat(os.stat(file), os.fstat(fd))
 
 
 def each(work: Callable[[Any], None], jobs: Sequence[Any]) -> None:
-    """Do all jobs in threads, or in the calling thread if no thread can be started. A job may be done twice."""
+    """Do all jobs in threads, or in the calling thread if no thread can be started. A job may be
+    done twice.
+    """
     running = []
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         # RuntimeError: the interpreter shuts down, or the system has no more threads.
@@ -155,7 +164,8 @@ class Content(NamedTuple):
       header: the header itself.
       node: the structure of the tree.
       leaves: the leaves of the structure by name.
-      tensors: the tensors by the names of their leaves, which may differ from the names in files of other programs.
+      tensors: the tensors by the names of their leaves, which may differ from the names in files of
+        other programs.
       structured: whether the file records the containers of the tree.
     """
 
@@ -167,9 +177,11 @@ class Content(NamedTuple):
 
 
 def longest_names(header: int) -> int:
-    """The most characters that all paths in a file may have together, for a header of this number of bytes.
+    """The most characters that all paths in a file may have together, for a header of this number
+    of bytes.
 
-    Without a limit, nested dicts with long keys could turn a header of a few kB into paths of several GB.
+    Without a limit, nested dicts with long keys could turn a header of a few kB into paths of
+    several GB.
     """
     return (4 << 20) + 16 * header
 
@@ -177,12 +189,17 @@ def longest_names(header: int) -> int:
 def check_names(file: str, nodes: dict[str, Node], header: int) -> None:
     """Raise CheckpointError if `read_content` would refuse these names."""
     if (size := sum(map(len, nodes))) > (most := longest_names(header)):
-        text = f"the paths of its leaves together have {size:,} characters, at most {most:,} are possible here"
+        text = (
+            f"the paths of its leaves together have {size:,} characters, at most {most:,} are "
+            "possible here"
+        )
         raise CheckpointError(file, None, f"{text}: shorten the keys of nested dicts")
 
 
 def read_content(file: str, fd: int, size: int) -> Content:
-    """Read and check the header of an open file. Raises CheckpointError if it is damaged or not a safetensors file."""
+    """Read and check the header of an open file. Raises CheckpointError if it is damaged or not a
+    safetensors file.
+    """
     first = bytearray(min(8, size))
     _read(file, fd, memoryview(first), 0)
     raw = bytearray(fmt.header_length(file, bytes(first), size))
@@ -191,7 +208,9 @@ def read_content(file: str, fd: int, size: int) -> Content:
     if header.manifest is None:
         paths = structure.foreign_paths([t.name for t in header.tensors])
         dtypes = [Node("jax", structure.DTYPES.get(t.code, t.code)) for t in header.tensors]
-        tensors = {structure.leaf_name(path): t for path, t in zip(paths, header.tensors, strict=True)}
+        tensors = {
+            structure.leaf_name(path): t for path, t in zip(paths, header.tensors, strict=True)
+        }
         node = structure.nest(dict(zip(paths, dtypes, strict=True)))
         return Content(header, node, structure.leaves(node), tensors, False)
     node = structure.from_json(file, header.manifest.get("tree"))
@@ -207,7 +226,11 @@ def read_content(file: str, fd: int, size: int) -> Content:
 
 
 def read_tensors(
-    file: str, fd: int, header: Header, tensors: Sequence[Tensor], empty: Callable[[int], Any] | None
+    file: str,
+    fd: int,
+    header: Header,
+    tensors: Sequence[Tensor],
+    empty: Callable[[int], Any] | None,
 ) -> dict[str, Any]:
     """Read and check the bytes of some tensors of a file.
 
@@ -225,20 +248,31 @@ def read_tensors(
       CheckpointError: bytes are missing or do not match their checksum.
     """
     out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
-    crcs = dict(zip((t.name for t in header.tensors), header.manifest["crc32"], strict=True)) if header.manifest else {}
-    jobs = [(t, i, crcs.get(t.name, "")[8 * i : 8 * i + 8]) for t in tensors for i in range(t.chunks)]
+    crcs = (
+        dict(zip((t.name for t in header.tensors), header.manifest["crc32"], strict=True))
+        if header.manifest
+        else {}
+    )
+    jobs = [
+        (t, i, crcs.get(t.name, "")[8 * i : 8 * i + 8]) for t in tensors for i in range(t.chunks)
+    ]
 
     def check(job):
         tensor, i, expected = job
         start = tensor.start + i * fmt.CHUNK
         stop = min(start + fmt.CHUNK, tensor.stop)
         data = memoryview(out[tensor.name])[i * fmt.CHUNK :] if out else None
-        crc = _read_chunk(file, fd, header.data + start, stop - start, data, fmt.crc_start(tensor, i))
+        crc = _read_chunk(
+            file, fd, header.data + start, stop - start, data, fmt.crc_start(tensor, i)
+        )
         if expected and crc != int(expected, 16):
             text = (
-                f"its bytes ({header.data + start} to {header.data + stop} of the file) are not those that were saved"
+                f"its bytes ({header.data + start} to {header.data + stop} of the file) are not "
+                "those that were saved"
             )
-            raise CheckpointError(file, tensor.name, f"{text}: CRC-32 {crc:08x}, expected {expected}; {fmt.RESTORE}")
+            raise CheckpointError(
+                file, tensor.name, f"{text}: CRC-32 {crc:08x}, expected {expected}; {fmt.RESTORE}"
+            )
 
     large = [job for job in jobs if job[0].stop - job[0].start > READ]
     for job in jobs:
@@ -249,11 +283,17 @@ def read_tensors(
     return out
 
 
-def _read_chunk(file: str, fd: int, position: int, length: int, data: memoryview | None, crc: int) -> int:
+def _read_chunk(
+    file: str, fd: int, position: int, length: int, data: memoryview | None, crc: int
+) -> int:
     """Read bytes, into `data` if it is given, and return their CRC-32 continued from `crc`."""
     block = memoryview(bytearray(min(READ, length))) if data is None else data
     for done in range(0, length, READ):
-        part = block[: min(READ, length - done)] if data is None else data[done : min(done + READ, length)]
+        part = (
+            block[: min(READ, length - done)]
+            if data is None
+            else data[done : min(done + READ, length)]
+        )
         _read(file, fd, part, position + done)
         crc = zlib.crc32(part, crc)
     return crc
@@ -265,7 +305,11 @@ def _read(file: str, fd: int, data: memoryview, position: int):
         try:
             got = os.preadv(fd, [data], position)
         except OSError as e:
-            raise CheckpointError(file, None, f"cannot be read at byte {position} ({e}): restore it from a copy") from e
+            raise CheckpointError(
+                file, None, f"cannot be read at byte {position} ({e}): restore it from a copy"
+            ) from e
         if got == 0:
-            raise CheckpointError(file, None, f"ends at byte {position}, before its data does: it is being changed")
+            raise CheckpointError(
+                file, None, f"ends at byte {position}, before its data does: it is being changed"
+            )
         data, position = data[got:], position + got

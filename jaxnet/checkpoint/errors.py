@@ -12,7 +12,8 @@ class CheckpointError(Exception):
 
     Attributes:
       path: the file.
-      leaf: the path of the leaf in the tree, such as 'blocks/0/kernel'; None if the error concerns the whole file.
+      leaf: the path of the leaf in the tree, such as 'blocks/0/kernel'; None if the error concerns
+        the whole file.
       reason: the expected and the received value and the remedy, in at most a few hundred lines.
     """
 
@@ -30,4 +31,6 @@ class CheckpointError(Exception):
 
 
 class Misfit(CheckpointError):
-    """The file is intact but does not match the request: the remedy is another request, not another copy of the file."""
+    """The file is intact but does not match the request: the remedy is another request, not another
+    copy of the file.
+    """

@@ -1,4 +1,6 @@
-"""Save a tree to a file, load it, inspect it and verify it. Nothing in a file is trusted before it is checked."""
+"""Save a tree to a file, load it, inspect it and verify it. Nothing in a file is trusted before it
+is checked.
+"""
 
 import functools
 import json
@@ -41,31 +43,35 @@ def save(
     metadata: dict[str, Any] | None = None,
     engine: Literal["orbax"] | None = None,
 ) -> None:
-    """Write a tree to a file, durably: after any failure the file holds either the whole old tree or the whole new one.
+    """Write a tree to a file, durably: after any failure the file holds either the whole old tree
+    or the whole new one.
 
     Args:
-      path: the file, by custom called `*.safetensors`; missing folders are made, an existing file is replaced.
-        With `engine="orbax"` also a URL of an object store, as in "gs://bucket/run/state.safetensors".
-      tree: any pytree. Leaves: JAX and NumPy arrays, typed random keys, bool, int, float, complex, str, bytes, None.
-        Nothing in it is changed.
-      metadata: a dict that JSON can hold exactly (str keys; no tuples, no NaN); `inspect` returns it.
-      engine: "orbax" to let Orbax (`pip install 'jaxnet[orbax]'`) write the arrays into a folder beside the file, for pods
-        and for object stores. The file then holds everything else, and the checksums; `load`, `inspect` and `verify`
-        find the folder.
+      path: the file, by custom called `*.safetensors`; missing folders are made, an existing file
+        is replaced. With `engine="orbax"` also a URL of an object store, as in
+        "gs://bucket/run/state.safetensors".
+      tree: any pytree. Leaves: JAX and NumPy arrays, typed random keys, bool, int, float, complex,
+        str, bytes, None. Nothing in it is changed.
+      metadata: a dict that JSON can hold exactly (str keys; no tuples, no NaN); `inspect` returns
+        it.
+      engine: "orbax" to let Orbax (`pip install 'jaxnet[orbax]'`) write the arrays into a folder
+        beside the file, for pods and for object stores. The file then holds everything else, and
+        the checksums; `load`, `inspect` and `verify` find the folder.
 
     Raises:
       CheckpointError: the tree holds something that cannot be stored; nothing has been written.
       ValueError: another engine, or a URL without `engine="orbax"`.
-      OSError: from the operating system (no space, no permission). The old file is unchanged and the temporary file
-        is removed, with one exception: if only the last step fails (fsync of the folder), the new file is in place but
-        might not survive a power cut.
+      OSError: from the operating system (no space, no permission). The old file is unchanged and
+        the temporary file is removed, with one exception: if only the last step fails (fsync of the
+        folder), the new file is in place but might not survive a power cut.
 
     Saving makes no second copy of the tree in memory: leaves are copied to the host one at a time.
 
-    If an array lies on devices of several processes, all of them must call `save` with the same tree and a path that they
-    share. Each process writes a part, the file at `path` lists the parts, and all processes raise if one fails. Values that
-    are not spread over processes are saved from process 0. With Orbax, all processes must always call `save`, and the host
-    holds a second copy of the tree.
+    If an array lies on devices of several processes, all of them must call `save` with the same
+    tree and a path that they share. Each process writes a part, the file at `path` lists the parts,
+    and all processes raise if one fails. Values that are not spread over processes are saved from
+    process 0. With Orbax, all processes must always call `save`, and the host holds a second copy
+    of the tree.
     """
     prepare(path, tree, metadata, engine)()
 
@@ -86,9 +92,11 @@ def prepare(
       tree: as in `save`.
       metadata: as in `save`.
       engine: as in `save`.
-      snapshot: True to write a copy on the host. The arrays of the tree may then be donated, deleted or changed. A tree
-        that is spread over several processes is never copied, except by Orbax.
-      follow: whether a symbolic link at `path` stays and the file behind it is replaced. If False, the link is replaced.
+      snapshot: True to write a copy on the host. The arrays of the tree may then be donated,
+        deleted or changed. A tree that is spread over several processes is never copied, except by
+        Orbax.
+      follow: whether a symbolic link at `path` stays and the file behind it is replaced. If False,
+        the link is replaced.
 
     Returns:
       The function that writes.
@@ -108,15 +116,23 @@ def prepare(
     node, leaves = structure.encode(file, tree, functools.partial(arrays.describe, file))
     nodes = structure.leaves(node)
     shapes = {name: arrays.shape_in_file(nodes[name], x) for name, x in leaves.items()}
-    tensors = fmt.layout([(name, *structure.stored_as(nodes[name], shape)) for name, shape in shapes.items()])
-    manifest = {"version": fmt.VERSION, "metadata": exact_json(file, metadata or {}), "tree": structure.to_json(node)}
+    tensors = fmt.layout(
+        [(name, *structure.stored_as(nodes[name], shape)) for name, shape in shapes.items()]
+    )
+    manifest = {
+        "version": fmt.VERSION,
+        "metadata": exact_json(file, metadata or {}),
+        "tree": structure.to_json(node),
+    }
     if engine or parts.is_spread(leaves):
         container.check_names(file, nodes, len(json.dumps(manifest)))
     if engine == "orbax":
         return orbax.start(file, target, tensors, manifest, nodes, leaves, beside=snapshot)
     if parts.is_spread(leaves):
         return functools.partial(parts.write, file, target, tensors, manifest, leaves, _save_part)
-    empty = fmt.write_header(file, tensors, manifest | {"crc32": ["0" * 8 * t.chunks for t in tensors]})
+    empty = fmt.write_header(
+        file, tensors, manifest | {"crc32": ["0" * 8 * t.chunks for t in tensors]}
+    )
     container.check_names(file, nodes, len(empty))
 
     def fetch(name):
@@ -150,35 +166,39 @@ def load(
 ) -> Any:
     """Read a tree from a file and check every byte of it.
 
-    Without `like` dicts, lists, tuples, None, scalars and arrays come back as they were saved; NamedTuples, dataclasses
-    and other registered nodes come back as dicts of their fields, since no class is ever imported by name. A file that
-    jaxnet did not write comes back as nested dicts, its names split at '/'.
+    Without `like` dicts, lists, tuples, None, scalars and arrays come back as they were saved;
+    NamedTuples, dataclasses and other registered nodes come back as dicts of their fields, since no
+    class is ever imported by name. A file that jaxnet did not write comes back as nested dicts, its
+    names split at '/'.
 
-    With `like`, a tree of arrays or `jax.ShapeDtypeStruct`s, the result has exactly its structure, containers, shapes,
-    dtypes and shardings; nothing is cast. Where `like` has a NumPy array, so has the result. Its values do not matter,
-    and its arrays may be deleted (donated) ones.
+    With `like`, a tree of arrays or `jax.ShapeDtypeStruct`s, the result has exactly its structure,
+    containers, shapes, dtypes and shardings; nothing is cast. Where `like` has a NumPy array, so
+    has the result. Its values do not matter, and its arrays may be deleted (donated) ones.
 
     Arrays of 64 bits stay NumPy arrays while `jax_enable_x64` is off: JAX would truncate them.
 
     Args:
       path: the file.
       like: what the result shall look like, or None.
-      only: a pattern of paths as in `jaxnet.tree` ('blocks/*/kernel', 'head'), or several, of which each must match
-        something. Only these leaves are read and checked. The result, and `like`, is the part of the tree that holds
-        them, as `jaxnet.tree.split(tree, only)[0]` gives it.
-      rename: new paths for leaves of the file: a dict {path or node in the file: path or node in the result}, of which
-        the longest that fits counts, or a function from path to path. The leaves then have no containers but those of
-        `like` or, without it, nested dicts. A pattern in `only` applies to the new paths or, if it matches none of
-        them, to the paths of the file.
-      strict: False (with `like`) to keep the leaves of `like` that the file lacks, which must have values, and to
-        leave out those of the file that `like` lacks. What both have must still fit, and they must share something.
-      cast: True (with `like`) to convert arrays to the dtypes of `like`. Between floats, values are rounded to the
-        nearest; all else must be exact. What overflows, is NaN or a fraction and becomes an integer, is an integer out
-        of range or between two floats, or loses an imaginary part is an error.
+      only: a pattern of paths as in `jaxnet.tree` ('blocks/*/kernel', 'head'), or several, of which
+        each must match something. Only these leaves are read and checked. The result, and `like`,
+        is the part of the tree that holds them, as `jaxnet.tree.split(tree, only)[0]` gives it.
+      rename: new paths for leaves of the file: a dict {path or node in the file: path or node in
+        the result}, of which the longest that fits counts, or a function from path to path. The
+        leaves then have no containers but those of `like` or, without it, nested dicts. A pattern
+        in `only` applies to the new paths or, if it matches none of them, to the paths of the file.
+      strict: False (with `like`) to keep the leaves of `like` that the file lacks, which must have
+        values, and to leave out those of the file that `like` lacks. What both have must still fit,
+        and they must share something.
+      cast: True (with `like`) to convert arrays to the dtypes of `like`. Between floats, values are
+        rounded to the nearest; all else must be exact. What overflows, is NaN or a fraction and
+        becomes an integer, is an integer out of range or between two floats, or loses an imaginary
+        part is an error.
 
     Raises:
-      CheckpointError: the file is damaged, not a checkpoint, or is not what was asked for (all differences in one
-        error, with guesses at what has been renamed; for a part of a file that `fit` wrote, the call that loads it).
+      CheckpointError: the file is damaged, not a checkpoint, or is not what was asked for (all
+        differences in one error, with guesses at what has been renamed; for a part of a file that
+        `fit` wrote, the call that loads it).
       OSError: the file is missing or cannot be opened.
     """
     return _load(path, like, only, rename, strict, cast)[0]
@@ -194,11 +214,13 @@ def load_with_info(
     cast: bool = False,
     template: Callable[[Info], Any] | None = None,
 ) -> tuple[Any, Info]:
-    """Load a file and inspect it. Both results come from the same file, even if another process replaces it meanwhile.
+    """Load a file and inspect it. Both results come from the same file, even if another process
+    replaces it meanwhile.
 
     Args:
       path, like, only, rename, strict, cast: as in `load`.
-      template: a function from the `Info` of the file to `like`, for a `like` that depends on the file.
+      template: a function from the `Info` of the file to `like`, for a `like` that depends on the
+        file.
 
     Returns:
       The results of `load` and of `inspect`.
@@ -222,7 +244,9 @@ def _load(
     from jaxnet.checkpoint import arrays
 
     if like is None and template is None and (cast or not strict):
-        raise ValueError("cast=True and strict=False need a tree `like`: they say how it and the file may differ")
+        raise ValueError(
+            "cast=True and strict=False need a tree `like`: they say how it and the file may differ"
+        )
     patterns = None if only is None else [only] if isinstance(only, str) else list(only)
 
     def read(file, fd, size):
@@ -239,14 +263,26 @@ def _load(
         if wanted is not None:
             what = "it" if only is None else "what `only` selects"
             part = patterns is not None
-            targets, kept = template_of.fit(file, what, wanted, content, strict=strict, cast=cast, part=part)
-        # Blocks of a tree in parts that only other processes need are not read. A cast must look at all values.
-        needed = {tensors[n].name: arrays.blocks(file, t, tensors[n].shape) for n, t in targets.items() if not cast}
-        raw = read_tensors(file, fd, header, [tensors[name] for name in targets], arrays.empty, needed)
+            targets, kept = template_of.fit(
+                file, what, wanted, content, strict=strict, cast=cast, part=part
+            )
+        # Blocks of a tree in parts that only other processes need are not read. A cast must look at
+        # all values.
+        needed = {
+            tensors[n].name: arrays.blocks(file, t, tensors[n].shape)
+            for n, t in targets.items()
+            if not cast
+        }
+        raw = read_tensors(
+            file, fd, header, [tensors[name] for name in targets], arrays.empty, needed
+        )
         return file, info, wanted, kept, node, nodes, tensors, targets, raw
 
     file, info, wanted, kept, node, nodes, tensors, targets, raw = steadily(path, read)
-    stored = {n: arrays.from_bytes(file, n, nodes[n], tensors[n].shape, raw.pop(tensors[n].name)) for n in targets}
+    stored = {
+        n: arrays.from_bytes(file, n, nodes[n], tensors[n].shape, raw.pop(tensors[n].name))
+        for n in targets
+    }
     if cast:
         stored = arrays.cast(file, stored, targets)
     values = arrays.place(file, nodes, stored, targets)
@@ -257,7 +293,8 @@ def _load(
 
 
 def inspect(path: str | os.PathLike[str]) -> Info:
-    """Read the header of a checkpoint or of any other safetensors file: as fast for 10 GB as for 10 kB.
+    """Read the header of a checkpoint or of any other safetensors file: as fast for 10 GB as for 10
+    kB.
 
     Of a file at a URL, the whole object is fetched.
 
@@ -278,8 +315,9 @@ def inspect(path: str | os.PathLike[str]) -> Info:
 def verify(path: str | os.PathLike[str]) -> Info:
     """Read a whole file, and check its structure and all checksums.
 
-    This takes a few MB of memory and needs neither JAX nor NumPy. (Arrays that Orbax wrote need memory for one block, and
-    TensorStore and NumPy.) Files of other programs have no checksums, so only their headers and lengths are checked.
+    This takes a few MB of memory and needs neither JAX nor NumPy. (Arrays that Orbax wrote need
+    memory for one block, and TensorStore and NumPy.) Files of other programs have no checksums, so
+    only their headers and lengths are checked.
 
     Args:
       path: the file.
@@ -305,12 +343,16 @@ def _info(file: str, size: int, content: Content) -> Info:
     specs = structure.specs_in_file(nodes, tensors)
     scalars = {name: n.value for name, n in nodes.items() if name not in tensors}
     sizes = {name: tensors[name].stop - tensors[name].start for name in nodes if name in tensors}
-    leaves = tuple(Leaf(name, specs[name].shape or (), specs[name].dtype, size) for name, size in sizes.items())
+    leaves = tuple(
+        Leaf(name, specs[name].shape or (), specs[name].dtype, size) for name, size in sizes.items()
+    )
     if header.manifest is None:
         return Info(file, None, header.metadata, leaves, scalars, size)
     size += sum(nbytes for _, nbytes in header.parts.files) if header.parts else 0
     size += sum(t.stop - t.start for t in header.tensors) if header.orbax else 0
-    return Info(file, header.manifest["version"], header.manifest["metadata"], leaves, scalars, size)
+    return Info(
+        file, header.manifest["version"], header.manifest["metadata"], leaves, scalars, size
+    )
 
 
 def read_tensors(
@@ -323,10 +365,13 @@ def read_tensors(
 ) -> dict[str, Any]:
     """`container.read_tensors` for tensors in the file, in its parts or in the folder of Orbax.
 
-    If `needed` has blocks for a tensor outside the file, only pieces that overlap one of these blocks are read.
+    If `needed` has blocks for a tensor outside the file, only pieces that overlap one of these
+    blocks are read.
     """
     if not header.outside:
         return container.read_tensors(file, fd, header, tensors, empty)
     from jaxnet.checkpoint import parts, zarr
 
-    return (zarr if header.orbax else parts).read_tensors(file, header, tensors, empty, needed or {})
+    return (zarr if header.orbax else parts).read_tensors(
+        file, header, tensors, empty, needed or {}
+    )

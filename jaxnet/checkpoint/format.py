@@ -1,11 +1,12 @@
-"""The container: a safetensors file whose header also carries a manifest, checksums and a digest of itself.
+"""The container: a safetensors file whose header also carries a manifest, checksums and a digest of
+itself.
 
     8 bytes      N, the length of the header, unsigned little-endian
     N bytes      the header: JSON, padded with spaces
     the rest     the tensors' bytes, one after the other, without holes
 
-Only the standard library is needed here, so that `inspect` starts fast.  The whole format, with a worked example, is
-written down in docs/checkpoint_format.md; the tests hold the two together.
+Only the standard library is needed here, so that `inspect` starts fast.  The whole format, with a
+worked example, is written down in docs/checkpoint_format.md; the tests hold the two together.
 """
 
 import contextlib
@@ -24,18 +25,43 @@ from jaxnet.checkpoint.words import shown
 
 VERSION = 1  # of a file that holds a tree
 PARTS = 2  # of one whose tensors are in parts, files like this
-ORBAX = 3  # of one whose tensors are in a folder that Orbax has written; no greater version is known
-CHUNK = 64 << 20  # bytes under one CRC-32, which finds every burst up to 32 bits and misses one other damage in 2^32
+# The version of a file whose tensors are in a folder that Orbax has written. No greater version is
+# known.
+ORBAX = 3
+# Bytes under one CRC-32, which finds every burst up to 32 bits and misses one other damage in 2^32.
+CHUNK = 64 << 20
 MAX_HEADER = 100_000_000  # the official reader's limit
 ALIGNMENT = 64  # of the first tensor's byte in the file
-PREFIX = b'{"__metadata__":{"jaxnet_sha256":"'  # every header of ours starts so, and the digest follows
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
-BITS |= {"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+# Every header of ours starts with these bytes, and the digest follows.
+PREFIX = b'{"__metadata__":{"jaxnet_sha256":"'
+BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "U32": 32,
+    "I32": 32,
+    "U64": 64,
+    "I64": 64,
+}
+BITS |= {
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 
 
 class Tensor(NamedTuple):
-    """One entry of the header: `code` is safetensors' name of a type, `start` and `stop` count from the first datum."""
+    """One entry of the header: `code` is safetensors' name of a type, `start` and `stop` count from
+    the first datum.
+    """
 
     name: str
     code: str
@@ -45,18 +71,23 @@ class Tensor(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        return max(1, -(-(self.stop - self.start) // CHUNK))  # an empty tensor has one too: it guards the name
+        # An empty tensor has a chunk too, which guards its name.
+        return max(1, -(-(self.stop - self.start) // CHUNK))
 
 
 class Parts(NamedTuple):
-    """Where the tensors of a file of version 2 are: the number of the save, and for each part its digest and bytes."""
+    """Where the tensors of a file of version 2 are: the number of the save, and for each part its
+    digest and bytes.
+    """
 
     id: str
     files: list[tuple[str, int]]
 
 
 class Grid(NamedTuple):
-    """How a tensor is cut into blocks: the first index of each along each axis, and their CRC-32s in row-major order."""
+    """How a tensor is cut into blocks: the first index of each along each axis, and their CRC-32s
+    in row-major order.
+    """
 
     cuts: list[list[int]]
     crcs: list[str]
@@ -68,18 +99,26 @@ class Grid(NamedTuple):
         for block, crc in zip(itertools.product(*spans), self.crcs, strict=True):
             shape = tuple(end - start for start, end in block)
             nbytes = math.prod(shape) * BITS[tensor.code] // 8
-            yield tuple(start for start, _ in block), Tensor(tensor.name, tensor.code, shape, 0, nbytes), crc
+            yield (
+                tuple(start for start, _ in block),
+                Tensor(tensor.name, tensor.code, shape, 0, nbytes),
+                crc,
+            )
 
 
 class Orbax(NamedTuple):
-    """What a file of version 3 says of the folder with its tensors: the number of the save, and their blocks."""
+    """What a file of version 3 says of the folder with its tensors: the number of the save, and
+    their blocks.
+    """
 
     id: str
     grids: dict[str, Grid]
 
 
 class Header(NamedTuple):
-    """A checked header: the tensors in the order of their data; `manifest` is None for the file of another program."""
+    """A checked header: the tensors in the order of their data; `manifest` is None for the file of
+    another program.
+    """
 
     tensors: list[Tensor]
     metadata: dict[str, str]
@@ -95,7 +134,9 @@ class Header(NamedTuple):
 
 
 def layout(tensors: list[tuple[str, str, tuple[int, ...]]]) -> list[Tensor]:
-    """Place (name, code, shape) one after the other, large elements first: each tensor is aligned to its elements."""
+    """Place (name, code, shape) one after the other, large elements first: each tensor is aligned
+    to its elements.
+    """
     placed, start = [], 0
     for name, code, shape in sorted(tensors, key=lambda t: -BITS[t[1]]):
         stop = start + math.prod(shape) * BITS[code] // 8
@@ -105,14 +146,21 @@ def layout(tensors: list[tuple[str, str, tuple[int, ...]]]) -> list[Tensor]:
 
 
 def write_header(file: str, tensors: list[Tensor], manifest: dict[str, Any]) -> bytes:
-    """The first 8 + N bytes of the file; their number depends on the lengths of the manifest's strings alone."""
-    header: dict[str, Any] = {"__metadata__": {"jaxnet_sha256": "0" * 64, "jaxnet": _dumps(manifest)}}
+    """The first 8 + N bytes of the file; their number depends on the lengths of the manifest's
+    strings alone.
+    """
+    header: dict[str, Any] = {
+        "__metadata__": {"jaxnet_sha256": "0" * 64, "jaxnet": _dumps(manifest)}
+    }
     for name, code, shape, start, stop in tensors:
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, stop]}
     raw = _dumps(header).encode("ascii")
     raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
     if len(raw) > MAX_HEADER:
-        text = f"the header needs {len(raw)} bytes, the format allows {MAX_HEADER}: save fewer leaves or less metadata"
+        text = (
+            f"the header needs {len(raw)} bytes, the format allows {MAX_HEADER}: save fewer "
+            "leaves or less metadata"
+        )
         raise CheckpointError(file, None, text)
     return len(raw).to_bytes(8, "little") + _with_digest(raw, _digest(raw))
 
@@ -145,7 +193,9 @@ def read_header(file: str, raw: bytes, size: int) -> Header:
             text = f"the header's SHA-256 is {_digest(raw)}, expected {stored}"
             raise CheckpointError(file, None, f"{text}; {RESTORE}")
     elif not raw.startswith(b"{"):
-        raise CheckpointError(file, None, f"the header begins with {raw[:1]!r}, expected '{{': not a safetensors file")
+        raise CheckpointError(
+            file, None, f"the header begins with {raw[:1]!r}, expected '{{': not a safetensors file"
+        )
     header = parse_json(file, raw, "the header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -153,9 +203,13 @@ def read_header(file: str, raw: bytes, size: int) -> Header:
     if not raw.startswith(PREFIX):
         if found := sorted(name for name in metadata if name.startswith("jaxnet")):
             text = f"its header has {found}, but not at the beginning; {RESTORE}"
-            raise CheckpointError(file, None, f"{text} (a program that rewrites a checkpoint must leave these out)")
+            raise CheckpointError(
+                file, None, f"{text} (a program that rewrites a checkpoint must leave these out)"
+            )
         return Header(_tensors(file, header, size - 8 - len(raw)), metadata, None, 8 + len(raw))
-    manifest = parse_json(file, metadata.get("jaxnet", "").encode("utf-8", "replace"), "the manifest")
+    manifest = parse_json(
+        file, metadata.get("jaxnet", "").encode("utf-8", "replace"), "the manifest"
+    )
     _check_version(file, manifest.get("version"))
     tensors = _tensors(file, header, size - 8 - len(raw))
     _check_manifest(file, manifest, tensors)
@@ -168,7 +222,9 @@ def read_header(file: str, raw: bytes, size: int) -> Header:
 
 
 def crc_start(tensor: Tensor, chunk: int) -> int:
-    """The CRC-32 that a chunk's bytes continue: a tensor under another name, type, shape or order is damaged too."""
+    """The CRC-32 that a chunk's bytes continue: a tensor under another name, type, shape or order
+    is damaged too.
+    """
     shape = ",".join(map(str, tensor.shape))
     return zlib.crc32(f"{tensor.name}\0{tensor.code}\0{shape}\0{chunk}\0".encode())
 
@@ -185,25 +241,39 @@ def parse_json(file: str, raw: bytes, what: str) -> dict[str, Any]:
         value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(
-            file, None, f"{what} is not the JSON of a safetensors file ({shown(e, 3000)}); {RESTORE}"
+            file,
+            None,
+            f"{what} is not the JSON of a safetensors file ({shown(e, 3000)}); {RESTORE}",
         ) from e
     if not isinstance(value, dict):
-        raise CheckpointError(file, None, f"{what} must be a JSON object, got {type(value).__name__}; {RESTORE}")
+        raise CheckpointError(
+            file, None, f"{what} must be a JSON object, got {type(value).__name__}; {RESTORE}"
+        )
     return value
 
 
 def _tensors(file: str, header: dict[str, Any], size: int) -> list[Tensor]:
-    """The entries in the order of their data, which they must fill exactly: no hole, no overlap, nothing behind."""
-    tensors = sorted((_tensor(file, name, entry) for name, entry in header.items()), key=lambda t: (t.start, t.stop))
+    """The entries in the order of their data, which they must fill exactly: no hole, no overlap,
+    nothing behind.
+    """
+    tensors = sorted(
+        (_tensor(file, name, entry) for name, entry in header.items()),
+        key=lambda t: (t.start, t.stop),
+    )
     end = 0
     for t in tensors:
         if t.start != end:
-            text = f"its data starts at byte {t.start}, expected {end} (tensors lie one after the other); {RESTORE}"
+            text = (
+                f"its data starts at byte {t.start}, expected {end} (tensors lie one after the "
+                f"other); {RESTORE}"
+            )
             raise CheckpointError(file, t.name, text)
         end = t.stop
     if end != size:
         what = "cut off" if size < end else "followed by bytes of something else"
-        raise CheckpointError(file, None, f"the tensors need {end} bytes, the file has {size} for them: it is {what}")
+        raise CheckpointError(
+            file, None, f"the tensors need {end} bytes, the file has {size} for them: it is {what}"
+        )
     return tensors
 
 
@@ -219,7 +289,10 @@ def _tensor(file: str, name: str, entry: Any) -> Tensor:
     elif not _sizes(offsets) or len(offsets) != 2:
         reason = f"data_offsets {reprlib.repr(offsets)} are not two positions"
     elif math.prod(shape) * BITS[code] != 8 * (offsets[1] - offsets[0]):
-        reason = f"{code}{shape} does not take {offsets[1] - offsets[0]} bytes, as its data_offsets {offsets} say"
+        reason = (
+            f"{code}{shape} does not take {offsets[1] - offsets[0]} bytes, as its data_offsets "
+            f"{offsets} say"
+        )
     else:
         return Tensor(name, code, tuple(shape), *offsets)
     raise CheckpointError(file, ascii(name)[1:-1], f"{reason}; {RESTORE}")
@@ -235,24 +308,37 @@ def _sizes(value: Any) -> bool:
 
 
 def _is_crcs(value: Any, tensor: Tensor) -> bool:
-    """Whether a value can be the CRC-32s of a tensor's chunks, which may be more than a regular expression can count."""
-    return isinstance(value, str) and len(value) == 8 * tensor.chunks and re.fullmatch("[0-9a-f]*", value) is not None
+    """Whether a value can be the CRC-32s of a tensor's chunks, which may be more than a regular
+    expression can count.
+    """
+    return (
+        isinstance(value, str)
+        and len(value) == 8 * tensor.chunks
+        and re.fullmatch("[0-9a-f]*", value) is not None
+    )
 
 
 def _check_version(file: str, version: Any):
     if type(version) is not int or version < 1:
         raise CheckpointError(
-            file, None, f"the manifest's version is {reprlib.repr(version)}, expected a number; {RESTORE}"
+            file,
+            None,
+            f"the manifest's version is {reprlib.repr(version)}, expected a number; {RESTORE}",
         )
     if version > ORBAX:
-        text = f"it has format version {reprlib.repr(version)}, this jaxnet reads versions up to {ORBAX}: install a newer jaxnet"
+        text = (
+            f"it has format version {reprlib.repr(version)}, this jaxnet reads versions up to "
+            f"{ORBAX}: install a newer jaxnet"
+        )
         raise Misfit(file, None, text)
 
 
 def _check_manifest(file: str, manifest: dict[str, Any], tensors: list[Tensor]):
     crcs = manifest.get("crc32")
     if not isinstance(crcs, list) or len(crcs) != len(tensors):
-        raise CheckpointError(file, None, f"the manifest must have one crc32 for each of {len(tensors)} tensors")
+        raise CheckpointError(
+            file, None, f"the manifest must have one crc32 for each of {len(tensors)} tensors"
+        )
     for t, crc in zip(tensors, crcs, strict=True):
         if not _is_crcs(crc, t):
             text = f"its crc32 must be {8 * t.chunks} hexadecimal digits, got {reprlib.repr(crc)}"
@@ -261,20 +347,30 @@ def _check_manifest(file: str, manifest: dict[str, Any], tensors: list[Tensor]):
         raise CheckpointError(file, None, "the manifest's metadata must be an object")
 
 
-def _read_parts(file: str, manifest: dict[str, Any], tensors: list[Tensor]) -> tuple[Parts, list[Tensor]]:
+def _read_parts(
+    file: str, manifest: dict[str, Any], tensors: list[Tensor]
+) -> tuple[Parts, list[Tensor]]:
     """The parts of a file of version 2 and its tensors, placed as in one file."""
     with _well_formed(file, "parts"):
         described = manifest["parts"]
-        placed = _placed(tensors, described["id"], [(name, code, shape) for name, code, shape in described["tensors"]])
+        placed = _placed(
+            tensors,
+            described["id"],
+            [(name, code, shape) for name, code, shape in described["tensors"]],
+        )
         parts = Parts(described["id"], [(digest, size) for digest, size in described["files"]])
         if not all(isinstance(digest, str) and _sizes([size]) for digest, size in parts.files):
             raise ValueError("a part is not a digest and a size")
     if sum(t.stop - t.start for t in placed) > sum(size for _, size in parts.files):
-        raise CheckpointError(file, None, f"the tensors need more bytes than the parts have; {RESTORE}")
+        raise CheckpointError(
+            file, None, f"the tensors need more bytes than the parts have; {RESTORE}"
+        )
     return parts, placed
 
 
-def _read_orbax(file: str, manifest: dict[str, Any], tensors: list[Tensor]) -> tuple[Orbax, list[Tensor]]:
+def _read_orbax(
+    file: str, manifest: dict[str, Any], tensors: list[Tensor]
+) -> tuple[Orbax, list[Tensor]]:
     """The blocks of the tensors of a file of version 3, and these, placed as in one file."""
     with _well_formed(file, "orbax"):
         described = manifest["orbax"]
@@ -284,7 +380,9 @@ def _read_orbax(file: str, manifest: dict[str, Any], tensors: list[Tensor]) -> t
         for t in placed:
             cuts, crcs = grids[t.name]
             if len(cuts) != len(t.shape) or not all(
-                _sizes(cut) and cut[:1] == [0] and all(a < b for a, b in itertools.pairwise([*cut, max(size, 1)]))
+                _sizes(cut)
+                and cut[:1] == [0]
+                and all(a < b for a, b in itertools.pairwise([*cut, max(size, 1)]))
                 for cut, size in zip(cuts, t.shape, strict=True)
             ):
                 raise ValueError(f"the blocks of '{shown(t.name)}' do not fill it")
@@ -292,7 +390,9 @@ def _read_orbax(file: str, manifest: dict[str, Any], tensors: list[Tensor]) -> t
                 raise ValueError(f"'{shown(t.name)}' has not one CRC-32 for each block")
             for _, block, crc in grids[t.name].blocks(t):
                 if not _is_crcs(crc, block):
-                    raise ValueError(f"the CRC-32 of a block of '{shown(t.name)}' is {reprlib.repr(crc)}")
+                    raise ValueError(
+                        f"the CRC-32 of a block of '{shown(t.name)}' is {reprlib.repr(crc)}"
+                    )
     return Orbax(described["id"], grids), placed
 
 
@@ -306,13 +406,26 @@ def _well_formed(file: str, entry: str) -> Iterator[None]:
         ) from e
 
 
-def _placed(tensors: list[Tensor], number: Any, entries: list[tuple[Any, Any, Any]]) -> list[Tensor]:
-    """The tensors that a manifest describes, of a file that has none itself; ValueError for what cannot be."""
-    if tensors or not re.fullmatch("[0-9a-f]{16}", number) or len({name for name, _, _ in entries}) < len(entries):
+def _placed(
+    tensors: list[Tensor], number: Any, entries: list[tuple[Any, Any, Any]]
+) -> list[Tensor]:
+    """The tensors that a manifest describes, of a file that has none itself; ValueError for what
+    cannot be.
+    """
+    if (
+        tensors
+        or not re.fullmatch("[0-9a-f]{16}", number)
+        or len({name for name, _, _ in entries}) < len(entries)
+    ):
         raise ValueError("it has tensors itself, no number, or two tensors of one name")
-    if not all(isinstance(name, str) and isinstance(code, str) and _sizes(shape) for name, code, shape in entries):
+    if not all(
+        isinstance(name, str) and isinstance(code, str) and _sizes(shape)
+        for name, code, shape in entries
+    ):
         raise ValueError("a tensor is not a name, a dtype and a shape")
-    if any(BITS.get(code, 0) % 8 or code not in BITS or len(shape) > 64 for _, code, shape in entries):
+    if any(
+        BITS.get(code, 0) % 8 or code not in BITS or len(shape) > 64 for _, code, shape in entries
+    ):
         raise ValueError("a tensor has an unknown dtype or more than 64 axes")
     return layout([(name, code, tuple(shape)) for name, code, shape in entries])
 

@@ -20,15 +20,17 @@ def lazy(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
         with lazy("run/state.safetensors") as leaves:
             kernel = leaves["params/head/kernel"]
 
-    Returns: a context manager that gives a read-only mapping from the paths that `inspect` shows to NumPy arrays,
-    typed random keys and Python scalars. Opening costs the header. A leaf is read and checked when it is first looked
-    up; its array is a read-only view of the memory-mapped file, so that it takes no memory that the system could not
-    reclaim. Arrays stay valid after the block, look-ups do not. Saving over the file does them no harm: they show what
-    was in it when it was opened.
+    Returns: a context manager that gives a read-only mapping from the paths that `inspect` shows to
+    NumPy arrays, typed random keys and Python scalars. Opening costs the header. A leaf is read and
+    checked when it is first looked up; its array is a read-only view of the memory-mapped file, so
+    that it takes no memory that the system could not reclaim. Arrays stay valid after the block,
+    look-ups do not. Saving over the file does them no harm: they show what was in it when it was
+    opened.
 
-    A leaf is not checked twice, and a program that cuts the file short in place, instead of replacing it as `save` does,
-    would crash its readers: `load(path, only=...)` makes copies and has neither weakness. Of a checkpoint that several
-    processes or Orbax have written, each look-up reads a copy.
+    A leaf is not checked twice, and a program that cuts the file short in place, instead of
+    replacing it as `save` does, would crash its readers: `load(path, only=...)` makes copies and
+    has neither weakness. Of a checkpoint that several processes or Orbax have written, each look-up
+    reads a copy.
 
     Raises:
       CheckpointError: the header is damaged or, when it is looked up, the leaf.
@@ -56,10 +58,15 @@ class _Leaves(Mapping[str, Any]):
 
         header, _, nodes, tensors, _ = self.content
         if self.map is None:
-            raise ValueError(f"{shown(self.file)} has been closed: look leaves up inside the `with` block")
+            raise ValueError(
+                f"{shown(self.file)} has been closed: look leaves up inside the `with` block"
+            )
         if path not in nodes:
             close = difflib.get_close_matches(path, nodes, n=3, cutoff=0.4) or list(nodes)[:3]
-            raise KeyError(f"{shown(self.file)} has no leaf '{shown(path)}'; the nearest of {len(nodes)} are {close}")
+            raise KeyError(
+                f"{shown(self.file)} has no leaf '{shown(path)}'; the nearest of {len(nodes)} "
+                f"are {close}"
+            )
         if path not in tensors:
             return nodes[path].value
         node, tensor = nodes[path], tensors[path]
@@ -69,17 +76,25 @@ class _Leaves(Mapping[str, Any]):
             except CheckpointError as e:
                 if not replaced(self.file, self.fd, self.size):
                     raise
-                text = "the file was replaced after it was opened, and its arrays are gone: open it again"
+                text = (
+                    "the file was replaced after it was opened, and its arrays are gone: open it "
+                    "again"
+                )
                 raise CheckpointError(self.file, path, text) from e
         else:
-            if path not in self.checked:  # by reads, since a bad disk under a memory map kills the process
+            # Reads check the bytes, because a bad disk under a memory map kills the process.
+            if path not in self.checked:
                 read_tensors(self.file, self.fd, header, [tensor], None)
                 self.checked.add(path)
-            raw = np.frombuffer(self.map, np.uint8)[header.data + tensor.start : header.data + tensor.stop]
+            raw = np.frombuffer(self.map, np.uint8)[
+                header.data + tensor.start : header.data + tensor.stop
+            ]
         array = arrays.from_bytes(self.file, path, node, tensor.shape, raw)
         array.flags.writeable = False
         kind = "numpy" if node.kind == "jax" else node.kind
-        return arrays.place(self.file, nodes, {path: array}, {path: arrays.Target(kind, node.value)})[path]
+        return arrays.place(
+            self.file, nodes, {path: array}, {path: arrays.Target(kind, node.value)}
+        )[path]
 
     def __contains__(self, path: object) -> bool:
         return path in self.content.leaves

@@ -23,5 +23,10 @@ def exact_json(file: str, metadata: dict[str, Any]) -> dict[str, Any]:
         reason = "it does not come back from JSON as it was, or is nested deeper than 100 levels"
     except (TypeError, ValueError, RecursionError, OverflowError) as e:
         reason = str(e)
-    text = "metadata must be a dict of str keys with str, int, float, bool, None, lists and dicts inside"
-    raise CheckpointError(file, None, f"{text} (no tuples, NaN, infinities, arrays or NumPy numbers): {reason}")
+    text = (
+        "metadata must be a dict of str keys with str, int, float, bool, None, lists and dicts "
+        "inside"
+    )
+    raise CheckpointError(
+        file, None, f"{text} (no tuples, NaN, infinities, arrays or NumPy numbers): {reason}"
+    )

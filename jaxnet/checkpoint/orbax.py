@@ -1,11 +1,12 @@
 """A tree whose arrays Orbax writes: from all processes of a pod at once, and to object stores.
 
-    state.safetensors                           the manifest: structure, metadata, and the checksum of each block
+    state.safetensors                           the manifest: structure, metadata, block checksums
     state.safetensors.orbax-0123456789abcdef    Orbax's folder: nested dicts of arrays
 
-The manifest is renamed into place after Orbax has finished and its folder is synced. That one rename replaces the old
-checkpoint; older folders are deleted afterwards. This module adds the parts that Orbax lacks: checksums, containers,
-unambiguous names, arrays without elements, and dtypes that it cannot store.
+The manifest is renamed into place after Orbax has finished and its folder is synced. That one
+rename replaces the old checkpoint; older folders are deleted afterwards. This module adds the parts
+that Orbax lacks: checksums, containers, unambiguous names, arrays without elements, and dtypes that
+it cannot store.
 """
 
 import collections
@@ -42,9 +43,11 @@ def start(
     *,
     beside: bool,
 ) -> Callable[[], None]:
-    """Return a function that writes a tree; with `beside`, start writing a copy and return a function that finishes.
+    """Return a function that writes a tree; with `beside`, start writing a copy and return a
+    function that finishes.
 
-    Collective: every process calls `start`, and then the function that it returns (with `beside`, from any thread).
+    Collective: every process calls `start`, and then the function that it returns (with `beside`,
+    from any thread).
     """
     try:
         import orbax.checkpoint as ocp
@@ -54,7 +57,10 @@ def start(
 
     first, held = jax.process_index() == 0, contextlib.ExitStack()
     if "[" in target or "**" in target:
-        text = "Orbax takes the '[' or '**' in the path for a pattern: use another name, or save without engine='orbax'"
+        text = (
+            "Orbax takes the '[' or '**' in the path for a pattern: use another name, or save "
+            "without engine='orbax'"
+        )
         raise CheckpointError(file, None, text)
 
     def begin() -> Callable[[], None]:
@@ -64,19 +70,29 @@ def start(
             if first and not places.is_url(target):
                 atomic.check_target(file, target)
                 held.enter_context(outside.reserved(target, number))
-            arrays = {t.name: _as_stored(file, nodes[t.name], leaves[t.name], t, beside) for t in tensors}
+            arrays = {
+                t.name: _as_stored(file, nodes[t.name], leaves[t.name], t, beside) for t in tensors
+            }
             sums = {t.name: _sums(t, arrays[t.name], first) for t in tensors}
         everyones = _gather(sums)
         with parts.together(file, target, held):
-            if not places.is_url(target) and not os.path.exists(sign := outside.lock_path(target, number)):
-                text = f"{shown(sign, 5000)} of process 0 is not there: all processes must save to one folder, which they share"
+            if not places.is_url(target) and not os.path.exists(
+                sign := outside.lock_path(target, number)
+            ):
+                text = (
+                    f"{shown(sign, 5000)} of process 0 is not there: all processes must save to "
+                    "one folder, which they share"
+                )
                 raise CheckpointError(file, None, text)
             entries = [
-                _entry(file, t, [block for sums in everyones for block in sums.get(t.name, [])]) for t in tensors
+                _entry(file, t, [block for sums in everyones for block in sums.get(t.name, [])])
+                for t in tensors
             ]
         arrays = {t.name: arrays[t.name] for t in tensors if t.stop > t.start}
         orbax = {"id": number, "tensors": entries}
-        header = fmt.write_header(file, [], manifest | {"version": fmt.ORBAX, "crc32": [], "orbax": orbax})
+        header = fmt.write_header(
+            file, [], manifest | {"version": fmt.ORBAX, "crc32": [], "orbax": orbax}
+        )
         blocks = {name: len(crcs) for name, *_, crcs in entries if name in arrays}
         watch = Watch(file, number)
         try:
@@ -84,13 +100,17 @@ def start(
                 checkpointer = _checkpointer(number)
                 # Orbax refuses a tree without arrays.
                 if arrays:
-                    watch.run(lambda: _begun(checkpointer, folder, ocp.args.PyTreeSave(_nested(arrays))))
+                    watch.run(
+                        lambda: _begun(checkpointer, folder, ocp.args.PyTreeSave(_nested(arrays)))
+                    )
         except BaseException as e:
             failed(watch, number, e)
             raise
         return lambda: end(watch, checkpointer, number, header, blocks)
 
-    def end(watch: Watch, checkpointer: Any, number: str, header: bytes, blocks: dict[str, int]) -> None:
+    def end(
+        watch: Watch, checkpointer: Any, number: str, header: bytes, blocks: dict[str, int]
+    ) -> None:
         folder = orbax_path(target, number)
         try:
             with _writing(folder):
@@ -107,7 +127,8 @@ def start(
         finally:
             give_up()
         try:
-            # When one process has waited for the save, the manifest must be in place for all of them.
+            # When one process has waited for the save, the manifest must be in place for all of
+            # them.
             if beside:
                 watch.run(lambda: _meet(folder))
         finally:
@@ -138,15 +159,20 @@ def start(
 
 
 def _checkpointer(number: str) -> Any:
-    """Orbax's checkpointer. Its barriers have a timeout and unique names, so a failed save does not disturb later ones."""
+    """Orbax's checkpointer. Its barriers have a timeout and unique names, so a failed save does not
+    disturb later ones.
+    """
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
     processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
-    options = ocp.options.MultiprocessingOptions(active_processes=processes, barrier_sync_key_prefix=number)
+    options = ocp.options.MultiprocessingOptions(
+        active_processes=processes, barrier_sync_key_prefix=number
+    )
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),  # the blocks are those of one replica
+        # The blocks are those of one replica.
+        (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
     )
     handler = ocp.PyTreeCheckpointHandler(
@@ -175,7 +201,9 @@ def _meet(name: str) -> None:
     import orbax.checkpoint as ocp
 
     if jax.process_count() > 1:
-        ocp.multihost.sync_global_processes(name, processes=set(range(jax.process_count())), timeout=TIMEOUT)
+        ocp.multihost.sync_global_processes(
+            name, processes=set(range(jax.process_count())), timeout=TIMEOUT
+        )
 
 
 def _entry(file: str, t: Tensor, blocks: list[Any]) -> list[Any]:
@@ -186,7 +214,9 @@ def _entry(file: str, t: Tensor, blocks: list[Any]) -> list[Any]:
 
 
 def _as_stored(file: str, node: Node, x: Any, t: Tensor, beside: bool) -> Any:
-    """A leaf as Orbax writes it: in the blocks that lie on the devices, or as a NumPy array from the first process."""
+    """A leaf as Orbax writes it: in the blocks that lie on the devices, or as a NumPy array from
+    the first process.
+    """
     import jax
     import numpy as np
 
@@ -197,7 +227,9 @@ def _as_stored(file: str, node: Node, x: Any, t: Tensor, beside: bool) -> Any:
     everyones = jax.process_count() == 1 or parts.is_spread(x)
     if parts.is_spread(x) and all(device.process_index for device in x.sharding.device_set):
         raise CheckpointError(
-            file, t.name, "it has no part on process 0, which Orbax needs: save without engine='orbax'"
+            file,
+            t.name,
+            "it has no part on process 0, which Orbax needs: save without engine='orbax'",
         )
     if isinstance(x, jax.Array) and not x.sharding.is_fully_replicated and everyones:
         x = arrays.as_stored(node, x, dtype)
@@ -223,7 +255,10 @@ def _sums(t: Tensor, x: Any, first: bool) -> list[tuple[list[int], list[int], st
         blocks = [((), x)] if first else []
     else:
         shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
-        blocks = [([axis.start or 0 for axis in shard.index], arrays.fetch(shard.data)) for shard in shards]
+        blocks = [
+            ([axis.start or 0 for axis in shard.index], arrays.fetch(shard.data))
+            for shard in shards
+        ]
     result = []
     for start, block in blocks:
         raw = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
@@ -243,7 +278,9 @@ def _gather(value: Any) -> list[Any]:
     raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(raw.size))
     rows = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - raw.size)))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(np.asarray(rows), sizes, strict=True)]
+    return [
+        json.loads(row[:size].tobytes()) for row, size in zip(np.asarray(rows), sizes, strict=True)
+    ]
 
 
 def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +292,9 @@ def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_complete(file: str, folder: str, blocks: dict[str, int]) -> None:
-    """Raise CheckpointError unless a folder has the blocks of all processes. It lacks some if they do not share it."""
+    """Raise CheckpointError unless a folder has the blocks of all processes. It lacks some if they
+    do not share it.
+    """
     with zarr.readable(file, None, folder):
         import tensorstore
 
@@ -266,13 +305,16 @@ def _check_complete(file: str, folder: str, blocks: dict[str, int]) -> None:
         found = names[".".join(zarr.keys(name))] - 1
         if found < count:
             text = (
-                f"only {max(found, 0)} of its {count} blocks are in {shown(folder, 5000)}: do all processes share it?"
+                f"only {max(found, 0)} of its {count} blocks are in {shown(folder, 5000)}: do "
+                "all processes share it?"
             )
             raise CheckpointError(file, name, text)
 
 
 def _sync(folder: str) -> None:
-    """Sync all files and the name of a folder. Orbax does not sync the files that describe its arrays."""
+    """Sync all files and the name of a folder. Orbax does not sync the files that describe its
+    arrays.
+    """
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             fd = os.open(os.path.join(place, name), os.O_RDONLY | os.O_CLOEXEC)
@@ -286,7 +328,9 @@ def _sync(folder: str) -> None:
 
 @contextlib.contextmanager
 def _writing(folder: str) -> Iterator[None]:
-    """Turn the various errors that Orbax and TensorStore raise, for instance for a full disk, into OSError."""
+    """Turn the various errors that Orbax and TensorStore raise, for instance for a full disk, into
+    OSError.
+    """
     try:
         yield
     except (OSError, CheckpointError):
@@ -301,7 +345,9 @@ _threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
 
 def outlive(thread: threading.Thread) -> None:
-    """Make the interpreter wait for a thread at exit, before it closes the thread pools that Orbax needs."""
+    """Make the interpreter wait for a thread at exit, before it closes the thread pools that Orbax
+    needs.
+    """
     _threads.add(thread)
     _join_at_the_end()
 
@@ -312,6 +358,7 @@ def _join_at_the_end() -> None:
         for thread in list(_threads):
             thread.join()
 
-    # The function is not public (AttributeError), and it is too late while the program ends (RuntimeError).
+    # The function is not public (AttributeError), and it is too late while the program ends
+    # (RuntimeError).
     with contextlib.suppress(AttributeError, RuntimeError):
         threading._register_atexit(join)  # type: ignore

@@ -1,4 +1,5 @@
-"""Parts, Orbax folders and locks, which lie beside a checkpoint's file: their names, and when they may be deleted.
+"""Parts, Orbax folders and locks, which lie beside a checkpoint's file: their names, and when they
+may be deleted.
 
     state.safetensors.part-0123456789abcdef-00000      a part
     state.safetensors.orbax-0123456789abcdef           a folder of Orbax
@@ -45,7 +46,8 @@ def sweep(target: str) -> None:
     with contextlib.suppress(OSError, CheckpointError):
         for identity, names in _saves(target).items():
             with _claimed(target, identity) as dead:
-                # Read the file under the lock: a save renames its file into place before it releases its lock.
+                # Read the file under the lock: a save renames its file into place before it
+                # releases its lock.
                 current = _outside(target)
                 if dead and (current is None or current.id != identity):
                     _remove_all(os.path.dirname(target), names)
@@ -64,7 +66,8 @@ def _saves(target: str) -> dict[str, list[str]]:
 def _remove_all(folder: str, names: Iterable[str]) -> None:
     """Delete the files and folders of a save, except its lock.
 
-    The lock stays until a later sweep, so that leftovers of a killed process can still be attributed to it.
+    The lock stays until a later sweep, so that leftovers of a killed process can still be
+    attributed to it.
     """
     for name in names:
         if not re.search(r"\.lock-[0-9a-f]{16}$", name):
@@ -73,8 +76,13 @@ def _remove_all(folder: str, names: Iterable[str]) -> None:
 
 
 def owners(folder: str) -> set[str]:
-    """The names of files in a folder whose save is running or was killed. Such a file need not exist."""
-    locks = (re.fullmatch(r"(.+)\.lock-[0-9a-f]{16}", entry) for entry in places.entries(folder, links=False))
+    """The names of files in a folder whose save is running or was killed. Such a file need not
+    exist.
+    """
+    locks = (
+        re.fullmatch(r"(.+)\.lock-[0-9a-f]{16}", entry)
+        for entry in places.entries(folder, links=False)
+    )
     return {found[1] for found in locks if found}
 
 
@@ -85,7 +93,9 @@ def undo(target: str, identity: str) -> None:
 
 
 def _outside(target: str) -> Parts | Orbax | None:
-    """The parts or the Orbax folder that the file references; None if there is no file or it references nothing."""
+    """The parts or the Orbax folder that the file references; None if there is no file or it
+    references nothing.
+    """
     try:
         with container.opened(target) as (file, fd, size):
             return container.read_content(file, fd, size).header.outside
@@ -94,7 +104,9 @@ def _outside(target: str) -> Parts | Orbax | None:
 
 
 def remove(path: str) -> None:
-    """Delete the file of a checkpoint, and then everything beside it. A symbolic link is left alone."""
+    """Delete the file of a checkpoint, and then everything beside it. A symbolic link is left
+    alone.
+    """
     target = places.real(path, follow=False)
     if not places.is_url(target) and os.path.islink(target):
         return
@@ -109,7 +121,9 @@ def remove(path: str) -> None:
 
 @contextlib.contextmanager
 def reserved(target: str, identity: str) -> Iterator[None]:
-    """Hold the lock of a save, which keeps other saves to the same path from deleting its parts or its folder."""
+    """Hold the lock of a save, which keeps other saves to the same path from deleting its parts or
+    its folder.
+    """
     atomic.make_folder(os.path.dirname(target))
     path = lock_path(target, identity)
     fd = atomic.open_locked(path)
@@ -123,7 +137,9 @@ def reserved(target: str, identity: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claimed(target: str, identity: str) -> Iterator[bool]:
-    """Yield whether no running save holds this number. If so, none can take it during the block, which deletes its lock."""
+    """Yield whether no running save holds this number. If so, none can take it during the block,
+    which deletes its lock.
+    """
     if places.is_url(target):
         yield True
         return
@@ -146,7 +162,8 @@ def _claimed(target: str, identity: str) -> Iterator[bool]:
             yield False
             return
         yield True
-        # Unlink while holding the lock: a process that has just created this file sees st_nlink == 0 and retries.
+        # Unlink while holding the lock: a process that has just created this file sees st_nlink ==
+        # 0 and retries.
         with contextlib.suppress(OSError):
             os.unlink(path)
     finally:

@@ -1,11 +1,13 @@
-"""A tree that is spread over several processes: each process writes a part, and the file at the path lists the parts.
+"""A tree that is spread over several processes: each process writes a part, and the file at the
+path lists the parts.
 
-    state.safetensors                                  the manifest: structure, metadata, and the digest of each part
-    state.safetensors.part-0123456789abcdef-00000      what process 0 owns: {leaf: {"0,4": piece that starts there}}
+    state.safetensors                                the manifest: structure, metadata, digests
+    state.safetensors.part-0123456789abcdef-00000    of process 0: {leaf: {"0,4": piece from there}}
     state.safetensors.part-0123456789abcdef-00001
 
-A part is itself a checkpoint, written by `save`. Each save has a new number and so never touches the parts of earlier
-saves. The manifest is written when all parts are on the disk; older parts are deleted afterwards.
+A part is itself a checkpoint, written by `save`. Each save has a new number and so never touches
+the parts of earlier saves. The manifest is written when all parts are on the disk; older parts are
+deleted afterwards.
 """
 
 import contextlib
@@ -24,7 +26,9 @@ from jaxnet.checkpoint.words import shown
 
 
 class Piece(NamedTuple):
-    """A block of a tensor, `tensor` in the file of part `part`, which begins at index `start` of the whole."""
+    """A block of a tensor, `tensor` in the file of part `part`, which begins at index `start` of
+    the whole.
+    """
 
     part: int
     tensor: Tensor
@@ -36,8 +40,12 @@ def is_spread(tree: Any) -> bool:
     import jax
     from jax.core import Tracer
 
-    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
-    return bool(arrays) and jax.process_count() > 1 and not all(x.is_fully_addressable for x in arrays)
+    arrays = [
+        x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer)
+    ]
+    return (
+        bool(arrays) and jax.process_count() > 1 and not all(x.is_fully_addressable for x in arrays)
+    )
 
 
 def write(
@@ -48,7 +56,9 @@ def write(
     leaves: dict[str, Any],
     save_part: Callable[[str, Any], None],
 ) -> None:
-    """Write a tree. Collective: all processes must call this, and all of them raise if one fails."""
+    """Write a tree. Collective: all processes must call this, and all of them raise if one
+    fails.
+    """
     import jax
 
     me, identity, held = jax.process_index(), new_number(), contextlib.ExitStack()
@@ -59,16 +69,25 @@ def write(
             try:
                 opened = [stack.enter_context(container.opened(path)) for path in paths]
             except FileNotFoundError as e:
-                text = f"the part {shown(e.filename)} is not there: all processes must save to one folder, which they share"
+                text = (
+                    f"the part {shown(e.filename)} is not there: all processes must save to one "
+                    "folder, which they share"
+                )
                 raise CheckpointError(file, None, text) from e
             headers = [container.read_content(*part).header for part in opened]
             pieces(file, tensors, headers)
             parts = [
-                [header.metadata["jaxnet_sha256"], size] for header, (_, _, size) in zip(headers, opened, strict=True)
+                [header.metadata["jaxnet_sha256"], size]
+                for header, (_, _, size) in zip(headers, opened, strict=True)
             ]
-        described = {"id": identity, "files": parts, "tensors": [[t.name, t.code, t.shape] for t in tensors]}
+        described = {
+            "id": identity,
+            "files": parts,
+            "tensors": [[t.name, t.code, t.shape] for t in tensors],
+        }
         container.replace(
-            target, fmt.write_header(file, [], manifest | {"version": 2, "crc32": [], "parts": described})
+            target,
+            fmt.write_header(file, [], manifest | {"version": 2, "crc32": [], "parts": described}),
         )
         held.close()
         outside.sweep(target)
@@ -94,7 +113,8 @@ def new_number() -> str:
 
 @contextlib.contextmanager
 def together(file: str, target: str, held: contextlib.ExitStack) -> Iterator[None]:
-    """A block that all processes execute. If it fails in any of them, all processes raise and unfinished files are deleted.
+    """A block that all processes execute. If it fails in any of them, all processes raise and
+    unfinished files are deleted.
 
     `held` is closed before the files are deleted.
     """
@@ -123,16 +143,23 @@ def together(file: str, target: str, held: contextlib.ExitStack) -> Iterator[Non
         raise error
     if not well.all():
         failed = np.flatnonzero(~well).tolist()
-        raise CheckpointError(file, None, f"processes {failed} failed to save; what they raise says why")
+        raise CheckpointError(
+            file, None, f"processes {failed} failed to save; what they raise says why"
+        )
 
 
 def _owned(leaves: dict[str, Any], *, everything: bool) -> dict[str, dict[str, Any]]:
-    """The first replicas of the shards on this process and, with `everything`, all leaves that are not spread."""
+    """The first replicas of the shards on this process and, with `everything`, all leaves that are
+    not spread.
+    """
     tree = {}
     for name, x in leaves.items():
         if is_spread(x):
             shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
-            found = {",".join(str(axis.start or 0) for axis in shard.index): shard.data for shard in shards}
+            found = {
+                ",".join(str(axis.start or 0) for axis in shard.index): shard.data
+                for shard in shards
+            }
         else:
             found = {"": x} if everything else {}
         if found:
@@ -156,16 +183,23 @@ def read_tensors(
             for number, tensor, start in found[t.name]:
                 path, fd, part = parts[number]
                 blocks = needed.get(t.name)
-                if blocks is not None and not any(overlap(t, tensor, start, block) for block in blocks):
+                if blocks is not None and not any(
+                    overlap(t, tensor, start, block) for block in blocks
+                ):
                     continue
                 if not empty:
                     container.read_tensors(path, fd, part, [tensor], None)
                     continue
-                block = tuple(slice(first, first + size) for first, size in zip(start, tensor.shape, strict=True))
+                block = tuple(
+                    slice(first, first + size)
+                    for first, size in zip(start, tensor.shape, strict=True)
+                )
                 place = out[t.name].reshape(*t.shape, fmt.BITS[t.code] // 8)[block]
                 # A contiguous piece is read in place, without a copy.
                 if place.flags.c_contiguous:
-                    container.read_tensors(path, fd, part, [tensor], lambda _, place=place: place.reshape(-1))
+                    container.read_tensors(
+                        path, fd, part, [tensor], lambda _, place=place: place.reshape(-1)
+                    )
                 else:
                     raw = container.read_tensors(path, fd, part, [tensor], empty)[tensor.name]
                     place[...] = raw.reshape(place.shape)
@@ -175,12 +209,17 @@ def read_tensors(
 def overlap(whole: Tensor, piece: Tensor, start: tuple[int, ...], block: tuple[slice, ...]) -> bool:
     """Whether a piece has elements in a block. The block may omit trailing axes."""
     ranges = [axis.indices(size)[:2] for axis, size in zip(block, whole.shape, strict=False)]
-    return all(a < high and low < a + n for (low, high), a, n in zip(ranges, start, piece.shape, strict=False))
+    return all(
+        a < high and low < a + n
+        for (low, high), a, n in zip(ranges, start, piece.shape, strict=False)
+    )
 
 
 @contextlib.contextmanager
 def opened(file: str, header: Header) -> Iterator[list[tuple[str, int, Header]]]:
-    """Open all parts, check their digests against the manifest, and yield the path, descriptor and header of each."""
+    """Open all parts, check their digests against the manifest, and yield the path, descriptor and
+    header of each.
+    """
     assert header.parts
     target, result = places.real(file), []
     with contextlib.ExitStack() as stack:
@@ -193,46 +232,68 @@ def opened(file: str, header: Header) -> Iterator[list[tuple[str, int, Header]]]
                 raise CheckpointError(file, None, text) from e
             content = container.read_content(part, fd, size)
             if content.header.metadata.get("jaxnet_sha256") != digest:
-                text = f"its part {shown(path)} is that of another checkpoint or was replaced; {fmt.RESTORE}"
+                text = (
+                    f"its part {shown(path)} is that of another checkpoint or was replaced; "
+                    f"{fmt.RESTORE}"
+                )
                 raise CheckpointError(file, None, text)
             result.append((part, fd, content.header))
         yield result
 
 
 def pieces(file: str, tensors: Iterable[Tensor], parts: Iterable[Header]) -> dict[str, list[Piece]]:
-    """The pieces of each tensor in the parts. Raises CheckpointError unless they fill it exactly."""
+    """The pieces of each tensor in the parts. Raises CheckpointError unless they fill it
+    exactly.
+    """
     found: dict[str, list[Piece]] = {t.name: [] for t in tensors}
     for number, part in enumerate(parts):
         for tensor in part.tensors:
             name, start = (*structure.leaf_path(tensor.name), "")[:2]
             if name not in found or not re.fullmatch(r"(\d{1,18}(,\d{1,18})*)?", start):
-                raise CheckpointError(file, None, f"part {number} has a tensor '{shown(tensor.name)}'; {fmt.RESTORE}")
+                raise CheckpointError(
+                    file, None, f"part {number} has a tensor '{shown(tensor.name)}'; {fmt.RESTORE}"
+                )
             first = tuple(int(position) for position in start.split(",") if position)
-            found[name].append(Piece(number, tensor, first + (0,) * (len(tensor.shape) - len(first))))
+            found[name].append(
+                Piece(number, tensor, first + (0,) * (len(tensor.shape) - len(first)))
+            )
     for t in tensors:
         grid(file, t, found[t.name])
     return found
 
 
 def grid(file: str, whole: Tensor, found: list[Piece]) -> list[list[int]]:
-    """The starts of a tensor's pieces along each axis. Raises CheckpointError unless they fill it exactly."""
+    """The starts of a tensor's pieces along each axis. Raises CheckpointError unless they fill it
+    exactly.
+    """
     cuts = _cuts(whole, found)
     if cuts is None:
         where = [f"{p.tensor.code}{list(p.tensor.shape)} at {list(p.start)}" for p in found[:20]]
         where += ["..."] if len(found) > 20 else []
-        text = f"its pieces do not fill {whole.code}{list(whole.shape)}: they are {', '.join(where) or 'missing'}"
+        text = (
+            f"its pieces do not fill {whole.code}{list(whole.shape)}: they are "
+            f"{', '.join(where) or 'missing'}"
+        )
         raise CheckpointError(file, whole.name, f"{text} (did all processes save the same tree?)")
     return cuts
 
 
 def _cuts(whole: Tensor, found: list[Piece]) -> list[list[int]] | None:
-    """The starts of the pieces along each axis, or None unless the pieces form a grid, as those of every sharding do."""
-    if any(p.tensor.code != whole.code or not len(p.start) == len(p.tensor.shape) == len(whole.shape) for p in found):
+    """The starts of the pieces along each axis, or None unless the pieces form a grid, as those of
+    every sharding do.
+    """
+    if any(
+        p.tensor.code != whole.code or not len(p.start) == len(p.tensor.shape) == len(whole.shape)
+        for p in found
+    ):
         return None
     cuts = [sorted({p.start[axis] for p in found}) for axis in range(len(whole.shape))]
-    ends = [dict(itertools.pairwise([*cut, size])) for cut, size in zip(cuts, whole.shape, strict=True)]
+    ends = [
+        dict(itertools.pairwise([*cut, size])) for cut, size in zip(cuts, whole.shape, strict=True)
+    ]
     cells = {p.start for p in found}
-    # Compare the counts first: a few pieces on a diagonal would span a grid of astronomically many cells.
+    # Compare the counts first: a few pieces on a diagonal would span a grid of astronomically many
+    # cells.
     regular = (
         len(found) == len(cells) == math.prod(map(len, cuts))
         and cells == set(itertools.product(*cuts))

@@ -1,7 +1,9 @@
-"""Where checkpoints lie: in a file system, or at a URL of an object store (gs://, s3://), which needs the extra `orbax`.
+"""Where checkpoints lie: in a file system, or at a URL of an object store (gs://, s3://), which
+needs the extra `orbax`.
 
-An object is there as a whole or not at all, and nothing has to be synced; otherwise a URL is used like a path. TensorStore
-asks the store each time, where other clients would remember what they have seen.
+An object is there as a whole or not at all, and nothing has to be synced; otherwise a URL is used
+like a path. TensorStore asks the store each time, where other clients would remember what they have
+seen.
 """
 
 import contextlib
@@ -25,14 +27,18 @@ TRANSFER = 600
 
 
 def is_url(path: str) -> bool:
-    return re.match("[A-Za-z][A-Za-z0-9+.-]*:/", path) is not None  # also as pathlib writes it, with one slash
+    # pathlib writes such a path with one slash.
+    return re.match("[A-Za-z][A-Za-z0-9+.-]*:/", path) is not None
 
 
 def check_url(url: str) -> None:
     """Raise ValueError for what is no name of an object or a folder."""
     found = re.fullmatch("([a-z0-9]+)://([^/]+)((?:/[^/%?#*\\[]+)+)/?", url)
     if not found or found[1] not in DRIVERS or {".", ".."} & {*found[3].split("/")}:
-        text = "must be gs://bucket/name or s3://bucket/name, without empty, '.' or '..' parts and %, ?, #, * and ["
+        text = (
+            "must be gs://bucket/name or s3://bucket/name, without empty, '.' or '..' parts and "
+            "%, ?, #, * and ["
+        )
         raise ValueError(f"{shown(url)}: a URL {text}")
 
 
@@ -48,7 +54,9 @@ def check_engine(file: str, engine: str | None) -> None:
 
 
 def real(path: str, *, follow: bool = True) -> str:
-    """The absolute path with symbolic links resolved; with `follow=False`, the last step is not resolved."""
+    """The absolute path with symbolic links resolved; with `follow=False`, the last step is not
+    resolved.
+    """
     if is_url(path):
         return path.rstrip("/")
     if follow:
@@ -76,7 +84,8 @@ def entries(folder: str, *, links: bool = True) -> dict[str, bool]:
 
 
 def remove(path: str, *, folder_too: bool = False) -> None:
-    """Delete a file or, with `folder_too`, a folder and its contents. A missing path is not an error.
+    """Delete a file or, with `folder_too`, a folder and its contents. A missing path is not an
+    error.
 
     Symbolic links and their targets are left alone.
     """
@@ -139,7 +148,11 @@ def base(folder: str) -> dict[str, Any]:
         return {"driver": "file", "path": f"{folder}/"}
     check_url(f"{folder}/x")
     scheme, _, bucket, *path = folder.split("/")
-    return {"driver": DRIVERS[scheme[:-1]], "bucket": bucket, "path": "".join(f"{step}/" for step in path)}
+    return {
+        "driver": DRIVERS[scheme[:-1]],
+        "bucket": bucket,
+        "path": "".join(f"{step}/" for step in path),
+    }
 
 
 def _store(folder: str) -> Any:
@@ -175,9 +188,13 @@ def _as_os_errors(url: str) -> Iterator[None]:
     try:
         yield
     except ImportError as e:
-        raise ImportError(f"{shown(url)}: object stores need Orbax: pip install 'jaxnet[orbax]'") from e
+        raise ImportError(
+            f"{shown(url)}: object stores need Orbax: pip install 'jaxnet[orbax]'"
+        ) from e
     except TimeoutError as e:
-        text = "the object store does not answer in time: is there a network, and who may read there?"
+        text = (
+            "the object store does not answer in time: is there a network, and who may read there?"
+        )
         raise TimeoutError(errno.ETIMEDOUT, text, url) from e
     except Exception as e:
         check_url(url)

@@ -21,12 +21,18 @@ def about_run(info: Info) -> str | None:
     try:
         text = json.loads(info.metadata["fit"])
         step, facts, total = int(text["history"]["step"]), text["facts"], text.get("total")
-        parts = [f"{_records(info, text):,} records", f"step {step:,}" + (f" of {int(total):,}" if total else "")]
+        parts = [
+            f"{_records(info, text):,} records",
+            f"step {step:,}" + (f" of {int(total):,}" if total else ""),
+        ]
         if text["passes"]:
             parts.append(f"{text['passes']} passes over the data")
         if "best/value" in info.scalars:
             rule, value = text.get("best"), info.scalars["best/value"]
-            parts.append(f"best {rule + ' ' if rule else ''}{value:.6g} at step {info.scalars['best/step']:,}")
+            parts.append(
+                f"best {rule + ' ' if rule else ''}{value:.6g} at step "
+                f"{info.scalars['best/step']:,}"
+            )
         parts.append(_duration(float(text["history"]["seconds"])))
         if facts.get("examples"):
             parts.append(f"{facts['examples']:,} examples, batch size {facts['batch_size']}")

@@ -1,4 +1,6 @@
-"""A folder of checkpoints, one file per step: save in the foreground or in a thread, and find the newest and the best."""
+"""A folder of checkpoints, one file per step: save in the foreground or in a thread, and find the
+newest and the best.
+"""
 
 import errno
 import math
@@ -20,7 +22,9 @@ from jaxnet.checks import size_of
 
 
 class Checkpoint(NamedTuple):
-    """The content of a step's file. `skipped` gives, by step, why newer or better files could not be read."""
+    """The content of a step's file. `skipped` gives, by step, why newer or better files could not
+    be read.
+    """
 
     step: int
     tree: Any
@@ -31,7 +35,8 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """A folder with one file per step, `step_00000100.safetensors`, of which the newest and the best are kept.
+    """A folder with one file per step, `step_00000100.safetensors`, of which the newest and the
+    best are kept.
 
         with Checkpoints("run", metric="min loss", asynchronous=True) as checkpoints:
             if found := checkpoints.latest(like=state):
@@ -40,19 +45,22 @@ class Checkpoints:
             checkpoints.save(step, state, {"loss": loss})
 
     Args:
-      folder: the first `save` creates it. Files with other names are left alone. With `engine="orbax"` also the URL of a
-        folder in an object store, as in "gs://bucket/run".
+      folder: the first `save` creates it. Files with other names are left alone. With
+        `engine="orbax"` also the URL of a folder in an object store, as in "gs://bucket/run".
       keep: how many of the newest steps are kept; None keeps all.
-      metric: 'min' or 'max' and the name of a metric, as in 'min loss' or 'max accuracy', by which steps are ranked.
+      metric: 'min' or 'max' and the name of a metric, as in 'min loss' or 'max accuracy', by which
+        steps are ranked.
       keep_best: how many of the best steps by `metric` are kept in addition.
-      asynchronous: True to write in a thread, one file at a time. `save` returns when it has copied the tree, whose
-        arrays may then be donated or changed. The next call of any method raises an error of the thread; a program that
-        ends before then waits for the thread and prints the error to stderr. Leaving a `with` block waits, too.
+      asynchronous: True to write in a thread, one file at a time. `save` returns when it has copied
+        the tree, whose arrays may then be donated or changed. The next call of any method raises an
+        error of the thread; a program that ends before then waits for the thread and prints the
+        error to stderr. Leaving a `with` block waits, too.
       engine: as in `jaxnet.checkpoint.save`.
 
-    Older files are deleted when the new file is safely on the disk. Damaged files do not count among those kept, so a
-    good checkpoint stays until there is a newer good one. Only one writer per folder: a single process, or all processes
-    that share a sharded tree. The latter save synchronously unless engine='orbax'.
+    Older files are deleted when the new file is safely on the disk. Damaged files do not count
+    among those kept, so a good checkpoint stays until there is a newer good one. Only one writer
+    per folder: a single process, or all processes that share a sharded tree. The latter save
+    synchronously unless engine='orbax'.
     """
 
     def __init__(
@@ -66,13 +74,19 @@ class Checkpoints:
         engine: Literal["orbax"] | None = None,
     ):
         if not os.fsdecode(folder):
-            raise ValueError("the name of the folder is empty: use '.' for the folder of the program")
+            raise ValueError(
+                "the name of the folder is empty: use '.' for the folder of the program"
+            )
         if keep is not None and isinstance(keep, int) and keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}: the newest checkpoint is never deleted")
+            raise ValueError(
+                f"keep must be at least 1, got {keep}: the newest checkpoint is never deleted"
+            )
         keep = None if keep is None else size_of("Checkpoints: keep", keep)
         keep_best = size_of("Checkpoints: keep_best", keep_best, 0)
         if metric is not None and not re.fullmatch(r"(min|max) \S.*", str(metric)):
-            raise ValueError(f"metric must be 'min' or 'max' and a name, as in 'min loss', got {metric!r}")
+            raise ValueError(
+                f"metric must be 'min' or 'max' and a name, as in 'min loss', got {metric!r}"
+            )
         self.folder = places.absolute(os.fsdecode(folder))
         self.keep, self.metric, self.keep_best = keep, metric, keep_best
         self.asynchronous, self.engine = asynchronous, engine
@@ -96,14 +110,14 @@ class Checkpoints:
         Args:
           step: a number greater than that of every good file in the folder.
           tree: as in `jaxnet.checkpoint.save`.
-          metrics: numbers by name (floats, scalars of NumPy or JAX; NaN and infinities too), among them that of
-            `metric`. Without metrics a step is never the best.
+          metrics: numbers by name (floats, scalars of NumPy or JAX; NaN and infinities too), among
+            them that of `metric`. Without metrics a step is never the best.
           metadata: as in `jaxnet.checkpoint.save`; 'step' and 'metrics' are taken.
 
         Raises:
           ValueError: the step is not newer, or a metric is missing or not a number.
-          CheckpointError, OSError: as `jaxnet.checkpoint.save`, or the error of an earlier asynchronous save (this one has
-            then not been tried). All earlier files are unchanged.
+          CheckpointError, OSError: as `jaxnet.checkpoint.save`, or the error of an earlier
+            asynchronous save (this one has then not been tried). All earlier files are unchanged.
         """
         self.wait()
         places.check_engine(self.folder, self.engine)
@@ -111,19 +125,26 @@ class Checkpoints:
         if step >= 10**18:
             raise ValueError(f"step must have at most 18 digits, got {step}")
         if self._closed:
-            raise ValueError(f"{shown(self.folder, 5000)}: this store has been closed; save inside its `with` block")
+            raise ValueError(
+                f"{shown(self.folder, 5000)}: this store has been closed; save inside its `with` "
+                "block"
+            )
         newest = max(set(self._steps()) - self._bad, default=-1)
         if step <= newest:
             text = f"step {step} is not newer than step {newest} in {shown(self.folder, 5000)}"
             raise ValueError(
-                f"{text}: continue from latest(), which finds out if that file is good, or use a new folder"
+                f"{text}: continue from latest(), which finds out if that file is good, or use a "
+                "new folder"
             )
         if taken := {"step", "metrics"} & (metadata or {}).keys():
-            raise ValueError(f"metadata must not have entries called {sorted(taken)}: the store writes them itself")
+            raise ValueError(
+                f"metadata must not have entries called {sorted(taken)}: the store writes them "
+                "itself"
+            )
         about = {"step": step, "metrics": numbers, **(metadata or {})}
-        # After the main thread's end nobody would wait for another one.
-        # A tree that is spread over several processes is written in the foreground, since these have to wait together,
-        # which Orbax can do in threads.
+        # After the main thread's end nobody would wait for another one. A tree that is spread over
+        # several processes is written in the foreground, since these have to wait together, which
+        # Orbax can do in threads.
         beside = self.asynchronous and threading.main_thread().is_alive()
         beside = beside and (self.engine is not None or not parts.is_spread(tree))
         write = prepare(self._path(step), tree, about, self.engine, snapshot=beside, follow=False)
@@ -143,9 +164,9 @@ class Checkpoints:
     def latest(self, like: Any = None, **options: Any) -> Checkpoint | None:
         """Load the newest good step.
 
-        A damaged file is skipped with a warning and listed in `skipped`. A file that cannot be opened (no permission, an
-        object store out of reach) is not damaged and not skipped: a run resumed from an older step could not save until
-        its steps are newer than that file.
+        A damaged file is skipped with a warning and listed in `skipped`. A file that cannot be
+        opened (no permission, an object store out of reach) is not damaged and not skipped: a run
+        resumed from an older step could not save until its steps are newer than that file.
 
         Args:
           like: as in `jaxnet.checkpoint.load`.
@@ -175,16 +196,22 @@ class Checkpoints:
           CheckpointError, OSError: as `latest`.
         """
         if self.metric is None:
-            raise ValueError("best() needs to know what is good: Checkpoints(folder, metric='min loss')")
+            raise ValueError(
+                "best() needs to know what is good: Checkpoints(folder, metric='min loss')"
+            )
         ranked, skipped, closed = self._ranked(self.steps())
         for error in closed.values():
             raise error
         return self._first(ranked, skipped, like, options)
 
     def load(self, step: int, like: Any = None, **options: Any) -> Checkpoint:
-        """Load one step. Raises FileNotFoundError if there is no such step, otherwise as `jaxnet.checkpoint.load`."""
+        """Load one step. Raises FileNotFoundError if there is no such step, otherwise as
+        `jaxnet.checkpoint.load`.
+        """
         if step not in (steps := self.steps()):
-            raise FileNotFoundError(errno.ENOENT, f"no checkpoint of step {step}, only of {steps}", self._path(step))
+            raise FileNotFoundError(
+                errno.ENOENT, f"no checkpoint of step {step}, only of {steps}", self._path(step)
+            )
         return self._load(step, like, options)
 
     def steps(self) -> list[int]:
@@ -227,7 +254,9 @@ class Checkpoints:
         """The steps whose files have, or would have, these names."""
         found = [(name, re.fullmatch(r"step_(\d{8,18})\.safetensors", name)) for name in names]
         numbers = {name: int(match[1]) for name, match in found if match}
-        return sorted(step for name, step in numbers.items() if name == os.path.basename(self._path(step)))
+        return sorted(
+            step for name, step in numbers.items() if name == os.path.basename(self._path(step))
+        )
 
     def _write(self, step: int, write: Any) -> None:
         # An interrupted save leaves the step marked as bad.
@@ -272,8 +301,12 @@ class Checkpoints:
                 # Another process has deleted the file meanwhile.
                 continue
             except OSError as e:
-                # The file may be readable later, and a run resumed from an older step could not save.
-                e.add_note(f"step {step} is not damaged: make it readable, or move it away to go on from an older step")
+                # The file may be readable later, and a run resumed from an older step could not
+                # save.
+                e.add_note(
+                    f"step {step} is not damaged: make it readable, or move it away to go on "
+                    "from an older step"
+                )
                 raise
             except CheckpointError as e:
                 self._bad.add(step)
@@ -281,12 +314,16 @@ class Checkpoints:
             else:
                 self._bad.discard(step)
                 if skipped:
-                    text = "\n  ".join([f"step {step} is loaded, since others cannot be read:", *skipped.values()])
+                    text = "\n  ".join(
+                        [f"step {step} is loaded, since others cannot be read:", *skipped.values()]
+                    )
                     warnings.warn(text, stacklevel=3)
                 return found
         if skipped:
             raise CheckpointError(
-                self.folder, None, "\n  ".join(["no checkpoint in it can be read:", *skipped.values()])
+                self.folder,
+                None,
+                "\n  ".join(["no checkpoint in it can be read:", *skipped.values()]),
             )
         return None
 
@@ -303,7 +340,10 @@ class Checkpoints:
         """Metrics as JSON can hold them."""
         name = self.metric and self.metric[4:]
         if metrics and name and name not in metrics:
-            raise ValueError(f"metrics must have '{name}', by which the best step is chosen; they have {list(metrics)}")
+            raise ValueError(
+                f"metrics must have '{name}', by which the best step is chosen; they have "
+                f"{list(metrics)}"
+            )
         numbers = {}
         for key, x in (metrics or {}).items():
             try:
@@ -312,11 +352,15 @@ class Checkpoints:
                     raise TypeError
                 numbers[key] = float(x) if math.isfinite(float(x)) else str(float(x))
             except (TypeError, ValueError, OverflowError) as e:
-                raise ValueError(f"metric '{shown(key)}' must be a number, got {shown(repr(x))}") from e
+                raise ValueError(
+                    f"metric '{shown(key)}' must be a number, got {shown(repr(x))}"
+                ) from e
         return numbers
 
     def _ranked(self, steps: Iterable[int]) -> tuple[list[int], dict[int, str], dict[int, OSError]]:
-        """Rank steps by the metric, best first; also return the damaged files and those that cannot be opened, by step."""
+        """Rank steps by the metric, best first; also return the damaged files and those that cannot
+        be opened, by step.
+        """
         assert self.metric
         sign, name = {"min": 1, "max": -1}[self.metric[:3]], self.metric[4:]
         values, skipped, closed = [], {}, {}
@@ -338,7 +382,11 @@ class Checkpoints:
 def _metrics(info: Info) -> dict[str, float]:
     stored = info.metadata.get("metrics")
     stored = stored if isinstance(stored, dict) else {}
-    numbers = {name: x for name, x in stored.items() if isinstance(x, int | float) or x in ("nan", "inf", "-inf")}
+    numbers = {
+        name: x
+        for name, x in stored.items()
+        if isinstance(x, int | float) or x in ("nan", "inf", "-inf")
+    }
     return {name: float(x) for name, x in numbers.items()}
 
 

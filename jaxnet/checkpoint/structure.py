@@ -2,11 +2,11 @@
 
 In JSON a node is [kind, content]:
 
-    ["dict", [[key, node], ...]]        also "ordered_dict"; a key is a string, or a node for other types
+    ["dict", [[key, node], ...]]        also "ordered_dict"; a key is a string, or else a node
     ["list", [node, ...]]               also "tuple"
-    ["record", [[field, node], ...]]    NamedTuple, dataclass or other registered node: its fields, never its class
-    ["none", null]  ["bool", true]  ["int", "-0x1f"]  ["float", "0x1.8p+0"]  ["complex", [float, float]]
-    ["str", "text"]  ["bytes", base64]
+    ["record", [[field, node], ...]]    NamedTuple, dataclass, registered node: never its class
+    ["none", null]  ["bool", true]  ["int", "-0x1f"]  ["float", "0x1.8p+0"]
+    ["complex", [float, float]]  ["str", "text"]  ["bytes", base64]
     ["jax", "float32"]                  a tensor of the file; also "numpy" and "numpy_scalar"
     ["key", "threefry2x32"]             a tensor that holds random keys
 """
@@ -23,20 +23,43 @@ from jaxnet.checkpoint.format import RESTORE, CheckpointError, Tensor
 from jaxnet.checkpoint.words import shown
 
 MAX_DEPTH = 100
-MAX_ALIKE = 100  # keys of one dict that have the same hash: time grows with the square of their number
+# Keys of one dict that have the same hash: the time grows with the square of their number.
+MAX_ALIKE = 100
 DICTS = {"dict": dict, "ordered_dict": collections.OrderedDict}
 LISTS = {"list": list, "tuple": tuple}
 ARRAYS = ("jax", "numpy", "numpy_scalar", "key")
 CODES = {  # dtype -> the name of the same type in safetensors
-    **{"bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32"},
-    **{"uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"},
-    **{"complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0"},
+    **{
+        "bool": "BOOL",
+        "uint8": "U8",
+        "int8": "I8",
+        "uint16": "U16",
+        "int16": "I16",
+        "uint32": "U32",
+        "int32": "I32",
+    },
+    **{
+        "uint64": "U64",
+        "int64": "I64",
+        "float16": "F16",
+        "bfloat16": "BF16",
+        "float32": "F32",
+        "float64": "F64",
+    },
+    **{
+        "complex64": "C64",
+        "float8_e4m3fn": "F8_E4M3",
+        "float8_e5m2": "F8_E5M2",
+        "float8_e8m0fnu": "F8_E8M0",
+    },
     **{"float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ"},
 }
 WIDENED = {  # dtype without such a name -> what is stored
-    **{"int1": "I8", "int2": "I8", "int4": "I8", "uint1": "U8", "uint2": "U8", "uint4": "U8"},  # the same numbers
+    # These are stored as the same numbers.
+    **{"int1": "I8", "int2": "I8", "int4": "I8", "uint1": "U8", "uint2": "U8", "uint4": "U8"},
     **{"float8_e3m4": "U8", "float8_e4m3": "U8", "float8_e4m3b11fnuz": "U8"},  # the bits
-    **{"float6_e2m3fn": "U8", "float6_e3m2fn": "U8", "float4_e2m1fn": "U8"},  # the bits, one element in a byte
+    # These are stored as bits, one element in a byte.
+    **{"float6_e2m3fn": "U8", "float6_e3m2fn": "U8", "float4_e2m1fn": "U8"},
     "complex128": "F64",  # the real and the imaginary part, along one more axis
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
@@ -44,7 +67,9 @@ Path = tuple[str, ...]
 
 
 class Node(NamedTuple):
-    """A container (keys and children), a Python scalar (its value) or an array (its dtype, or the kind of its keys)."""
+    """A container (keys and children), a Python scalar (its value) or an array (its dtype, or the
+    kind of its keys).
+    """
 
     kind: str
     value: Any = None
@@ -57,7 +82,9 @@ class Node(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What a template and a file must agree on for one leaf; `shape` is None for a Python scalar."""
+    """What a template and a file must agree on for one leaf; `shape` is None for a Python
+    scalar.
+    """
 
     dtype: str
     shape: tuple[int, ...] | None
@@ -68,9 +95,12 @@ class Spec(NamedTuple):
 
 
 def leaf_name(path: Path) -> str:
-    """Join the steps of a path with '/', each escaped as in RFC 6901: different paths have different names."""
+    """Join the steps of a path with '/', each escaped as in RFC 6901: different paths have
+    different names.
+    """
     name = "/".join(map(_escaped, path))
-    return "~__metadata__" if name == "__metadata__" else name  # in a safetensors header that name has another meaning
+    # In a safetensors header, `__metadata__` has another meaning.
+    return "~__metadata__" if name == "__metadata__" else name
 
 
 def _escaped(step: str) -> str:
@@ -81,11 +111,19 @@ def leaf_path(name: str) -> Path:
     """The path whose `leaf_name` this is."""
     if name == "~__metadata__":
         return ("__metadata__",)
-    return tuple(step.replace("~1", "/").replace("~0", "~") for step in name.split("/")) if name else ()
+    return (
+        tuple(step.replace("~1", "/").replace("~0", "~") for step in name.split("/"))
+        if name
+        else ()
+    )
 
 
-def encode(file: str, tree: Any, describe: Callable[[str, Any], Node]) -> tuple[Node, dict[str, Any]]:
-    """The node of a tree, and its array leaves by name; `describe(name, leaf)` gives the node of such a leaf."""
+def encode(
+    file: str, tree: Any, describe: Callable[[str, Any], Node]
+) -> tuple[Node, dict[str, Any]]:
+    """The node of a tree, and its array leaves by name; `describe(name, leaf)` gives the node of
+    such a leaf.
+    """
     from jax.tree_util import all_leaves
 
     arrays = {}
@@ -103,7 +141,9 @@ def encode(file: str, tree: Any, describe: Callable[[str, Any], Node]) -> tuple[
             return visit_all(kind, range(len(x)), x, path)
         if not all_leaves([x]):
             fields = _fields(x)
-            return visit_all("record", [name for name, _ in fields], [child for _, child in fields], path)
+            return visit_all(
+                "record", [name for name, _ in fields], [child for _, child in fields], path
+            )
         name = leaf_name(path)
         arrays[name] = x
         return describe(name, x)
@@ -116,8 +156,15 @@ def encode(file: str, tree: Any, describe: Callable[[str, Any], Node]) -> tuple[
         steps = [str(key) for key in keys]
         if len(set(steps)) < len(steps):
             name = leaf_name((*path, next(step for step in steps if steps.count(step) > 1)))
-            raise CheckpointError(file, name, f"two keys of type {types(keys)} give this one name: rename one")
-        return Node(kind, None, keys, [visit(x, (*path, step)) for step, x in zip(steps, children, strict=True)])
+            raise CheckpointError(
+                file, name, f"two keys of type {types(keys)} give this one name: rename one"
+            )
+        return Node(
+            kind,
+            None,
+            keys,
+            [visit(x, (*path, step)) for step, x in zip(steps, children, strict=True)],
+        )
 
     return visit(tree, ()), arrays
 
@@ -125,7 +172,13 @@ def encode(file: str, tree: Any, describe: Callable[[str, Any], Node]) -> tuple[
 def to_json(node: Node) -> list[Any]:
     kind, value, keys, children = node
     if kind in DICTS or kind == "record":
-        return [kind, [[_key_to_json(key), to_json(child)] for key, child in zip(keys, children, strict=True)]]
+        return [
+            kind,
+            [
+                [_key_to_json(key), to_json(child)]
+                for key, child in zip(keys, children, strict=True)
+            ],
+        ]
     if kind in LISTS:
         return [kind, [to_json(child) for child in children]]
     return [kind, value if kind in ARRAYS else _SCALARS[kind][0](value)]
@@ -143,7 +196,11 @@ def from_json(file: str, json: Any, path: Path = ()) -> Node:
             return Node(kind, _scalar(kind, content))
         if not isinstance(content, list) or kind not in (*DICTS, *LISTS, "record"):
             raise ValueError(f"unknown kind {reprlib.repr(kind)}, or the wrong content")
-        pairs = enumerate(content) if kind in LISTS else ((_key_from_json(key), child) for key, child in content)
+        pairs = (
+            enumerate(content)
+            if kind in LISTS
+            else ((_key_from_json(key), child) for key, child in content)
+        )
         keys, children = zip(*pairs, strict=True) if content else ((), ())
         steps = [str(key) for key in keys]
         if kind in DICTS and (text := _collisions(keys)):
@@ -153,9 +210,17 @@ def from_json(file: str, json: Any, path: Path = ()) -> Node:
         if kind == "record" and not all(isinstance(key, str) for key in keys):
             raise ValueError("the names of fields are strings")
     except (ValueError, TypeError, OverflowError, LookupError) as e:
-        text = f"the manifest's tree is not well-formed at '{shown(leaf_name(path))}' ({shown(e, 3000)}); {RESTORE}"
+        text = (
+            f"the manifest's tree is not well-formed at '{shown(leaf_name(path))}' "
+            f"({shown(e, 3000)}); {RESTORE}"
+        )
         raise CheckpointError(file, None, text) from e
-    return Node(kind, None, keys, [from_json(file, x, (*path, step)) for step, x in zip(steps, children, strict=True)])
+    return Node(
+        kind,
+        None,
+        keys,
+        [from_json(file, x, (*path, step)) for step, x in zip(steps, children, strict=True)],
+    )
 
 
 def walk(node: Node) -> Iterator[tuple[Path, Node]]:
@@ -170,7 +235,9 @@ def walk(node: Node) -> Iterator[tuple[Path, Node]]:
 
 
 def leaves(node: Node, most: float = math.inf) -> dict[str, Node]:
-    """The leaves by `leaf_name`; ValueError if the names together have more than `most` characters."""
+    """The leaves by `leaf_name`; ValueError if the names together have more than `most`
+    characters.
+    """
     found, size = {}, 0
 
     def visit(node, name):
@@ -179,7 +246,9 @@ def leaves(node: Node, most: float = math.inf) -> dict[str, Node]:
             found["~__metadata__" if name == "__metadata__" else name or ""] = node
             size += len(name or "")
             if size > most:
-                raise ValueError(f"the paths of its leaves together have more than {most:,} characters")
+                raise ValueError(
+                    f"the paths of its leaves together have more than {most:,} characters"
+                )
         for key, child in zip(node.keys, node.children, strict=True):
             visit(child, _escaped(str(key)) if name is None else f"{name}/{_escaped(str(key))}")
 
@@ -188,29 +257,51 @@ def leaves(node: Node, most: float = math.inf) -> dict[str, Node]:
 
 
 def show(x: Any) -> str:
-    """A scalar as Python writes it, which for an int of more than some thousand digits it does only in hexadecimal."""
+    """A scalar as Python writes it, which for an int of more than some thousand digits it does only
+    in hexadecimal.
+    """
     return hex(x) if isinstance(x, int) and x.bit_length() > 10_000 else repr(x)
 
 
 def stored_as(node: Node, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """The safetensors type and the shape of an array in the file; for random keys `shape` is that of their data."""
+    """The safetensors type and the shape of an array in the file; for random keys `shape` is that
+    of their data.
+    """
     if node.kind == "key":
         return "U32", shape
-    return CODES.get(node.value) or WIDENED[node.value], (*shape, 2) if node.value == "complex128" else shape
+    return CODES.get(node.value) or WIDENED[node.value], (
+        *shape,
+        2,
+    ) if node.value == "complex128" else shape
 
 
 def check_arrays(file: str, nodes: dict[str, Node], tensors: dict[str, Tensor]):
-    """Raise CheckpointError unless each array of the tree has its tensor, of the right type, and there is no other."""
+    """Raise CheckpointError unless each array of the tree has its tensor, of the right type, and
+    there is no other.
+    """
     names = {name for name, node in nodes.items() if node.kind in ARRAYS}
     if odd := sorted(names ^ tensors.keys()):
-        raise CheckpointError(file, odd[0], f"it is in the tree or in the header, but not in both; {RESTORE}")
+        raise CheckpointError(
+            file, odd[0], f"it is in the tree or in the header, but not in both; {RESTORE}"
+        )
     for name, tensor in tensors.items():
         node, axes = nodes[name], tensor.shape[-1:]
         if node.kind != "key" and node.value not in CODES and node.value not in WIDENED:
-            raise CheckpointError(file, name, f"the tree gives it an unknown dtype, '{shown(node.value)}'; {RESTORE}")
+            raise CheckpointError(
+                file, name, f"the tree gives it an unknown dtype, '{shown(node.value)}'; {RESTORE}"
+            )
         code, _ = stored_as(node, ())
-        if tensor.code != code or node.kind == "key" and not axes or node.value == "complex128" and axes != (2,):
-            text = f"the tree calls it {shown(node.value)}, which is not stored as {Spec(tensor.code, tensor.shape)}"
+        if (
+            tensor.code != code
+            or node.kind == "key"
+            and not axes
+            or node.value == "complex128"
+            and axes != (2,)
+        ):
+            text = (
+                f"the tree calls it {shown(node.value)}, which is not stored as "
+                f"{Spec(tensor.code, tensor.shape)}"
+            )
             raise CheckpointError(file, name, f"{text}; {RESTORE}")
 
 
@@ -225,17 +316,25 @@ def specs_in_file(nodes: dict[str, Node], tensors: dict[str, Tensor]) -> dict[st
     result = {}
     for name, node in nodes.items():
         shape = tensors[name].shape if name in tensors else None
-        result[name] = spec(node, shape[:-1] if shape and (node.kind == "key" or node.value == "complex128") else shape)
+        result[name] = spec(
+            node,
+            shape[:-1] if shape and (node.kind == "key" or node.value == "complex128") else shape,
+        )
     return result
 
 
 def build(node: Node, arrays: dict[str, Any], path: Path = ()) -> Any:
-    """The tree of a node; its arrays are looked up by name, and a record becomes the dict of its fields."""
+    """The tree of a node; its arrays are looked up by name, and a record becomes the dict of its
+    fields.
+    """
     if node.kind in ARRAYS:
         return arrays[leaf_name(path)]
     if node.kind in _SCALARS:
         return node.value
-    children = [build(child, arrays, (*path, str(key))) for key, child in zip(node.keys, node.children, strict=True)]
+    children = [
+        build(child, arrays, (*path, str(key)))
+        for key, child in zip(node.keys, node.children, strict=True)
+    ]
     if node.kind in LISTS:
         return LISTS[node.kind](children)
     return DICTS.get(node.kind, dict)(zip(node.keys, children, strict=True))
@@ -251,13 +350,16 @@ def refill(like: Any, leaves: dict[str, Any]) -> Any:
 
 
 def foreign_paths(names: Sequence[str]) -> list[Path]:
-    """Paths for the tensors of another program: split at '/', or not at all if that gives no tree of moderate depth."""
+    """Paths for the tensors of another program: split at '/', or not at all if that gives no tree
+    of moderate depth.
+    """
     flat: list[Path] = [(name,) for name in names]
     if any(name.count("/") >= MAX_DEPTH for name in names):
         return flat
     nested = [tuple(name.split("/")) for name in names]
     leaves = set(nested)
-    both = any(path[:i] in leaves for path in nested for i in range(1, len(path)))  # a leaf and a dict
+    # Such a path would be both a leaf and a dict.
+    both = any(path[:i] in leaves for path in nested for i in range(1, len(path)))
     return flat if both else nested
 
 
@@ -273,7 +375,11 @@ def nest(leaves: dict[Path, Node]) -> Node:
         branch[last] = leaf
 
     def visit(x):
-        return Node("dict", None, list(x), [visit(child) for child in x.values()]) if isinstance(x, dict) else x
+        return (
+            Node("dict", None, list(x), [visit(child) for child in x.values()])
+            if isinstance(x, dict)
+            else x
+        )
 
     return visit(root)
 
@@ -288,9 +394,14 @@ def _fields(x: Any) -> list[tuple[str, Any]]:
 
 def _check_key(file: str, path: Path, key: Any):
     for part in key if type(key) is tuple else [key]:
-        if _KINDS.get(type(part)) not in _SCALARS or isinstance(part, int) and part.bit_length() > 10_000:
+        if (
+            _KINDS.get(type(part)) not in _SCALARS
+            or isinstance(part, int)
+            and part.bit_length() > 10_000
+        ):
             text = (
-                f"it has a key of type {type(part).__name__}: use str, int, float, bool, bytes, None or tuples of these"
+                f"it has a key of type {type(part).__name__}: use str, int, float, bool, bytes, "
+                "None or tuples of these"
             )
             raise CheckpointError(file, leaf_name(path), text)
         if isinstance(part, str) and re.search("[\ud800-\udfff]", part):
@@ -299,12 +410,18 @@ def _check_key(file: str, path: Path, key: Any):
 
 
 def _collisions(keys: Sequence[Any]) -> str | None:
-    """What is wrong with keys that a dict could only hold slowly: numbers whose hash is the same (those of text are random)."""
+    """What is wrong with keys that a dict could only hold slowly: numbers whose hash is the same
+    (those of text are random).
+    """
     if all(type(key) is str for key in keys):
         return None
     hashes = collections.Counter(map(hash, keys))
     value, count = hashes.most_common(1)[0]
-    return f"{count} of its keys have the hash {value}, at most {MAX_ALIKE} may" if count > MAX_ALIKE else None
+    return (
+        f"{count} of its keys have the hash {value}, at most {MAX_ALIKE} may"
+        if count > MAX_ALIKE
+        else None
+    )
 
 
 def _key_to_json(key: Any) -> Any:
@@ -334,7 +451,8 @@ def _scalar(kind: str, content: Any) -> Any:
     return value
 
 
-_SCALARS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {  # to JSON and back, exactly
+# Each pair of functions converts to JSON and back, exactly.
+_SCALARS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "none": (lambda x: None, lambda x: None),
     "bool": (lambda x: x, bool),
     "int": (hex, lambda x: int(x, 16)),
@@ -343,5 +461,8 @@ _SCALARS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {  # to
     "str": (lambda x: x, str),
     "bytes": (lambda x: base64.b64encode(x).decode(), lambda x: base64.b64decode(x, validate=True)),
 }
-_KINDS = {type(None): "none", **{t: t.__name__ for t in (bool, int, float, complex, str, bytes, list, tuple, dict)}}
+_KINDS = {
+    type(None): "none",
+    **{t: t.__name__ for t in (bool, int, float, complex, str, bytes, list, tuple, dict)},
+}
 _KINDS |= {collections.OrderedDict: "ordered_dict", collections.defaultdict: "dict"}

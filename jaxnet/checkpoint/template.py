@@ -1,4 +1,6 @@
-"""Compare the content of a file with a template, and name the part of a run's file that the template describes."""
+"""Compare the content of a file with a template, and name the part of a run's file that the
+template describes.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,14 @@ PLACES = ("train_state/params", "train_state", "best/params", "best")
 def fit(
     file: str, what: str, like: Any, content: Content, *, strict: bool, cast: bool, part: bool
 ) -> tuple[dict[str, Target], dict[str, Any]]:
-    """`match.fit` for the leaves of a file and their containers; `part` if `only` has selected some of its leaves."""
+    """`match.fit` for the leaves of a file and their containers; `part` if `only` has selected some
+    of its leaves.
+    """
     from jaxnet.checkpoint import arrays
 
-    template, leaves = structure.encode(file, like, functools.partial(arrays.describe_template, file))
+    template, leaves = structure.encode(
+        file, like, functools.partial(arrays.describe_template, file)
+    )
     nodes = structure.leaves(template)
     containers = (template, content.node) if content.structured else None
     if containers and part:
@@ -39,22 +45,37 @@ def fit(
 
 
 def _with_remedy(error: Misfit, content: Content, wanted: Collection[str]) -> Misfit:
-    """The error with the call that loads the part of a run's file where the paths `wanted` are, if there is one."""
+    """The error with the call that loads the part of a run's file where the paths `wanted` are, if
+    there is one.
+    """
     manifest = content.header.manifest
     if manifest is None or "fit" not in manifest["metadata"]:
         return error
-    hits = {place: [name for name in wanted if _below(place, name) in content.leaves] for place in ("", *PLACES)}
+    hits = {
+        place: [name for name in wanted if _below(place, name) in content.leaves]
+        for place in ("", *PLACES)
+    }
     place = max(PLACES, key=lambda place: len(hits[place]))
     if len(hits[place]) <= len(hits[""]):
         return error
     first = {name.partition("/")[0] for name in hits[place]}
-    inside = [name.removeprefix(f"{place}/") for name in content.leaves if name.startswith(f"{place}/")]
+    inside = [
+        name.removeprefix(f"{place}/") for name in content.leaves if name.startswith(f"{place}/")
+    ]
     whole = all(name.partition("/")[0] in first for name in inside)
     only = place if whole else sorted(_below(place, glob.escape(step)) for step in first)
-    call = f"load({shown(repr(error.path), 5000)}, like, only={shown(repr(only), 3000)}, rename={{'{place}': ''}})"
+    call = (
+        f"load({shown(repr(error.path), 5000)}, like, only={shown(repr(only), 3000)}, "
+        f"rename={{'{place}': ''}})"
+    )
     text = f"fit wrote this file, and paths of `like` are below '{place}' there: {call}"
-    # If all paths are there, the list of differences would only say that the file holds a whole run.
-    reason = error.reason if len(hits[place]) < len(wanted) else error.reason.partition("\n")[0].rstrip(":")
+    # If all paths are there, the list of differences would only say that the file holds a whole
+    # run.
+    reason = (
+        error.reason
+        if len(hits[place]) < len(wanted)
+        else error.reason.partition("\n")[0].rstrip(":")
+    )
     return Misfit(error.path, error.leaf, f"{reason}\n  {text}")
 
 

@@ -1,8 +1,10 @@
-"""Let the processes of one save watch each other, so that none waits long for a process that has failed or died.
+"""Let the processes of one save watch each other, so that none waits long for a process that has
+failed or died.
 
-Orbax waits for all processes at its barriers for minutes, because a slow disk is not an error. Such a wait cannot be
-canceled. Therefore another thread waits, while the caller polls the status of all processes in the key-value store of
-`jax.distributed`. The status is a growing number, "failed" or "done".
+Orbax waits for all processes at its barriers for minutes, because a slow disk is not an error. Such
+a wait cannot be canceled. Therefore another thread waits, while the caller polls the status of all
+processes in the key-value store of `jax.distributed`. The status is a growing number, "failed" or
+"done".
 """
 
 import atexit
@@ -46,7 +48,8 @@ class Watch:
 
         self.file, self.place, self.me = file, f"jaxnet/{number}", jax.process_index()
         self.client = _client()
-        # Seconds between two reads. Every process reads the status of all, so the load grows with their number.
+        # Seconds between two reads. Every process reads the status of all, so the load grows with
+        # their number.
         self.pause = 1 + jax.process_count() / 100
         self.heard: dict[str, tuple[str, float]] = {}
         self.ended, self.turn = threading.Event(), threading.Lock()
@@ -60,7 +63,8 @@ class Watch:
             threading.Thread(target=self._beat, name=f"watch {number}", daemon=True).start()
 
     def run(self, work: Callable[[], Any]) -> None:
-        """Do the work in a thread, and raise its error, or Elsewhere as soon as another process has failed.
+        """Do the work in a thread, and raise its error, or Elsewhere as soon as another process has
+        failed.
 
         In the latter case, the thread is left behind until the program ends.
         """
@@ -113,11 +117,16 @@ class Watch:
 
     def _check(self) -> None:
         try:
-            words = {key.rpartition("/")[2]: word for key, word in self.client.key_value_dir_get(self.place)}
+            words = {
+                key.rpartition("/")[2]: word
+                for key, word in self.client.key_value_dir_get(self.place)
+            }
         except Exception as e:
             raise Gone(self.file, None, f"the first process cannot be reached: {e}") from e
         if failed := sorted(int(process) for process, word in words.items() if word == "failed"):
-            raise Elsewhere(self.file, None, f"processes {failed} failed to save; what they raise says why")
+            raise Elsewhere(
+                self.file, None, f"processes {failed} failed to save; what they raise says why"
+            )
         now, gone = time.monotonic(), []
         for process, word in words.items():
             if self.heard.get(process, ("",))[0] != word:
@@ -125,7 +134,10 @@ class Watch:
             if word != "done" and now - self.heard[process][1] > max(SILENCE, 5 * self.pause):
                 gone.append(int(process))
         if gone:
-            text = f"processes {sorted(gone)} have said nothing for {SILENCE} seconds: they are dead, or stopped"
+            text = (
+                f"processes {sorted(gone)} have said nothing for {SILENCE} seconds: they are "
+                "dead, or stopped"
+            )
             raise Gone(self.file, None, text)
 
 
@@ -135,7 +147,9 @@ def _end_at_exit() -> None:
 
 
 def _end_left() -> None:
-    """End threads that wait for other processes. A thread that wakes during interpreter shutdown would abort the program."""
+    """End threads that wait for other processes. A thread that wakes during interpreter shutdown
+    would abort the program.
+    """
     import jax
 
     if any(thread.is_alive() for thread in _left):

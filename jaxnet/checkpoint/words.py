@@ -5,10 +5,14 @@ MOST = 50_000
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Escape control characters, direction marks and lone surrogates, except the characters in `keep`."""
+    """Escape control characters, direction marks and lone surrogates, except the characters in
+    `keep`.
+    """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def shown(name: object, most: int = 300) -> str:

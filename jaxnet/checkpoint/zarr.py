@@ -1,4 +1,6 @@
-"""Read the folder of Orbax with TensorStore alone, block by block, and check every block against its checksum."""
+"""Read the folder of Orbax with TensorStore alone, block by block, and check every block against
+its checksum.
+"""
 
 import contextlib
 import errno
@@ -46,13 +48,22 @@ def read_tensors(
 
     def read(job):
         t, start, block, expected = job
-        place = tuple(slice(first, first + size) for first, size in zip(start, block.shape, strict=True))
+        place = tuple(
+            slice(first, first + size) for first, size in zip(start, block.shape, strict=True)
+        )
         raw = np.empty(0, np.uint8)
         if t.name in arrays:
             with readable(file, t.name, folder):
-                raw = np.ascontiguousarray(arrays[t.name][place].read().result()).reshape(-1).view(np.uint8)
+                raw = (
+                    np.ascontiguousarray(arrays[t.name][place].read().result())
+                    .reshape(-1)
+                    .view(np.uint8)
+                )
         if (crcs := fmt.crcs(block, raw)) != expected:
-            text = f"its block {list(block.shape)} at {list(start)} is not what was saved: CRC-32 {crcs}, expected {expected}"
+            text = (
+                f"its block {list(block.shape)} at {list(start)} is not what was saved: CRC-32 "
+                f"{crcs}, expected {expected}"
+            )
             raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
         if out and raw.size:
             itemsize = fmt.BITS[t.code] // 8
@@ -70,17 +81,25 @@ def _open(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid])
         import tensorstore
     except ImportError as e:
         raise ImportError(
-            f"{shown(file)}: Orbax has written it, and is needed to read it: pip install 'jaxnet[orbax]'"
+            f"{shown(file)}: Orbax has written it, and is needed to read it: pip install "
+            "'jaxnet[orbax]'"
         ) from e
     if not places.is_url(folder) and not os.path.isdir(folder):
-        text = f"its arrays in {shown(folder, 5000)} are missing: copy and rename it with this folder"
+        text = (
+            f"its arrays in {shown(folder, 5000)} are missing: copy and rename it with this folder"
+        )
         raise CheckpointError(file, None, text)
     _check_size(file, folder, tensors, grids)
     context, found = tensorstore.Context(), {}
     for t in tensors:
         store = database(folder) | {"path": ".".join(keys(t.name)) + "/"}
         # The folder does not change, and blocks of zeros are stored as well.
-        spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": "open", "fill_missing_data_reads": False}
+        spec = {
+            "driver": "zarr",
+            "kvstore": store,
+            "recheck_cached_data": "open",
+            "fill_missing_data_reads": False,
+        }
         with readable(file, t.name, folder):
             found[t.name] = tensorstore.open(spec, open=True, read=True, context=context)
     for t in tensors:
@@ -89,18 +108,30 @@ def _open(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid])
         code = "U8" if t.code in BYTES else t.code
         dtype, chunk = array.dtype.name, math.prod(array.chunk_layout.read_chunk.shape or ())
         if dtype != structure.DTYPES[code] or array.shape != t.shape or chunk > math.prod(t.shape):
-            text = f"it is {dtype}{list(array.shape)} in {shown(folder, 5000)}, expected {structure.DTYPES[code]}{list(t.shape)}"
+            text = (
+                f"it is {dtype}{list(array.shape)} in {shown(folder, 5000)}, expected "
+                f"{structure.DTYPES[code]}{list(t.shape)}"
+            )
             raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
-        # Otherwise, a few bytes could decompress to many, or each of many blocks could read all bytes.
+        # Otherwise, a few bytes could decompress to many, or each of many blocks could read all
+        # bytes.
         compressor, blocks = array.codec.to_json().get("compressor"), len(grids[t.name].crcs)
-        if compressor is not None or blocks * chunk * fmt.BITS[t.code] // 8 > 2 * (t.stop - t.start) + MARGIN:
-            text = f"it is stored in chunks of {chunk} elements with {compressor}, expected {blocks} and no compressor"
+        if (
+            compressor is not None
+            or blocks * chunk * fmt.BITS[t.code] // 8 > 2 * (t.stop - t.start) + MARGIN
+        ):
+            text = (
+                f"it is stored in chunks of {chunk} elements with {compressor}, expected "
+                f"{blocks} and no compressor"
+            )
             raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
     return found
 
 
 def _check_size(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid]) -> None:
-    """Raise CheckpointError if tensors are larger than all files in a folder. This runs before memory is allocated."""
+    """Raise CheckpointError if tensors are larger than all files in a folder. This runs before
+    memory is allocated.
+    """
     blocks = (block for t in tensors for _, block, _ in grids[t.name].blocks(t))
     # Smaller blocks may be in compressed nodes.
     needed = sum(block.stop for block in blocks if block.stop > INLINE)
@@ -112,11 +143,18 @@ def _check_size(file: str, folder: str, tensors: list[Tensor], grids: dict[str, 
 
 
 def keys(name: str) -> list[str]:
-    """The keys of a leaf in Orbax. Orbax joins keys with dots, so each is quoted as in a URL to keep names unique."""
+    """The keys of a leaf in Orbax. Orbax joins keys with dots, so each is quoted as in a URL to
+    keep names unique.
+    """
 
     def quoted(step):
         return (
-            re.sub("[^A-Za-z0-9_-]", lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), step) or "%"
+            re.sub(
+                "[^A-Za-z0-9_-]",
+                lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()),
+                step,
+            )
+            or "%"
         )
 
     return [quoted(step) for step in structure.leaf_path(name)] or ["%"]
@@ -129,10 +167,17 @@ def database(folder: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def readable(file: str, leaf: str | None, folder: str) -> Iterator[None]:
-    """Turn TensorStore's errors into OSError if they may be temporary, and into CheckpointError otherwise."""
+    """Turn TensorStore's errors into OSError if they may be temporary, and into CheckpointError
+    otherwise.
+    """
     try:
         yield
     except Exception as e:
-        if re.search("UNAVAILABLE|DEADLINE|ABORTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EX", str(e)):
+        if re.search(
+            "UNAVAILABLE|DEADLINE|ABORTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EX",
+            str(e),
+        ):
             raise OSError(errno.EIO, f"cannot be read now ({e})", folder) from e
-        raise CheckpointError(file, leaf, f"{shown(folder, 5000)} cannot be read ({shown(e, 3000)}); {RESTORE}") from e
+        raise CheckpointError(
+            file, leaf, f"{shown(folder, 5000)} cannot be read ({shown(e, 3000)}); {RESTORE}"
+        ) from e

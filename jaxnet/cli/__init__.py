@@ -1,7 +1,9 @@
-"""The command line: `jaxnet inspect FILE`, `jaxnet verify FILE...`, `jaxnet diff A B`, `jaxnet convert IN OUT`.
+"""The command line: `jaxnet inspect FILE`, `jaxnet verify FILE...`, `jaxnet diff A B`, `jaxnet
+convert IN OUT`.
 
-Each subcommand is two functions: one adds its parser, and the other runs it and returns the exit code. The running
-function imports the slow modules, so that `--help` and errors in the command appear at once.
+Each subcommand is two functions: one adds its parser, and the other runs it and returns the exit
+code. The running function imports the slow modules, so that `--help` and errors in the command
+appear at once.
 """
 
 import argparse
@@ -16,16 +18,18 @@ from jaxnet.cli.output import complain, is_damage, open_streams, say
 
 __all__ = ["main"]
 
-DESCRIPTION = "Tools for the checkpoints of jaxnet, a library for functional neural networks on JAX."
+DESCRIPTION = (
+    "Tools for the checkpoints of jaxnet, a library for functional neural networks on JAX."
+)
 EPILOG = """examples:
-  jaxnet inspect run/state.safetensors                     paths, shapes, types and sizes
+  jaxnet inspect run/state.safetensors                   paths, shapes, types and sizes
   jaxnet inspect --stats --glob '**/kernel' model.safetensors
-  jaxnet verify run/*.safetensors                          read all bytes and check them
-  jaxnet diff old.safetensors new.safetensors              which leaves differ, and how far
-  jaxnet convert net.pt net.safetensors                    PyTorch's names and layouts to jaxnet's, or back
+  jaxnet verify run/*.safetensors                        read all bytes and check them
+  jaxnet diff old.safetensors new.safetensors            which leaves differ, and how far
+  jaxnet convert net.pt net.safetensors                  PyTorch's names and layouts to jaxnet's
 
-exit codes: 0 success, or no differences; 1 the file is damaged or not a checkpoint, the files differ, or the file cannot
-be converted; 2 the command is wrong, or a file cannot be opened
+exit codes: 0 success, or no differences; 1 the file is damaged or not a checkpoint, the files
+differ, or the file cannot be converted; 2 the command is wrong, or a file cannot be opened
 """
 
 
@@ -47,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
     finally:
-        # argparse has printed the text of --help, and reports no error when the reader of the pipe is gone.
+        # argparse has printed the text of --help, and reports no error when the reader of the pipe
+        # is gone.
         say()
     try:
         return args.run(args)

@@ -10,32 +10,45 @@ from jaxnet.cli.text import as_json
 
 __all__ = ["add_convert"]
 
-CONVERT = """Convert a PyTorch state dict to a jaxnet checkpoint with `params` and `state`, or the other way around; or
-convert Keras weights (.keras, .h5) to a jaxnet checkpoint. Kernels are transposed and names are changed; the numbers stay
-the same. The kind of IN follows from its first bytes, not from its name. torch opens files of torch.save as tensors only,
-so nothing in them is executed. OUT is a safetensors file. If IN and OUT are of the same kind, the file is copied, with the
-new names that --rename gives."""
-RENAME = """the node or leaf OLD of IN becomes NEW in OUT, for instance 'state_dict.module=' or 'layer1.0=body/first'; paths
-in jaxnet omit 'params/' and 'state/', unless both files are jaxnet checkpoints; may be repeated, the longest matching OLD
-wins"""
-ONLY = """to jaxnet: convert only these leaves, for instance 'model' of a training checkpoint; may be repeated"""
-LIKE = """a jaxnet checkpoint with `params` and `state` that OUT must match: it determines which matrices are embeddings,
-and which numbered modules `repeat` stacks"""
-STACKED = "to torch: a node that `repeat` stacked and that becomes numbered modules; may be repeated"
+CONVERT = """Convert a PyTorch state dict to a jaxnet checkpoint with `params` and `state`, or the
+other way around; or convert Keras weights (.keras, .h5) to a jaxnet checkpoint. Kernels are
+transposed and names are changed; the numbers stay the same. The kind of IN follows from its first
+bytes, not from its name. torch opens files of torch.save as tensors only, so nothing in them is
+executed. OUT is a safetensors file. If IN and OUT are of the same kind, the file is copied, with
+the new names that --rename gives."""
+RENAME = """the node or leaf OLD of IN becomes NEW in OUT, for instance 'state_dict.module=' or
+'layer1.0=body/first'; paths in jaxnet omit 'params/' and 'state/', unless both files are jaxnet
+checkpoints; may be repeated, the longest matching OLD wins"""
+ONLY = """to jaxnet: convert only these leaves, for instance 'model' of a training checkpoint; may
+be repeated"""
+LIKE = """a jaxnet checkpoint with `params` and `state` that OUT must match: it determines which
+matrices are embeddings, and which numbered modules `repeat` stacks"""
+STACKED = (
+    "to torch: a node that `repeat` stacked and that becomes numbered modules; may be repeated"
+)
 
 
 def add_convert(commands: Any) -> None:
     """Add the parser of `convert`."""
-    parser = commands.add_parser("convert", help="from and to PyTorch, or other names", description=CONVERT)
+    parser = commands.add_parser(
+        "convert", help="from and to PyTorch, or other names", description=CONVERT
+    )
     parser.add_argument("source", metavar="IN", help="a state dict of PyTorch, or a checkpoint")
     parser.add_argument("target", metavar="OUT", help="the safetensors file to write")
     text = (
-        "torch, keras or jaxnet; by default the first bytes of IN decide, and safetensors of other programs are torch"
+        "torch, keras or jaxnet; by default the first bytes of IN decide, and safetensors of "
+        "other programs are torch"
     )
-    parser.add_argument("--from", dest="kind", choices=["torch", "keras", "jaxnet"], metavar="KIND", help=text)
+    parser.add_argument(
+        "--from", dest="kind", choices=["torch", "keras", "jaxnet"], metavar="KIND", help=text
+    )
     text = "torch or, by default, jaxnet"
-    parser.add_argument("--to", default="jaxnet", choices=["torch", "jaxnet"], metavar="KIND", help=text)
-    parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", type=_pair, help=RENAME)
+    parser.add_argument(
+        "--to", default="jaxnet", choices=["torch", "jaxnet"], metavar="KIND", help=text
+    )
+    parser.add_argument(
+        "--rename", action="append", default=[], metavar="OLD=NEW", type=_pair, help=RENAME
+    )
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help=ONLY)
     parser.add_argument("--like", metavar="FILE", help=LIKE)
     parser.add_argument("--stacked", action="append", default=[], metavar="PATH", help=STACKED)
@@ -65,7 +78,9 @@ def _convert(args: argparse.Namespace) -> int:
     kind = args.kind or ("jaxnet" if ours else "keras" if written_by == "keras" else "torch")
     if kind == "jaxnet" and info is None:
         text = "a checkpoint of jaxnet is a safetensors file, and this is one of"
-        args.parser.error(f"--from jaxnet: {text} {'torch.save' if written_by == 'torch' else 'Keras'}")
+        args.parser.error(
+            f"--from jaxnet: {text} {'torch.save' if written_by == 'torch' else 'Keras'}"
+        )
     if args.like and (kind == "jaxnet" or args.to != "jaxnet"):
         args.parser.error("--like is for --from torch --to jaxnet, and for --from keras")
     if args.to != "jaxnet" and (kind == "keras" or args.only):
@@ -82,7 +97,10 @@ def _convert(args: argparse.Namespace) -> int:
         say(to_json(as_json(info, None)))
     else:
         parameters = sum(math.prod(leaf.shape) for leaf in info.leaves)
-        text = f"{info.path}: {len(info.leaves)} arrays, {parameters:,} parameters, {info.nbytes:,} bytes"
+        text = (
+            f"{info.path}: {len(info.leaves)} arrays, {parameters:,} parameters, {info.nbytes:,} "
+            "bytes"
+        )
         say(printable(text, keep=""))
     return 0
 
@@ -100,7 +118,12 @@ def _converted(args: argparse.Namespace, kind: str) -> Any:
         return renamed_tensors(args.source, rename)
     if kind != "jaxnet":
         read = from_torch if kind == "torch" else from_keras
-        return read(args.source, _variables(args.like) if args.like else None, rename=rename, only=args.only or None)
+        return read(
+            args.source,
+            _variables(args.like) if args.like else None,
+            rename=rename,
+            only=args.only or None,
+        )
     try:
         return to_torch(_variables(args.source), rename=rename, stacked=args.stacked)
     except ValueError as e:
@@ -112,7 +135,9 @@ def _variables(file: str) -> dict[str, Any]:
     from jaxnet.checkpoint import CheckpointError, load
 
     tree = load(file)
-    parts = {name: tree[name] for name in ("params", "state") if isinstance(tree, dict) and name in tree}
+    parts = {
+        name: tree[name] for name in ("params", "state") if isinstance(tree, dict) and name in tree
+    }
     if "params" not in parts:
         raise CheckpointError(file, None, f"it has no 'params' at its top; {_way_to_params(tree)}")
     return parts
@@ -128,4 +153,7 @@ def _way_to_params(tree: Any) -> str:
     # A network without state has an empty dict there, which no pattern matches.
     only = ["params", *(["state"] if jax.tree.leaves(run.get("state")) else [])]
     options = " ".join(f"--only train_state/{name}" for name in only)
-    return f"it is a run of fit, so convert its variables first: jaxnet convert IN NEW {options} --rename train_state="
+    return (
+        f"it is a run of fit, so convert its variables first: jaxnet convert IN NEW {options} "
+        "--rename train_state="
+    )

@@ -1,4 +1,6 @@
-"""Printing that survives closed pipes and streams, full disks, and names with control characters."""
+"""Printing that survives closed pipes and streams, full disks, and names with control
+characters.
+"""
 
 import json
 import math
@@ -10,7 +12,9 @@ __all__ = ["complain", "exact", "is_damage", "open_streams", "printable", "say",
 
 
 def open_streams() -> None:
-    """Replace closed streams (`>&-`) with the empty device. Otherwise, output would go to the next file that is opened."""
+    """Replace closed streams (`>&-`) with the empty device. Otherwise, output would go to the next
+    file that is opened.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -52,7 +56,9 @@ def is_damage(error: Exception) -> bool:
 
 
 def printable(text: str, keep: str = "\n") -> str:
-    """Escape control characters, which names in files may contain, and characters that the terminal's encoding lacks."""
+    """Escape control characters, which names in files may contain, and characters that the
+    terminal's encoding lacks.
+    """
     from jaxnet.checkpoint import words
 
     text, encoding = words.printable(text, keep), sys.stdout.encoding or "utf-8"
@@ -70,7 +76,9 @@ def exact(x: float | None) -> float | str | None:
 
 
 def _finite(value: Any) -> Any:
-    """`exact` for every number in a value. Even JSON may hold 1e999, which Python reads as infinity."""
+    """`exact` for every number in a value. Even JSON may hold 1e999, which Python reads as
+    infinity.
+    """
     if isinstance(value, dict):
         return {name: _finite(x) for name, x in value.items()}
     if isinstance(value, list | tuple):

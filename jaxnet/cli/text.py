@@ -15,21 +15,31 @@ __all__ = ["as_json", "as_text", "cut", "short", "table"]
 
 
 def as_json(info: "Info", statistics: "dict[str, Statistics | None] | None") -> dict[str, Any]:
-    """The contents as a dict for JSON. Values that JSON cannot hold exactly become strings, as Python writes them."""
+    """The contents as a dict for JSON. Values that JSON cannot hold exactly become strings, as
+    Python writes them.
+    """
     from jaxnet.checkpoint.structure import show
 
-    leaves: list[dict[str, Any]] = [x._asdict() | {"parameters": math.prod(x.shape)} for x in info.leaves]
+    leaves: list[dict[str, Any]] = [
+        x._asdict() | {"parameters": math.prod(x.shape)} for x in info.leaves
+    ]
     if statistics is not None:
         for leaf in leaves:
             found = statistics[leaf["path"]]
-            leaf["stats"] = {name: exact(x) for name, x in found._asdict().items()} if found else None
-    scalars = {path: {"type": type(x).__name__, "value": show(x)} for path, x in info.scalars.items()}
+            leaf["stats"] = (
+                {name: exact(x) for name, x in found._asdict().items()} if found else None
+            )
+    scalars = {
+        path: {"type": type(x).__name__, "value": show(x)} for path, x in info.scalars.items()
+    }
     total = sum(leaf["parameters"] for leaf in leaves)
     return info._asdict() | {"leaves": leaves, "scalars": scalars, "parameters": total}
 
 
 def as_text(info: "Info", statistics: "dict[str, Statistics | None] | None") -> str:
-    """The contents as tables for people: the arrays, the Python values, the run of `fit` and the metadata."""
+    """The contents as tables for people: the arrays, the Python values, the run of `fit` and the
+    metadata.
+    """
     from jaxnet.checkpoint.runs import about_run
     from jaxnet.checkpoint.structure import show
 
@@ -40,7 +50,9 @@ def as_text(info: "Info", statistics: "dict[str, Statistics | None] | None") -> 
         groups.setdefault(leaf.path.partition("/")[0], []).append(leaf)
     large = {name: leaves for name, leaves in groups.items() if len(leaves) > 1 and len(groups) > 1}
     rows = [_row(x.path, str(list(x.shape)), x.dtype, [x]) for x in info.leaves]
-    sums = [_row(f"{name}/*", f"{len(leaves)} arrays", "", leaves) for name, leaves in large.items()]
+    sums = [
+        _row(f"{name}/*", f"{len(leaves)} arrays", "", leaves) for name, leaves in large.items()
+    ]
     sums.append(_row("total", f"{len(rows)} arrays", "", info.leaves))
     head = ("path", "shape", "dtype", "parameters", "bytes")
     if statistics is not None:
@@ -68,13 +80,20 @@ def _row(path: str, shape: str, dtype: str, leaves: "Sequence[Leaf]") -> tuple[s
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...] | None]) -> str:
     """Align rows in columns, with numbers to the right. A row that is None becomes a ruled line."""
-    cells = [[printable(cell, keep="") for cell in row] if row else None for row in (head, None, *rows)]
+    cells = [
+        [printable(cell, keep="") for cell in row] if row else None for row in (head, None, *rows)
+    ]
     widths = [max(map(len, column)) for column in zip(*filter(None, cells), strict=True)]
     lines = []
     for row in cells:
         row = row or ["-" * width for width in widths]
-        right = [name not in ("path", "shape", "dtype", "type", "value", "differs", "A", "B") for name in head]
-        padded = [x.rjust(w) if r else x.ljust(w) for x, w, r in zip(row, widths, right, strict=True)]
+        right = [
+            name not in ("path", "shape", "dtype", "type", "value", "differs", "A", "B")
+            for name in head
+        ]
+        padded = [
+            x.rjust(w) if r else x.ljust(w) for x, w, r in zip(row, widths, right, strict=True)
+        ]
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
 

@@ -1,4 +1,6 @@
-"""Functions that `repeat`, `scan` and `vmap` share: checks, the part of one copy, and stacked copies."""
+"""Functions that `repeat`, `scan` and `vmap` share: checks, the part of one copy, and stacked
+copies.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,15 @@ def check_same(label: str, x: Any, y: Any, remedy: str) -> None:
     """Raise ValueError unless two trees have the same structure, shapes and dtypes."""
 
     def facts(tree):
-        return jax.tree.structure(tree), [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
+        return jax.tree.structure(tree), [
+            (jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)
+        ]
 
     if facts(x) != facts(y):
-        raise ValueError(f"{label}: the layer must return what it receives, {describe(x)}, got {describe(y)}; {remedy}")
+        raise ValueError(
+            f"{label}: the layer must return what it receives, {describe(x)}, got {describe(y)}; "
+            f"{remedy}"
+        )
 
 
 def check_stacked(label: str, n: int, tree: Any, what: str) -> None:
@@ -40,8 +47,8 @@ def check_stacked(label: str, n: int, tree: Any, what: str) -> None:
     for leaf in jax.tree.leaves(tree):
         if jnp.ndim(leaf) == 0 or leaf.shape[0] != n:
             raise ValueError(
-                f"{label}: leaves of params and state must be stacked, [{n}, ...], got {describe(leaf)}; "
-                f"they were made for another number of {what}"
+                f"{label}: leaves of params and state must be stacked, [{n}, ...], got "
+                f"{describe(leaf)}; they were made for another number of {what}"
             )
 
 
@@ -52,10 +59,17 @@ def pair(label: str, returns: str, result: Any) -> Any:
     return result
 
 
-def recomputed(label: str, fn: Callable[..., Any], remat: Any, **options: Any) -> Callable[..., Any]:
-    """`fn` under `jax.checkpoint` if `remat` is True or a policy. Raises TypeError if `remat` is anything else."""
+def recomputed(
+    label: str, fn: Callable[..., Any], remat: Any, **options: Any
+) -> Callable[..., Any]:
+    """`fn` under `jax.checkpoint` if `remat` is True or a policy. Raises TypeError if `remat` is
+    anything else.
+    """
     if not isinstance(remat, bool) and not callable(remat):
-        raise TypeError(f"{label}: remat must be True, False or a policy of jax.checkpoint_policies, got {remat!r}")
+        raise TypeError(
+            f"{label}: remat must be True, False or a policy of jax.checkpoint_policies, got "
+            f"{remat!r}"
+        )
     policy: Any = None if isinstance(remat, bool) else remat
     return jax.checkpoint(fn, policy=policy, **options) if remat else fn
 
@@ -64,9 +78,14 @@ def part_of(label: str, n: int, tree: Any, what: str, axis: int = 0) -> Any:
     """The specs of the part that one of n copies receives."""
 
     def part(leaf):
-        if not is_array(leaf) or not -len(leaf.shape) <= axis < len(leaf.shape) or leaf.shape[axis] != n:
+        if (
+            not is_array(leaf)
+            or not -len(leaf.shape) <= axis < len(leaf.shape)
+            or leaf.shape[axis] != n
+        ):
             raise ValueError(
-                f"{label}: {what} is divided among the copies and must have {n} parts along axis {axis}, got {describe(leaf)}"
+                f"{label}: {what} is divided among the copies and must have {n} parts along axis "
+                f"{axis}, got {describe(leaf)}"
             )
         return without_axis(leaf, axis)
 
@@ -77,7 +96,9 @@ def without_axis(spec: Any, axis: int) -> jax.ShapeDtypeStruct:
     """The spec of one part along an axis."""
     shape = list(spec.shape)
     del shape[axis]
-    return jax.ShapeDtypeStruct(tuple(shape), spec.dtype, weak_type=getattr(spec, "weak_type", False))
+    return jax.ShapeDtypeStruct(
+        tuple(shape), spec.dtype, weak_type=getattr(spec, "weak_type", False)
+    )
 
 
 def with_axis(spec: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
@@ -97,10 +118,12 @@ def copies_of_state(inner: Layer, key: Any, n: int, inputs: Any, named: Any) -> 
 def stacked(make: Callable[[Any], Any], key: Any, n: int) -> Any:
     """make(fold_in(key, i)) for each copy i, leaves stacked [n, ...].
 
-    A loop over the copies reuses the few programs that serve all shapes, and compiles nothing for n copies. Traced keys,
-    generators that draw differently under vmap, and meshes, where the program places arrays, need `jax.vmap` instead.
+    A loop over the copies reuses the few programs that serve all shapes, and compiles nothing for n
+    copies. Traced keys, generators that draw differently under vmap, and meshes, where the program
+    places arrays, need `jax.vmap` instead.
     """
-    first = jax.random.fold_in(key, 0)  # a tracer inside any transform, even if the key itself is none
+    # This key is a tracer inside any transform, even if `key` itself is not.
+    first = jax.random.fold_in(key, 0)
     traced = isinstance(first, jax.core.Tracer) or not jax.sharding.get_abstract_mesh().empty
     if traced or n > _LOOPED or not is_threefry(key):
         return jax.vmap(make)(fold_copies(key, n))
@@ -108,7 +131,10 @@ def stacked(make: Callable[[Any], Any], key: Any, n: int) -> Any:
 
     def stack(*leaves):
         leaves = [leaf if is_array(leaf) else jnp.asarray(leaf) for leaf in leaves]
-        if any(isinstance(x, jax.core.Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in leaves):
+        if any(
+            isinstance(x, jax.core.Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.extended)
+            for x in leaves
+        ):
             return jnp.stack(leaves)
         where = leaves[0].sharding if getattr(leaves[0], "committed", False) else None
         return jax.device_put(np.stack([np.asarray(leaf) for leaf in leaves]), where)

@@ -19,7 +19,16 @@ from jaxnet.combinators.copies import (
     stacked,
     with_axis,
 )
-from jaxnet.core import Layer, around, as_layer, check_key, fold_copies, interned, output_specs, specs_of
+from jaxnet.core import (
+    Layer,
+    around,
+    as_layer,
+    check_key,
+    fold_copies,
+    interned,
+    output_specs,
+    specs_of,
+)
 
 __all__ = ["repeat"]
 
@@ -37,21 +46,24 @@ def repeat(
     remat: bool | Callable[..., Any] = False,
     unroll: int = 1,
 ) -> Layer:
-    """Apply n copies of a block, each with its own parameters: x_{i+1} = f(params_i, x_i), i = 0 .. n-1.
+    """Apply n copies of a block, each with its own parameters: x_{i+1} = f(params_i, x_i), i = 0 ..
+    n-1.
 
-    One `jax.lax.scan` runs over stacked parameters (leaves [n, ...]), so compile time does not grow with n. The first
-    input is carried from copy to copy. All copies receive the same further inputs, except those named in `each`. Copy i
-    is initialised with `fold_in(key, i)`, and has its own key and state (leaves [n, ...]).
+    One `jax.lax.scan` runs over stacked parameters (leaves [n, ...]), so compile time does not grow
+    with n. The first input is carried from copy to copy. All copies receive the same further
+    inputs, except those named in `each`. Copy i is initialised with `fold_in(key, i)`, and has its
+    own key and state (leaves [n, ...]).
 
     Args:
       block: a layer or a plain function that keeps the shape and dtype of its first input.
       n: the number of copies; 0 is the identity.
-      each: names of keyword inputs that are split among the copies, leaves [n, ...]: caches, rates, windows.
-      collect: whether the block returns (x, out). The result is then (x, outs) with the outs of all copies, leaves
-        [n, ...].
+      each: names of keyword inputs that are split among the copies, leaves [n, ...]: caches, rates,
+        windows.
+      collect: whether the block returns (x, out). The result is then (x, outs) with the outs of all
+        copies, leaves [n, ...].
       reverse: run the copies from the last to the first, with the same parameters.
-      remat: recompute each block in the backward pass, which needs the memory of one block only; or a policy as in
-        `jax.checkpoint`, which selects values to store.
+      remat: recompute each block in the backward pass, which needs the memory of one block only; or
+        a policy as in `jax.checkpoint`, which selects values to store.
       unroll: copies per loop iteration, as in `jax.lax.scan`.
 
     Returns:
@@ -59,8 +71,8 @@ def repeat(
 
     Raises:
       TypeError: an input in `each` is not passed by name.
-      ValueError: the block changes the shape or dtype of its first input; params, state or an input in `each` are not
-        stacked for n copies.
+      ValueError: the block changes the shape or dtype of its first input; params, state or an input
+        in `each` are not stacked for n copies.
 
     Example:
       >>> blocks = repeat(lambda x, rate: x + rate, 3, each="rate")
@@ -72,19 +84,26 @@ def repeat(
     each = (each,) if isinstance(each, str) else tuple(each)
     label = f"repeat[{n}]"
     unroll = size_of("repeat: unroll", unroll)
-    options: dict[str, Any] = dict(each=each, collect=collect, reverse=reverse, remat=remat, unroll=unroll)
+    options: dict[str, Any] = dict(
+        each=each, collect=collect, reverse=reverse, remat=remat, unroll=unroll
+    )
     if "train" in each or "key" in each or "state" in each:
-        raise ValueError(f"{label}: each copy has its own key and state already; each= names inputs, got {each}")
+        raise ValueError(
+            f"{label}: each copy has its own key and state already; each= names inputs, got {each}"
+        )
 
     def one_copy(inputs, named):
         """The specs of the inputs as one copy receives them."""
         if not inputs:
-            raise TypeError(f"{label}: the first input is carried from copy to copy: pass it by position")
+            raise TypeError(
+                f"{label}: the first input is carried from copy to copy: pass it by position"
+            )
         for name in each:
             if name not in named:
                 got = ", ".join(named) or "none"
                 raise TypeError(
-                    f"{label}: each copy takes its part of '{name}': pass it by name, {name}=..., got {got}"
+                    f"{label}: each copy takes its part of '{name}': pass it by name, "
+                    f"{name}=..., got {got}"
                 )
         own = {name: part_of(label, n, named[name], f"'{name}'") for name in each}
         return specs_of((inputs, named | own))
@@ -105,7 +124,11 @@ def repeat(
     def outputs_of_block(train, inputs, named):
         """The specs of the outputs of one copy, (x, out); out is None without `collect`."""
         made = output_specs(block, train, *inputs, **named)
-        y, out = pair(label, "with collect the block returns (x, out)", made) if collect else (made, None)
+        y, out = (
+            pair(label, "with collect the block returns (x, out)", made)
+            if collect
+            else (made, None)
+        )
         check_same(label, inputs[0], y, KEEP)
         return y, out
 
@@ -122,7 +145,9 @@ def repeat(
         def step(x, copy):
             *copy, own = copy
             y, state, seen = run(*copy, x, *rest, **named, **own)
-            y, out = pair(label, "with collect the block returns (x, out)", y) if collect else (y, None)
+            y, out = (
+                pair(label, "with collect the block returns (x, out)", y) if collect else (y, None)
+            )
             check_same(label, x, y, KEEP)
             return y, (out, state, seen)
 
@@ -132,7 +157,9 @@ def repeat(
         copies = (params, state, keys, own)
         # A scan needs no barrier against common subexpressions.
         body = recomputed(label, step, remat, prevent_cse=False)
-        y, (out, state, seen) = jax.lax.scan(body, x, copies, length=n, reverse=reverse, unroll=unroll)
+        y, (out, state, seen) = jax.lax.scan(
+            body, x, copies, length=n, reverse=reverse, unroll=unroll
+        )
         return ((y, out) if collect else y), state, seen
 
     def outputs_of_none(x, rest, named):

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 
 from jaxnet.checks import size_of
 from jaxnet.combinators.copies import check_same, pair, recomputed, with_axis, without_axis
-from jaxnet.core import Layer, around, as_layer, describe, interned, is_array, output_specs, specs_of, start_state
+from jaxnet.core import (
+    Layer,
+    around,
+    as_layer,
+    describe,
+    interned,
+    is_array,
+    output_specs,
+    specs_of,
+    start_state,
+)
 
 __all__ = ["scan"]
 
@@ -25,26 +35,29 @@ def scan(
     remat: bool | Callable[..., Any] = False,
     unroll: int = 1,
 ) -> Layer:
-    """Run a cell over time, as `jax.lax.scan` does: (carry, x_t) -> (carry, y_t) for each step t of xs.
+    """Run a cell over time, as `jax.lax.scan` does: (carry, x_t) -> (carry, y_t) for each step t of
+    xs.
 
-    All steps share the parameters. Each step draws with its own key, `fold_in(key, t)`, and passes the state of the cell
-    to the next step.
+    All steps share the parameters. Each step draws with its own key, `fold_in(key, t)`, and passes
+    the state of the cell to the next step.
 
     Args:
       cell: a layer or a plain function (carry, x, *rest, **named) -> (carry, y).
       axis: the axis of time in every array of xs and ys: 0 for [T, B, D], 1 for [B, T, D].
       length: the number of steps if xs is None.
       reverse: run from the last step to the first; ys keeps the order of xs.
-      remat: recompute each step in the backward pass instead of storing its intermediate values; or a policy as in
-        `jax.checkpoint`.
+      remat: recompute each step in the backward pass instead of storing its intermediate values; or
+        a policy as in `jax.checkpoint`.
       unroll: steps per loop iteration, as in `jax.lax.scan`.
 
     Returns:
-      The layer, (carry, xs, *rest, **named) -> (carry, ys). All steps receive the same `rest` and `named`.
+      The layer, (carry, xs, *rest, **named) -> (carry, ys). All steps receive the same `rest` and
+      `named`.
 
     Raises:
-      ValueError: the arrays of xs differ in length or lack the axis; the cell does not return a pair; or the carry that it
-        returns differs from the received one in structure, shape or dtype.
+      ValueError: the arrays of xs differ in length or lack the axis; the cell does not return a
+        pair; or the carry that it returns differs from the received one in structure, shape or
+        dtype.
 
     Example:
       >>> total = scan(lambda carry, x: (carry + x, carry))
@@ -55,7 +68,9 @@ def scan(
     axis = size_of("scan: axis", axis, 0)
     length = None if length is None else size_of("scan: length", length, 0)
     unroll = size_of("scan: unroll", unroll)
-    options: dict[str, Any] = dict(axis=axis, length=length, reverse=reverse, remat=remat, unroll=unroll)
+    options: dict[str, Any] = dict(
+        axis=axis, length=length, reverse=reverse, remat=remat, unroll=unroll
+    )
     returns = "the cell returns (carry, y)"
 
     def one_step(*inputs):
@@ -123,15 +138,21 @@ def _steps(xs: Any, axis: int, length: int | None) -> int:
     leaves = jax.tree.leaves(xs)
     if not leaves:
         if length is None:
-            raise ValueError("scan: say how many steps, by an array in xs or by length=, got neither")
+            raise ValueError(
+                "scan: say how many steps, by an array in xs or by length=, got neither"
+            )
         return length
     for leaf in leaves:
         if not is_array(leaf) or len(leaf.shape) <= axis:
             raise ValueError(
-                f"scan: every leaf of xs must be an array with the axis of time, {axis}, got {describe(leaf)}"
+                f"scan: every leaf of xs must be an array with the axis of time, {axis}, got "
+                f"{describe(leaf)}"
             )
     lengths = {leaf.shape[axis] for leaf in leaves} | ({length} - {None})
     if len(lengths) != 1:
         wanted = "" if length is None else f", and length={length}"
-        raise ValueError(f"scan: the arrays of xs must have one length along axis {axis}, got {describe(xs)}{wanted}")
+        raise ValueError(
+            f"scan: the arrays of xs must have one length along axis {axis}, got "
+            f"{describe(xs)}{wanted}"
+        )
     return leaves[0].shape[axis]

@@ -9,27 +9,39 @@ import jax
 
 from jaxnet.checks import size_of
 from jaxnet.combinators.copies import check_stacked, copies_of_state, part_of, stacked, with_axis
-from jaxnet.core import Layer, around, as_layer, check_key, fold_copies, interned, is_array, output_specs, specs_of
+from jaxnet.core import (
+    Layer,
+    around,
+    as_layer,
+    check_key,
+    fold_copies,
+    interned,
+    is_array,
+    output_specs,
+    specs_of,
+)
 
 __all__ = ["vmap"]
 
 
 @interned
 def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) -> Layer:
-    """n copies of a layer side by side, each with its own parameters, key and state: y_i = f(params_i, x_i).
+    """n copies of a layer side by side, each with its own parameters, key and state: y_i =
+    f(params_i, x_i).
 
-    One `jax.vmap` over stacked parameters and state (leaves [n, ...]): experts, ensembles inside a network, heads. Copy i
-    is initialised with `fold_in(key, i)`.
+    One `jax.vmap` over stacked parameters and state (leaves [n, ...]): experts, ensembles inside a
+    network, heads. Copy i is initialised with `fold_in(key, i)`.
 
     Args:
       inner: a layer or a plain function.
       n: the number of copies.
-      in_axes: the axis along which each input is split among the copies, as in `jax.vmap`: one for all inputs, including
-        named ones, or one per positional input, while named inputs are split along their first axis. None passes the
-        whole input to every copy.
+      in_axes: the axis along which each input is split among the copies, as in `jax.vmap`: one for
+        all inputs, including named ones, or one per positional input, while named inputs are split
+        along their first axis. None passes the whole input to every copy.
 
     Returns:
-      The layer, x [n, ...] -> y [n, ...]. Leaves of the inputs that are not arrays are static and go to every copy.
+      The layer, x [n, ...] -> y [n, ...]. Leaves of the inputs that are not arrays are static and
+      go to every copy.
 
     Raises:
       ValueError: params, state or a divided input are not stacked for n copies.
@@ -46,22 +58,32 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
     for axis in given if isinstance(given, tuple) else (given,):
         if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
             raise TypeError(
-                f"{label}: in_axes is an int or None, or a tuple of these with one per input, got {in_axes!r}"
+                f"{label}: in_axes is an int or None, or a tuple of these with one per input, "
+                f"got {in_axes!r}"
             )
 
     def divided(inputs, named):
-        """All leaves, their structure, and the axis along which each is split; None if every copy receives all of it."""
+        """All leaves, their structure, and the axis along which each is split; None if every copy
+        receives all of it.
+        """
         each = given if isinstance(given, tuple) else (given,) * len(inputs)
         if len(each) != len(inputs):
             raise ValueError(f"{label}: in_axes is for {len(each)} inputs, got {len(inputs)}")
         axes = [a for a, x in zip(each, inputs, strict=True) for _ in jax.tree.leaves(x)]
         leaves, tree = jax.tree.flatten((inputs, named))
         axes += [0 if isinstance(given, tuple) else given] * (len(leaves) - len(axes))
-        return leaves, tree, [axis if is_array(leaf) else None for leaf, axis in zip(leaves, axes, strict=True)]
+        return (
+            leaves,
+            tree,
+            [axis if is_array(leaf) else None for leaf, axis in zip(leaves, axes, strict=True)],
+        )
 
     def one_copy(inputs, named):
         leaves, tree, axes = divided(specs_of(inputs), specs_of(named))
-        own = [x if a is None else part_of(label, n, x, "an input", a) for x, a in zip(leaves, axes, strict=True)]
+        own = [
+            x if a is None else part_of(label, n, x, "an input", a)
+            for x, a in zip(leaves, axes, strict=True)
+        ]
         return jax.tree.unflatten(tree, own)
 
     def init(key, /, *inputs, **named):
@@ -74,7 +96,9 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
 
     def outputs(train, /, *inputs, **named):
         inputs, named = one_copy(inputs, named)
-        return jax.tree.map(lambda y: with_axis(y, 0, n), output_specs(inner, train, *inputs, **named))
+        return jax.tree.map(
+            lambda y: with_axis(y, 0, n), output_specs(inner, train, *inputs, **named)
+        )
 
     def call(run, params, state, key, /, *inputs, **named):
         one_copy(inputs, named)
@@ -93,7 +117,9 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
         keys = None if key is None or not inner.random else fold_copies(key, n)
         whole = [(leaf, 0) for leaf in jax.tree.leaves((params, state))]
         keys = _spread_as(keys, [*whole, *((leaves[i], axes[i]) for i in mapped)])
-        return jax.vmap(one, (0, 0, 0, [axes[i] for i in mapped]), axis_size=n)(params, state, keys, arrays)
+        return jax.vmap(one, (0, 0, 0, [axes[i] for i in mapped]), axis_size=n)(
+            params, state, keys, arrays
+        )
 
     return around(
         inner,
@@ -108,7 +134,9 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
 
 
 def _spread_as(keys: Any, mapped: list[tuple[Any, Any]]) -> Any:
-    """The keys of the copies, on a mesh with explicit axes sharded over the copies as the arrays are."""
+    """The keys of the copies, on a mesh with explicit axes sharded over the copies as the arrays
+    are.
+    """
     if keys is None:
         return None
     for leaf, axis in mapped:

@@ -1,4 +1,6 @@
-"""Combinators that call each child once: in a chain, side by side, with a shortcut, recomputed, in another dtype."""
+"""Combinators that call each child once: in a chain, side by side, with a shortcut, recomputed, in
+another dtype.
+"""
 
 from __future__ import annotations
 
@@ -89,13 +91,19 @@ def parallel(*layers: Any, merge: Callable | None = None, **named: Any) -> Layer
 
     children = _named("parallel", layers, named)
     return compose(
-        "parallel", children, body, lambda new: parallel(merge=merge, **new), random=False, computes=merge is not None
+        "parallel",
+        children,
+        body,
+        lambda new: parallel(merge=merge, **new),
+        random=False,
+        computes=merge is not None,
     )
 
 
 @interned
 def residual(inner: Any) -> Layer:
-    """Add a layer to its first input: y = x + f(x). Parameters, state and path are those of `inner`.
+    """Add a layer to its first input: y = x + f(x). Parameters, state and path are those of
+    `inner`.
 
     Args:
       inner: a layer or a plain function of float arrays that keeps shapes and dtypes.
@@ -105,7 +113,8 @@ def residual(inner: Any) -> Layer:
 
     Raises:
       ValueError: f changes the shape or dtype of x.
-      TypeError: x holds arrays that are neither float nor complex, such as the edges of a graph, which a sum would change.
+      TypeError: x holds arrays that are neither float nor complex, such as the edges of a graph,
+        which a sum would change.
     """
 
     def call(run, params, state, key, x, /, *rest, **named):
@@ -127,7 +136,15 @@ def residual(inner: Any) -> Layer:
 
     inner = as_layer(inner, "residual")
     own_init = None if inner.init is no_params else init
-    return around(inner, call, label="residual", rebuild=residual, init=own_init, outputs=outputs, checked=False)
+    return around(
+        inner,
+        call,
+        label="residual",
+        rebuild=residual,
+        init=own_init,
+        outputs=outputs,
+        checked=False,
+    )
 
 
 _PROJECT = "parallel(inner, shortcut, merge=jnp.add) projects x to the new shape"
@@ -138,14 +155,16 @@ def _check_inexact(label: str, x: Any) -> None:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(
-                f"{label}: it adds floats, got {describe(leaf)}{f' at {where!r}' if where else ''}; add the float part in "
-                f"the body of wire, and pass the rest as a further input"
+                f"{label}: it adds floats, got "
+                f"{describe(leaf)}{f' at {where!r}' if where else ''}; add the float part in the "
+                "body of wire, and pass the rest as a further input"
             )
 
 
 @interned
 def remat(inner: Any, *, policy: Callable[..., Any] | None = None) -> Layer:
-    """Recompute a layer in the backward pass instead of storing its intermediate values (`jax.checkpoint`).
+    """Recompute a layer in the backward pass instead of storing its intermediate values
+    (`jax.checkpoint`).
 
     Args:
       inner: a layer or a plain function.
@@ -165,18 +184,21 @@ def remat(inner: Any, *, policy: Callable[..., Any] | None = None) -> Layer:
     def outputs(train, /, *inputs, **named):
         return output_specs(inner, train, *inputs, **named)
 
-    return around(inner, call, label="remat", rebuild=lambda new: remat(new, policy=policy), outputs=outputs)
+    return around(
+        inner, call, label="remat", rebuild=lambda new: remat(new, policy=policy), outputs=outputs
+    )
 
 
 @interned
 def cast(inner: Any, dtype: Any) -> Layer:
     """Compute in another dtype, such as bfloat16, and return outputs in the dtype of the inputs.
 
-    Float parameters and inputs are cast before the call. Float outputs are cast back after it, to the dtype of the first
-    float input, or of the parameters if there is no float input. `init` is that of `inner`: parameters keep the dtype of
-    the inputs, and so do gradients and the optimizer. The biases, scales and embeddings of the layers are not cast, and
-    sums over many examples are taken in float32; in a body, `jaxnet.mixed.add_bias` and `rows` do the same for a `param`.
-    State is not cast and may be wider than the inputs; a layer casts when it reads or writes its state.
+    Float parameters and inputs are cast before the call. Float outputs are cast back after it, to
+    the dtype of the first float input, or of the parameters if there is no float input. `init` is
+    that of `inner`: parameters keep the dtype of the inputs, and so do gradients and the optimizer.
+    The biases, scales and embeddings of the layers are not cast, and sums over many examples are
+    taken in float32; in a body, `jaxnet.mixed.add_bias` and `rows` do the same for a `param`. State
+    is not cast and may be wider than the inputs; a layer casts when it reads or writes its state.
 
     Args:
       inner: a layer or a plain function.

@@ -1,4 +1,6 @@
-"""The contract of layers, the ways to compose them, and functions for authors of layers and combinators."""
+"""The contract of layers, the ways to compose them, and functions for authors of layers and
+combinators.
+"""
 
 from jaxnet.core.around import around
 from jaxnet.core.checks import check_input, check_key, check_mode, check_names, check_state, scope

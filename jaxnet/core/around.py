@@ -29,25 +29,29 @@ def around(
 ) -> Layer:
     """Make a layer with the parameters, state and path of `inner`, which `call` evaluates.
 
-    `repeat`, `scan`, `vmap`, `remat`, `cast` and `residual` are built with `around`. It also serves for weight
-    normalisation, an equilibrium model or a `shard_map` around a layer. `call` receives `run`, which calls `inner`. Keys,
-    state and captured outputs are ordinary values there, so `call` may use any JAX transform.
+    `repeat`, `scan`, `vmap`, `remat`, `cast` and `residual` are built with `around`. It also serves
+    for weight normalisation, an equilibrium model or a `shard_map` around a layer. `call` receives
+    `run`, which calls `inner`. Keys, state and captured outputs are ordinary values there, so
+    `call` may use any JAX transform.
 
     Args:
       inner: a layer or a plain function.
-      call: (run, params, state, key, *inputs, **named) -> (outputs, state, seen). `run` has the same form without `run`
-        itself, and calls `inner`; `run.train` is the mode. `state` is None for a stateless layer, and `key` is None if
-        there is no key to draw from. `seen` is a dict of the outputs that `capture` collects inside `inner`, empty
-        without `capture`. Return it unchanged, or stacked, as a `jax.lax.scan` returns it. A `call` that cannot return it
-        from a transform returns {}.
+      call: (run, params, state, key, *inputs, **named) -> (outputs, state, seen). `run` has the
+        same form without `run` itself, and calls `inner`; `run.train` is the mode. `state` is None
+        for a stateless layer, and `key` is None if there is no key to draw from. `seen` is a dict
+        of the outputs that `capture` collects inside `inner`, empty without `capture`. Return it
+        unchanged, or stacked, as a `jax.lax.scan` returns it. A `call` that cannot return it from a
+        transform returns {}.
       label: the name of the layer in `repr` and in errors.
       rebuild: inner -> the same layer around another one, for `replace` and `capture`.
       init: (key, *inputs) -> params, if it differs from that of `inner`.
       init_state: (*inputs, key) -> state, if it differs from that of `inner`.
       outputs: (train, *inputs) -> specs of the outputs, if that is cheaper than tracing `call`.
       random: True if `call` itself draws from its key, for instance noise on weights.
-      checked: False if params and state need no comparison with those that `init` and `init_state` make.
-      repeats: the number of copies that run one after the other; `capture` then collects the output of each.
+      checked: False if params and state need no comparison with those that `init` and `init_state`
+        make.
+      repeats: the number of copies that run one after the other; `capture` then collects the output
+        of each.
 
     Returns:
       The layer.
@@ -61,7 +65,8 @@ def around(
       ...     def call(run, params, state, key, x):
       ...         y, state, seen = run(params, state, key, x)
       ...         return factor * y, state, seen
-      ...     return around(inner, call, label=f"scaled[{factor}]", rebuild=lambda new: scaled(new, factor))
+      ...     rebuild = lambda new: scaled(new, factor)
+      ...     return around(inner, call, label=f"scaled[{factor}]", rebuild=rebuild)
       >>> scaled(jnp.negative, 3.0)
       scaled[3.0](negative)
     """
@@ -73,8 +78,8 @@ def around(
         inputs, named = as_jax((inputs, named))
         if problem := definition.problem(params, state, inputs, named):
             raise problem
-        # A stand-in for a key cannot enter a transform, so `run` takes it from this closure. A call that draws receives
-        # the stand-in, which raises.
+        # A stand-in for a key cannot enter a transform, so `run` takes it from this closure. A call
+        # that draws receives the stand-in, which raises.
         shared = key if isinstance(key, SharedKey) and not random else None
 
         def run_inner(params, state, key, /, *inputs, **named):
@@ -93,7 +98,10 @@ def around(
     def start(key, *inputs, **named):
         return init_state(*inputs, key=key, **named)  # pyright: ignore[reportOptionalCall]
 
-    makers = init if checked else None, start if checked and init_state and inner.init_state else None
+    makers = (
+        init if checked else None,
+        start if checked and init_state and inner.init_state else None,
+    )
     definition = Definition(label, *makers)
     return Layer(
         init or inner.init,

@@ -19,13 +19,26 @@ class Calls:
     __slots__ = ("_call", "_children", "_key", "_label", "train")
 
     def __init__(
-        self, label: str, children: Mapping[str, Layer], call_child: Callable[..., Any], train: bool, key: Any
+        self,
+        label: str,
+        children: Mapping[str, Layer],
+        call_child: Callable[..., Any],
+        train: bool,
+        key: Any,
     ):
-        self._label, self._children, self._call, self.train, self._key = label, children, call_child, train, key
+        self._label, self._children, self._call, self.train, self._key = (
+            label,
+            children,
+            call_child,
+            train,
+            key,
+        )
 
     @property
     def key(self) -> Any:
-        """A key for random numbers that the body itself draws; None in evaluation if `apply` received no key."""
+        """A key for random numbers that the body itself draws; None in evaluation if `apply`
+        received no key.
+        """
         if self._key is None and self.train:
             raise ValueError(f"{self._label}: training draws random numbers: pass key= to apply")
         if self._key is None or isinstance(self._key, SharedKey):
@@ -34,7 +47,9 @@ class Calls:
 
     def __getitem__(self, name: str) -> Child:
         if name not in self._children:
-            raise AttributeError(f"{self._label} has no child '{name}'{closest(name, self._children)}")
+            raise AttributeError(
+                f"{self._label} has no child '{name}'{closest(name, self._children)}"
+            )
         return Child(self._call, name, self._children[name])
 
     __getattr__ = __getitem__
@@ -63,5 +78,7 @@ class Child:
     def _refuse(self, *_: Any) -> NoReturn:
         raise TypeError(f"f.{self._name} is a layer and no array: call it, f.{self._name}(...)")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = (
+        _refuse
+    )
     __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = __getitem__ = __iter__ = _refuse

@@ -13,12 +13,23 @@ import jax.numpy as jnp
 from jaxnet.core.keys import SharedKey
 from jaxnet.core.specs import describe, dtype_of, is_array
 
-__all__ = ["check_input", "check_key", "check_mode", "check_names", "check_state", "closest", "is_empty", "scope"]
+__all__ = [
+    "check_input",
+    "check_key",
+    "check_mode",
+    "check_names",
+    "check_state",
+    "closest",
+    "is_empty",
+    "scope",
+]
 
 
 @contextlib.contextmanager
 def scope(name: str) -> Iterator[None]:
-    """Give profiler rows the name, and errors one line with the whole path, "in layer 'mlp/hidden'"."""
+    """Give profiler rows the name, and errors one line with the whole path, "in layer
+    'mlp/hidden'".
+    """
     try:
         with jax.named_scope(name):
             yield
@@ -35,9 +46,16 @@ def scope(name: str) -> Iterator[None]:
 
 
 def check_input(
-    label: str, x: Any, *, width: int | None = None, rank: int = 1, kind: Any = jnp.floating, like: Any = None
+    label: str,
+    x: Any,
+    *,
+    width: int | None = None,
+    rank: int = 1,
+    kind: Any = jnp.floating,
+    like: Any = None,
 ) -> None:
-    """Raise unless x is an array with at least `rank` axes, the last of size `width`, in the dtype of `like`.
+    """Raise unless x is an array with at least `rank` axes, the last of size `width`, in the dtype
+    of `like`.
 
     Args:
       label: the name of the layer in errors.
@@ -55,15 +73,21 @@ def check_input(
         raise TypeError(f"{label}: the input must be an array or a jax.ShapeDtypeStruct, got {x!r}")
     if kind is not object and not jnp.issubdtype(x.dtype, kind):
         remedy = "x.astype(jnp.float32)" if kind is jnp.floating else "x.astype(jnp.int32)"
-        raise TypeError(f"{label}: the input must be {kind.__name__}, got {describe(x)}; convert it, as in {remedy}")
+        raise TypeError(
+            f"{label}: the input must be {kind.__name__}, got {describe(x)}; convert it, as in "
+            f"{remedy}"
+        )
     if len(x.shape) < rank:
         raise ValueError(f"{label}: the input must have at least {rank} axes, got {describe(x)}")
     if width is not None and x.shape[-1] != width:
-        raise ValueError(f"{label}: last axis must be {width}, got {describe(x)}; the parameters were made for {width}")
+        raise ValueError(
+            f"{label}: last axis must be {width}, got {describe(x)}; the parameters were made "
+            f"for {width}"
+        )
     if like is not None and dtype_of(x) != dtype_of(like):
         raise TypeError(
-            f"{label}: the input must have the dtype of the parameters, {like.dtype}, got {describe(x)}; "
-            f"convert one of them, or compute in another dtype with jaxnet.cast"
+            f"{label}: the input must have the dtype of the parameters, {like.dtype}, got "
+            f"{describe(x)}; convert one of them, or compute in another dtype with jaxnet.cast"
         )
 
 
@@ -77,13 +101,16 @@ def check_key(label: str, key: Any) -> None:
 
 
 def check_mode(label: str, key: Any, train: Any) -> None:
-    """Raise TypeError unless `key` is None or one PRNG key, and `train` a bool that is not traced."""
+    """Raise TypeError unless `key` is None or one PRNG key, and `train` a bool that is not
+    traced.
+    """
     if key is not None and not isinstance(key, SharedKey):
         check_key(label, key)
     if not isinstance(train, bool):
         got = describe(train) if is_array(train) else repr(train)
         remedy = (
-            "under jax.jit, jax.jit(net.apply, static_argnames='train') or functools.partial(net.apply, train=True)"
+            "under jax.jit, jax.jit(net.apply, static_argnames='train') or "
+            "functools.partial(net.apply, train=True)"
         )
         raise TypeError(f"{label}: train must be True or False, got {got}; {remedy}")
 
@@ -92,10 +119,13 @@ def check_state(label: str, state: Any, *, stateful: bool) -> None:
     """Raise if a stateful layer received no state, or a stateless layer received one."""
     if stateful and state is None:
         raise ValueError(
-            f"{label}: this layer carries state: pass state=net.init_state(*inputs), or the state of the last call"
+            f"{label}: this layer carries state: pass state=net.init_state(*inputs), or the "
+            "state of the last call"
         )
     if not stateful and state is not None and not is_empty(state):
-        raise TypeError(f"{label}: this layer has no state (its init_state is None): call apply without state=")
+        raise TypeError(
+            f"{label}: this layer has no state (its init_state is None): call apply without state="
+        )
 
 
 def check_names(what: str, tree: Any, names: Iterable[str]) -> None:
@@ -104,13 +134,18 @@ def check_names(what: str, tree: Any, names: Iterable[str]) -> None:
         raise TypeError(f"{what} must be a dict by the name of the child, got {describe(tree)}")
     for name in tree:
         if name not in names:
-            raise ValueError(f"{what} must have no '{name}', which is no child of this layer{closest(name, names)}")
+            raise ValueError(
+                f"{what} must have no '{name}', which is no child of this "
+                f"layer{closest(name, names)}"
+            )
 
 
 def closest(name: str, names: Iterable[str]) -> str:
     """The end of a message: the most similar name, and all names."""
     close = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
-    return (f"; did you mean '{close[0]}'?" if close else "") + f" (children: {', '.join(names) or 'none'})"
+    return (
+        f"; did you mean '{close[0]}'?" if close else ""
+    ) + f" (children: {', '.join(names) or 'none'})"
 
 
 def is_empty(tree: Any) -> bool:

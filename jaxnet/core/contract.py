@@ -1,8 +1,10 @@
-"""The contract of layers: a network is a value made of pure functions over a plain nested dict of arrays.
+"""The contract of layers: a network is a value made of pure functions over a plain nested dict of
+arrays.
 
-`params` is a nested dict of float arrays (a single array for `param`). `state` is a nested dict of arrays that are carried
-from call to call without a gradient (statistics, caches, constants). `key` is a JAX PRNG key. Inputs are pytrees of arrays
-or of `jax.ShapeDtypeStruct`; all other leaves (None, bools, strings) are static.
+`params` is a nested dict of float arrays (a single array for `param`). `state` is a nested dict of
+arrays that are carried from call to call without a gradient (statistics, caches, constants). `key`
+is a JAX PRNG key. Inputs are pytrees of arrays or of `jax.ShapeDtypeStruct`; all other leaves
+(None, bools, strings) are static.
 """
 
 from __future__ import annotations
@@ -23,7 +25,18 @@ from jaxnet.core.intern import Same, interned
 from jaxnet.core.keys import fold
 from jaxnet.core.specs import abstractly, as_jax, describe, is_array, shared, specs_of
 
-__all__ = ["Carried", "Layer", "as_layer", "call", "layer", "name_of", "no_params", "param", "run", "start_state"]
+__all__ = [
+    "Carried",
+    "Layer",
+    "as_layer",
+    "call",
+    "layer",
+    "name_of",
+    "no_params",
+    "param",
+    "run",
+    "start_state",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -31,22 +44,27 @@ class Layer:
     """A layer, or a whole network: a pair of pure functions, or a triple if it carries state.
 
     Attributes:
-      init: (key, *inputs) -> params. It reads only shapes and dtypes, so inputs may be `jax.ShapeDtypeStruct`.
+      init: (key, *inputs) -> params. It reads only shapes and dtypes, so inputs may be
+        `jax.ShapeDtypeStruct`.
       apply: (params, *inputs, key=None, train=False) -> outputs if `init_state` is None, else
         (params, *inputs, state, key=None, train=False) -> (outputs, new_state).
-      init_state: (*inputs, key=None) -> state, or None for a stateless layer. No argument of a call makes a layer
-        stateful. State that begins with random numbers needs the key.
+      init_state: (*inputs, key=None) -> state, or None for a stateless layer. No argument of a call
+        makes a layer stateful. State that begins with random numbers needs the key.
       label: the name of the layer in `repr` and in errors, such as 'dense(8)'.
-      children: the layers inside, by name. The name is the key in params and state. A child named '' shares the
-        parameters, state and path of its parent (`repeat`, `remat`, `cast`, `residual`, `scan`, `vmap`).
+      children: the layers inside, by name. The name is the key in params and state. A child named
+        '' shares the parameters, state and path of its parent (`repeat`, `remat`, `cast`,
+        `residual`, `scan`, `vmap`).
       rebuild: children -> the same layer with other children; None for a layer without children.
-      repeats: the number of copies of its child that run one after the other (`repeat`); None for all other layers.
+      repeats: the number of copies of its child that run one after the other (`repeat`); None for
+        all other layers.
       random: False if `apply` never uses its key.
       outputs: (train, *inputs) -> specs of the outputs, if that is cheaper than tracing `apply`.
-      tapped: True for layers that `capture` makes. Their `apply` returns (outputs, Carried(state, seen)).
-      plain: for a tapped layer, the layer to run inside raw JAX transforms, because captured values cannot leave them.
-      wide: names of its own parameters that may be wider than its inputs. `cast` does not change them, so their gradients
-        are summed and kept in their own dtype (`jaxnet.mixed`).
+      tapped: True for layers that `capture` makes. Their `apply` returns (outputs, Carried(state,
+        seen)).
+      plain: for a tapped layer, the layer to run inside raw JAX transforms, because captured values
+        cannot leave them.
+      wide: names of its own parameters that may be wider than its inputs. `cast` does not change
+        them, so their gradients are summed and kept in their own dtype (`jaxnet.mixed`).
     """
 
     init: Callable[..., Any]
@@ -69,9 +87,15 @@ class Layer:
         if not self.children:
             return self.label
         lines = [f"{name}: {child!r}" for name, child in self.children.items()]
-        return f"{self.label}(\n" + "".join(f"  {line}\n" for line in "\n".join(lines).split("\n")) + ")"
+        return (
+            f"{self.label}(\n"
+            + "".join(f"  {line}\n" for line in "\n".join(lines).split("\n"))
+            + ")"
+        )
 
-    def made_by(self, constructor: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    def made_by(
+        self, constructor: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> None:
         """Record the call that makes this layer; `pickle` repeats it."""
         self.__dict__["_made"] = constructor, args, dict(named)
 
@@ -90,12 +114,15 @@ class Layer:
         """Raise TypeError, because a layer holds no parameters."""
         name = self.label.partition("(")[0]
         raise TypeError(
-            f"{name}: a layer holds no parameters, so it cannot be called; make them with params = net.init(key, x) and "
-            f"call net.apply(params, x), or call it by its name in the body of wire, f.name(x)"
+            f"{name}: a layer holds no parameters, so it cannot be called; make them with params "
+            "= net.init(key, x) and call net.apply(params, x), or call it by its name in the "
+            "body of wire, f.name(x)"
         )
 
 
-def _make(constructor: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]) -> Layer:
+def _make(
+    constructor: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]
+) -> Layer:
     return constructor(*args, **named)
 
 
@@ -104,7 +131,8 @@ class Carried(NamedTuple):
 
     Attributes:
       state: the new state of the layer, None for a stateless layer.
-      seen: the outputs of the calls of each captured layer, in order, by path below this layer: {path: (outputs, ...)}.
+      seen: the outputs of the calls of each captured layer, in order, by path below this layer:
+        {path: (outputs, ...)}.
     """
 
     state: Any
@@ -121,18 +149,22 @@ def layer(
 ) -> Layer:
     """Make a Layer from a plain function `fn(params, *inputs)`.
 
-    `fn` receives `key`, `train` and `state` only if its signature has parameters with these names. `init` and
-    `init_state` receive the named inputs that their signatures have. A call refuses params and state whose names or shapes
-    differ from those that `init` and `init_state` make for its inputs. Dtypes may differ.
+    `fn` receives `key`, `train` and `state` only if its signature has parameters with these names.
+    `init` and `init_state` receive the named inputs that their signatures have. A call refuses
+    params and state whose names or shapes differ from those that `init` and `init_state` make for
+    its inputs. Dtypes may differ.
 
     Args:
-      init: (key, *inputs) -> params, or None if the layer has no parameters. It must also run under `jax.eval_shape`.
-      fn: the layer as an equation: (params, *inputs) -> outputs, or with `state` -> (outputs, new_state).
-      init_state: (*inputs) -> state for a stateful layer. It names `key` if the state begins with random numbers, such as
-        a codebook. State is the home of statistics, caches and constants that no gradient should move.
-      outputs: (*inputs) -> arrays or `jax.ShapeDtypeStruct` with the shapes and dtypes of the outputs. Without it, `init`
-        of a network traces `fn`. Pass it if that is slow, or if `fn` has a collective such as `jax.lax.psum`. It may have
-        a parameter `train`.
+      init: (key, *inputs) -> params, or None if the layer has no parameters. It must also run under
+        `jax.eval_shape`.
+      fn: the layer as an equation: (params, *inputs) -> outputs, or with `state` -> (outputs,
+        new_state).
+      init_state: (*inputs) -> state for a stateful layer. It names `key` if the state begins with
+        random numbers, such as a codebook. State is the home of statistics, caches and constants
+        that no gradient should move.
+      outputs: (*inputs) -> arrays or `jax.ShapeDtypeStruct` with the shapes and dtypes of the
+        outputs. Without it, `init` of a network traces `fn`. Pass it if that is slow, or if `fn`
+        has a collective such as `jax.lax.psum`. It may have a parameter `train`.
       label: the name of the layer in `repr` and in errors; the name of `fn` by default.
 
     Returns:
@@ -150,7 +182,8 @@ def layer(
     wanted = {"key", "train", "state"} & set(inspect.signature(fn).parameters)
     if ("state" in wanted) != (init_state is not None):
         raise TypeError(
-            f"{name}: a stateful layer has both init_state and a parameter `state` of its function, or neither"
+            f"{name}: a stateful layer has both init_state and a parameter `state` of its "
+            "function, or neither"
         )
     named_of_init, named_of_state = _named_by(init), _named_by(init_state)
     draws = init_state is not None and "key" in inspect.signature(init_state).parameters
@@ -161,7 +194,9 @@ def layer(
 
     def initialise_state(*inputs, key=None, **named):
         if draws and key is None:
-            raise ValueError(f"{name}: the state begins with random numbers: pass key= to init_state")
+            raise ValueError(
+                f"{name}: the state begins with random numbers: pass key= to init_state"
+            )
         return definition.make("state", key, inputs, named)
 
     def make_params(key, *inputs, **named):
@@ -191,10 +226,16 @@ def layer(
                 raise definition.problem(params, state, inputs, named, asked) or problem from error
             if init is not None and is_array(params) and inputs and isinstance(inputs[0], Mapping):
                 raise TypeError(
-                    f"{name}: apply takes (params, *inputs), got params {describe(params)} and inputs {describe(inputs)}: "
-                    f"the parameters come first"
+                    f"{name}: apply takes (params, *inputs), got params {describe(params)} and "
+                    f"inputs {describe(inputs)}: the parameters come first"
                 ) from error
-            explain_call(f"{name}: apply", error, fn, (params, *inputs), named | {n: offered[n] for n in wanted})
+            explain_call(
+                f"{name}: apply",
+                error,
+                fn,
+                (params, *inputs),
+                named | {n: offered[n] for n in wanted},
+            )
             raise
         if problem is not None:
             raise problem
@@ -230,10 +271,13 @@ def param(shape: tuple[int, ...], init: Callable[..., Any], *, dtype: Any = None
       The layer. Its params are the array itself.
 
     Raises:
-      ValueError: a size in `shape` is not an int of at least 0; in `apply`, the array has another shape.
+      ValueError: a size in `shape` is not an int of at least 0; in `apply`, the array has another
+        shape.
     """
     if not isinstance(shape, Iterable):
-        raise TypeError(f"param: the shape must be a tuple of sizes, such as ({shape},), got {shape!r}")
+        raise TypeError(
+            f"param: the shape must be a tuple of sizes, such as ({shape},), got {shape!r}"
+        )
     shape = tuple(size_of("param: each size of the shape", size, 0) for size in shape)
     label = f"param{shape}"
 
@@ -265,7 +309,9 @@ def as_layer(thing: Any, where: str = "a layer") -> Layer:
         return thing
     if not callable(thing):
         several = "; unpack it, as in chain(*layers)" if isinstance(thing, list | tuple) else ""
-        raise TypeError(f"{where} must be a layer or a function of its inputs, got {thing!r}{several}")
+        raise TypeError(
+            f"{where} must be a layer or a function of its inputs, got {thing!r}{several}"
+        )
     name = name_of(thing)
     remedy = f"pass the layer that it returns, {name}(...), not {name} itself"
     if _returns_layer(thing):
@@ -306,11 +352,20 @@ def call(
 
 
 def run(
-    layer: Layer, params: Any, state: Any, key: Any, train: bool, inputs: tuple[Any, ...], named: Mapping[str, Any]
+    layer: Layer,
+    params: Any,
+    state: Any,
+    key: Any,
+    train: bool,
+    inputs: tuple[Any, ...],
+    named: Mapping[str, Any],
 ) -> tuple[Any, Any, dict[str, tuple[Any, ...]]]:
     """Call a layer, stateful or not, tapped or not, in one form: -> (outputs, state, seen)."""
     if layer.init is no_params and not (params is None or is_empty(params)):
-        raise ValueError(f"{layer.label}: params must be empty, got {describe(params)}; this layer has no parameters")
+        raise ValueError(
+            f"{layer.label}: params must be empty, got {describe(params)}; this layer has no "
+            "parameters"
+        )
     carried = {} if layer.init_state is None else {"state": state}
     result = layer.apply(params, *inputs, key=key, train=train, **carried, **named)
     if layer.tapped:
@@ -321,10 +376,14 @@ def run(
 
 
 def start_state(layer: Layer, key: Any, inputs: Any, named: Mapping[str, Any]) -> Any:
-    """The first state of a stateful layer. A layer whose `init_state` takes no key is called without one."""
+    """The first state of a stateful layer. A layer whose `init_state` takes no key is called
+    without one.
+    """
     parameters = inspect.signature(layer.init_state).parameters
     takes_key = "key" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return layer.init_state(*inputs, **({"key": key} if takes_key and key is not None else {}), **named)
+    return layer.init_state(
+        *inputs, **({"key": key} if takes_key and key is not None else {}), **named
+    )
 
 
 def no_params(key: Any, *inputs: Any, **named: Any) -> dict[str, Any]:
@@ -340,7 +399,9 @@ def name_of(fn: Any) -> str:
 
 
 def _named_by(fn: Callable[..., Any] | None) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """A function that selects the named inputs that `fn` accepts. For instance, `init` rarely needs a mask."""
+    """A function that selects the named inputs that `fn` accepts. For instance, `init` rarely needs
+    a mask.
+    """
     parameters = inspect.signature(fn).parameters if fn else {}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return dict
@@ -349,19 +410,24 @@ def _named_by(fn: Callable[..., Any] | None) -> Callable[[Mapping[str, Any]], di
 
 def _check_new_state(name: str, result: Any, state: Any) -> None:
     if not isinstance(result, tuple) or len(result) != 2:
-        raise ValueError(f"{name}: a stateful layer returns (outputs, new_state), got {describe(result)}")
+        raise ValueError(
+            f"{name}: a stateful layer returns (outputs, new_state), got {describe(result)}"
+        )
 
     def facts(tree):
         return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
     if facts(result[1]) != facts(state):
         raise ValueError(
-            f"{name}: the new state must have the names and shapes of the old one, {describe(state)}, got "
-            f"{describe(result[1])}; a stateful layer returns (outputs, new_state)"
+            f"{name}: the new state must have the names and shapes of the old one, "
+            f"{describe(state)}, got {describe(result[1])}; a stateful layer returns (outputs, "
+            "new_state)"
         )
 
 
 def _returns_layer(fn: Any) -> bool:
     """Whether a function is annotated to return a layer, as every constructor of layers is."""
     returned = getattr(fn, "__annotations__", {}).get("return")
-    return returned is Layer or (isinstance(returned, str) and returned.split(" |")[0].split(".")[-1] == "Layer")
+    return returned is Layer or (
+        isinstance(returned, str) and returned.split(" |")[0].split(".")[-1] == "Layer"
+    )

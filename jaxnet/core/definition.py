@@ -1,4 +1,6 @@
-"""The definition of a layer: the parameters and state that its `init` and `init_state` make for given inputs."""
+"""The definition of a layer: the parameters and state that its `init` and `init_state` make for
+given inputs.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,15 @@ class Definition:
       init_state: (key, *inputs) -> state, or None.
     """
 
-    def __init__(self, label: str, init: Callable[..., Any] | None, init_state: Callable[..., Any] | None):
+    def __init__(
+        self, label: str, init: Callable[..., Any] | None, init_state: Callable[..., Any] | None
+    ):
         self.label = label
-        self.makers = {name: make for name, make in [("params", init), ("state", init_state)] if make is not None}
+        self.makers = {
+            name: make
+            for name, make in [("params", init), ("state", init_state)]
+            if make is not None
+        }
         self.last: dict[str, Any] = {}
 
     def make(self, subject: str, key: Any, inputs: Any, named: Any) -> Any:
@@ -41,8 +49,11 @@ class Definition:
         remember(self, subject, self.last[subject], inputs, named)
         return made
 
-    def problem(self, params: Any, state: Any, inputs: Any, named: Any, asked: Any = None) -> Exception | None:
-        """The error for params and state that differ from those of this layer for these inputs; None if they agree.
+    def problem(
+        self, params: Any, state: Any, inputs: Any, named: Any, asked: Any = None
+    ) -> Exception | None:
+        """The error for params and state that differ from those of this layer for these inputs;
+        None if they agree.
 
         If several names are missing, the error is about the name `asked`.
         """
@@ -55,19 +66,24 @@ class Definition:
             if differences:
                 free = self._free(subject, inputs, named)
                 differences = [d for d in differences if not _differ_only_along(free, *d)]
-            for path, wanted, got in sorted(differences, key=lambda difference: difference[0] != asked):
+            for path, wanted, got in sorted(
+                differences, key=lambda difference: difference[0] != asked
+            ):
                 return self._error(subject, path, wanted, got, expected, given)
         return None
 
     def _expected(self, subject: str, inputs: Any, named: Any) -> Any:
         """The specs of params or state for these inputs.
 
-        If `init` fails for these inputs, the specs of the last ones that it made, because `init` may need more than
-        `apply`; None if there are none. The layer itself reports wrong inputs better.
+        If `init` fails for these inputs, the specs of the last ones that it made, because `init`
+        may need more than `apply`; None if there are none. The layer itself reports wrong inputs
+        better.
         """
 
         def compute():
-            return abstractly(self.makers[subject])(key_spec(), *specs_of(inputs), **specs_of(named))
+            return abstractly(self.makers[subject])(
+                key_spec(), *specs_of(inputs), **specs_of(named)
+            )
 
         try:
             return memoised(self, subject, compute, False, inputs, named)
@@ -75,7 +91,8 @@ class Definition:
             return self.last.get(subject)
 
     def _free(self, subject: str, inputs: Any, named: Any) -> dict[str, tuple[int, ...]]:
-        """By path: the axes whose sizes follow from the batch and time axes of the inputs, so that any size may be right.
+        """By path: the axes whose sizes follow from the batch and time axes of the inputs, so that
+        any size may be right.
 
         A cache that was made for the longest sequence is then the state of a call with one token.
         """
@@ -84,29 +101,43 @@ class Definition:
         pairs = zip(*(jax.tree.leaves_with_path(tree) for tree in (now, then)), strict=False)
         return {
             jax.tree_util.keystr(path, simple=True, separator="/"): tuple(
-                axis for axis, sizes in enumerate(zip(a.shape, b.shape, strict=False)) if sizes[0] != sizes[1]
+                axis
+                for axis, sizes in enumerate(zip(a.shape, b.shape, strict=False))
+                if sizes[0] != sizes[1]
             )
             for (path, a), (_, b) in pairs
         }
 
-    def _error(self, subject: str, path: str, wanted: Any, got: Any, expected: Any, given: Any) -> Exception:
+    def _error(
+        self, subject: str, path: str, wanted: Any, got: Any, expected: Any, given: Any
+    ) -> Exception:
         label = self.label
         if isinstance(wanted, Mapping):
             where = f"{subject} must be" if not path else f"'{path}' in {subject} must be"
-            return TypeError(f"{label}: {where} a dict, {describe(wanted)}, got {describe(got)}; {_REMEDY}")
+            return TypeError(
+                f"{label}: {where} a dict, {describe(wanted)}, got {describe(got)}; {_REMEDY}"
+            )
         if wanted is None:
             have = ", ".join(expected) or "nothing"
             return ValueError(
-                f"{label}: {subject} must have no '{path}', got {describe(got)}; this layer has {have}; {_REMEDY}"
+                f"{label}: {subject} must have no '{path}', got {describe(got)}; this layer has "
+                f"{have}; {_REMEDY}"
             )
         if got is None:
-            held = {name: leaf for s in self.makers if isinstance(given[s], Mapping) for name, leaf in given[s].items()}
+            held = {
+                name: leaf
+                for s in self.makers
+                if isinstance(given[s], Mapping)
+                for name, leaf in given[s].items()
+            }
             have = ", ".join(f"{name} {describe(leaf)}" for name, leaf in held.items()) or "nothing"
-            return ValueError(f"{label}: no '{path}' in {' and '.join(self.makers)} (they hold {have}); {_REMEDY}")
+            return ValueError(
+                f"{label}: no '{path}' in {' and '.join(self.makers)} (they hold {have}); {_REMEDY}"
+            )
         where = f"'{path}' in {subject}" if path else subject
         return ValueError(
-            f"{label}: {where} must be {describe(wanted)} for these inputs, got {describe(got)}; they are of another "
-            f"network or other inputs: {_REMEDY}"
+            f"{label}: {where} must be {describe(wanted)} for these inputs, got {describe(got)}; "
+            f"they are of another network or other inputs: {_REMEDY}"
         )
 
 
@@ -120,8 +151,12 @@ def param_specs(layer: Layer, inputs: Any, named: Any) -> Any:
     return memoised(layer, "all params", compute, False, inputs, named)
 
 
-def explain_call(what: str, error: Exception, fn: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-    """Raise TypeError with the signature of `fn` if `error` comes from a call that does not match it."""
+def explain_call(
+    what: str, error: Exception, fn: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]
+) -> None:
+    """Raise TypeError with the signature of `fn` if `error` comes from a call that does not match
+    it.
+    """
     if not isinstance(error, TypeError):
         return
     signature = inspect.signature(fn)
@@ -163,10 +198,14 @@ def _stretched(specs: Any) -> Any:
     return jax.tree.map(longer, specs)
 
 
-def _differ_only_along(free: Mapping[str, tuple[int, ...]], path: str, expected: Any, given: Any) -> bool:
+def _differ_only_along(
+    free: Mapping[str, tuple[int, ...]], path: str, expected: Any, given: Any
+) -> bool:
     if not is_array(expected) or not is_array(given) or len(expected.shape) != len(given.shape):
         return False
-    differing = [axis for axis, (a, b) in enumerate(zip(expected.shape, given.shape, strict=True)) if a != b]
+    differing = [
+        axis for axis, (a, b) in enumerate(zip(expected.shape, given.shape, strict=True)) if a != b
+    ]
     return all(axis in free.get(path, ()) for axis in differing)
 
 

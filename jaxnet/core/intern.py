@@ -1,4 +1,6 @@
-"""Equal calls of a constructor return the same layer, so a network of many equal layers traces it only once."""
+"""Equal calls of a constructor return the same layer, so a network of many equal layers traces it
+only once.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,13 @@ Constructor = TypeVar("Constructor", bound=Callable[..., Any])
 
 
 def interned(constructor: Constructor) -> Constructor:
-    """Decorate a constructor of layers to return the layer of an earlier, equal call if that layer still exists.
+    """Decorate a constructor of layers to return the layer of an earlier, equal call if that layer
+    still exists.
 
-    This is correct because the functions of a layer depend only on the arguments. It does not hold for functions of the
-    user, which may read global variables: calls with such functions, and calls with unhashable arguments, always make a
-    new layer. Numbers, strings and tuples are compared with their types, all other values by identity. Layers are held by
-    weak references.
+    This is correct because the functions of a layer depend only on the arguments. It does not hold
+    for functions of the user, which may read global variables: calls with such functions, and calls
+    with unhashable arguments, always make a new layer. Numbers, strings and tuples are compared
+    with their types, all other values by identity. Layers are held by weak references.
     """
     living: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
@@ -55,14 +58,18 @@ class Same:
 
 
 def _argument(value: Any) -> Any:
-    """An argument in a form that may be compared. Raises TypeError if the layer may not be shared."""
+    """An argument in a form that may be compared. Raises TypeError if the layer may not be
+    shared.
+    """
     if isinstance(value, tuple):
         return tuple(map(_argument, value))
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return type(value), value
     if isinstance(value, functools.partial):
         items = sorted(value.keywords.items())
-        return "partial", *map(_argument, (value.func, *value.args, *(part for item in items for part in item)))
+        return "partial", *map(
+            _argument, (value.func, *value.args, *(part for item in items for part in item))
+        )
     hash(value)
     if callable(value) and not hasattr(value, "made_by") and not _is_of_jax(value):
         raise TypeError("a function of the user")
@@ -70,5 +77,7 @@ def _argument(value: Any) -> Any:
 
 
 def _is_of_jax(function: Any) -> bool:
-    """Whether a function comes from JAX or this library, so that no variable of the user changes what it computes."""
+    """Whether a function comes from JAX or this library, so that no variable of the user changes
+    what it computes.
+    """
     return str(getattr(function, "__module__", "")).partition(".")[0] in ("jax", "jaxlib", "jaxnet")

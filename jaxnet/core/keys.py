@@ -14,7 +14,9 @@ __all__ = ["SharedKey", "fold", "fold_all", "fold_copies", "is_threefry"]
 
 
 def fold(key: Any, name: str) -> Any:
-    """The key of the child `name`. It depends on the name alone, so adding or removing siblings does not change it."""
+    """The key of the child `name`. It depends on the name alone, so adding or removing siblings
+    does not change it.
+    """
     return _fold_in(key, np.uint32(zlib.crc32(name.encode())))
 
 
@@ -25,7 +27,9 @@ def _fold_in(key, code):
 
 
 def fold_all(key: Any, names: list[str]) -> dict[str, Any]:
-    """`fold` for each name. For a traced key, one operation serves all names, which compiles much faster."""
+    """`fold` for each name. For a traced key, one operation serves all names, which compiles much
+    faster.
+    """
     if not isinstance(key, jax.core.Tracer) or not is_threefry(key) or len(names) < 2:
         return {name: fold(key, name) for name in names}
     codes = np.array([zlib.crc32(name.encode()) for name in names], np.uint32)
@@ -38,12 +42,15 @@ def fold_copies(key: Any, n: int) -> Any:
 
 
 def is_threefry(key: Any) -> bool:
-    """Whether a key, typed or raw, is of JAX's default generator. Others may draw and fold differently under vmap."""
+    """Whether a key, typed or raw, is of JAX's default generator. Others may draw and fold
+    differently under vmap.
+    """
     return str(jax.random.key_impl(key)) == "threefry2x32"
 
 
 class SharedKey:
-    """A placeholder for a key inside a raw JAX transform, where each iteration would draw the same numbers.
+    """A placeholder for a key inside a raw JAX transform, where each iteration would draw the same
+    numbers.
 
     Any use raises RuntimeError with the remedy. Layers that draw nothing never use it.
     """
@@ -53,9 +60,10 @@ class SharedKey:
 
     def refuse(self) -> NoReturn:
         raise RuntimeError(
-            f"{self.label}: random numbers are drawn inside a raw JAX transform (scan, vmap, checkpoint, ...), where each "
-            f"turn would draw the same ones; pass a key, f.{self.name}(..., key=jax.random.fold_in(f.key, i)), or "
-            f"key=f.key if the same numbers are wanted; jaxnet.scan, vmap, repeat and remat give each turn its key"
+            f"{self.label}: random numbers are drawn inside a raw JAX transform (scan, vmap, "
+            "checkpoint, ...), where each turn would draw the same ones; pass a key, "
+            f"f.{self.name}(..., key=jax.random.fold_in(f.key, i)), or key=f.key if the same "
+            "numbers are wanted; jaxnet.scan, vmap, repeat and remat give each turn its key"
         )
 
     def __getattr__(self, attribute: str) -> NoReturn:

@@ -37,10 +37,14 @@ __all__ = [
 ]
 
 
-def abstractly(fn: Callable[..., Any], trace: Callable[..., Any] = jax.eval_shape) -> Callable[..., Any]:
-    """A function that traces `fn` and returns the specs of its outputs. Array inputs are abstract, all others static.
+def abstractly(
+    fn: Callable[..., Any], trace: Callable[..., Any] = jax.eval_shape
+) -> Callable[..., Any]:
+    """A function that traces `fn` and returns the specs of its outputs. Array inputs are abstract,
+    all others static.
 
-    `trace(function, arrays)` may be another transformation that accepts only arrays, such as one that returns the jaxpr.
+    `trace(function, arrays)` may be another transformation that accepts only arrays, such as one
+    that returns the jaxpr.
     """
 
     def traced(*inputs, **named):
@@ -59,7 +63,9 @@ def abstractly(fn: Callable[..., Any], trace: Callable[..., Any] = jax.eval_shap
     return traced
 
 
-def memoised(layer: Any, subject: str, compute: Callable[[], Any], train: bool, inputs: Any, named: Any) -> Any:
+def memoised(
+    layer: Any, subject: str, compute: Callable[[], Any], train: bool, inputs: Any, named: Any
+) -> Any:
     """`compute()`, cached by layer, subject, mode and the specs of the inputs.
 
     With the cache, a network that is nested d deep costs at most d traces per leaf.
@@ -73,10 +79,11 @@ def memoised(layer: Any, subject: str, compute: Callable[[], Any], train: bool, 
 
 @contextlib.contextmanager
 def shared_traces() -> Iterator[None]:
-    """Share traces among equal functions inside the block: 24 blocks that one function makes need one trace.
+    """Share traces among equal functions inside the block: 24 blocks that one function makes need
+    one trace.
 
-    The outermost call of `init` opens it. The shared traces are dropped afterwards, because functions may also depend on
-    global variables, which may change before the next call.
+    The outermost call of `init` opens it. The shared traces are dropped afterwards, because
+    functions may also depend on global variables, which may change before the next call.
     """
     if _SHARED.get() is not None:
         yield
@@ -89,9 +96,17 @@ def shared_traces() -> Iterator[None]:
 
 
 def shared(
-    twin: Any, layer: Layer, subject: str, compute: Callable[[], Any], train: bool, inputs: Any, named: Any
+    twin: Any,
+    layer: Layer,
+    subject: str,
+    compute: Callable[[], Any],
+    train: bool,
+    inputs: Any,
+    named: Any,
 ) -> Any:
-    """`memoised`, which inside `shared_traces` also reuses the results of other layers with an equal `twin`."""
+    """`memoised`, which inside `shared_traces` also reuses the results of other layers with an
+    equal `twin`.
+    """
 
     def look_up():
         known = _SHARED.get()
@@ -106,7 +121,8 @@ def shared(
 
 
 def twin_of(fn: Any) -> Any:
-    """A value that is equal for equal functions: the same code with equal values in closures and defaults.
+    """A value that is equal for equal functions: the same code with equal values in closures and
+    defaults.
 
     None if there is no such value, because a closure or a default cannot be hashed.
     """
@@ -118,13 +134,16 @@ def twin_of(fn: Any) -> Any:
         twin = fn.__code__, id(fn.__globals__), tuple(_value(value) for value in values)
         hash(twin)
     except (TypeError, ValueError):
-        # TypeError: a value cannot be hashed. ValueError: a variable of the closure has no value yet.
+        # TypeError: a value cannot be hashed. ValueError: a variable of the closure has no value
+        # yet.
         return None
     return twin
 
 
 def _value(value: Any) -> Any:
-    """A value around a function, for comparison: plain ones with their types, all others by identity."""
+    """A value around a function, for comparison: plain ones with their types, all others by
+    identity.
+    """
     if isinstance(value, tuple):
         return tuple(map(_value, value))
     hash(value)
@@ -132,7 +151,9 @@ def _value(value: Any) -> Any:
     return (type(value), value) if plain else Same(value)
 
 
-_SHARED: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("shared traces", default=None)
+_SHARED: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
+    "shared traces", default=None
+)
 
 
 def remember(layer: Any, subject: str, result: Any, inputs: Any, named: Any) -> None:
@@ -141,7 +162,9 @@ def remember(layer: Any, subject: str, result: Any, inputs: Any, named: Any) -> 
 
 
 def _store(results: dict[Any, Any], question: Any, result: Any) -> None:
-    """Keep a result. Static inputs that change from call to call must not fill the memory: the oldest result goes."""
+    """Keep a result. Static inputs that change from call to call must not fill the memory: the
+    oldest result goes.
+    """
     while len(results) >= _REMEMBERED:
         results.pop(next(iter(results)), None)
     results[question] = result
@@ -156,12 +179,16 @@ def _question(layer: Any, subject: str, train: bool, inputs: Any, named: Any) ->
         hash(question)
     except TypeError as error:
         text = describe((inputs, named) if named else inputs)
-        raise TypeError(f"{layer.label}: inputs must be arrays or hashable values, got {text}") from error
+        raise TypeError(
+            f"{layer.label}: inputs must be arrays or hashable values, got {text}"
+        ) from error
     return question
 
 
 def _facts(leaf: Any) -> tuple[Any, ...]:
-    """The facts about a leaf that a trace may depend on. The type of a static value tells apart 1, 1.0 and True."""
+    """The facts about a leaf that a trace may depend on. The type of a static value tells apart 1,
+    1.0 and True.
+    """
     # A child as an input stands for its layer, never for the parameters that it holds.
     if hasattr(leaf, "memo"):
         return leaf.memo
@@ -176,7 +203,9 @@ def _key_spec(impl: str) -> Any:
 
 
 def key_spec() -> Any:
-    """The spec of a key of the default generator. A real key would become part of the traced program."""
+    """The spec of a key of the default generator. A real key would become part of the traced
+    program.
+    """
     return _key_spec(jax.config.jax_default_prng_impl)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -187,7 +216,9 @@ def specs_of(tree: Any) -> Any:
 
 def as_jax(tree: Any) -> Any:
     """Convert NumPy arrays in a tree to JAX arrays, in a dtype that JAX has, as `jax.jit` does."""
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype_of(x)) if isinstance(x, np.ndarray | np.generic) else x, tree)
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, dtype_of(x)) if isinstance(x, np.ndarray | np.generic) else x, tree
+    )
 
 
 def stand_in(spec: jax.ShapeDtypeStruct) -> jax.Array:
@@ -206,7 +237,9 @@ def describe(tree: Any) -> str:
         __repr__ = str.__str__
 
     def word(x):
-        return Word(f"{x.dtype}[{', '.join(map(str, x.shape))}]" if is_array(x) else type(x).__name__)
+        return Word(
+            f"{x.dtype}[{', '.join(map(str, x.shape))}]" if is_array(x) else type(x).__name__
+        )
 
     return repr(jax.tree.map(word, tree))
 
@@ -222,7 +255,11 @@ def trace_state() -> Any:
 def dtype_of(x: Any) -> Any:
     """The dtype that JAX gives an array: float32 for NumPy's float64 if x64 is off."""
     try:
-        return x.dtype if jnp.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
+        return (
+            x.dtype
+            if jnp.issubdtype(x.dtype, jax.dtypes.extended)
+            else jax.dtypes.canonicalize_dtype(x.dtype)
+        )
     except TypeError as error:
         kind = f"{type(x).__module__}.{type(x).__name__}"
         raise TypeError(
@@ -231,7 +268,9 @@ def dtype_of(x: Any) -> Any:
 
 
 def is_array(x: Any) -> bool:
-    """Whether x has a shape and a dtype: an array of any library, a tracer, a `jax.ShapeDtypeStruct`."""
+    """Whether x has a shape and a dtype: an array of any library, a tracer, a
+    `jax.ShapeDtypeStruct`.
+    """
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 

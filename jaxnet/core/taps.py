@@ -18,7 +18,8 @@ def tap(layer: Layer, plain: Layer, take: Callable[..., Any], note: Callable[[bo
       layer: the layer to run; its children may be tapped.
       plain: the layer without taps, which runs inside raw JAX transforms.
       take: a function of the inputs and outputs, whose result is captured.
-      note: called at each call with whether its value can be captured: True for `layer`, False for `plain`.
+      note: called at each call with whether its value can be captured: True for `layer`, False for
+        `plain`.
     """
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
@@ -32,7 +33,9 @@ def tap(layer: Layer, plain: Layer, take: Callable[..., Any], note: Callable[[bo
         return plain.apply(*args, **named)
 
     noted = dataclasses.replace(plain, apply=apply_plain)
-    return dataclasses.replace(layer, apply=apply, tapped=True, plain=noted, children=plain.children)
+    return dataclasses.replace(
+        layer, apply=apply, tapped=True, plain=noted, children=plain.children
+    )
 
 
 def untapped(layer: Layer) -> Layer:

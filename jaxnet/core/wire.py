@@ -10,7 +10,16 @@ import jax
 
 from jaxnet.core.calls import Calls, Child
 from jaxnet.core.checks import check_key, check_mode, check_names, check_state, is_empty, scope
-from jaxnet.core.contract import Carried, Layer, as_layer, call, name_of, no_params, run, start_state
+from jaxnet.core.contract import (
+    Carried,
+    Layer,
+    as_layer,
+    call,
+    name_of,
+    no_params,
+    run,
+    start_state,
+)
 from jaxnet.core.definition import explain_call, param_specs
 from jaxnet.core.keys import SharedKey, fold, fold_all
 from jaxnet.core.specs import (
@@ -33,43 +42,52 @@ RESERVED = ("train", "key", "state", "params")
 
 
 class Wiring(Protocol):
-    """The type of the result of `wire(...)`: one body makes a Layer, several bodies make a tuple of Layers."""
+    """The type of the result of `wire(...)`: one body makes a Layer, several bodies make a tuple of
+    Layers.
+    """
 
     @overload
     def __call__(self, body: Callable[..., Any], /) -> Layer: ...
 
     @overload
-    def __call__(self, body: Callable[..., Any], /, *bodies: Callable[..., Any]) -> tuple[Layer, ...]: ...
+    def __call__(
+        self, body: Callable[..., Any], /, *bodies: Callable[..., Any]
+    ) -> tuple[Layer, ...]: ...
 
 
 def wire(*unnamed: Any, **children: Any) -> Wiring:
-    """Compose layers by an ordinary function, written once: `wire(a=..., b=...)(body)`, also as a decorator.
+    """Compose layers by an ordinary function, written once: `wire(a=..., b=...)(body)`, also as a
+    decorator.
 
-    `body(f, *inputs)` calls a child as `f.a(x)`; `f["a"]` is `f.a`. If a child is called twice, the calls share its
-    weights and draw different random numbers; a stateful child passes its state from the first call to the second.
-    `f.train` is True in training. `f.key` is a key for random numbers that the body itself draws. `f.a(x, key=...,
-    train=...)` overrides the key and the mode of the child.
+    `body(f, *inputs)` calls a child as `f.a(x)`; `f["a"]` is `f.a`. If a child is called twice, the
+    calls share its weights and draw different random numbers; a stateful child passes its state
+    from the first call to the second. `f.train` is True in training. `f.key` is a key for random
+    numbers that the body itself draws. `f.a(x, key=..., train=...)` overrides the key and the mode
+    of the child.
 
-    `init` traces the body once, abstractly, and records the shapes of the inputs of each child. The body may use
-    `jax.lax.scan`, `jax.vmap` and other raw JAX transforms around children that neither carry state nor draw random
-    numbers. For the others, `jaxnet.scan`, `vmap`, `repeat` and `remat` return the state and give each iteration a key;
-    or pass a random child an explicit key, `f.a(x, key=...)`.
+    `init` traces the body once, abstractly, and records the shapes of the inputs of each child. The
+    body may use `jax.lax.scan`, `jax.vmap` and other raw JAX transforms around children that
+    neither carry state nor draw random numbers. For the others, `jaxnet.scan`, `vmap`, `repeat` and
+    `remat` return the state and give each iteration a key; or pass a random child an explicit key,
+    `f.a(x, key=...)`.
 
     Several bodies over the same children make several networks with the same parameters, such as
-    `encode, decode, net = wire(encoder=..., decoder=...)(encode_body, decode_body, net_body)`. Each initialises the
-    children that it calls.
+    `encode, decode, net = wire(encoder=..., decoder=...)(encode_body, decode_body, net_body)`. Each
+    initialises the children that it calls.
 
     Args:
       **children: layers or plain functions by name.
 
     Returns:
-      A function. Called with one body, it returns a Layer; called with several, it returns a tuple of Layers.
+      A function. Called with one body, it returns a Layer; called with several, it returns a tuple
+      of Layers.
 
     Raises:
       AttributeError: the body calls a child that is not declared.
-      ValueError: a declared child is never called, neither in training nor in evaluation, by the only body; or two calls
-        of a child need parameters of different shapes.
-      RuntimeError: a stateful child, or a random one without a key, is called inside a raw JAX transform.
+      ValueError: a declared child is never called, neither in training nor in evaluation, by the
+        only body; or two calls of a child need parameters of different shapes.
+      RuntimeError: a stateful child, or a random one without a key, is called inside a raw JAX
+        transform.
 
     Example:
       >>> import jax.numpy as jnp
@@ -82,7 +100,9 @@ def wire(*unnamed: Any, **children: Any) -> Wiring:
     """
 
     if unnamed:
-        raise TypeError("wire: give each child a name, wire(a=..., b=...)(body), by which the body calls it")
+        raise TypeError(
+            "wire: give each child a name, wire(a=..., b=...)(body), by which the body calls it"
+        )
 
     def network(body: Callable[..., Any], every: bool) -> Layer:
         if not callable(body) or isinstance(body, Layer):
@@ -100,7 +120,10 @@ def wire(*unnamed: Any, **children: Any) -> Wiring:
         return made[0] if len(made) == 1 else made
 
     def bodiless(*_: Any, **__: Any) -> NoReturn:
-        raise TypeError("wire(...) is no layer before it has a body: wire(a=..., b=...)(lambda f, x: f.b(f.a(x)))")
+        raise TypeError(
+            "wire(...) is no layer before it has a body: wire(a=..., b=...)(lambda f, x: "
+            "f.b(f.a(x)))"
+        )
 
     # The error for a forgotten body shows this name.
     decorate.__name__ = "wire(...)"
@@ -127,7 +150,8 @@ def compose(
       rebuild: children -> the same layer with other children.
       random: False if the body itself never uses `f.key`.
       every: whether a child that the body never calls is an error in `init`.
-      computes: False if the body only passes values from child to child. Then it runs on specs and needs no trace.
+      computes: False if the body only passes values from child to child. Then it runs on specs and
+        needs no trace.
 
     Returns:
       The layer.
@@ -136,11 +160,14 @@ def compose(
       ValueError: a child has a reserved or malformed name.
       TypeError: a child is neither a layer nor a function.
     """
-    children = {name: as_layer(child, f"{label}: child '{name}'") for name, child in children.items()}
+    children = {
+        name: as_layer(child, f"{label}: child '{name}'") for name, child in children.items()
+    }
     for name in children:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_]*", name) or name in RESERVED:
             raise ValueError(
-                f"{label}: a child's name is letters, digits and (not first) _, and none of {', '.join(RESERVED)}; got '{name}'"
+                f"{label}: a child's name is letters, digits and (not first) _, and none of "
+                f"{', '.join(RESERVED)}; got '{name}'"
             )
     stateful = [name for name, child in children.items() if child.init_state is not None]
     tapped = any(child.tapped for child in children.values())
@@ -153,7 +180,9 @@ def compose(
         def call_child(name, /, *inputs, key=None, train=train, **named):
             with scope(name):
                 _check_parameters_fit(
-                    children[name], calls.setdefault(name, specs_of((inputs, named))), (inputs, named)
+                    children[name],
+                    calls.setdefault(name, specs_of((inputs, named))),
+                    (inputs, named),
                 )
                 if trace_state() != context:
                     _check_stateless(children[name])
@@ -163,27 +192,36 @@ def compose(
         def run_body(*inputs, **named):
             nonlocal context
             context = trace_state()
-            return call_body(Calls(label, children, call_child, train, jax.random.key(0)), inputs, named)
+            return call_body(
+                Calls(label, children, call_child, train, jax.random.key(0)), inputs, named
+            )
 
-        return calls, abstractly(run_body)(*inputs, **named) if computes else run_body(*inputs, **named)
+        return calls, abstractly(run_body)(*inputs, **named) if computes else run_body(
+            *inputs, **named
+        )
 
     def recorded(train, inputs, named):
         inputs, named = specs_of((inputs, named))
         twin = twin_of(body) if computes else None
         twin = None if twin is None else (twin, label, tuple(children.items()))
-        return shared(twin, self, "record", lambda: record(train, *inputs, **named), train, inputs, named)
+        return shared(
+            twin, self, "record", lambda: record(train, *inputs, **named), train, inputs, named
+        )
 
     def call_body(f, inputs, named):
         try:
             return body(f, *inputs, **named)
         except jax.errors.ConcretizationTypeError as error:
             error.add_note(
-                f"{label}: `init` and `jax.jit` trace the body, in which `if`, `int` and the like see no values"
+                f"{label}: `init` and `jax.jit` trace the body, in which `if`, `int` and the "
+                "like see no values"
             )
             raise
         except TypeError as error:
             if f"{Child.__module__}.{Child.__name__}'" in str(error):
-                raise TypeError(f"{label}: a child is a layer and no array: call it, f.name(...)") from error
+                raise TypeError(
+                    f"{label}: a child is a layer and no array: call it, f.name(...)"
+                ) from error
             explain_call(f"{label}: the body", error, body, (f, *inputs), named)
             raise
 
@@ -195,8 +233,9 @@ def compose(
         for name in children:
             if name not in calls and every:
                 raise ValueError(
-                    f"{label}: child '{name}' is never called; call f.{name}(...) in the body, or remove it; for several "
-                    f"bodies over the same children, as for an encoder and a decoder, pass all to one wire(...)(body, ...)"
+                    f"{label}: child '{name}' is never called; call f.{name}(...) in the body, "
+                    "or remove it; for several bodies over the same children, as for an encoder "
+                    "and a decoder, pass all to one wire(...)(body, ...)"
                 )
         return calls
 
@@ -209,7 +248,8 @@ def compose(
             except TypeError as error:
                 if not inputs and not named:
                     error.add_note(
-                        f"{label}: init takes inputs as examples, arrays or jax.ShapeDtypeStruct: net.init(key, x)"
+                        f"{label}: init takes inputs as examples, arrays or "
+                        "jax.ShapeDtypeStruct: net.init(key, x)"
                     )
                 raise
             keys = fold_all(key, [name for name in calls if children[name].init is not no_params])
@@ -226,7 +266,9 @@ def compose(
             if name in calls:
                 args, kwargs = calls[name]
                 with scope(name):
-                    state[name] = start_state(children[name], None if key is None else fold(key, name), args, kwargs)
+                    state[name] = start_state(
+                        children[name], None if key is None else fold(key, name), args, kwargs
+                    )
         return state
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
@@ -286,7 +328,9 @@ def compose(
 
 
 def output_specs(layer: Layer, train: bool, /, *inputs: Any, **named: Any) -> Any:
-    """The specs of a layer's outputs for these inputs, by abstract evaluation; memoised, without any computation."""
+    """The specs of a layer's outputs for these inputs, by abstract evaluation; memoised, without
+    any computation.
+    """
     if layer.outputs is not None:
         return layer.outputs(train, *inputs, **named)
     inputs, named = specs_of((inputs, named))
@@ -297,20 +341,30 @@ def output_specs(layer: Layer, train: bool, /, *inputs: Any, **named: Any) -> An
         state = start_state(layer, state_key, inputs, named) if layer.init_state else None
         return call(layer, params, state, key, train, inputs, named)[0]
 
-    return memoised(layer, "outputs", lambda: abstractly(evaluate)(*inputs, **named), train, inputs, named)
+    return memoised(
+        layer, "outputs", lambda: abstractly(evaluate)(*inputs, **named), train, inputs, named
+    )
 
 
 def _check_parameters_fit(child: Layer, first: tuple[Any, Any], now: tuple[Any, Any]) -> None:
-    """Raise ValueError if a call of a child needs parameters of other shapes than its first call."""
+    """Raise ValueError if a call of a child needs parameters of other shapes than its first
+    call.
+    """
     now = specs_of(now)
     if child.init is no_params or jax.tree.flatten(first) == jax.tree.flatten(now):
         return
-    specs = [jax.tree.map(lambda leaf: leaf.shape, param_specs(child, *inputs)) for inputs in (first, now)]
+    specs = [
+        jax.tree.map(lambda leaf: leaf.shape, param_specs(child, *inputs))
+        for inputs in (first, now)
+    ]
     if specs[0] != specs[1]:
-        calls = [describe(inputs if not named else (inputs, named)) for inputs, named in (first, now)]
+        calls = [
+            describe(inputs if not named else (inputs, named)) for inputs, named in (first, now)
+        ]
         raise ValueError(
-            f"{child.label}: it is called with {calls[0]} and with {calls[1]}, for which its parameters have the shapes "
-            f"{specs[0]} and {specs[1]}; one set of parameters cannot serve both: use two children"
+            f"{child.label}: it is called with {calls[0]} and with {calls[1]}, for which its "
+            f"parameters have the shapes {specs[0]} and {specs[1]}; one set of parameters cannot "
+            "serve both: use two children"
         )
 
 
@@ -318,13 +372,15 @@ def _check_no_params(label: str, params: Mapping[str, Any], children: Mapping[st
     for name, given in params.items():
         if children[name].init is no_params and not is_empty(given):
             raise ValueError(
-                f"{label}: params must have no '{name}', got {describe(given)}; {children[name].label} has no parameters"
+                f"{label}: params must have no '{name}', got {describe(given)}; "
+                f"{children[name].label} has no parameters"
             )
 
 
 def _check_stateless(child: Layer) -> None:
     if child.init_state is not None:
         raise RuntimeError(
-            f"{child.label}: a layer with state cannot be called inside a raw JAX transform (scan, vmap, jit, "
-            "checkpoint, ...), its new state could not come out; use jaxnet.scan, vmap, repeat or remat around it"
+            f"{child.label}: a layer with state cannot be called inside a raw JAX transform "
+            "(scan, vmap, jit, checkpoint, ...), its new state could not come out; use "
+            "jaxnet.scan, vmap, repeat or remat around it"
         )

@@ -1,4 +1,6 @@
-"""Real data as plain NumPy arrays: IDX files, MNIST, the 8x8 digits, and batches and windows for a loop of one's own."""
+"""Real data as plain NumPy arrays: IDX files, MNIST, the 8x8 digits, and batches and windows for a
+loop of one's own.
+"""
 
 from .batching import Dataset, Split, batches, check_labels
 from .digits import digits

@@ -1,4 +1,6 @@
-"""1,797 real handwritten digits of 8x8 pixels that come with scikit-learn: real data without a download."""
+"""1,797 real handwritten digits of 8x8 pixels that come with scikit-learn: real data without a
+download.
+"""
 
 import importlib.util
 import pathlib
@@ -9,24 +11,31 @@ from .batching import Dataset, Split, permutation
 
 
 def digits(*, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
-    """Load scikit-learn's handwritten digits: images [N, 8, 8, 1] in steps of 1/16 (0 paper, 1 ink), classes 0..9.
+    """Load scikit-learn's handwritten digits: images [N, 8, 8, 1] in steps of 1/16 (0 paper, 1
+    ink), classes 0..9.
 
-    The split is random, the same for ever for one (test_fraction, seed), and keeps the share of each class. All images
-    come from 13 writers and nothing says who wrote which, so the same writers are on both sides: the test error is that
-    on new digits by known hands, and flatters.
-    Raises: ImportError without scikit-learn; ValueError if a class would be left without test or training images.
-    Source: E. Alpaydin & C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
-        (the 1,797 images of its test part): https://archive.ics.uci.edu/dataset/80
+    The split is random, the same for ever for one (test_fraction, seed), and keeps the share of
+    each class. All images come from 13 writers and nothing says who wrote which, so the same
+    writers are on both sides: the test error is that on new digits by known hands, and flatters.
+    Raises: ImportError without scikit-learn; ValueError if a class would be left without test or
+    training images.
+    Source: E. Alpaydin & C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
+        Learning Repository, 1998 (the 1,797 images of its test part):
+        https://archive.ics.uci.edu/dataset/80
     """
     pixels, labels = _published()
     images = (pixels / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     labels = labels.astype(np.int32)
     test = _test_rows(labels, test_fraction, seed)
-    return Dataset(train=Split(images[~test], labels[~test]), test=Split(images[test], labels[test]))
+    return Dataset(
+        train=Split(images[~test], labels[~test]), test=Split(images[test], labels[test])
+    )
 
 
 def _published() -> tuple[np.ndarray, np.ndarray]:
-    """`load_digits(return_X_y=True)` of scikit-learn, from the file in its folder: importing the package takes a second."""
+    """`load_digits(return_X_y=True)` of scikit-learn, from the file in its folder: importing the
+    package takes a second.
+    """
     package = importlib.util.find_spec("sklearn")
     for folder in (package and package.submodule_search_locations) or ():
         file = pathlib.Path(folder) / "datasets" / "data" / "digits.csv.gz"
@@ -45,8 +54,9 @@ def _published() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _test_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """A mask of the rows to test on: round(fraction * count) of each class. As a mask it keeps the rows in order,
-    so that a part is not sorted by class."""
+    """A mask of the rows to test on: round(fraction * count) of each class. As a mask it keeps the
+    rows in order, so that a part is not sorted by class.
+    """
     test = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         (rows,) = np.nonzero(labels == label)

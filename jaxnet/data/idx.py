@@ -7,7 +7,8 @@
     then        the elements, big-endian, the last axis fastest; and nothing after them
 
 The whole may be gzipped.
-Source: Y. LeCun, C. Cortes & C. J. C. Burges, http://yann.lecun.com/exdb/mnist/ (at the foot of the page).
+Source: Y. LeCun, C. Cortes & C. J. C. Burges, http://yann.lecun.com/exdb/mnist/ (at the foot of the
+page).
 """
 
 import contextlib
@@ -31,18 +32,22 @@ TYPES = {0x08: "u1", 0x09: "i1", 0x0B: "i2", 0x0C: "i4", 0x0D: "f4", 0x0E: "f8"}
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     """Read an IDX file, gzipped or not: the content decides, not the name.
 
-    Returns: a writable array of the file's type in native byte order; with no dimensions, one element of shape ().
-    Raises: FileNotFoundError; ValueError if the file is empty, cut off, too long, damaged (as far as gzip's checksum
-        or the sizes tell: plain IDX has no checksum of its own), not IDX, or not a file on a disk (a pipe or a device,
-        which might never end). No memory is taken on the header's word.
-    Source: see the head of this module. As with gzip itself, zero bytes may pad the end of a gzipped file.
+    Returns: a writable array of the file's type in native byte order; with no dimensions, one
+    element of shape ().
+    Raises: FileNotFoundError; ValueError if the file is empty, cut off, too long, damaged (as far
+        as gzip's checksum or the sizes tell: plain IDX has no checksum of its own), not IDX, or not
+        a file on a disk (a pipe or a device, which might never end). No memory is taken on the
+        header's word.
+    Source: see the head of this module. As with gzip itself, zero bytes may pad the end of a
+    gzipped file.
     """
     path = pathlib.Path(path)
     with open(path, "rb", opener=_without_waiting) as raw:
         status = os.fstat(raw.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(
-                f"{path}: expected a file on a disk, got a pipe or a device; copy its bytes into a file first"
+                f"{path}: expected a file on a disk, got a pipe or a device; copy its bytes into "
+                "a file first"
             )
         size = status.st_size
         gzipped = raw.read(2) == b"\x1f\x8b"
@@ -53,26 +58,35 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
             with gzip.GzipFile(fileobj=raw, mode="rb") as unpacked:
                 return _parse(unpacked, size * _DEFLATE_RATIO, path)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise _bad(path, "a whole gzip stream", f"{size:,} bytes that do not unpack ({error})") from error
+            raise _bad(
+                path, "a whole gzip stream", f"{size:,} bytes that do not unpack ({error})"
+            ) from error
 
 
 def write_idx(path: str | os.PathLike[str], array) -> None:
     """Write an array as an IDX file, gzipped if the name ends in `.gz`.
 
-    The file appears whole or not at all, and one it replaces stays until then. Equal arrays give equal bytes (gzip's
-    time stamp is 0; how tightly it packs depends on the zlib in use).
-    Args: array: of dtype uint8, int8, int16, int32, float32 or float64, in any byte order and memory layout.
-    Raises: TypeError for another dtype; ValueError for an axis of 2**32 or more; OSError if it cannot be written, or
-        if a pipe, a device or a folder has that name.
+    The file appears whole or not at all, and one it replaces stays until then. Equal arrays give
+    equal bytes (gzip's time stamp is 0; how tightly it packs depends on the zlib in use).
+    Args: array: of dtype uint8, int8, int16, int32, float32 or float64, in any byte order and
+    memory layout.
+    Raises: TypeError for another dtype; ValueError for an axis of 2**32 or more; OSError if it
+        cannot be written, or if a pipe, a device or a folder has that name.
     """
     path, array = pathlib.Path(path), np.asarray(array)
     codes = {np.dtype(name): code for code, name in TYPES.items()}
     code = codes.get(array.dtype.newbyteorder("="))
     if code is None:
         known = ", ".join(map(str, codes))
-        raise TypeError(f"{path}: IDX holds {known}, got {array.dtype}; cast first, as in array.astype(np.int32)")
+        raise TypeError(
+            f"{path}: IDX holds {known}, got {array.dtype}; cast first, as in "
+            "array.astype(np.int32)"
+        )
     if max(array.shape, default=0) >= 2**32:
-        raise ValueError(f"{path}: IDX axes are at most {2**32 - 1:,} long, got shape {array.shape}; split the array")
+        raise ValueError(
+            f"{path}: IDX axes are at most {2**32 - 1:,} long, got shape {array.shape}; split "
+            "the array"
+        )
     content = struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape)
     content += array.astype(array.dtype.newbyteorder(">")).tobytes()
     with replacing(path) as file:
@@ -85,15 +99,20 @@ def write_idx(path: str | os.PathLike[str], array) -> None:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`; it takes that name when the block ends well and is deleted otherwise."""
+    """Open a temporary file beside `path`; it takes that name when the block ends well and is
+    deleted otherwise.
+    """
     if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "this is not a file on a disk, and will not be replaced", str(path))
+        raise FileExistsError(
+            errno.EEXIST, "this is not a file on a disk, and will not be replaced", str(path)
+        )
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # before the rename: a crash must not leave the new name on missing bytes
+            # The sync precedes the rename: a crash must not leave the new name on missing bytes.
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -105,7 +124,8 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-_DEFLATE_RATIO = 1032  # at best deflate packs 258 bytes into 2 bits; https://zlib.net/zlib_tech.html
+# At best deflate packs 258 bytes into 2 bits (https://zlib.net/zlib_tech.html).
+_DEFLATE_RATIO = 1032
 _CHUNK = 1 << 20
 
 
@@ -114,7 +134,9 @@ def _parse(file: io.BufferedIOBase, most: int, path: pathlib.Path) -> np.ndarray
     magic = file.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in TYPES:
         types = " ".join(f"{code:02x}" for code in TYPES)
-        raise _bad(path, f"an IDX header (00 00, a type out of {types}, the dimensions)", _start(magic))
+        raise _bad(
+            path, f"an IDX header (00 00, a type out of {types}, the dimensions)", _start(magic)
+        )
     dtype, ndim = np.dtype(TYPES[magic[2]]).newbyteorder(">"), magic[3]
     sizes = file.read(4 * ndim)
     if len(sizes) < 4 * ndim:
@@ -135,7 +157,9 @@ def _parse(file: io.BufferedIOBase, most: int, path: pathlib.Path) -> np.ndarray
 
 
 def _read_at_most(file: io.BufferedIOBase, length: int) -> bytearray:
-    body = bytearray()  # grows with what is there: one read(length) would allocate whatever the header claims
+    # The buffer grows with the bytes read: one read(length) would allocate whatever the header
+    # claims.
+    body = bytearray()
     while len(body) < length and (chunk := file.read(min(_CHUNK, length - len(body)))):
         body += chunk
     return body
@@ -146,4 +170,6 @@ def _start(magic: bytes) -> str:
 
 
 def _bad(path: pathlib.Path, expected: str, got: str) -> ValueError:
-    return ValueError(f"{path}: expected {expected}, got {got}; it is damaged or not IDX: fetch or write it again")
+    return ValueError(
+        f"{path}: expected {expected}, got {got}; it is damaged or not IDX: fetch or write it again"
+    )

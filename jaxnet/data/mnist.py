@@ -15,8 +15,8 @@ from .idx import read_idx, replacing
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 
-# name: sha256 of the published .gz, sha256 of what is in it. Taken from files whose md5 are those that torchvision
-# publishes (tests/test_data.py holds the two together).
+# name: sha256 of the published .gz, sha256 of what is in it. Taken from files whose md5 are those
+# that torchvision publishes (tests/test_data.py holds the two together).
 CHECKSUMS = {
     "train-images-idx3-ubyte": (
         "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
@@ -45,19 +45,22 @@ def mnist(
     timeout: float = 30.0,
     time_limit: float = 300.0,
 ) -> Dataset:
-    """Load MNIST: 60,000 training and 10,000 test images [N, 28, 28, 1] (0 paper, 1 ink), classes 0..9.
+    """Load MNIST: 60,000 training and 10,000 test images [N, 28, 28, 1] (0 paper, 1 ink), classes
+    0..9.
 
     Args:
-        folder: holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte,
-            gzipped (.gz) or not; the spelling train-images.idx3-ubyte is found too.
-        download: fetch what is missing into `folder`, 12 MB in all. Nothing unverified is kept, and a file that is
-            there is never replaced.
+        folder: holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte,
+            t10k-labels-idx1-ubyte, gzipped (.gz) or not; the spelling train-images.idx3-ubyte is
+            found too.
+        download: fetch what is missing into `folder`, 12 MB in all. Nothing unverified is kept, and
+            a file that is there is never replaced.
         mirrors: base URLs, tried in turn for each file.
         timeout: seconds a mirror may stay silent before the next is tried.
-        time_limit: seconds a mirror may take for one file, of at most 10 MB, before the next is tried.
+        time_limit: seconds a mirror may take for one file, of at most 10 MB, before the next is
+            tried.
     Returns: a Dataset of 220 MB (float32).
-    Raises: FileNotFoundError with all that is missing; ValueError if a file there is not the published one;
-        OSError with each mirror's reason if none of them gave a file.
+    Raises: FileNotFoundError with all that is missing; ValueError if a file there is not the
+        published one; OSError with each mirror's reason if none of them gave a file.
     Source: Y. LeCun, C. Cortes & C. J. C. Burges, "The MNIST database of handwritten digits", 1998,
         http://yann.lecun.com/exdb/mnist/
     """
@@ -69,8 +72,9 @@ def mnist(
     missing = [name for name, path in paths.items() if path is None]
     if missing and not download:
         raise FileNotFoundError(
-            f"{folder}: expected the four MNIST files (.gz or unpacked), missing {', '.join(missing)}; "
-            f"pass download=True, or put them there by hand, e.g. from {MIRRORS[0]}"
+            f"{folder}: expected the four MNIST files (.gz or unpacked), missing "
+            f"{', '.join(missing)}; pass download=True, or put them there by hand, e.g. from "
+            f"{MIRRORS[0]}"
         )
     for name in missing:
         paths[name] = _download(folder, name, mirrors, timeout, time_limit)
@@ -88,9 +92,10 @@ def _verify(path: pathlib.Path, checksums: tuple[str, str]) -> None:
         received = hashlib.file_digest(file, "sha256").hexdigest()
     if received not in checksums:
         raise ValueError(
-            f"{path}: expected MNIST's file with sha256 {checksums[0]} (gzipped) or {checksums[1]} (unpacked), "
-            f"got sha256 {received}; it is damaged or another set (nothing was changed): move it away and pass "
-            "download=True, or read a set of your own with read_idx; if you gzipped it yourself, unpack it"
+            f"{path}: expected MNIST's file with sha256 {checksums[0]} (gzipped) or "
+            f"{checksums[1]} (unpacked), got sha256 {received}; it is damaged or another set "
+            "(nothing was changed): move it away and pass download=True, or read a set of your "
+            "own with read_idx; if you gzipped it yourself, unpack it"
         )
 
 
@@ -100,12 +105,16 @@ def _download(
     from http.client import HTTPException
 
     if isinstance(mirrors, str):
-        raise TypeError(f"mnist: mirrors must be a sequence of URLs, got one string; write [{mirrors!r}]")
+        raise TypeError(
+            f"mnist: mirrors must be a sequence of URLs, got one string; write [{mirrors!r}]"
+        )
     reasons = []
     for mirror in mirrors:
         url = f"{mirror.rstrip('/')}/{name}.gz"
         try:
-            body = _within(time_limit, lambda url=url: _fetch(url, CHECKSUMS[name][0], timeout, time_limit))
+            body = _within(
+                time_limit, lambda url=url: _fetch(url, CHECKSUMS[name][0], timeout, time_limit)
+            )
         except (OSError, HTTPException, ValueError) as error:
             reasons.append(f"{url}: {error}")
             continue
@@ -115,16 +124,19 @@ def _download(
             file.write(body)
         return path
     raise OSError(
-        f"{folder}: could not fetch {name}.gz from any of {len(reasons)} mirrors; check the connection, pass other "
-        "`mirrors`, or put the file there by hand\n" + "\n".join(f"  {reason}" for reason in reasons)
+        f"{folder}: could not fetch {name}.gz from any of {len(reasons)} mirrors; check the "
+        "connection, pass other `mirrors`, or put the file there by hand\n"
+        + "\n".join(f"  {reason}" for reason in reasons)
     )
 
 
 def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
-    """Call `work` in a thread and return its result. Raises TimeoutError if it takes longer than `seconds`.
+    """Call `work` in a thread and return its result. Raises TimeoutError if it takes longer than
+    `seconds`.
 
-    The timeout of a socket restarts with every byte, so a slow server could keep the caller for hours. The name lookup
-    and the headers have no total limit either. Therefore the caller waits for a thread with a limit.
+    The timeout of a socket restarts with every byte, so a slow server could keep the caller for
+    hours. The name lookup and the headers have no total limit either. Therefore the caller waits
+    for a thread with a limit.
     """
     done: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -146,8 +158,11 @@ def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
 
 
 def _fetch(url: str, checksum: str, timeout: float, time_limit: float) -> bytes:
-    """The verified bytes behind a URL. They are held in memory (10 MB at most), so no unverified file ever exists."""
-    from urllib.error import HTTPError  # here, not above: with ssl and http these take longer to import than the rest
+    """The verified bytes behind a URL. They are held in memory (10 MB at most), so no unverified
+    file ever exists.
+    """
+    # These are imported here, because with ssl and http they take longer to import than the rest.
+    from urllib.error import HTTPError
     from urllib.request import urlopen
 
     deadline, body = time.monotonic() + time_limit, bytearray()
@@ -163,7 +178,9 @@ def _fetch(url: str, checksum: str, timeout: float, time_limit: float) -> bytes:
         raise
     received = hashlib.sha256(body).hexdigest()
     if received != checksum:
-        raise ValueError(f"expected sha256 {checksum}, got {len(body):,} bytes with sha256 {received}")
+        raise ValueError(
+            f"expected sha256 {checksum}, got {len(body):,} bytes with sha256 {received}"
+        )
     return bytes(body)
 
 

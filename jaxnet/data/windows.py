@@ -14,12 +14,14 @@ __all__ = ["Windows"]
 class Windows:
     """The windows of a sequence as the rows of an array [N, length, ...] that is never made.
 
-    Row i is `sequence[i * stride : i * stride + length]`, N = 1 + (len(sequence) - length) // stride. Reading rows copies just
-    those, so that the sequence may be a memory map larger than memory. For language models take length = context + 1, and
-    in the loss `tokens[:, :-1]` as input and `tokens[:, 1:]` as target.
+    Row i is `sequence[i * stride : i * stride + length]`, N = 1 + (len(sequence) - length) //
+    stride. Reading rows copies just those, so that the sequence may be a memory map larger than
+    memory. For language models take length = context + 1, and in the loss `tokens[:, :-1]` as input
+    and `tokens[:, 1:]` as target.
 
     Args:
-      sequence: array, memory map or h5py dataset [T, ...]; lists, series and tensors are converted to arrays, by position.
+      sequence: array, memory map or h5py dataset [T, ...]; lists, series and tensors are converted
+        to arrays, by position.
       length: the length of a window, in elements.
       stride: the distance between the starts of two windows; `length` by default.
 
@@ -36,10 +38,14 @@ class Windows:
         length = size_of("Windows: length", length)
         stride = length if stride is None else size_of("Windows: stride", stride)
         in_memory = any(hasattr(sequence, name) for name in ("to_numpy", "numpy", "__dlpack__"))
-        if isinstance(sequence, list | tuple) or (in_memory and not isinstance(sequence, np.ndarray)):
+        if isinstance(sequence, list | tuple) or (
+            in_memory and not isinstance(sequence, np.ndarray)
+        ):
             sequence = np.asarray(sequence)
         if len(sequence) < length:
-            raise ValueError(f"Windows: a window of {length} does not fit into a sequence of {len(sequence)}")
+            raise ValueError(
+                f"Windows: a window of {length} does not fit into a sequence of {len(sequence)}"
+            )
         self.sequence, self.length, self.stride = sequence, length, stride
         self.shape = (1 + (len(sequence) - length) // stride, length, *sequence.shape[1:])
         self.dtype = sequence.dtype
@@ -54,9 +60,14 @@ class Windows:
         if rows.dtype == bool and rows.shape == (n,):
             rows = np.flatnonzero(rows)
         if rows.dtype.kind not in "iu" and rows.size:
-            raise IndexError(f"Windows: rows must be integers, or a mask [{n}], got {rows.dtype}{list(rows.shape)}")
+            raise IndexError(
+                f"Windows: rows must be integers, or a mask [{n}], got "
+                f"{rows.dtype}{list(rows.shape)}"
+            )
         if rows.size and not (-n <= rows.min() and rows.max() < n):
-            raise IndexError(f"Windows: rows must be within -{n}..{n - 1}, got {rows.min()}..{rows.max()}")
+            raise IndexError(
+                f"Windows: rows must be within -{n}..{n - 1}, got {rows.min()}..{rows.max()}"
+            )
         starts = np.where(rows < 0, rows + n, rows).astype(np.int64) * self.stride
         places = starts[..., None] + np.arange(self.length)
         if isinstance(self.sequence, np.ndarray):

@@ -1,9 +1,11 @@
-"""Convert parameters of other libraries: PyTorch, Flax, Haiku, Equinox and Keras, from files and from memory.
+"""Convert parameters of other libraries: PyTorch, Flax, Haiku, Equinox and Keras, from files and
+from memory.
 
-    variables = from_torch("net.pt", like={"params": params, "state": state}, rename={"features": "body"})
+    like = {"params": params, "state": state}
+    variables = from_torch("net.pt", like=like, rename={"features": "body"})
 
-In all functions, the variables of a network are `{"params": params, "state": state}`. docs/checkpoints.md has the table of
-names and layouts.
+In all functions, the variables of a network are `{"params": params, "state": state}`.
+docs/checkpoints.md has the table of names and layouts.
 """
 
 from jaxnet.interop.jax_libraries import from_equinox, from_flax, from_haiku

@@ -1,7 +1,7 @@
 """Collect the arrays in containers of any kind by path, and convert each to a NumPy array.
 
-An object that holds arrays, but is neither an array nor a container, is kept as `Refused` with the remedy. It is an error
-only if it is requested, so `only=` can read the rest.
+An object that holds arrays, but is neither an array nor a container, is kept as `Refused` with the
+remedy. It is an error only if it is requested, so `only=` can read the rest.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jaxnet.checkpoint.words import shown
 
 __all__ = ["Refused", "by_path", "collect", "flat", "to_numpy"]
 
-# The most characters in all names of a tree. A dict of 60 levels, each of which holds the next level twice, fits in a
-# kilobyte and has more leaves than any memory can hold.
+# The most characters in all names of a tree. A dict of 60 levels, each of which holds the next
+# level twice, fits in a kilobyte and has more leaves than any memory can hold.
 MAX_NAMES = 100_000_000
 
 
@@ -38,7 +38,10 @@ def collect(file: str, content: Any) -> dict[str, Any]:
         nonlocal room
         room -= len(name) + 1
         if depth > MAX_DEPTH or room < 0:
-            text = f"it is nested deeper than {MAX_DEPTH} levels or has too many paths: does it contain itself?"
+            text = (
+                f"it is nested deeper than {MAX_DEPTH} levels or has too many paths: does it "
+                "contain itself?"
+            )
             raise CheckpointError(file, f"{name[:40]}...", text)
         problem = _problem(x)
         if problem is None and (below := _children(x)) is not None:
@@ -53,13 +56,18 @@ def collect(file: str, content: Any) -> dict[str, Any]:
     if problem := _problem(content):
         raise CheckpointError(file, None, problem)
     if not _has_names(content):
-        text = f"it holds a {type(content).__name__}, expected a dict of tensors: give model.state_dict()"
+        text = (
+            f"it holds a {type(content).__name__}, expected a dict of tensors: give "
+            "model.state_dict()"
+        )
         raise CheckpointError(file, None, text)
     visit(content, "", 0)
     return found
 
 
-def by_path(file: str, leaves: Iterable[tuple[str, Any]], path: Callable[[str], str]) -> dict[str, Any]:
+def by_path(
+    file: str, leaves: Iterable[tuple[str, Any]], path: Callable[[str], str]
+) -> dict[str, Any]:
     """The leaves by `path(name)`. Raises CheckpointError if two leaves have the same path."""
     result = {}
     for name, x in leaves:
@@ -80,7 +88,9 @@ def flat(tree: Any) -> list[tuple[str, Any]]:
 
 
 def to_numpy(file: str, name: str, x: Any) -> Any:
-    """An array on the host, in native byte order. Raises CheckpointError with the path if the array has no values."""
+    """An array on the host, in native byte order. Raises CheckpointError with the path if the array
+    has no values.
+    """
     import jax
     import numpy as np
 
@@ -92,10 +102,13 @@ def to_numpy(file: str, name: str, x: Any) -> Any:
         arrays.describe(file, name, x)
         return arrays.fetch(x)
     if isinstance(x, np.ma.MaskedArray):
-        raise CheckpointError(file, name, "a masked array would lose its mask: fill it, x.filled(value)")
+        raise CheckpointError(
+            file, name, "a masked array would lose its mask: fill it, x.filled(value)"
+        )
     try:
         a = _tensor_to_numpy(x) if _is_tensor(x) else np.asarray(x)
-    except Exception as e:  # The libraries raise errors of many kinds, and none of them names the array.
+    except Exception as e:
+        # The libraries raise errors of many kinds, and none of them names the array.
         reason = shown((str(e).splitlines() or [""])[0], 3000)
         text = f"a {_type_name(x)} that has no values to copy: {type(e).__name__}: {reason}"
         raise CheckpointError(file, name, text) from e
@@ -107,10 +120,14 @@ def to_numpy(file: str, name: str, x: Any) -> Any:
 def _has_names(content: Any) -> bool:
     """Whether the arrays in a container have names. The arrays of a list only have numbers."""
     below = [x for _, x in _children(content) or ()]
-    numbered = isinstance(content, (list, tuple, collections.deque)) and not hasattr(content, "_fields")
+    numbered = isinstance(content, (list, tuple, collections.deque)) and not hasattr(
+        content, "_fields"
+    )
     if numbered and any(map(_is_array, below)):
         return False
-    return _children(content) is not None and (not numbered or any(_children(x) is not None for x in below))
+    return _children(content) is not None and (
+        not numbered or any(_children(x) is not None for x in below)
+    )
 
 
 def _children(x: Any) -> list[tuple[str, Any]] | None:
@@ -118,7 +135,11 @@ def _children(x: Any) -> list[tuple[str, Any]] | None:
     if isinstance(x, Mapping):
         return [(str(key), child) for key, child in x.items()]
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return [(field.name, getattr(x, field.name)) for field in dataclasses.fields(x) if hasattr(x, field.name)]
+        return [
+            (field.name, getattr(x, field.name))
+            for field in dataclasses.fields(x)
+            if hasattr(x, field.name)
+        ]
     if isinstance(x, tuple) and (fields := getattr(x, "_fields", None)):
         return list(zip(fields, x, strict=True))
     if isinstance(x, (list, tuple, collections.deque)):
@@ -143,7 +164,9 @@ def _is_tensor(x: Any) -> bool:
 
 
 def _problem(x: Any) -> str | None:
-    """Why the arrays in an object cannot be taken, with the remedy; None if they can, or if there are none."""
+    """Why the arrays in an object cannot be taken, with the remedy; None if they can, or if there
+    are none.
+    """
     import jax
 
     if isinstance(x, (type, str, bytes, int, float, complex, type(None), jax.Array)):
@@ -155,9 +178,15 @@ def _problem(x: Any) -> str | None:
     if _is_array(x) or _children(x) is not None:
         return None
     if isinstance(x, (set, frozenset)):
-        return "arrays in a set have no names: use a dict or a list" if any(map(_holds_arrays, x)) else None
+        return (
+            "arrays in a set have no names: use a dict or a list"
+            if any(map(_holds_arrays, x))
+            else None
+        )
     if not callable(x) and any(map(_holds_arrays, getattr(x, "__dict__", {}).values())):
-        return f"it is a {_type_name(x)} that holds arrays, expected arrays by name: give vars() of it"
+        return (
+            f"it is a {_type_name(x)} that holds arrays, expected arrays by name: give vars() of it"
+        )
     return None
 
 
@@ -172,7 +201,10 @@ def _problem_of_tensor(x: Any) -> str | None:
     import torch  # pyright: ignore[reportMissingImports]
 
     if torch.nn.parameter.is_lazy(x):
-        return "an uninitialized parameter has no values: run the model once before you take its state_dict()"
+        return (
+            "an uninitialized parameter has no values: run the model once before you take its "
+            "state_dict()"
+        )
     if hasattr(x, "full_tensor"):
         return "a distributed tensor (DTensor) holds a part of its values: give x.full_tensor()"
     if x.is_meta:
@@ -186,7 +218,10 @@ def _problem_of_tensor(x: Any) -> str | None:
     name = str(x.dtype).removeprefix("torch.")
     if name not in CODES and name != "complex128":
         wide = "complex64" if name == "complex32" else "float32"
-        return f"dtype {name} cannot be read: give x.to(torch.{wide}), or another of {', '.join(CODES)}"
+        return (
+            f"dtype {name} cannot be read: give x.to(torch.{wide}), or another of "
+            f"{', '.join(CODES)}"
+        )
     return None
 
 
@@ -199,7 +234,9 @@ def _tensor_to_numpy(x: Any) -> Any:
 
     from jaxnet.checkpoint import arrays
 
-    copy = torch.empty(tuple(x.shape), dtype=x.dtype, device="cpu", memory_format=torch.contiguous_format)
+    copy = torch.empty(
+        tuple(x.shape), dtype=x.dtype, device="cpu", memory_format=torch.contiguous_format
+    )
     copy.copy_(x.detach())
     dtype = arrays.dtype_of(str(x.dtype).removeprefix("torch."))
     return copy.reshape(-1).view(torch.uint8).numpy().view(dtype).reshape(tuple(x.shape))

@@ -14,7 +14,11 @@ __all__ = ["from_equinox", "from_flax", "from_haiku"]
 FLAX = Convention({})
 HAIKU = Convention(
     {"w": "kernel", "b": "bias", "offset": "bias", "embeddings": "embedding"}
-    | {f"{name}_ema/{kind}": name if kind == "average" else None for name in STATE for kind in ("average", "hidden")},
+    | {
+        f"{name}_ema/{kind}": name if kind == "average" else None
+        for name in STATE
+        for kind in ("average", "hidden")
+    },
     broadcast=True,
 )
 EQUINOX = Convention({}, features_first=True, broadcast=True)
@@ -29,15 +33,18 @@ def from_flax(
     strict: bool = True,
     cast: bool = False,
 ) -> Any:
-    """Convert the variables of a Flax network. Names and layouts are the same: `kernel`, `bias`, `scale`, `embedding`.
+    """Convert the variables of a Flax network. Names and layouts are the same: `kernel`, `bias`,
+    `scale`, `embedding`.
 
-    The collections `params` and `batch_stats` of Linen are converted. Arrays with the names `mean` and `var` become state,
-    unless `like` has them in params. Random keys are left out, and so are integers that `like` does not have.
+    The collections `params` and `batch_stats` of Linen are converted. Arrays with the names `mean`
+    and `var` become state, unless `like` has them in params. Random keys are left out, and so are
+    integers that `like` does not have.
 
     Args:
       variables: the result of Linen's `init`, or an NNX module or `nnx.state(module)`.
       like: as in `from_torch`.
-      rename: {path of a module or parameter in Flax, without the collection: path here}, or a function.
+      rename: {path of a module or parameter in Flax, without the collection: path here}, or a
+        function.
       only: as in `from_torch`.
       strict: as in `from_torch`.
       cast: as in `from_torch`.
@@ -50,10 +57,13 @@ def from_flax(
     """
     file = "the variables of Flax"
     if isinstance(variables, Mapping) and "params" in variables:
-        leaves, statistics = (by_path(file, flat(variables.get(name)), str) for name in ("params", "batch_stats"))
+        leaves, statistics = (
+            by_path(file, flat(variables.get(name)), str) for name in ("params", "batch_stats")
+        )
         if both := sorted(leaves.keys() & statistics.keys()):
             raise ValueError(
-                f"the variables of Flax have '{shown(both[0])}' in params and in batch_stats: rename one of them"
+                f"the variables of Flax have '{shown(both[0])}' in params and in batch_stats: "
+                "rename one of them"
             )
         leaves |= statistics
     else:
@@ -97,7 +107,11 @@ def from_haiku(
       CheckpointError, ValueError: as `from_torch`.
     """
     file = "the parameters of Haiku"
-    leaves = by_path(file, [*flat(params), *flat(state)], lambda name: "/".join(s for s in name.split("/") if s != "~"))
+    leaves = by_path(
+        file,
+        [*flat(params), *flat(state)],
+        lambda name: "/".join(s for s in name.split("/") if s != "~"),
+    )
     return convert(file, leaves, HAIKU, like, rename=rename, only=only, strict=strict, cast=cast)
 
 
@@ -111,11 +125,13 @@ def from_equinox(
     strict: bool = True,
     cast: bool = False,
 ) -> Any:
-    """Convert the parameters of an Equinox model and, from its state, the averages of its batch norms.
+    """Convert the parameters of an Equinox model and, from its state, the averages of its batch
+    norms.
 
-    Names and layouts are those of PyTorch (`from_torch` has the table); vectors lose axes of size 1. The averages of a
-    batch norm with mode "batch" are corrected for their start at zero, as Equinox does when it uses them. The inputs of a
-    dense layer after a flattened convolution must be reordered, too.
+    Names and layouts are those of PyTorch (`from_torch` has the table); vectors lose axes of size
+    1. The averages of a batch norm with mode "batch" are corrected for their start at zero, as
+    Equinox does when it uses them. The inputs of a dense layer after a flattened convolution must
+    be reordered, too.
 
     Args:
       model: a module.
@@ -133,7 +149,9 @@ def from_equinox(
       CheckpointError, ValueError: as `from_torch`.
     """
     file = "the model of Equinox"
-    leaves = by_path(file, [*flat(model), *(_averages(model, state) if state is not None else [])], str)
+    leaves = by_path(
+        file, [*flat(model), *(_averages(model, state) if state is not None else [])], str
+    )
     return convert(file, leaves, EQUINOX, like, rename=rename, only=only, strict=strict, cast=cast)
 
 
@@ -152,9 +170,12 @@ def _averages(model: Any, state: Any) -> list[tuple[str, Any]]:
                 averages = state.get(norm.ema_state_index)
             else:
                 count = state.get(norm.batch_counter)
-                # The weight of the batches in the average. The remaining weight is that of the initial zero.
+                # The weight of the batches in the average. The remaining weight is that of the
+                # initial zero.
                 share = jnp.where(count == 0, 1, 1 - norm.momentum**count)
-                averages = [x / jnp.broadcast_to(share, x.shape) for x in state.get(norm.batch_state_index)]
+                averages = [
+                    x / jnp.broadcast_to(share, x.shape) for x in state.get(norm.batch_state_index)
+                ]
             for name, x in zip(STATE, averages, strict=True):
                 steps = (*path, jax.tree_util.GetAttrKey(name))
                 result.append((jax.tree_util.keystr(steps, simple=True, separator="/"), x))

@@ -1,7 +1,8 @@
-"""Read Keras files, `.keras`, `.weights.h5` and the old `.h5`, without Keras and without trusting them.
+"""Read Keras files, `.keras`, `.weights.h5` and the old `.h5`, without Keras and without trusting
+them.
 
-An HDF5 file may link to other files, declare arrays that it does not contain, and decompress to any size. Files that Keras
-writes do none of this, so all of it is refused before an array is read.
+An HDF5 file may link to other files, declare arrays that it does not contain, and decompress to any
+size. Files that Keras writes do none of this, so all of it is refused before an array is read.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def read_layers(path: str | os.PathLike[str] | bytes) -> list[Weights]:
                 return _read_hdf5(file, raw, size, None)
             names = check_archive(file, raw, size)
             if WEIGHTS not in names:
-                text = f"the archive has no {WEIGHTS}, but {sorted(names)[:5]}: save the weights in one file of HDF5"
+                text = (
+                    f"the archive has no {WEIGHTS}, but {sorted(names)[:5]}: save the weights in "
+                    "one file of HDF5"
+                )
                 raise CheckpointError(file, None, text)
             with zipfile.ZipFile(raw) as archive:
                 content, config = archive.read(WEIGHTS), archive.read("config.json")
@@ -57,7 +61,9 @@ def _read_hdf5(file: str, raw: Any, size: int, config: bytes | None) -> list[Wei
     try:
         import h5py  # pyright: ignore[reportMissingImports]
     except ImportError as e:
-        raise ImportError(f"{shown(file, 5000)}: needs h5py to be opened: pip install 'jaxnet[keras]'") from e
+        raise ImportError(
+            f"{shown(file, 5000)}: needs h5py to be opened: pip install 'jaxnet[keras]'"
+        ) from e
     try:
         with h5py.File(raw, "r") as content:
             return _read_groups(_Reader(file, h5py, size), content, config)
@@ -79,9 +85,16 @@ def _read_groups(reader: _Reader, content: Any, config: bytes | None) -> list[We
 
 
 def _layers(
-    reader: _Reader, group: Any, path: tuple[str, ...], step: str, known: dict[tuple[str, ...], _Layer], depth: int = 0
+    reader: _Reader,
+    group: Any,
+    path: tuple[str, ...],
+    step: str,
+    known: dict[tuple[str, ...], _Layer],
+    depth: int = 0,
 ) -> Iterator[Weights]:
-    """The layers at and below a group of a `.weights.h5`: the arrays of each are numbered in its group `vars`."""
+    """The layers at and below a group of a `.weights.h5`: the arrays of each are numbered in its
+    group `vars`.
+    """
     reader.enter(group, depth)
     for name in group:
         if not depth and name in OPTIMIZERS:
@@ -97,19 +110,27 @@ def _layers(
             elif arrays:
                 yield Weights(path, kind, named(kind, arrays, options))
         elif reader.is_group(child):
-            yield from _layers(reader, child, (*path, *_step(reader, child, name)), name, known, depth + 1)
+            yield from _layers(
+                reader, child, (*path, *_step(reader, child, name)), name, known, depth + 1
+            )
 
 
 def _step(reader: _Reader, group: Any, name: str) -> tuple[str, ...]:
-    """The steps that a group adds to the path of a layer: the name of the layer, or nothing for a list of layers."""
+    """The steps that a group adds to the path of a layer: the name of the layer, or nothing for a
+    list of layers.
+    """
     if "vars" in group:
         stored = reader.child(group, "vars").attrs.get("name")
         return (stored if isinstance(stored, str) and stored else name,)
     return ()
 
 
-def _old_layers(reader: _Reader, root: Any, layer: str, known: dict[tuple[str, ...], _Layer]) -> Iterator[Weights]:
-    """The layers in a group of an old `.h5`, whose arrays have names: `dense/dense/kernel:0`, `inner/inner/dense/kernel`."""
+def _old_layers(
+    reader: _Reader, root: Any, layer: str, known: dict[tuple[str, ...], _Layer]
+) -> Iterator[Weights]:
+    """The layers in a group of an old `.h5`, whose arrays have names: `dense/dense/kernel:0`,
+    `inner/inner/dense/kernel`.
+    """
     found: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def visit(group: Any, steps: tuple[str, ...]) -> None:
@@ -123,7 +144,9 @@ def _old_layers(reader: _Reader, root: Any, layer: str, known: dict[tuple[str, .
                 path = below if layer == "top_level_model_weights" else (layer, *below)
                 arrays = found.setdefault(path, {})
                 if (short := name.removesuffix(":0")) in arrays:
-                    raise CheckpointError(reader.file, "/".join((*path, short)), "two arrays have this path")
+                    raise CheckpointError(
+                        reader.file, "/".join((*path, short)), "two arrays have this path"
+                    )
                 arrays[short] = reader.array(group, name)
 
     visit(reader.child(root, layer), ())
@@ -133,7 +156,9 @@ def _old_layers(reader: _Reader, root: Any, layer: str, known: dict[tuple[str, .
 
 
 class _Reader:
-    """Access to an HDF5 file that refuses links, arrays outside the file, and more bytes than the file has."""
+    """Access to an HDF5 file that refuses links, arrays outside the file, and more bytes than the
+    file has.
+    """
 
     def __init__(self, file: str, h5py: Any, size: int):
         self.file, self.h5py, self.size = file, h5py, size
@@ -141,17 +166,29 @@ class _Reader:
 
     def child(self, group: Any, name: str) -> Any:
         if not isinstance(group.get(name, getlink=True), self.h5py.HardLink):
-            text = "it is a link to somewhere else, expected the array or group itself: copy it into the file"
+            text = (
+                "it is a link to somewhere else, expected the array or group itself: copy it "
+                "into the file"
+            )
             raise CheckpointError(self.file, self.path(group, name), text)
         return group[name]
 
     def enter(self, group: Any, depth: int) -> None:
-        """Check a group before visiting it. Raises CheckpointError if it was visited before, as in a cycle."""
+        """Check a group before visiting it. Raises CheckpointError if it was visited before, as in
+        a cycle.
+        """
         if not self.is_group(group):
-            raise CheckpointError(self.file, (group.name or "").lstrip("/"), "it is an array, expected a group of them")
+            raise CheckpointError(
+                self.file,
+                (group.name or "").lstrip("/"),
+                "it is an array, expected a group of them",
+            )
         address = self.h5py.h5o.get_info(group.id).addr
         if address in self.seen or depth > MAX_DEPTH:
-            text = f"the group is in the file twice, or deeper than {MAX_DEPTH} levels: does it contain itself?"
+            text = (
+                f"the group is in the file twice, or deeper than {MAX_DEPTH} levels: does it "
+                "contain itself?"
+            )
             raise CheckpointError(self.file, (group.name or "").lstrip("/")[:200], text)
         self.seen.add(address)
 
@@ -164,7 +201,9 @@ class _Reader:
         dataset, path = self.child(group, name), self.path(group, name)
         if not isinstance(dataset, self.h5py.Dataset) or dataset.shape is None:
             raise CheckpointError(
-                self.file, path, f"it is a {type(dataset).__name__} without values, expected an array"
+                self.file,
+                path,
+                f"it is a {type(dataset).__name__} without values, expected an array",
             )
         filters = dataset.id.get_create_plist()
         kinds = [filters.get_filter(i)[0] for i in range(filters.get_nfilters())]
@@ -176,17 +215,21 @@ class _Reader:
         elif dataset.dtype.hasobject:
             problem = "it holds text or other objects"
         elif dataset.nbytes > dataset.id.get_storage_size():
-            problem = f"it announces {dataset.nbytes:,} bytes and holds {dataset.id.get_storage_size():,}"
+            problem = (
+                f"it announces {dataset.nbytes:,} bytes and holds {dataset.id.get_storage_size():,}"
+            )
         elif dataset.nbytes > self.left:
             problem = f"all arrays together announce more than the {self.size:,} bytes of the file"
         if problem:
             text = (
-                f"{problem}, expected an array stored as it is (what Keras writes): load it in Keras and save it again"
+                f"{problem}, expected an array stored as it is (what Keras writes): load it in "
+                "Keras and save it again"
             )
             raise CheckpointError(self.file, path, text)
         self.left -= dataset.nbytes
         values = dataset[()]
-        # HDF5 has no bfloat16. Of the Keras dtypes with two bytes, h5py stores only bfloat16 as raw bytes.
+        # HDF5 has no bfloat16. Of the Keras dtypes with two bytes, h5py stores only bfloat16 as raw
+        # bytes.
         return values.view(ml_dtypes.bfloat16) if values.dtype == "V2" else values
 
     def path(self, group: Any, name: str) -> str:
@@ -194,7 +237,9 @@ class _Reader:
 
 
 def _configured(config: Any) -> dict[tuple[str, ...], _Layer]:
-    """The layers in the configuration of a model, by the names of all layers above them; empty if it has none."""
+    """The layers in the configuration of a model, by the names of all layers above them; empty if
+    it has none.
+    """
     found: dict[tuple[str, ...], _Layer] = {}
 
     def visit(model: Any, path: tuple[str, ...]) -> None:

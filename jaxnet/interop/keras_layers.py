@@ -10,16 +10,23 @@ from jaxnet.interop.collect import Refused
 
 __all__ = ["Weights", "kind_of_class", "named", "placed"]
 
-# The order in which a layer stores its arrays. Arrays at the end may be missing (bias). For NORMS, gamma or beta may be.
+# The order in which a layer stores its arrays. Arrays at the end may be missing (bias). For NORMS,
+# gamma or beta may be.
 KERNEL = ("kernel", "bias")
 ORDERS: dict[str, tuple[str, ...]] = {
     **{f"conv{rank}d{end}": KERNEL for rank in (1, 2, 3) for end in ("", "_transpose")},
     **{f"depthwise_conv{rank}d": KERNEL for rank in (1, 2)},
-    **{f"separable_conv{rank}d": ("depthwise_kernel", "pointwise_kernel", "bias") for rank in (1, 2)},
+    **{
+        f"separable_conv{rank}d": ("depthwise_kernel", "pointwise_kernel", "bias")
+        for rank in (1, 2)
+    },
     **{kind: KERNEL for kind in ("dense", "einsum_dense")},
     # The children of an attention layer.
     **{f"{child}_dense": KERNEL for child in ("query", "key", "value", "output")},
-    **{f"{kind}_cell": ("kernel", "recurrent_kernel", "bias") for kind in ("lstm", "gru", "simple_rnn")},
+    **{
+        f"{kind}_cell": ("kernel", "recurrent_kernel", "bias")
+        for kind in ("lstm", "gru", "simple_rnn")
+    },
     "embedding": ("embeddings",),
     "rms_normalization": ("scale",),
     "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
@@ -33,7 +40,9 @@ NORMS = ("batch_normalization", "layer_normalization", "group_normalization")
 
 
 class Weights(NamedTuple):
-    """The path of a layer (its own name after those of the layers above it), its class as in ORDERS, and its arrays."""
+    """The path of a layer (its own name after those of the layers above it), its class as in
+    ORDERS, and its arrays.
+    """
 
     path: tuple[str, ...]
     kind: str
@@ -41,7 +50,9 @@ class Weights(NamedTuple):
 
 
 def kind_of_class(name: str) -> str:
-    """The key in ORDERS of a class name, of a group in a file (`conv2d_1`) or of a default layer name; '' if unknown."""
+    """The key in ORDERS of a class name, of a group in a file (`conv2d_1`) or of a default layer
+    name; '' if unknown.
+    """
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     name = re.sub("([a-z])([A-Z])", r"\1_\2", name).lower().lstrip("_")
     name = name if name in ORDERS else re.sub(r"_\d+$", "", name)
@@ -49,10 +60,16 @@ def kind_of_class(name: str) -> str:
 
 
 def named(kind: str, arrays: list[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a layer by name, according to their order; by number if their names are unknown."""
+    """The arrays of a layer by name, according to their order; by number if their names are
+    unknown.
+    """
     order = ORDERS.get(kind, ())
     if kind in NORMS:
-        present = [name for name, option in (("gamma", "scale"), ("beta", "center")) if options.get(option, True)]
+        present = [
+            name
+            for name, option in (("gamma", "scale"), ("beta", "center"))
+            if options.get(option, True)
+        ]
         order = (*present, *order[2:])
         if len(arrays) < len(order) and not options:
             # At most one of gamma and beta is here, and the file does not tell which.
@@ -63,13 +80,18 @@ def named(kind: str, arrays: list[Any], options: Mapping[str, Any]) -> dict[str,
 
 
 def placed(layer: Weights) -> list[tuple[str, Any]]:
-    """The arrays of a layer with their names and in jaxnet's layout. `keras_model.KERAS` maps the remaining names."""
+    """The arrays of a layer with their names and in jaxnet's layout. `keras_model.KERAS` maps the
+    remaining names.
+    """
     arrays = dict(layer.arrays)
     for name in [
-        name for name, x in arrays.items() if str(x.dtype).removeprefix("torch.") in CODES and len(x.shape) > 1
+        name
+        for name, x in arrays.items()
+        if str(x.dtype).removeprefix("torch.") in CODES and len(x.shape) > 1
     ]:
         text = (
-            f"a quantized layer holds codes ({arrays[name].dtype}), not values: save the model before model.quantize()"
+            f"a quantized layer holds codes ({arrays[name].dtype}), not values: save the model "
+            "before model.quantize()"
         )
         arrays[name] = Refused(text)
     if "pointwise_kernel" in arrays:
@@ -79,7 +101,9 @@ def placed(layer: Weights) -> list[tuple[str, Any]]:
             "bias": "pointwise/bias",
         }
         arrays = {names.get(name, name): x for name, x in arrays.items()}
-        return [(name, _depthwise(x) if name == "depthwise/kernel" else x) for name, x in arrays.items()]
+        return [
+            (name, _depthwise(x) if name == "depthwise/kernel" else x) for name, x in arrays.items()
+        ]
     # Keras 2 used this name for the kernel of a depthwise convolution.
     if "depthwise_kernel" in arrays:
         arrays["kernel"] = _depthwise(arrays.pop("depthwise_kernel"))
@@ -89,5 +113,7 @@ def placed(layer: Weights) -> list[tuple[str, Any]]:
 
 
 def _depthwise(x: Any) -> Any:
-    """[*window, C, M] as [*window, 1, C * M]: output C * M of one group of one channel each, in the same order."""
+    """[*window, C, M] as [*window, 1, C * M]: output C * M of one group of one channel each, in the
+    same order.
+    """
     return x if isinstance(x, Refused) else x.reshape(*x.shape[:-2], 1, x.shape[-2] * x.shape[-1])

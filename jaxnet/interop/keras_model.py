@@ -31,29 +31,31 @@ def from_keras(
 ) -> Any:
     """Read the weights of a Keras model.
 
-        variables = from_keras("net.keras", like={"params": params, "state": state}, rename={"conv2d": "stem"})
+        like = {"params": params, "state": state}
+        variables = from_keras("net.keras", like=like, rename={"conv2d": "stem"})
 
     | Keras | here |
     |---|---|
     | `kernel`, `bias` | the same, as they are |
-    | `kernel` [*window, C, M] of a depthwise convolution | `kernel` [*window, 1, C * M], of `conv(C * M, window, groups=C)` |
-    | a separable convolution | `depthwise/kernel`, `pointwise/kernel` and `pointwise/bias`: two in a `chain` |
+    | depthwise `kernel` [*window, C, M] | `kernel` [*window, 1, C * M] of `conv(..., groups=C)` |
+    | a separable convolution | a `chain`: `depthwise/kernel`, `pointwise/kernel` and `/bias` |
     | `embeddings` | `embedding` |
     | `gamma`, `beta` of a normalization | `scale`, `bias` |
     | `moving_mean`, `moving_variance` | `mean`, `var`, in `state` |
     | other names (recurrent layers, attention) | the same, as they are |
     | the optimizer, integers (seeds, counters) | left out |
 
-    Paths consist of the names of nested models and layers: `encoder/conv2d/kernel`. A `*.weights.h5` file has no names of
-    arrays. They follow from the class of the layer if the file records it; otherwise they are numbers (`my_layer/0`). If a
-    layer has only one of `gamma` and `beta`, its name is a number as well. `rename` gives such arrays their names.
+    Paths consist of the names of nested models and layers: `encoder/conv2d/kernel`. A
+    `*.weights.h5` file has no names of arrays. They follow from the class of the layer if the file
+    records it; otherwise they are numbers (`my_layer/0`). If a layer has only one of `gamma` and
+    `beta`, its name is a number as well. `rename` gives such arrays their names.
 
-    The kernel of a transposed convolution is not changed, [*window, out, in]. Keras norms have an epsilon of 1e-3, and
-    jaxnet norms 1e-5: use `batch_norm(eps=1e-3)` and `layer_norm(eps=1e-3)`.
+    The kernel of a transposed convolution is not changed, [*window, out, in]. Keras norms have an
+    epsilon of 1e-3, and jaxnet norms 1e-5: use `batch_norm(eps=1e-3)` and `layer_norm(eps=1e-3)`.
 
     Args:
-      source: a `.keras` file, a `.weights.h5` or an old `.h5` file, recognized by the first bytes, not by the name; or a
-        Keras 3 model that has been built, with any backend.
+      source: a `.keras` file, a `.weights.h5` or an old `.h5` file, recognized by the first bytes,
+        not by the name; or a Keras 3 model that has been built, with any backend.
       like: as in `from_torch`.
       rename: {path of a layer or array in Keras: path here}, or a function.
       only: as in `from_torch`.
@@ -61,11 +63,13 @@ def from_keras(
       cast: as in `from_torch`.
 
     Returns:
-      {"params": ..., "state": ...}, or the parts of these that `like` has. Nothing shares memory with the source.
+      {"params": ..., "state": ...}, or the parts of these that `like` has. Nothing shares memory
+      with the source.
 
     Raises:
-      CheckpointError: the file is damaged, is not a Keras file, links to other files, is compressed or declares more bytes
-        than it contains; or it does not match the request (all differences in one error).
+      CheckpointError: the file is damaged, is not a Keras file, links to other files, is compressed
+        or declares more bytes than it contains; or it does not match the request (all differences
+        in one error).
       ImportError: a file needs h5py, which is the extra `jaxnet[keras]`.
       TypeError: `source` is neither a path nor a Keras 3 model.
       ValueError: `like` does not have the form of variables.
@@ -77,16 +81,32 @@ def from_keras(
         file = "the model of Keras"
         layers = _layers(file, source)
     pairs = [("/".join((*layer.path, name)), x) for layer in layers for name, x in placed(layer)]
-    return convert(file, by_path(file, pairs, str), KERAS, like, rename=rename, only=only, strict=strict, cast=cast)
+    return convert(
+        file,
+        by_path(file, pairs, str),
+        KERAS,
+        like,
+        rename=rename,
+        only=only,
+        strict=strict,
+        cast=cast,
+    )
 
 
 def _layers(file: str, model: Any) -> list[Weights]:
-    """The layers of a model in memory, each with its own weights and with the names of all layers above it."""
+    """The layers of a model in memory, each with its own weights and with the names of all layers
+    above it.
+    """
     if not (hasattr(model, "_layers") and hasattr(model, "_trainable_variables")):
         what = f"{type(model).__module__}.{type(model).__qualname__}"
-        raise TypeError(f"from_keras needs a path or a model of Keras 3, got a {what}: give model.save()'s file")
+        raise TypeError(
+            f"from_keras needs a path or a model of Keras 3, got a {what}: give model.save()'s file"
+        )
     if not model.built:
-        text = "it has not been built, so that it has no weights: call it once, or model.build(input_shape)"
+        text = (
+            "it has not been built, so that it has no weights: call it once, or "
+            "model.build(input_shape)"
+        )
         raise CheckpointError(file, None, text)
     found, seen = [], set()
 

@@ -1,4 +1,6 @@
-"""Recognize files of other libraries by their first bytes, and check that archives contain what they declare."""
+"""Recognize files of other libraries by their first bytes, and check that archives contain what
+they declare.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,8 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
 def kind_of_file(file: str, fd: int, size: int) -> Kind:
     """`kind_of` for an open file."""
     first = os.pread(fd, 512, 0)
-    # Test for safetensors first. Their JSON begins at byte 8, and the eight bytes before it, a length, may look like
-    # another format.
+    # Test for safetensors first. Their JSON begins at byte 8, and the eight bytes before it, a
+    # length, may look like another format.
     if first[8:9] == b"{":
         return "safetensors"
     if first.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -52,13 +54,17 @@ def kind_of_file(file: str, fd: int, size: int) -> Kind:
         return "keras"
     if first.startswith(PICKLE):
         return "torch"
-    raise CheckpointError(file, None, f"{_unknown(first)}; expected safetensors, torch.save or Keras")
+    raise CheckpointError(
+        file, None, f"{_unknown(first)}; expected safetensors, torch.save or Keras"
+    )
 
 
 def check_archive(file: str, archive: BinaryIO, size: int) -> list[str]:
-    """The names in a zip archive. Raises CheckpointError unless every record is uncompressed and has the right CRC-32.
+    """The names in a zip archive. Raises CheckpointError unless every record is uncompressed and
+    has the right CRC-32.
 
-    Reading then never needs more memory than the file has bytes, and damage is always detected: torch ignores checksums.
+    Reading then never needs more memory than the file has bytes, and damage is always detected:
+    torch ignores checksums.
     """
     try:
         with zipfile.ZipFile(archive) as content:
@@ -72,16 +78,26 @@ def check_archive(file: str, archive: BinaryIO, size: int) -> list[str]:
         raise
     except Exception as e:
         # Damage causes errors of many types.
-        text = f"torch cannot read it as tensors alone, nor Keras: its zip archive is damaged ({e}); {RESTORE}"
+        text = (
+            "torch cannot read it as tensors alone, nor Keras: its zip archive is damaged "
+            f"({e}); {RESTORE}"
+        )
         if "CRC" in str(e):
-            text += " (or it was saved with torch.serialization.set_crc32_options(False): save it again without)"
+            text += (
+                " (or it was saved with torch.serialization.set_crc32_options(False): save it "
+                "again without)"
+            )
         raise CheckpointError(file, None, text) from e
     return [record.filename for record in records]
 
 
 def refused_kind(kind: Kind) -> str:
     """The error text for a file of another kind, with the function that reads it."""
-    names = {"safetensors": "a safetensors file", "torch": "a file of torch.save", "keras": "a file of Keras"}
+    names = {
+        "safetensors": "a safetensors file",
+        "torch": "a file of torch.save",
+        "keras": "a file of Keras",
+    }
     return f"it is {names[kind]}: read it with {'from_keras' if kind == 'keras' else 'from_torch'}"
 
 
@@ -90,7 +106,10 @@ def _kind_of_archive(file: str, fd: int) -> Kind:
         with os.fdopen(os.dup(fd), "rb") as raw, zipfile.ZipFile(raw) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
     except Exception as e:
-        text = f"torch cannot read it as tensors alone, nor Keras: its zip archive is damaged or cut off ({e})"
+        text = (
+            "torch cannot read it as tensors alone, nor Keras: its zip archive is damaged or cut "
+            f"off ({e})"
+        )
         raise CheckpointError(file, None, f"{text}; {RESTORE}") from e
     if "constants.pkl" in names:
         text = "it is a TorchScript program: open it with torch.jit.load where it can be trusted"
@@ -102,24 +121,38 @@ def _kind_of_archive(file: str, fd: int) -> Kind:
     if names and all(name.endswith(".npy") for name in names):
         text = "it is an archive of NumPy: from_torch(dict(numpy.load(file))) takes its arrays"
         raise CheckpointError(file, None, text)
-    raise CheckpointError(file, None, "it is a zip archive, but neither of torch.save nor of Keras: unpack it first")
+    raise CheckpointError(
+        file, None, "it is a zip archive, but neither of torch.save nor of Keras: unpack it first"
+    )
 
 
 def _check_records(file: str, records: list[zipfile.ZipInfo], size: int) -> None:
     for record in records:
-        packed = record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
-        # torch reads a record with the attribute of a folder as an array and returns uninitialized memory.
+        packed = (
+            record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
+        )
+        # torch reads a record with the attribute of a folder as an array and returns uninitialized
+        # memory.
         if record.is_dir() or record.external_attr & FOLDER:
-            raise CheckpointError(file, record.filename, f"the record is marked as a folder; {RESTORE}")
+            raise CheckpointError(
+                file, record.filename, f"the record is marked as a folder; {RESTORE}"
+            )
         if packed or record.flag_bits & ENCRYPTED:
-            text = "the record is compressed or encrypted, expected bytes as they are (what torch.save and Keras write)"
-            raise CheckpointError(file, record.filename, f"{text}: write it again, or unpack it yourself")
+            text = (
+                "the record is compressed or encrypted, expected bytes as they are (what "
+                "torch.save and Keras write)"
+            )
+            raise CheckpointError(
+                file, record.filename, f"{text}: write it again, or unpack it yourself"
+            )
     names = [record.filename for record in records]
     if len(set(names)) < len(names):
         name = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(file, name, f"the archive has two records of this name; {RESTORE}")
     if (total := sum(record.file_size for record in records)) > size:
-        text = f"the records of the archive announce {total:,} bytes, the file has {size:,}; {RESTORE}"
+        text = (
+            f"the records of the archive announce {total:,} bytes, the file has {size:,}; {RESTORE}"
+        )
         raise CheckpointError(file, None, text)
 
 
@@ -129,7 +162,13 @@ def _unknown(first: bytes) -> str:
     if first.startswith(COMPRESSED):
         return "it is compressed as a whole: unpack it first"
     if first[257:262] == b"ustar":
-        return "it is a tar archive: unpack it first (torch no longer reads those that it wrote before version 0.2)"
+        return (
+            "it is a tar archive: unpack it first (torch no longer reads those that it wrote "
+            "before version 0.2)"
+        )
     if first.startswith(b"version https://git-lfs"):
-        return "it is the pointer that Git LFS leaves instead of a file: fetch the file, `git lfs pull`"
+        return (
+            "it is the pointer that Git LFS leaves instead of a file: fetch the file, `git lfs "
+            "pull`"
+        )
     return f"its first bytes are {first[:16]!r}, those of no kind of file that holds parameters"

@@ -20,9 +20,12 @@ __all__ = ["from_torch", "read_tensors", "renamed_tensors", "to_torch"]
 
 # `convert` maps `weight`, whose name here depends on its shape and on the template.
 TORCH = Convention({f"running_{name}": name for name in STATE}, features_first=True)
-TO_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight"} | {n: f"running_{n}" for n in STATE}
+TO_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight"} | {
+    n: f"running_{n}" for n in STATE
+}
 
-# Expanded and tied tensors repeat their bytes. All tensors may take at most this multiple of the file's size.
+# Expanded and tied tensors repeat their bytes. All tensors may take at most this multiple of the
+# file's size.
 REPEATED = 64
 
 
@@ -37,7 +40,8 @@ def from_torch(
 ) -> Any:
     """Read a PyTorch state dict.
 
-        variables = from_torch("net.pt", like={"params": params, "state": state}, rename={"features": "body"})
+        like = {"params": params, "state": state}
+        variables = from_torch("net.pt", like=like, rename={"features": "body"})
 
     | PyTorch | here |
     |---|---|
@@ -48,37 +52,44 @@ def from_torch(
     | `bias`, other names | the same, as they are |
     | integers (`num_batches_tracked`) | left out, unless `like` has them |
 
-    The layout follows from the name of the target, because a shape cannot tell a square matrix from its transpose. A
-    `weight` that is a matrix becomes an `embedding` if `like` has one at that path, or if `rename` gives the full path:
-    {"wte.weight": "wte/embedding"}. Otherwise it becomes a kernel.
+    The layout follows from the name of the target, because a shape cannot tell a square matrix from
+    its transpose. A `weight` that is a matrix becomes an `embedding` if `like` has one at that
+    path, or if `rename` gives the full path: {"wte.weight": "wte/embedding"}. Otherwise it becomes
+    a kernel.
 
-    Images in PyTorch are [N, C, H, W]: a dense layer after a flattened convolution expects its inputs in the order
-    C, H, W, not H, W, C. docs/checkpoints.md shows how to reorder its kernel.
+    Images in PyTorch are [N, C, H, W]: a dense layer after a flattened convolution expects its
+    inputs in the order C, H, W, not H, W, C. docs/checkpoints.md shows how to reorder its kernel.
 
     Args:
-      source: a safetensors file; a file of `torch.save`, which torch opens with `weights_only=True`, so nothing in it is
-        executed; or a dict of tensors or arrays. The first bytes of a file determine its kind, not its name. Names in
-        dicts, lists, tuples, namedtuples and dataclasses, as in training checkpoints, are joined by '.': the second of
-        two models in a list is `models.1`.
-      like: the variables to fill, {"params": params, "state": state} of arrays or `jax.ShapeDtypeStruct`s, as in
-        `load`; "state" may be missing. Numbered modules (`blocks.0`, `blocks.1`, ...) are stacked if `like` has one
-        with a leading axis, as `repeat` makes it. Without `like`, the result is nested dicts with the names of the modules.
-      rename: {module or tensor of the source: path in the variables, without "params" and "state"}, of which the longest
-        match applies: {"state_dict.module": "", "layer1.0": "stage1/first"}; or a function from path to path. Old
-        names may have '.' or '/' between steps; a function receives '/'.
-      only: a pattern of paths as in `load`, or several, each of which must match something. Only these arrays are
-        converted, and `like` is the part of the variables that holds them. A pattern applies to the new paths or, if it
-        matches none, to the paths of the source: only="model" reads one entry of a training checkpoint.
-      strict: False (with `like`) to ignore arrays that `like` lacks. Every array of `like` must still be found.
+      source: a safetensors file; a file of `torch.save`, which torch opens with
+        `weights_only=True`, so nothing in it is executed; or a dict of tensors or arrays. The first
+        bytes of a file determine its kind, not its name. Names in dicts, lists, tuples, namedtuples
+        and dataclasses, as in training checkpoints, are joined by '.': the second of two models in
+        a list is `models.1`.
+      like: the variables to fill, {"params": params, "state": state} of arrays or
+        `jax.ShapeDtypeStruct`s, as in `load`; "state" may be missing. Numbered modules (`blocks.0`,
+        `blocks.1`, ...) are stacked if `like` has one with a leading axis, as `repeat` makes it.
+        Without `like`, the result is nested dicts with the names of the modules.
+      rename: {module or tensor of the source: path in the variables, without "params" and "state"},
+        of which the longest match applies: {"state_dict.module": "", "layer1.0": "stage1/first"};
+        or a function from path to path. Old names may have '.' or '/' between steps; a function
+        receives '/'.
+      only: a pattern of paths as in `load`, or several, each of which must match something. Only
+        these arrays are converted, and `like` is the part of the variables that holds them. A
+        pattern applies to the new paths or, if it matches none, to the paths of the source:
+        only="model" reads one entry of a training checkpoint.
+      strict: False (with `like`) to ignore arrays that `like` lacks. Every array of `like` must
+        still be found.
       cast: as in `load`.
 
     Returns:
-      {"params": ..., "state": ...}, or the parts of these that `like` has. Nothing shares memory with the source.
+      {"params": ..., "state": ...}, or the parts of these that `like` has. Nothing shares memory
+      with the source.
 
     Raises:
-      CheckpointError: the file is damaged, holds objects other than tensors, or does not match the request (all
-        differences in one error, with guesses at renamed arrays); or a tensor has no plain values (sparse, quantized,
-        meta).
+      CheckpointError: the file is damaged, holds objects other than tensors, or does not match the
+        request (all differences in one error, with guesses at renamed arrays); or a tensor has no
+        plain values (sparse, quantized, meta).
       ImportError: the file needs torch 2.6 or newer, which is the extra `jaxnet[torch]`.
       ValueError: `like` does not have the form of variables, or has the same path in both parts.
       OSError: the file cannot be opened.
@@ -89,7 +100,16 @@ def from_torch(
         file = "the state dict"
         tensors = collect(file, source)
     leaves, rename = _slashed(file, tensors, rename)
-    return convert(file, leaves, TORCH, like, rename=rename, only=_slashed_patterns(only), strict=strict, cast=cast)
+    return convert(
+        file,
+        leaves,
+        TORCH,
+        like,
+        rename=rename,
+        only=_slashed_patterns(only),
+        strict=strict,
+        cast=cast,
+    )
 
 
 def to_torch(
@@ -103,25 +123,31 @@ def to_torch(
 
     Args:
       variables: {"params": params, "state": state}; "state" may be missing.
-      rename: {path in the variables, without "params" and "state": module or tensor of the state dict}, of which the
-        longest match applies, or a function from path to path. New names may have '.' or '/' between steps.
-      stacked: paths of nodes that `repeat` stacked, which become numbered modules: "blocks" gives `blocks.0`, ...
-        They must be listed, because a stack of matrices has the same shape as the kernel of a convolution.
+      rename: {path in the variables, without "params" and "state": module or tensor of the state
+        dict}, of which the longest match applies, or a function from path to path. New names may
+        have '.' or '/' between steps.
+      stacked: paths of nodes that `repeat` stacked, which become numbered modules: "blocks" gives
+        `blocks.0`, ... They must be listed, because a stack of matrices has the same shape as the
+        kernel of a convolution.
 
     Returns:
       NumPy arrays by name. There is no `num_batches_tracked`; `load_state_dict` does without it.
 
     Raises:
-      ValueError: `variables` do not have the form of variables, or a path in `stacked` is not a stack.
+      ValueError: `variables` do not have the form of variables, or a path in `stacked` is not a
+        stack.
       CheckpointError: two arrays would have the same name, or an array has no values.
     """
     from jaxnet.checkpoint import arrays
 
     file = "the variables"
     nodes, leaves, whole = merged(file, "variables", variables, arrays.describe)
-    if odd := [name for name, node in nodes.items() if node.kind not in ("jax", "numpy", "numpy_scalar")]:
+    if odd := [
+        name for name, node in nodes.items() if node.kind not in ("jax", "numpy", "numpy_scalar")
+    ]:
         raise ValueError(
-            f"variables must be arrays of numbers: '{shown(whole[odd[0]])}' is of kind {nodes[odd[0]].kind}"
+            f"variables must be arrays of numbers: '{shown(whole[odd[0]])}' is of kind "
+            f"{nodes[odd[0]].kind}"
         )
     leaves = {name: to_numpy(file, whole[name], x) for name, x in leaves.items()}
     for path in [stacked] if isinstance(stacked, str) else stacked:
@@ -138,14 +164,18 @@ def to_torch(
         new = ".".join(path).replace("/", ".")
         if new in result:
             raise CheckpointError(
-                file, name, f"another leaf is called '{shown(new)}' too: give one another name by `rename`"
+                file,
+                name,
+                f"another leaf is called '{shown(new)}' too: give one another name by `rename`",
             )
         result[new] = x.copy(order="C")
     return result
 
 
 def read_tensors(path: str | os.PathLike[str] | bytes) -> dict[str, Any]:
-    """All arrays of a state dict in a file by name, in the order of the file. `from_torch` lists the kinds of files."""
+    """All arrays of a state dict in a file by name, in the order of the file. `from_torch` lists
+    the kinds of files.
+    """
     with opened(path) as (file, fd, size):  # pyright: ignore[reportArgumentType]
         kind = kind_of_file(file, fd, size)
         if kind == "torch":
@@ -157,11 +187,16 @@ def read_tensors(path: str | os.PathLike[str] | bytes) -> dict[str, Any]:
 
 
 def renamed_tensors(path: str | os.PathLike[str], rename: Rename) -> dict[str, Any]:
-    """All arrays of a state dict in a file, unchanged, by their new names with '.' between steps."""
+    """All arrays of a state dict in a file, unchanged, by their new names with '.' between
+    steps.
+    """
     file = os.fsdecode(path)
     tensors, rename = _slashed(file, read_tensors(path), rename)
     names = match.renamed(file, tensors, rename or {})
-    return {".".join(path).replace("/", "."): to_numpy(file, name, tensors[name]) for name, path in names.items()}
+    return {
+        ".".join(path).replace("/", "."): to_numpy(file, name, tensors[name])
+        for name, path in names.items()
+    }
 
 
 def _loaded(file: str, fd: int, size: int) -> Any:
@@ -184,12 +219,16 @@ def _torch(file: str) -> Any:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as e:
-        text = "needs torch to be opened: pip install 'jaxnet[torch]', or save it as safetensors where torch is"
+        text = (
+            "needs torch to be opened: pip install 'jaxnet[torch]', or save it as safetensors "
+            "where torch is"
+        )
         raise ImportError(f"{shown(file, 5000)}: {text}") from e
     # CVE-2025-32434: before 2.6, files could run code despite weights_only=True.
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         raise ImportError(
-            f"{shown(file, 5000)}: torch {torch.__version__} does not open files safely; from 2.6 on it does: upgrade"
+            f"{shown(file, 5000)}: torch {torch.__version__} does not open files safely; from "
+            "2.6 on it does: upgrade"
         )
     return torch
 
@@ -198,26 +237,41 @@ def _refusal(error: Exception) -> str:
     text = "torch cannot read it as tensors alone (weights_only=True)"
     if other := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
         text += (
-            f": it holds an object of {other[1]}; save model.state_dict() alone, best as safetensors, or, if you trust"
+            f": it holds an object of {other[1]}; save model.state_dict() alone, best as "
+            "safetensors, or, if you trust"
         )
-        return f"{text} the file, read it inside `with torch.serialization.safe_globals([{other[1]}])`"
-    text += ": it is damaged, or holds objects of other classes; save model.state_dict() alone, best as safetensors."
+        return (
+            f"{text} the file, read it inside `with torch.serialization.safe_globals([{other[1]}])`"
+        )
+    text += (
+        ": it is damaged, or holds objects of other classes; save model.state_dict() alone, best "
+        "as safetensors."
+    )
     return f"{text} {type(error).__name__}: {shown((str(error).splitlines() or [''])[0], 3000)}"
 
 
 def _collected(file: str, content: Any, size: int) -> dict[str, Any]:
-    """The tensors of a file. Raises CheckpointError if they need far more memory than the size of the file."""
+    """The tensors of a file. Raises CheckpointError if they need far more memory than the size of
+    the file.
+    """
     tensors = collect(file, content)
     sizes = {name: x.nbytes for name, x in tensors.items() if not isinstance(x, Refused)}
     if (total := sum(sizes.values())) > (limit := REPEATED * size + (64 << 20)):
         name = max(sizes, key=lambda name: sizes[name])
-        text = f"the tensors take {total:,} bytes, of which this one takes {sizes[name]:,}; at most {limit:,} are read from"
-        raise CheckpointError(file, name, f"{text} a file of {size:,} bytes: save expanded tensors as they are needed")
+        text = (
+            f"the tensors take {total:,} bytes, of which this one takes {sizes[name]:,}; at most "
+            f"{limit:,} are read from"
+        )
+        raise CheckpointError(
+            file, name, f"{text} a file of {size:,} bytes: save expanded tensors as they are needed"
+        )
     return tensors
 
 
 def _slashed(file: str, tensors: dict[str, Any], rename: Rename) -> tuple[dict[str, Any], Rename]:
-    """The tensors of a state dict by path, and `rename` with '/' between the steps of its old names."""
+    """The tensors of a state dict by path, and `rename` with '/' between the steps of its old
+    names.
+    """
     if isinstance(rename, dict):
         rename = {old.replace(".", "/"): new for old, new in rename.items()}
     return by_path(file, tensors.items(), lambda name: name.replace(".", "/")), rename

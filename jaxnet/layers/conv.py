@@ -40,27 +40,32 @@ def conv(
     bias_init: Callable = initializers.zeros,
     precision: Any = None,
 ) -> Layer:
-    """Convolve, y[o, f] = b[f] + sum over w, c of x[o s + w d - lo, c] k[w, c, f].   [..., *spatial, C] -> [..., *outputs, F]
+    """Convolve, y[o, f] = b[f] + sum over w, c of x[o s + w d - lo, c] k[w, c, f].
 
-    kernel [*window, C / groups, F], bias [F]. As everywhere in deep learning the kernel is not flipped. All axes before the
-    spatial ones are batch axes. Every derivative keeps its speed inside compiled loops (`jaxnet.ops.convolve`).
+    [..., *spatial, C] -> [..., *outputs, F]
+
+    kernel [*window, C / groups, F], bias [F]. As everywhere in deep learning the kernel is not
+    flipped. All axes before the spatial ones are batch axes. Every derivative keeps its speed
+    inside compiled loops (`jaxnet.ops.convolve`).
 
     Args:
       features: F, features of the output.
-      window: an int for images (two spatial axes), or its size along each spatial axis: (3,) for sequences, (3, 3, 3) for
-        volumes.
-      strides: s, the step between windows; one int for all spatial axes or one for each, as is `dilation`.
-      padding: "SAME" (ceil(size / stride) outputs, the odd zero at the end), "VALID" (no zeros), an int, or
-        (before, after) for each spatial axis.
+      window: an int for images (two spatial axes), or its size along each spatial axis: (3,) for
+        sequences, (3, 3, 3) for volumes.
+      strides: s, the step between windows; one int for all spatial axes or one for each, as is
+        `dilation`.
+      padding: "SAME" (ceil(size / stride) outputs, the odd zero at the end), "VALID" (no zeros), an
+        int, or (before, after) for each spatial axis.
       dilation: d, the step between the elements of a window.
-      groups: output features [i F / groups, (i+1) F / groups) see only input features [i C / groups, (i+1) C / groups);
-        with groups = C, a depthwise convolution.
+      groups: output features [i F / groups, (i+1) F / groups) see only input features [i C /
+        groups, (i+1) C / groups); with groups = C, a depthwise convolution.
       bias: False leaves out b.
       kernel_init, bias_init: (key, shape, dtype) -> array, as in `jax.nn.initializers`.
       precision: as in `jax.lax.conv_general_dilated`.
 
-    Raises: ValueError for options of the wrong form, another number of features than at `init`, a missing axis, or where no
-    window fits; TypeError for inputs that are not floats of the parameters' dtype.
+    Raises: ValueError for options of the wrong form, another number of features than at `init`, a
+    missing axis, or where no window fits; TypeError for inputs that are not floats of the
+    parameters' dtype.
     """
     window, size = spatial_window("conv", window)
     features = size_of(f"conv({features}, {size}): features", features)
@@ -75,16 +80,24 @@ def conv(
     def check_windows(sizes):
         window_geometry(label, (1, *sizes, 1), window, strides, padding, dilation)
 
-    check_windows((ENDLESS,) * rank)  # options of the wrong form fail here; whether a window fits depends on x
+    # Options of the wrong form fail here. Whether a window fits depends on x.
+    check_windows((ENDLESS,) * rank)
 
     def init(key, x):
         check_spatial(label, x, rank)
         with telling_how_read(x, rank):
             check_windows(x.shape[-rank - 1 : -1])
             if x.shape[-1] % groups:
-                raise ValueError(f"{label}: groups must divide the last axis, got groups={groups} and {describe(x)}")
+                raise ValueError(
+                    f"{label}: groups must divide the last axis, got groups={groups} and "
+                    f"{describe(x)}"
+                )
         params = {"kernel": kernel_init(key, (*window, x.shape[-1] // groups, features), x.dtype)}
-        return params | {"bias": initializers.bias(bias_init, key, (features,), x.dtype)} if bias else params
+        return (
+            params | {"bias": initializers.bias(bias_init, key, (features,), x.dtype)}
+            if bias
+            else params
+        )
 
     def fn(params, x):
         check_real(label, params)
@@ -92,7 +105,9 @@ def conv(
         check_spatial(label, x, rank, width=kernel.shape[-2] * groups, like=kernel)
         with telling_how_read(x, rank):
             check_windows(x.shape[-rank - 1 : -1])
-        options: dict[str, Any] = dict(strides=strides, padding=padding, dilation=dilation, groups=groups)
+        options: dict[str, Any] = dict(
+            strides=strides, padding=padding, dilation=dilation, groups=groups
+        )
         y = over_batch(lambda x: ops.convolve(x, kernel, precision=precision, **options), x, rank)
         return add_bias(y, params["bias"]) if bias else y
 

@@ -12,7 +12,8 @@ __all__ = ["dropout"]
 
 @interned
 def dropout(rate: float) -> Layer:
-    """Zero each element with probability `rate` in training, y = x * m / (1 - rate), m ~ Bernoulli(1 - rate).
+    """Zero each element with probability `rate` in training, y = x * m / (1 - rate), m ~
+    Bernoulli(1 - rate).
 
     The mean of y is x; evaluation is the identity and needs no key.
 

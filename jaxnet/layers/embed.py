@@ -33,21 +33,31 @@ def embed(
     Args:
       vocabulary: how many integers have a vector.
       features: the length of a vector.
-      embedding_init: (key, shape, dtype) -> array; by default normal with deviation 1 / sqrt(features).
+      embedding_init: (key, shape, dtype) -> array; by default normal with deviation 1 /
+        sqrt(features).
       dtype: of the embedding; float32 by default (float64 under `jax_enable_x64`).
 
     Raises:
       ValueError: a size is not a positive integer.
       TypeError: ids that are not integers, or a dtype that is not a float.
     """
-    vocabulary, features = size_of("embed: vocabulary", vocabulary), size_of("embed: features", features)
+    vocabulary, features = (
+        size_of("embed: vocabulary", vocabulary),
+        size_of("embed: features", features),
+    )
     label = f"embed({vocabulary}, {features})"
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{label}: the dtype of the embedding must be a float, got {jnp.dtype(dtype).name}")
+        raise TypeError(
+            f"{label}: the dtype of the embedding must be a float, got {jnp.dtype(dtype).name}"
+        )
 
     def init(key, ids):
         check_input(label, ids, rank=0, kind=jnp.integer)
-        return {"embedding": embedding_init(key, (vocabulary, features), dtype or jnp.result_type(float))}
+        return {
+            "embedding": embedding_init(
+                key, (vocabulary, features), dtype or jnp.result_type(float)
+            )
+        }
 
     def fn(params, ids):
         check_real(label, params)

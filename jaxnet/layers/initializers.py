@@ -1,8 +1,9 @@
 """The layers' own initialisers: the bits of `jax.nn.initializers`, from few programs.
 
-XLA takes a quarter of a second to compile random numbers of one shape, more than a small network needs for all the rest
-of its `init`. But n numbers are the first n of any longer draw from the same key, so that one program serves all shapes
-below its length; and what is left to do for one shape alone is done in NumPy, which compiles nothing.
+XLA takes a quarter of a second to compile random numbers of one shape, more than a small network
+needs for all the rest of its `init`. But n numbers are the first n of any longer draw from the same
+key, so that one program serves all shapes below its length; and what is left to do for one shape
+alone is done in NumPy, which compiles nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +48,12 @@ class Draw(NamedTuple):
 _ERF_OF_SQRT_2 = float(np.float32(0.95449974))  # jax.lax.erf(2 / sqrt(2)) in float32
 _BELOW_2 = float(np.nextafter(np.float32(2), np.float32(0)))
 NORMAL = Draw(
-    jax.random.normal, float(np.nextafter(np.float32(-1), np.float32(0))), 1.0, -math.inf, math.inf, deviation=1.0
+    jax.random.normal,
+    float(np.nextafter(np.float32(-1), np.float32(0))),
+    1.0,
+    -math.inf,
+    math.inf,
+    deviation=1.0,
 )
 TRUNCATED = Draw(
     functools.partial(jax.random.truncated_normal, lower=-2.0, upper=2.0),
@@ -60,15 +66,19 @@ TRUNCATED = Draw(
 
 
 def lecun_normal(key, shape: tuple[int, ...], dtype):
-    """`jax.nn.initializers.lecun_normal()`: truncated normal of deviation 1 / sqrt(fan-in), all axes but the last.
+    """`jax.nn.initializers.lecun_normal()`: truncated normal of deviation 1 / sqrt(fan-in), all
+    axes but the last.
 
     key; shape [*window, in, out]; dtype -> array.
     """
-    return _scaled_by_fan_in(jax.nn.initializers.lecun_normal(), TRUNCATED, key, shape, dtype, out_axis=-1)
+    return _scaled_by_fan_in(
+        jax.nn.initializers.lecun_normal(), TRUNCATED, key, shape, dtype, out_axis=-1
+    )
 
 
 def fan_in_normal(key, shape: tuple[int, int], dtype):
-    """`jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)`: normal of deviation 1 / sqrt(features).
+    """`jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)`: normal of
+    deviation 1 / sqrt(features).
 
     key; shape [vocabulary, features]; dtype -> array.
     """
@@ -77,7 +87,9 @@ def fan_in_normal(key, shape: tuple[int, int], dtype):
 
 
 def bias(initializer: Callable[..., Any], key, shape: tuple[int, ...], dtype):
-    """Initialise a bias. The kernel uses `key` itself, so a random bias is drawn with a key folded from it."""
+    """Initialise a bias. The kernel uses `key` itself, so a random bias is drawn with a key folded
+    from it.
+    """
     constant = initializer in (zeros, ones, jax.nn.initializers.zeros, jax.nn.initializers.ones)
     return initializer(key if constant else fold(key, "bias"), shape, dtype)
 
@@ -99,14 +111,17 @@ def _full(key, shape, value, dtype):
 
 
 def _is_for_numpy(x) -> bool:
-    """Whether what follows from x may be computed in NumPy: x is not traced, and no mesh says where arrays are to be."""
+    """Whether what follows from x may be computed in NumPy: x is not traced, and no mesh says where
+    arrays are to be.
+    """
     return not isinstance(x, jax.core.Tracer) and jax.sharding.get_abstract_mesh().empty
 
 
 def _scaled_by_fan_in(own: Callable[..., Any], draw: Draw, key, shape, dtype, *, out_axis: int):
     """`own(key, shape, dtype)`, which is `draw` over its deviation, times 1 / sqrt(fan-in).
 
-    A traced draw has these bits too, although `own` itself may differ in the last one: XLA merges its constant factors.
+    A traced draw has these bits too, although `own` itself may differ in the last one: XLA merges
+    its constant factors.
     """
     n, traced = math.prod(shape), isinstance(key, jax.core.Tracer)
     prefixes = jax.config.jax_threefry_partitionable and is_threefry(key)  # pyright: ignore[reportAttributeAccessIssue]
@@ -141,8 +156,8 @@ def _first(key, n: int, draw: Draw) -> jax.Array:
 def _blocks(size: int, words, blocks, low, high, least, most):
     """The first blocks of a draw of `size` numbers, as `jax.random` computes them; the rest is 0.
 
-    Number i depends only on the key and i. Therefore one program, with the number of blocks and the distribution as
-    arguments, serves all shapes and computes only the blocks that are needed.
+    Number i depends only on the key and i. Therefore one program, with the number of blocks and the
+    distribution as arguments, serves all shapes and computes only the blocks that are needed.
     """
     first, second = (jnp.broadcast_to(word, (BLOCK,)) for word in words)
     lane = jax.lax.iota(jnp.uint32, BLOCK)

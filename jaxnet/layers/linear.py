@@ -28,7 +28,9 @@ def dense(
     bias_init: Callable = initializers.zeros,
     precision: Any = None,
 ) -> Layer:
-    """Affine map of the last axis, y = x W + b.   x [..., D] -> y [..., units]; kernel [D, units], bias [units].
+    """Affine map of the last axis, y = x W + b.
+
+    x [..., D] -> y [..., units]; kernel [D, units], bias [units].
 
     Args:
       units: features of the output.
@@ -46,7 +48,11 @@ def dense(
     def init(key, x):
         check_input(label, x)
         params = {"kernel": kernel_init(key, (x.shape[-1], units), x.dtype)}
-        return params | {"bias": initializers.bias(bias_init, key, (units,), x.dtype)} if bias else params
+        return (
+            params | {"bias": initializers.bias(bias_init, key, (units,), x.dtype)}
+            if bias
+            else params
+        )
 
     def fn(params, x):
         check_real(label, params)
@@ -57,10 +63,16 @@ def dense(
     return dataclasses.replace(layer(init, fn, label=label), wide=("bias",))
 
 
-# JAX traces and differentiates a jitted function once for all layers of one shape. `inline` leaves no call in the program.
+# JAX traces and differentiates a jitted function once for all layers of one shape. `inline` leaves
+# no call in the program.
 @functools.partial(jax.jit, static_argnums=3, inline=True)
 def _affine_rows(x, kernel, bias, precision):
-    # With two axes, the gradient of the kernel is one plain matrix product, not a contraction over several axes.
+    # With two axes, the gradient of the kernel is one plain matrix product, not a contraction over
+    # several axes.
     flat = x if x.ndim <= 2 else x.reshape(-1, x.shape[-1])
-    y = jnp.matmul(flat, kernel, precision=precision) if bias is None else affine(flat, kernel, bias, precision)
+    y = (
+        jnp.matmul(flat, kernel, precision=precision)
+        if bias is None
+        else affine(flat, kernel, bias, precision)
+    )
     return y.reshape(*x.shape[:-1], kernel.shape[1])

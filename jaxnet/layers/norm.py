@@ -20,25 +20,37 @@ __all__ = ["batch_norm", "layer_norm"]
 
 
 @interned
-def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> Layer:
-    """Normalise each feature over the batch, y = (x - m) / sqrt(v + eps) * scale + bias.   x [..., C] -> y [..., C].
+def batch_norm(
+    *, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, bias: bool = True
+) -> Layer:
+    """Normalise each feature over the batch, y = (x - m) / sqrt(v + eps) * scale + bias.
 
-    m and v are the mean and variance over all axes but the last: of this batch in training, running averages in
-    evaluation. Training moves those in `state` {mean [C], var [C]}, s <- momentum s + (1 - momentum) s_batch, where the
-    variance is the unbiased one, with n - 1 (as in PyTorch, whose `momentum` is 1 minus this one).
+    x [..., C] -> y [..., C].
 
-    Raises: ValueError for another width than at `init`, or if there is one value a feature to train on.
+    m and v are the mean and variance over all axes but the last: of this batch in training, running
+    averages in evaluation. Training moves those in `state` {mean [C], var [C]}, s <- momentum s +
+    (1 - momentum) s_batch, where the variance is the unbiased one, with n - 1 (as in PyTorch, whose
+    `momentum` is 1 minus this one).
+
+    Raises: ValueError for another width than at `init`, or if there is one value a feature to train
+    on.
     Source: Ioffe & Szegedy, "Batch Normalization", ICML 2015.
     """
     if not 0 <= momentum < 1:
-        raise ValueError(f"batch_norm: momentum must be in [0, 1), got {momentum}; it is the share of the old average")
+        raise ValueError(
+            f"batch_norm: momentum must be in [0, 1), got {momentum}; it is the share of the old "
+            "average"
+        )
     eps = _epsilon("batch_norm", eps)
 
     def init_state(x):
         check_input("batch_norm", x)
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         width = x.shape[-1:]
-        return {"mean": initializers.zeros(None, width, dtype), "var": initializers.ones(None, width, dtype)}
+        return {
+            "mean": initializers.zeros(None, width, dtype),
+            "var": initializers.ones(None, width, dtype),
+        }
 
     def fn(params, x, state, train):
         factor, shift = _affine("batch_norm", params, scale, bias)
@@ -47,7 +59,10 @@ def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, 
             return _by_running_averages(x, state, factor, shift, eps), state
         n = math.prod(x.shape[:-1])
         if isinstance(n, int) and n < 2:
-            raise ValueError(f"batch_norm: training needs more than one value a feature, got {x.dtype}{list(x.shape)}")
+            raise ValueError(
+                "batch_norm: training needs more than one value a feature, got "
+                f"{x.dtype}{list(x.shape)}"
+            )
         return _by_the_batch(x, state, factor, shift, eps, momentum)
 
     made = layer(_init("batch_norm", scale, bias), fn, init_state=init_state, label="batch_norm")
@@ -56,7 +71,9 @@ def batch_norm(*, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, 
 
 @interned
 def layer_norm(*, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> Layer:
-    """Normalise the last axis, y = (x - m) / sqrt(v + eps) * scale + bias.   x [..., C] -> y [..., C].
+    """Normalise the last axis, y = (x - m) / sqrt(v + eps) * scale + bias.
+
+    x [..., C] -> y [..., C].
 
     m and v are the mean and the (biased) variance over the last axis.
 
@@ -71,7 +88,9 @@ def layer_norm(*, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> L
         check_input("layer_norm", x, width=None if like is None else like.shape[0], like=like)
         return _over_features(x, factor, shift, eps)
 
-    return dataclasses.replace(layer(_init("layer_norm", scale, bias), fn, label="layer_norm"), wide=("scale", "bias"))
+    return dataclasses.replace(
+        layer(_init("layer_norm", scale, bias), fn, label="layer_norm"), wide=("scale", "bias")
+    )
 
 
 def _init(label: str, scale: bool, bias: bool):
@@ -83,8 +102,8 @@ def _init(label: str, scale: bool, bias: bool):
     return init
 
 
-# The equations are jitted, so that JAX traces and differentiates each once for all layers of one shape. `inline` leaves no
-# call in the program of a network.
+# The equations are jitted, so that JAX traces and differentiates each once for all layers of one
+# shape. `inline` leaves no call in the program of a network.
 
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)
@@ -106,20 +125,25 @@ def _by_running_averages(x, state, scale, bias, eps):
 def _by_the_batch(x, state, scale, bias, eps, momentum):
     n, axes = math.prod(x.shape[:-1]), tuple(range(x.ndim - 1))
     d, shift = _shifted(widened(x), axes)
-    # E[d^2] - E[d]^2 needs one pass over d. It loses digits if the mean of d is large compared with the deviation, which the
-    # mean of the shifted values is not.
+    # E[d^2] - E[d]^2 needs one pass over d. It loses digits if the mean of d is large compared with
+    # the deviation, which the mean of the shifted values is not.
     mean = d.mean(axes, keepdims=True)
     var = jnp.maximum(jnp.square(d).mean(axes, keepdims=True) - jnp.square(mean), 0)
     unbiased = n / (n - 1) if isinstance(n, int) else _number(n, d) / (_number(n, d) - 1)
     batch = {"mean": (shift + mean).reshape(-1), "var": (var * unbiased).reshape(-1)}
-    moved = {name: momentum * old + (1 - momentum) * batch[name].astype(old.dtype) for name, old in state.items()}
+    moved = {
+        name: momentum * old + (1 - momentum) * batch[name].astype(old.dtype)
+        for name, old in state.items()
+    }
     return _scaled(d - mean, var, eps, scale, bias).astype(x.dtype), jax.lax.stop_gradient(moved)
 
 
 def _shifted(x, axes: tuple[int, ...]):
-    """x minus its rounded mean over some axes, whose mean is a rounding error; and that mean, kept with size 1.
+    """x minus its rounded mean over some axes, whose mean is a rounding error; and that mean, kept
+    with size 1.
 
-    The mean is subtracted without a gradient, because the layers give the same outputs for every shift.
+    The mean is subtracted without a gradient, because the layers give the same outputs for every
+    shift.
     """
     shift = jax.lax.stop_gradient(x.mean(axes, keepdims=True))
     return x - shift, shift
@@ -140,7 +164,11 @@ def _number(n, x):
 
 
 def _epsilon(label: str, eps: Any) -> float:
-    if isinstance(eps, bool) or not isinstance(eps, int | float | np.number) or not 0 <= eps < math.inf:
+    if (
+        isinstance(eps, bool)
+        or not isinstance(eps, int | float | np.number)
+        or not 0 <= eps < math.inf
+    ):
         raise ValueError(f"{label}: eps must be a number of at least 0 such as 1e-5, got {eps!r}")
     return float(eps)
 

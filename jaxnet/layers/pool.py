@@ -30,19 +30,22 @@ def max_pool(
     strides: int | Sequence[int] | None = None,
     padding: str | int | Sequence[tuple[int, int]] = "VALID",
 ) -> Layer:
-    """The largest element of each window, y[o, c] = max over w of x[o s + w - lo, c].   [..., *spatial, C] -> [..., *outputs, C]
+    """The largest element of each window, y[o, c] = max over w of x[o s + w - lo, c].
 
-    The gradient goes to the first of the largest, in row-major order, as in PyTorch. Padding never wins. All axes before the
-    spatial ones are batch axes.
+    [..., *spatial, C] -> [..., *outputs, C]
+
+    The gradient goes to the first of the largest, in row-major order, as in PyTorch. Padding never
+    wins. All axes before the spatial ones are batch axes.
 
     Args:
-      window: an int for images (two spatial axes), or its size along each spatial axis: (2,) for sequences, (2, 2, 2) for
-        volumes.
+      window: an int for images (two spatial axes), or its size along each spatial axis: (2,) for
+        sequences, (2, 2, 2) for volumes.
       strides: s, the step between windows; the window by default, so that windows do not overlap.
-      padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), an int, or (before, after) for each axis;
-        smaller than the window.
+      padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), an int, or
+        (before, after) for each axis; smaller than the window.
 
-    Raises: ValueError for options of the wrong form, a missing axis, or where no window fits. Numbers may be integers.
+    Raises: ValueError for options of the wrong form, a missing axis, or where no window fits.
+    Numbers may be integers.
     """
     return _pool("max_pool", ops.max_pool, jnp.number, window, strides, padding)
 
@@ -53,7 +56,9 @@ def avg_pool(
     strides: int | Sequence[int] | None = None,
     padding: str | int | Sequence[tuple[int, int]] = "VALID",
 ) -> Layer:
-    """The mean of each window, y[o, c] = mean over w of x[o s + w - lo, c].   [..., *spatial, C] -> [..., *outputs, C]
+    """The mean of each window, y[o, c] = mean over w of x[o s + w - lo, c].
+
+    [..., *spatial, C] -> [..., *outputs, C]
 
     Only elements of x count, not padding: as in Keras, and in PyTorch with count_include_pad=False.
 
@@ -63,7 +68,9 @@ def avg_pool(
 
 
 def global_max_pool(rank: int = 2) -> Layer:
-    """The largest element of each feature over the `rank` axes before the last.   [..., *spatial, C] -> [..., C]
+    """The largest element of each feature over the `rank` axes before the last.
+
+    [..., *spatial, C] -> [..., C]
 
     The gradient is shared equally by the largest, as that of `jax.numpy.max`.
 
@@ -73,7 +80,9 @@ def global_max_pool(rank: int = 2) -> Layer:
 
 
 def global_avg_pool(rank: int = 2) -> Layer:
-    """The mean of each feature over the `rank` axes before the last.   [..., *spatial, C] -> [..., C]
+    """The mean of each feature over the `rank` axes before the last.
+
+    [..., *spatial, C] -> [..., C]
 
     Args: rank: 1 for sequences, 2 for images, 3 for volumes; all axes before those are batch axes.
 
@@ -97,7 +106,9 @@ def _pool(name: str, pool: Callable, kind, window, strides, padding) -> Layer:
         check_spatial(label, x, rank, kind=kind)
         with telling_how_read(x, rank):
             check_windows(x.shape[-rank - 1 : -1])
-        return over_batch(functools.partial(pool, window=window, strides=strides, padding=padding), x, rank)
+        return over_batch(
+            functools.partial(pool, window=window, strides=strides, padding=padding), x, rank
+        )
 
     return layer(no_params, fn, label=label)
 

@@ -12,7 +12,8 @@ __all__ = ["flatten"]
 
 @interned
 def flatten(rank: int = 3) -> Layer:
-    """Merge the last `rank` axes into one: an image [..., H, W, C] becomes [..., H * W * C] with the default of 3.
+    """Merge the last `rank` axes into one: an image [..., H, W, C] becomes [..., H * W * C] with
+    the default of 3.
 
     Raises: ValueError if there are fewer axes.
     """

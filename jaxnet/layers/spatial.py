@@ -1,4 +1,6 @@
-"""The options and inputs of layers whose windows slide over the spatial axes, [..., *spatial, features]."""
+"""The options and inputs of layers whose windows slide over the spatial axes, [..., *spatial,
+features].
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ import numpy as np
 from jaxnet.checks import size_of
 from jaxnet.core import check_input, describe
 
-__all__ = ["ENDLESS", "check_spatial", "over_batch", "pads_along", "sizes_along", "spatial_window", "telling_how_read"]
+__all__ = [
+    "ENDLESS",
+    "check_spatial",
+    "over_batch",
+    "pads_along",
+    "sizes_along",
+    "spatial_window",
+    "telling_how_read",
+]
 
 # The size of an axis that every window fits into.
 ENDLESS = 2**30
@@ -30,7 +40,8 @@ def spatial_window(name: str, window: int | Sequence[int]) -> tuple[tuple[int, .
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError(
-            f"{name}: window must be a positive int, or one for each spatial axis as in (3,), got {window!r}"
+            f"{name}: window must be a positive int, or one for each spatial axis as in (3,), "
+            f"got {window!r}"
         ) from None
     return sizes, str(sizes[0] if sizes == sizes[:1] * 2 else sizes)
 
@@ -44,7 +55,9 @@ def sizes_along(what: str, value: Any, rank: int) -> tuple[int, ...]:
         return tuple(size_of(what, v) for v in values)
     except (TypeError, ValueError):
         axes = "the spatial axis" if rank == 1 else f"each of the {rank} spatial axes"
-        raise ValueError(f"{what} must be a positive int, or one for {axes}, got {value!r}") from None
+        raise ValueError(
+            f"{what} must be a positive int, or one for {axes}, got {value!r}"
+        ) from None
 
 
 def pads_along(what: str, padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:
@@ -58,18 +71,27 @@ def pads_along(what: str, padding: Any, rank: int) -> str | tuple[tuple[int, int
         return tuple((size_of(what, lo, 0), size_of(what, hi, 0)) for lo, hi in pairs)
     except (TypeError, ValueError):
         raise ValueError(
-            f"{what} must be 'SAME', 'VALID', an int or (before, after), neither negative, for each of the {rank} "
-            f"spatial axes, got {padding!r}"
+            f"{what} must be 'SAME', 'VALID', an int or (before, after), neither negative, for "
+            f"each of the {rank} spatial axes, got {padding!r}"
         ) from None
 
 
-def check_spatial(label: str, x: Any, rank: int, *, width: int | None = None, **checks: Any) -> None:
-    """`check_input` for x [..., *spatial, C]. An error about C also tells how the axes were interpreted."""
+def check_spatial(
+    label: str, x: Any, rank: int, *, width: int | None = None, **checks: Any
+) -> None:
+    """`check_input` for x [..., *spatial, C]. An error about C also tells how the axes were
+    interpreted.
+    """
     check_input(label, x, **checks)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise TypeError(f"{label}: the input must be real, got {describe(x)}; pass real and imaginary part as channels")
+        raise TypeError(
+            f"{label}: the input must be real, got {describe(x)}; pass real and imaginary part "
+            "as channels"
+        )
     if len(x.shape) <= rank:
-        axes = {1: "length", 2: "height, width", 3: "depth, height, width"}.get(rank, f"{rank} spatial axes")
+        axes = {1: "length", 2: "height, width", 3: "depth, height, width"}.get(
+            rank, f"{rank} spatial axes"
+        )
         raise ValueError(f"{label}: the input must be [..., {axes}, features], got {describe(x)}")
     with telling_how_read(x, rank):
         check_input(label, x, width=width, kind=object)
@@ -77,14 +99,19 @@ def check_spatial(label: str, x: Any, rank: int, *, width: int | None = None, **
 
 @contextlib.contextmanager
 def telling_how_read(x: Any, rank: int) -> Iterator[None]:
-    """Add the interpretation of the axes of x to an error: [32, 28, 28] is 1 image of 32x28 with 28 channels."""
+    """Add the interpretation of the axes of x to an error: [32, 28, 28] is 1 image of 32x28 with 28
+    channels.
+    """
     try:
         yield
     except ValueError as error:
         *batch, channels = x.shape[: -rank - 1] + x.shape[-1:]
         number, size = math.prod(batch), "x".join(map(str, x.shape[-rank - 1 : -1]))
         thing = {1: "sequence", 2: "image", 3: "volume"}.get(rank, f"array of {rank} spatial axes")
-        read = f"{number} {thing}{'' if number == 1 else 's'} of {size} with {channels} channel{'s' * (channels != 1)}"
+        read = (
+            f"{number} {thing}{'' if number == 1 else 's'} of {size} with {channels} "
+            f"channel{'s' * (channels != 1)}"
+        )
         raise ValueError(f"{error}; the input was read as {read}") from None
 
 

@@ -1,4 +1,6 @@
-"""Operations on arrays whose derivatives keep their speed inside compiled loops. They import nothing else of jaxnet."""
+"""Operations on arrays whose derivatives keep their speed inside compiled loops. They import
+nothing else of jaxnet.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,8 @@
-"""Convolution as three bilinear maps that are each other's derivatives, so that every derivative has a fast form.
+"""Convolution as three bilinear maps that are each other's derivatives, so that every derivative
+has a fast form.
 
-All three are partial derivatives of one trilinear form (one spatial axis, one group; N batch, C and F features in and out):
+All three are partial derivatives of one trilinear form (one spatial axis, one group; N batch, C and
+F features in and out):
 
     T(x, k, y) = sum over n, o, w, c, f of  x[n, o s + w d - lo, c]  k[w, c, f]  y[n, o, f]
 
@@ -8,9 +10,10 @@ All three are partial derivatives of one trilinear form (one spatial axis, one g
     input   dT/dx (k, y)   pulls a cotangent y back to the input
     kernel  dT/dk (x, y)   pulls a cotangent y back to the kernel
 
-A derivative of a partial derivative of T is another one, so the family is closed under differentiation and transposition,
-and (by folding the new axis into an old one) under `vmap`: whatever JAX derives from a convolution is one of the three.
-Each is a JAX primitive. On a CPU it is lowered to the forms of `convolution_cpu`; elsewhere, to what JAX itself would write.
+A derivative of a partial derivative of T is another one, so the family is closed under
+differentiation and transposition, and (by folding the new axis into an old one) under `vmap`:
+whatever JAX derives from a convolution is one of the three. Each is a JAX primitive. On a CPU it is
+lowered to the forms of `convolution_cpu`; elsewhere, to what JAX itself would write.
 """
 
 from __future__ import annotations
@@ -42,65 +45,87 @@ def convolve(
     groups: int = 1,
     precision: Any = None,
 ) -> jax.Array:
-    """Convolve over the spatial axes, y[n, o, f] = sum over w, c of x[n, o s + w d - lo, c] kernel[w, c, f].
+    """Convolve over the spatial axes, y[n, o, f] = sum over w, c of x[n, o s + w d - lo, c]
+    kernel[w, c, f].
 
-    It equals `jax.lax.conv_general_dilated` (no flip of the kernel) with all its derivatives, in both modes and of every order,
-    which keep their speed inside `lax.scan` and `lax.while_loop` on a CPU.
+    It equals `jax.lax.conv_general_dilated` (no flip of the kernel) with all its derivatives, in
+    both modes and of every order, which keep their speed inside `lax.scan` and `lax.while_loop` on
+    a CPU.
 
     Args:
       x: [N, *spatial, C], with 1 spatial axis or more.
       kernel: [*window, C / groups, F], in the dtype of x.
-      strides: s, the step between windows; one int for all spatial axes or one for each, as is `dilation`.
-      padding: "SAME" (ceil(size / stride) outputs, the odd zero at the end), "VALID" (no zeros), an int, or
-        (before, after) for each spatial axis.
+      strides: s, the step between windows; one int for all spatial axes or one for each, as is
+        `dilation`.
+      padding: "SAME" (ceil(size / stride) outputs, the odd zero at the end), "VALID" (no zeros), an
+        int, or (before, after) for each spatial axis.
       dilation: d, the step between the elements of a window.
-      groups: output features [i F / groups, (i+1) F / groups) see only input features [i C / groups, (i+1) C / groups).
+      groups: output features [i F / groups, (i+1) F / groups) see only input features [i C /
+        groups, (i+1) C / groups).
       precision: as in `jax.lax.conv_general_dilated`; `jax.default_matmul_precision` by default.
 
-    Returns: [N, *outputs, F] in the dtype of x, where outputs = floor((size + before + after - (window - 1) d - 1) / s) + 1.
+    Returns: [N, *outputs, F] in the dtype of x, where outputs = floor((size + before + after -
+    (window - 1) d - 1) / s) + 1.
 
-    Raises: TypeError for dtypes that differ or have no gradient, ValueError for shapes and options that do not fit.
+    Raises: TypeError for dtypes that differ or have no gradient, ValueError for shapes and options
+    that do not fit.
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     if x.dtype != kernel.dtype or not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(f"convolve: x and kernel must have one floating dtype, got {x.dtype} and {kernel.dtype}")
+        raise TypeError(
+            f"convolve: x and kernel must have one floating dtype, got {x.dtype} and {kernel.dtype}"
+        )
     rank = x.ndim - 2
     if rank < 1 or kernel.ndim != x.ndim:
         raise ValueError(
-            f"convolve: x must be [N, *spatial, C] and kernel [*window, C / groups, F] with the same number of spatial axes, "
-            f"1 or more, got shapes {x.shape} and {kernel.shape}"
+            "convolve: x must be [N, *spatial, C] and kernel [*window, C / groups, F] with the "
+            f"same number of spatial axes, 1 or more, got shapes {x.shape} and {kernel.shape}"
         )
     channels, features = x.shape[-1], kernel.shape[-1]
-    if groups < 1 or channels % groups or features % groups or kernel.shape[-2] * groups != channels:
+    if (
+        groups < 1
+        or channels % groups
+        or features % groups
+        or kernel.shape[-2] * groups != channels
+    ):
         raise ValueError(
-            f"convolve: groups must divide the features of x and kernel, and kernel.shape[-2] be x.shape[-1] / groups, "
-            f"got groups={groups} and shapes {x.shape} and {kernel.shape}"
+            "convolve: groups must divide the features of x and kernel, and kernel.shape[-2] be "
+            f"x.shape[-1] / groups, got groups={groups} and shapes {x.shape} and {kernel.shape}"
         )
     if precision is None:  # read here: the lowering may run outside of the context that sets it
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     window = kernel.shape[:-2]
-    geometry = window_geometry("convolve", x.shape, window, strides, padding, dilation, groups, precision)
+    geometry = window_geometry(
+        "convolve", x.shape, window, strides, padding, dilation, groups, precision
+    )
     return bind("output", *_equally_varying(x, kernel), geometry=geometry)
 
 
 # The family
 
-PRIMITIVES = {role: Primitive(f"convolve_{role}" if role != "output" else "convolve") for role in ROLES}
+PRIMITIVES = {
+    role: Primitive(f"convolve_{role}" if role != "output" else "convolve") for role in ROLES
+}
 
 
 def bind(role: str, a, b, *, geometry: Geometry):
-    """The partial derivative of T with respect to `role`, at the two other operands in the order of ROLES."""
+    """The partial derivative of T with respect to `role`, at the two other operands in the order of
+    ROLES.
+    """
     return PRIMITIVES[role].bind(a, b, geometry=geometry)
 
 
 def _transpose(role: str, wanted: str, cotangent, a, b, *, geometry: Geometry):
-    """The map called `role` is linear in `wanted`, one of its operands; its transpose is the map called `wanted`."""
+    """The map called `role` is linear in `wanted`, one of its operands; its transpose is the map
+    called `wanted`.
+    """
     operands = dict(zip(others(role), (a, b), strict=True)) | {role: cotangent}
     return bind(wanted, *(operands[r] for r in others(wanted)), geometry=geometry)
 
 
 def _batch(role: str, operands, axes, *, geometry: Geometry):
-    """`vmap`: T summed over a new axis of size B is again a T, with that axis folded into one that it has.
+    """`vmap`: T summed over a new axis of size B is again a T, with that axis folded into one that
+    it has.
 
     New in        folded into
     input, output    the batch: N' = B N
@@ -125,23 +150,40 @@ def _batch(role: str, operands, axes, *, geometry: Geometry):
 
     def unfold(name, a, shape):  # the inverse, [*folded] -> [B, *shape]
         if new == {"input", "output"}:
-            return a.reshape(shape[0], size, *shape[1:]).swapaxes(0, 1) if images_first else a.reshape(size, *shape)
+            return (
+                a.reshape(shape[0], size, *shape[1:]).swapaxes(0, 1)
+                if images_first
+                else a.reshape(size, *shape)
+            )
         if new == {"input", "kernel"} and name == "kernel":
             return jnp.moveaxis(a.reshape(*shape[:-2], size, *shape[-2:]), -3, 0)
         a = a.reshape(*shape[:-1], outer, size, shape[-1] // outer)
         return jnp.moveaxis(a, -2, 0).reshape(size, *shape)
 
-    # The new axis first in each operand that has one; `single` are the operands as `vmap` shows them to its function.
-    front = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(operands, axes, strict=True)]
-    images_first = any(_is_spread(a, 1) for name, a in zip(names, front, strict=True) if name in new)
-    single = [jax.ShapeDtypeStruct(a.shape[name in new :], a.dtype) for name, a in zip(names, front, strict=True)]
+    # The new axis first in each operand that has one; `single` are the operands as `vmap` shows
+    # them to its function.
+    front = [
+        a if axis is None else jnp.moveaxis(a, axis, 0)
+        for a, axis in zip(operands, axes, strict=True)
+    ]
+    images_first = any(
+        _is_spread(a, 1) for name, a in zip(names, front, strict=True) if name in new
+    )
+    single = [
+        jax.ShapeDtypeStruct(a.shape[name in new :], a.dtype)
+        for name, a in zip(names, front, strict=True)
+    ]
     folded = [fold(name, a) if name in new else a for name, a in zip(names, front, strict=True)]
-    result = bind(role, *folded, geometry=g._replace(groups=g.groups * size) if len(new) == 3 else g)
+    result = bind(
+        role, *folded, geometry=g._replace(groups=g.groups * size) if len(new) == 3 else g
+    )
     return unfold(role, result, shape_of(role, single[0], single[1], g)), 0
 
 
 def _is_spread(a, axis: int) -> bool:
-    """Whether the type of an array shards an axis. When two axes are joined, only the first may be sharded."""
+    """Whether the type of an array shards an axis. When two axes are joined, only the first may be
+    sharded.
+    """
     return jax.typeof(a).sharding.spec[axis] is not None
 
 
@@ -167,31 +209,46 @@ def _compiled(role: str, geometry: Geometry):
 
 
 def _run(role: str, a, b, *, geometry: Geometry):
-    """Outside of `jit`: compile this one map; `jax.disable_jit` stops at operations, of which it is one."""
+    """Outside of `jit`: compile this one map; `jax.disable_jit` stops at operations, of which it is
+    one.
+    """
     with jax.disable_jit(False):
         return _compiled(role, geometry)(a, b)
 
 
 def _lowering(fn: Callable):
-    """The lowering to `fn`, written for plain arrays: what is sharded, and over which axes of a mesh, is settled by `_type`."""
+    """The lowering to `fn`, written for plain arrays: what is sharded, and over which axes of a
+    mesh, is settled by `_type`.
+    """
     lower = mlir.lower_fun(fn, multiple_results=False)
 
     def rule(context, a, b, *, geometry):
-        ins, outs = ([ShapedArray(t.shape, t.dtype) for t in types] for types in (context.avals_in, context.avals_out))
+        ins, outs = (
+            [ShapedArray(t.shape, t.dtype) for t in types]
+            for types in (context.avals_in, context.avals_out)
+        )
         return lower(context.replace(avals_in=ins, avals_out=outs), a, b, geometry=geometry)
 
     return rule
 
 
 def _equally_varying(x, kernel):
-    """In `shard_map`: mark both as varying over the same mesh axes, so that the gradient of the other is summed over them."""
+    """In `shard_map`: mark both as varying over the same mesh axes, so that the gradient of the
+    other is summed over them.
+    """
 
     def varying(a) -> frozenset:
-        kind = jax.typeof(a)  # its attribute is called differently from one release of JAX to the next
-        return getattr(kind, "vma", None) or getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
+        # Its attribute has different names in different releases of JAX.
+        kind = jax.typeof(a)
+        return getattr(kind, "vma", None) or getattr(
+            getattr(kind, "manual_axis_type", None), "varying", frozenset()
+        )
 
     axes = varying(x) | varying(kernel)
-    return [lax.pcast(a, tuple(axes - varying(a)), to="varying") if axes - varying(a) else a for a in (x, kernel)]
+    return [
+        lax.pcast(a, tuple(axes - varying(a)), to="varying") if axes - varying(a) else a
+        for a in (x, kernel)
+    ]
 
 
 for _role, _primitive in PRIMITIVES.items():
@@ -199,8 +256,12 @@ for _role, _primitive in PRIMITIVES.items():
     _primitive.def_impl(functools.partial(_run, _role))
     _primitive.def_abstract_eval(lambda a, b, *, geometry, role=_role: _type(role, a, b, geometry))
     ad.defbilinear(
-        _primitive, functools.partial(_transpose, _role, _first), functools.partial(_transpose, _role, _second)
+        _primitive,
+        functools.partial(_transpose, _role, _first),
+        functools.partial(_transpose, _role, _second),
     )
     batching.primitive_batchers[_primitive] = functools.partial(_batch, _role)
     mlir.register_lowering(_primitive, _lowering(functools.partial(plain, _role)))
-    mlir.register_lowering(_primitive, _lowering(functools.partial(convolution_cpu.convolution, _role)), platform="cpu")
+    mlir.register_lowering(
+        _primitive, _lowering(functools.partial(convolution_cpu.convolution, _role)), platform="cpu"
+    )

@@ -1,16 +1,20 @@
-"""The three maps of `convolution` in the forms that XLA runs fast on a CPU, inside and outside of loops.
+"""The three maps of `convolution` in the forms that XLA runs fast on a CPU, inside and outside of
+loops.
 
-XLA has fast convolutions on a CPU (YNNPACK's and Eigen's), but only in one order of axes: images [N, H, W, C], kernels
-[h, w, C, F]. Convolutions in other orders, such as the gradients that autodiff writes, it reorders in the outermost
-computation alone; in the body of a loop they fall to a loop nest that is 10 to 100 times slower. So the gradients are
-written here in that order, with explicit transposes (`_canonical`).
+XLA has fast convolutions on a CPU (YNNPACK's and Eigen's), but only in one order of axes: images
+[N, H, W, C], kernels [h, w, C, F]. Convolutions in other orders, such as the gradients that
+autodiff writes, it reorders in the outermost computation alone; in the body of a loop they fall to
+a loop nest that is 10 to 100 times slower. So the gradients are written here in that order, with
+explicit transposes (`_canonical`).
 
-Where another way to compute T is faster, it is a change of variables: if T(x, k, y) = T'(X x, K k, Y y) with linear maps X, K
-and Y, then each partial derivative of T is that of T' at the mapped operands, brought back by the transpose of the third map:
+Where another way to compute T is faster, it is a change of variables: if T(x, k, y) = T'(X x, K k,
+Y y) with linear maps X, K and Y, then each partial derivative of T is that of T' at the mapped
+operands, brought back by the transpose of the third map:
 
     dT/dx (k, y) = X^T dT'/dx' (K k, Y y),    and so for the two others.
 
-One triple (X, K, Y) thus serves all three maps, and no index arithmetic is written twice (`unfolding_cpu.substitute`).
+One triple (X, K, Y) thus serves all three maps, and no index arithmetic is written twice
+(`unfolding_cpu.substitute`).
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ from jaxnet.ops.unfolding_cpu import by_taps, product, substitute, unfolded, unf
 # The rules were measured with benchmarks/convolution.py, on one core of an AVX-512 machine.
 FEW = 4  # features: so few leave most of a vector register idle in XLA's convolutions
 SMALL = 16  # features: where neither side has more, XLA takes Eigen's convolution, the slower one
-# Taps along an axis: up to this number, unfolded windows of few features beat XLA's convolution in every map.
+# Taps along an axis: up to this number, unfolded windows of few features beat XLA's convolution in
+# every map.
 SHORT = 5
 # Taps along an axis: more are never unrolled, which bounds the size of the program.
 LONG = 32
@@ -49,19 +54,30 @@ TYPICAL = 32
 def convolution(role: str, a, b, *, geometry: Geometry):
     """The map called `role`, in the form that was fastest for these shapes.
 
-    The recursion ends, because each rule removes the groups, an axis, or few output features, and none adds them.
+    The recursion ends, because each rule removes the groups, an axis, or few output features, and
+    none adds them.
     """
     g, dtype = geometry, a.dtype
     # Sums are in float32, as in XLA's own convolutions.
     if dtype in (jnp.bfloat16, jnp.float16):
-        return convolution(role, a.astype(jnp.float32), b.astype(jnp.float32), geometry=g).astype(dtype)
-    if dtype not in (jnp.float32, jnp.float64) or _is_empty(a, b, g) or not all(map(is_static, g.sizes)):
+        return convolution(role, a.astype(jnp.float32), b.astype(jnp.float32), geometry=g).astype(
+            dtype
+        )
+    if (
+        dtype not in (jnp.float32, jnp.float64)
+        or _is_empty(a, b, g)
+        or not all(map(is_static, g.sizes))
+    ):
         return plain(role, a, b, geometry=g)
     if g.rank == 0:
         return product(role, a, b, geometry=g)
     first, met = g.met
     if met != g:
-        maps = {"input": _same, "output": _same, "kernel": lambda k: _taps_from(k, first, met.window)}
+        maps = {
+            "input": _same,
+            "output": _same,
+            "kernel": lambda k: _taps_from(k, first, met.window),
+        }
         return substitute(role, a, b, g, maps, functools.partial(convolution, geometry=met))
     channels, features = _features(role, a, b, g)
     if g.groups > 1:
@@ -85,7 +101,11 @@ def _same(x):
 
 def _taps_from(k, first, window):
     """The part of a kernel whose taps meet the input. The other taps only meet padding."""
-    return lax.slice(k, [*first, 0, 0], [*(start + w for start, w in zip(first, window, strict=True)), *k.shape[-2:]])
+    return lax.slice(
+        k,
+        [*first, 0, 0],
+        [*(start + w for start, w in zip(first, window, strict=True)), *k.shape[-2:]],
+    )
 
 
 def _in_the_plane(role: str, a, b, g: Geometry):
@@ -94,12 +114,24 @@ def _in_the_plane(role: str, a, b, g: Geometry):
     strided = max(g.strides) > 1
     sizes, window, outputs = math.prod(g.sizes), math.prod(g.window), math.prod(g.outputs)
     # If the kernel is larger than the image, XLA exchanges them, which gives a slow memory order.
-    slow = outputs > sizes if role == "kernel" else window > (sizes if role == "output" else min(sizes, outputs))
+    slow = (
+        outputs > sizes
+        if role == "kernel"
+        else window > (sizes if role == "output" else min(sizes, outputs))
+    )
     if a.dtype == jnp.float64:
         slow = slow or not _fast_in_float64(role, a, b, g)
     few = channels <= FEW and role != "output" and not strided
-    if (few or slow) and window <= MANY and _batch(role, a, b) * outputs * window * channels <= LARGE:
-        return unfolded_planes(role, a, b, g) if few or role == "kernel" else _unfolded_whole(role, a, b, geometry=g)
+    if (
+        (few or slow)
+        and window <= MANY
+        and _batch(role, a, b) * outputs * window * channels <= LARGE
+    ):
+        return (
+            unfolded_planes(role, a, b, g)
+            if few or role == "kernel"
+            else _unfolded_whole(role, a, b, geometry=g)
+        )
     if max(channels, features) <= SMALL and _unfolds(role, g):
         return unfolded(role, a, b, g, convolution, axes=1)
     if slow and role != "kernel" and g.rank == 2 and g.window[1] <= LONG:
@@ -119,7 +151,11 @@ def _unfolds(role: str, g: Geometry) -> bool:
     """
     first, *rest = g.window
     if first <= SHORT:
-        return (first > 1 or g.rank == 1) and role != "kernel" and not (role == "input" and max(g.strides) > 1)
+        return (
+            (first > 1 or g.rank == 1)
+            and role != "kernel"
+            and not (role == "input" and max(g.strides) > 1)
+        )
     return first <= LONG and min(rest, default=0) > SHORT
 
 
@@ -144,25 +180,35 @@ def _is_empty(a, b, g: Geometry) -> bool:
 
 
 def _canonical(role: str, a, b, g: Geometry):
-    """All three maps as convolutions in the order of axes that XLA has fast code for; two spatial axes, one group.
+    """All three maps as convolutions in the order of axes that XLA has fast code for; two spatial
+    axes, one group.
 
-    input   x[n, i] = sum over o, w with o s + w d - lo = i of k[w] y[n, o]. With y spread out by s (zeros between, y'[o s] =
-            y[o]) and w' = W - 1 - w counting from the window's end, i.e. with the kernel flipped and C and F exchanged,
-            x[n, i] = sum over w' of y'[n, i + w' d - ((W - 1) d - lo)] k'[w']: a convolution of y' with stride 1, dilation d
-            and (W - 1) d - lo zeros before; after, as many as bring the outputs to the size of x.
-    kernel  k[w] = sum over n, o of x[n, o s + w d - lo] y[n, o]: the sum runs over images and outputs, so they are the
-            features and the window, C is the batch; w is the position, so its step d is the stride, and s the dilation.
+    input   x[n, i] = sum over o, w with o s + w d - lo = i of k[w] y[n, o]. With y spread out by s
+            (zeros between, y'[o s] = y[o]) and w' = W - 1 - w counting from the window's end, i.e.
+            with the kernel flipped and C and F exchanged,
+            x[n, i] = sum over w' of y'[n, i + w' d - ((W - 1) d - lo)] k'[w']: a convolution of y'
+            with stride 1, dilation d and (W - 1) d - lo zeros before; after, as many as bring the
+            outputs to the size of x.
+    kernel  k[w] = sum over n, o of x[n, o s + w d - lo] y[n, o]: the sum runs over images and
+            outputs, so they are the features and the window, C is the batch; w is the position, so
+            its step d is the stride, and s the dilation.
     """
     if role == "output":
         return lax_convolution(a, b, g)
     if role == "input":
         k, y = a, b
         spread = g._replace(sizes=g.outputs, strides=(1, 1), padding=g.pullback_padding)
-        return lax_convolution(y, jnp.flip(k, (0, 1)).swapaxes(2, 3), spread, lhs_dilation=g.strides)
-    turned = g._replace(window=g.outputs, strides=g.dilation, padding=g.tight_padding, dilation=g.strides)
+        return lax_convolution(
+            y, jnp.flip(k, (0, 1)).swapaxes(2, 3), spread, lhs_dilation=g.strides
+        )
+    turned = g._replace(
+        window=g.outputs, strides=g.dilation, padding=g.tight_padding, dilation=g.strides
+    )
 
     def kernel_of(x, y):
-        return lax_convolution(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), turned).transpose(1, 2, 0, 3)
+        return lax_convolution(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), turned).transpose(
+            1, 2, 0, 3
+        )
 
     x, y = a, b
     batch, features = y.shape[0], y.shape[-1]
@@ -175,13 +221,19 @@ def _canonical(role: str, a, b, g: Geometry):
     x, y = (images.reshape(together, batch // together, *images.shape[1:]) for images in (x, y))
 
     def add_part(i, total):
-        return total + kernel_of(*(lax.dynamic_index_in_dim(images, i, axis=1, keepdims=False) for images in (x, y)))
+        return total + kernel_of(
+            *(lax.dynamic_index_in_dim(images, i, axis=1, keepdims=False) for images in (x, y))
+        )
 
-    return lax.fori_loop(0, batch // together, add_part, jnp.zeros((*g.window, x.shape[-1], features), x.dtype))
+    return lax.fori_loop(
+        0, batch // together, add_part, jnp.zeros((*g.window, x.shape[-1], features), x.dtype)
+    )
 
 
 def _fast_in_float64(role: str, a, b, g: Geometry) -> bool:
-    """Does YNNPACK take this map in float64? Eigen does not, so there it is YNNPACK or the loop nest."""
+    """Does YNNPACK take this map in float64? Eigen does not, so there it is YNNPACK or the loop
+    nest.
+    """
     channels, features = _features(role, a, b, g)
     if role == "kernel":
         channels = _batch(role, a, b)  # as in `_canonical`
@@ -194,23 +246,38 @@ def _fast_in_float64(role: str, a, b, g: Geometry) -> bool:
 def _with_a_row(role: str, a, b, g: Geometry):
     """One spatial axis: images of height 1."""
     image = Geometry(
-        (1, *g.sizes), (1, *g.window), (1, *g.strides), ((0, 0), *g.padding), (1, *g.dilation), 1, g.precision
+        (1, *g.sizes),
+        (1, *g.window),
+        (1, *g.strides),
+        ((0, 0), *g.padding),
+        (1, *g.dilation),
+        1,
+        g.precision,
     )
-    maps = {"input": lambda x: x[:, None], "kernel": lambda k: k[None], "output": lambda y: y[:, None]}
+    maps = {
+        "input": lambda x: x[:, None],
+        "kernel": lambda k: k[None],
+        "output": lambda y: y[:, None],
+    }
     return substitute(role, a, b, g, maps, functools.partial(_canonical, g=image))
 
 
 def _adjoint(role: str, a, b, g: Geometry):
-    """Input and output exchanged: with stride 1, T(x, k, y) = T*(y, flipped k, x), as in `_canonical`.
+    """Input and output exchanged: with stride 1, T(x, k, y) = T*(y, flipped k, x), as in
+    `_canonical`.
 
     So few output features become few input features.
     """
     exchanged = {"input": "output", "kernel": "kernel", "output": "input"}
-    operands = {exchanged[name]: operand for name, operand in zip(others(role), (a, b), strict=True)}
+    operands = {
+        exchanged[name]: operand for name, operand in zip(others(role), (a, b), strict=True)
+    }
     if role != "kernel":
         operands["kernel"] = _flip(operands["kernel"], g)
     a, b = (operands[name] for name in others(exchanged[role]))
-    result = convolution(exchanged[role], a, b, geometry=g._replace(sizes=g.outputs, padding=g.pullback_padding))
+    result = convolution(
+        exchanged[role], a, b, geometry=g._replace(sizes=g.outputs, padding=g.pullback_padding)
+    )
     return _flip(result, g) if role == "kernel" else result
 
 
@@ -232,7 +299,8 @@ def _grouped(role: str, a, b, g: Geometry):
 
 
 def _depthwise(role: str, a, b, g: Geometry):
-    """One input feature in each group: sums of products, feature by feature, without matrix products.
+    """One input feature in each group: sums of products, feature by feature, without matrix
+    products.
 
     m output features in each group are m groups with one, for an x that is repeated m times.
     """

@@ -1,10 +1,11 @@
 """Depthwise convolution on a CPU: sums of products, feature by feature, without matrix products.
 
-T = sum over w of sum(x shifted to w * k[w] * y) for x [N, *spatial, C], k [*window, C] and y [N, *outputs, C].
+T = sum over w of sum(x shifted to w * k[w] * y) for x [N, *spatial, C], k [*window, C] and y [N,
+*outputs, C].
 
-XLA fuses the products of unrolled taps and keeps all features of a few pixels in vector registers. Its own convolution is
-10 to 50 times slower. Larger windows use a loop over blocks of taps, so the size of the program does not depend on the
-window.
+XLA fuses the products of unrolled taps and keeps all features of a few pixels in vector registers.
+Its own convolution is 10 to 50 times slower. Larger windows use a loop over blocks of taps, so the
+size of the program does not depend on the window.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def featurewise(role: str, a, b, g: Geometry):
     pads = [(lo, hi, s - 1) for (lo, hi), s in zip(g.pullback_padding, g.strides, strict=True)]
     y = lax.pad(y, jnp.zeros((), y.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
     ones, none = (1,) * g.rank, ((0, 0),) * g.rank
-    return _output(y, jnp.flip(k, range(g.rank)), g._replace(sizes=y.shape[1:-1], strides=ones, padding=none))
+    return _output(
+        y, jnp.flip(k, range(g.rank)), g._replace(sizes=y.shape[1:-1], strides=ones, padding=none)
+    )
 
 
 def _output(x, k, g: Geometry):
@@ -49,15 +52,19 @@ def _output(x, k, g: Geometry):
     if math.prod(g.window) <= AT_ONCE and math.prod(rows) + row <= IN_A_PROGRAM:
         return _written_out(pad_spatial(x, g.tight_padding), k, _over_padded(g, g.window))
     x, block, counts = _in_blocks(x, g, BLOCK)
-    extra = [(0, n * size - w, 0) for n, size, w in zip(counts, block.window, g.window, strict=True)]
+    extra = [
+        (0, n * size - w, 0) for n, size, w in zip(counts, block.window, g.window, strict=True)
+    ]
     k = lax.pad(k, jnp.zeros((), k.dtype), [*extra, (0, 0, 0)])
 
     def operands(i):
-        return _block_of(x, i, counts, block), _cut(k, _starts(i, counts, block.window), (*block.window, k.shape[-1]))
+        return _block_of(x, i, counts, block), _cut(
+            k, _starts(i, counts, block.window), (*block.window, k.shape[-1])
+        )
 
     def add_block(i, carry):
-        # Slice the next operands here. XLA would otherwise fuse the slices into the products, which makes them 10 times
-        # slower.
+        # Slice the next operands here. XLA would otherwise fuse the slices into the products, which
+        # makes them 10 times slower.
         total, (x, k) = carry
         return total + _written_out(x, k, block), operands(i + 1)
 
@@ -66,18 +73,27 @@ def _output(x, k, g: Geometry):
 
 
 def _written_out(x, k, g: Geometry):
-    """The sum of the products of all taps. The rows of a window share one function, which keeps the program short."""
+    """The sum of the products of all taps. The rows of a window share one function, which keeps the
+    program short.
+    """
     taps, outputs, stride, step = g.window[-1], g.outputs[-1], g.strides[-1], g.dilation[-1]
 
     @jax.jit
     def row(x, k):
         starts = range(0, taps * step, step)
         ends = (start + (outputs - 1) * stride + 1 for start in starts)
-        shifted = [lax.slice_in_dim(x, start, end, stride, axis=-2) for start, end in zip(starts, ends, strict=True)]
+        shifted = [
+            lax.slice_in_dim(x, start, end, stride, axis=-2)
+            for start, end in zip(starts, ends, strict=True)
+        ]
         weights = (lax.slice_in_dim(k, tap, tap + 1) for tap in range(taps))
         axes = (x.ndim - 2, x.ndim - 1)
         return functools.reduce(
-            jnp.add, [w * lax.broadcast_in_dim(v, w.shape, axes) for w, v in zip(shifted, weights, strict=True)]
+            jnp.add,
+            [
+                w * lax.broadcast_in_dim(v, w.shape, axes)
+                for w, v in zip(shifted, weights, strict=True)
+            ],
         )
 
     k = k.reshape(math.prod(k.shape[:-2]), *k.shape[-2:])
@@ -89,10 +105,14 @@ def _kernel(x, y, g: Geometry):
     x, block, counts = _in_blocks(x, g, SUMS)
     if max(counts) == 1:
         return _sums(x, y, block)
-    parts = lax.map(lambda i: _sums(_block_of(x, i, counts, block), y, block), jnp.arange(math.prod(counts)))
+    parts = lax.map(
+        lambda i: _sums(_block_of(x, i, counts, block), y, block), jnp.arange(math.prod(counts))
+    )
     # [n, n', .., w, w', .., C] -> [n w, n' w', .., C]
     parts = parts.reshape(*counts, *parts.shape[1:])
-    order = [axis for pair in zip(range(g.rank), range(g.rank, 2 * g.rank), strict=True) for axis in pair]
+    order = [
+        axis for pair in zip(range(g.rank), range(g.rank, 2 * g.rank), strict=True) for axis in pair
+    ]
     whole = [n * size for n, size in zip(counts, block.window, strict=True)]
     k = parts.transpose(*order, 2 * g.rank).reshape(*whole, x.shape[-1])
     return lax.slice(k, [0] * k.ndim, [*g.window, x.shape[-1]])
@@ -108,14 +128,21 @@ def _sums(x, y, g: Geometry):
         x, y = (a.reshape(*a.shape[:-2], a.shape[-2] * channels) for a in (x, y))
 
     def add_image(i, sums):
-        image, cotangent = (lax.dynamic_slice_in_dim(a, i, 1, allow_negative_indices=False) for a in (x, y))
+        image, cotangent = (
+            lax.dynamic_slice_in_dim(a, i, 1, allow_negative_indices=False) for a in (x, y)
+        )
         windows = slice_windows(image, g)
         return [total + window * cotangent for total, window in zip(sums, windows, strict=True)]
 
-    # Whole images are added first: XLA's reduction over images and outputs at once is 3 to 5 times slower.
+    # Whole images are added first: XLA's reduction over images and outputs at once is 3 to 5 times
+    # slower.
     start = [jnp.zeros((1, *y.shape[1:]), y.dtype)] * len(g.taps)
     sums = jnp.concatenate(lax.fori_loop(0, x.shape[0], add_image, start))
-    return sums.reshape(len(g.taps), math.prod(y.shape[1:]) // channels, channels).sum(1).reshape(*g.window, channels)
+    return (
+        sums.reshape(len(g.taps), math.prod(y.shape[1:]) // channels, channels)
+        .sum(1)
+        .reshape(*g.window, channels)
+    )
 
 
 # Blocks of taps
@@ -125,8 +152,8 @@ def _in_blocks(x, g: Geometry, most: int) -> tuple[jax.Array, Geometry, tuple[in
     """Cut the window into blocks of at most `most` taps.
 
     Returns:
-      x with its padding and with zeros for the excess taps of the last blocks, the geometry of one block without padding,
-      and the number of blocks along each axis.
+      x with its padding and with zeros for the excess taps of the last blocks, the geometry of one
+      block without padding, and the number of blocks along each axis.
     """
     window = []
     for taps in reversed(g.window):
@@ -134,13 +161,18 @@ def _in_blocks(x, g: Geometry, most: int) -> tuple[jax.Array, Geometry, tuple[in
         window.insert(0, -(-taps // blocks))
         most //= window[0]
     counts = tuple(-(-taps // size) for taps, size in zip(g.window, window, strict=True))
-    excess = [(n * size - w) * d for n, size, w, d in zip(counts, window, g.window, g.dilation, strict=True)]
+    excess = [
+        (n * size - w) * d
+        for n, size, w, d in zip(counts, window, g.window, g.dilation, strict=True)
+    ]
     pads = [(lo, hi + more) for (lo, hi), more in zip(g.tight_padding, excess, strict=True)]
     return pad_spatial(x, pads), _over_padded(g, tuple(window)), counts
 
 
 def _over_padded(g: Geometry, window: tuple[int, ...]) -> Geometry:
-    """The geometry of a block of taps over an input that includes its padding and ends at the last tap."""
+    """The geometry of a block of taps over an input that includes its padding and ends at the last
+    tap.
+    """
     steps = zip(g.outputs, g.strides, window, g.dilation, strict=True)
     sizes = tuple((o - 1) * s + (w - 1) * d + 1 for o, s, w, d in steps)
     return g._replace(sizes=sizes, window=window, padding=((0, 0),) * g.rank)
@@ -156,7 +188,11 @@ def _starts(i, counts, steps) -> list:
     """The start of block i along each axis."""
     table = np.stack(np.unravel_index(np.arange(math.prod(counts)), counts), -1).astype(np.int32)
     table *= np.asarray(steps, np.int32)
-    return list(lax.dynamic_index_in_dim(jnp.asarray(table), i, keepdims=False, allow_negative_indices=False))
+    return list(
+        lax.dynamic_index_in_dim(
+            jnp.asarray(table), i, keepdims=False, allow_negative_indices=False
+        )
+    )
 
 
 def _cut(x, starts, sizes):

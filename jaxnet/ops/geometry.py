@@ -1,4 +1,6 @@
-"""What convolution and pooling share: windows that slide over the spatial axes, and the trilinear form of a convolution."""
+"""What convolution and pooling share: windows that slide over the spatial axes, and the trilinear
+form of a convolution.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,21 @@ class Geometry(NamedTuple):
 
     @property
     def tight_padding(self) -> Pads:
-        """The padding with which the last window ends where the input does; negative where elements are never used."""
+        """The padding with which the last window ends where the input does; negative where elements
+        are never used.
+        """
         ends = zip(self.sizes, self.padding, self.outputs, self.strides, self.spans, strict=True)
         return tuple((lo, (o - 1) * s + span - size - lo) for size, (lo, _), o, s, span in ends)
 
     @property
     def pullback_padding(self) -> Pads:
-        """The padding of the convolution that brings outputs, spread out by the strides, back to the input (`_canonical`)."""
+        """The padding of the convolution that brings outputs, spread out by the strides, back to
+        the input (`_canonical`).
+        """
         ends = zip(self.sizes, self.padding, self.outputs, self.strides, self.spans, strict=True)
-        return tuple((span - 1 - lo, size - 1 + lo - (o - 1) * s) for size, (lo, _), o, s, span in ends)
+        return tuple(
+            (span - 1 - lo, size - 1 + lo - (o - 1) * s) for size, (lo, _), o, s, span in ends
+        )
 
     @property
     def taps(self) -> list[tuple[int, ...]]:
@@ -68,9 +76,19 @@ class Geometry(NamedTuple):
 
     @property
     def met(self) -> tuple[tuple[int, ...], Geometry]:
-        """The first tap that meets the input along each axis, and the geometry without taps that only meet padding."""
+        """The first tap that meets the input along each axis, and the geometry without taps that
+        only meet padding.
+        """
         first, window, padding = [], [], []
-        ends = zip(self.sizes, self.padding, self.window, self.outputs, self.strides, self.dilation, strict=True)
+        ends = zip(
+            self.sizes,
+            self.padding,
+            self.window,
+            self.outputs,
+            self.strides,
+            self.dilation,
+            strict=True,
+        )
         for size, (lo, hi), w, o, s, d in ends:
             start = max(0, (lo - (o - 1) * s) // d)
             stop = min(w, -(-(size - 1 + lo) // d) + 1)
@@ -91,9 +109,17 @@ class Geometry(NamedTuple):
 
 
 def window_geometry(
-    what: str, shape, window, strides, padding, dilation: Any = 1, groups: int = 1, precision: Any = None
+    what: str,
+    shape,
+    window,
+    strides,
+    padding,
+    dilation: Any = 1,
+    groups: int = 1,
+    precision: Any = None,
 ) -> Geometry:
-    """The geometry of windows over arrays [N, *spatial, C] of this shape; `what` is the name that errors start with.
+    """The geometry of windows over arrays [N, *spatial, C] of this shape; `what` is the name that
+    errors start with.
 
     Raises: ValueError for options of the wrong form, or where no window fits.
     """
@@ -132,27 +158,34 @@ def resolve_padding(what: str, padding, sizes, window, strides, dilation) -> Pad
             return ((0, 0),) * rank
         if padding.upper() == "SAME":
             spans = [(w - 1) * d + 1 for w, d in zip(window, dilation, strict=True)]
-            totals = [max(0, (-(-n // s) - 1) * s + span - n) for n, s, span in zip(sizes, strides, spans, strict=True)]
+            totals = [
+                max(0, (-(-n // s) - 1) * s + span - n)
+                for n, s, span in zip(sizes, strides, spans, strict=True)
+            ]
             return tuple((total // 2, total - total // 2) for total in totals)
         raise ValueError(
-            f"{what}: padding must be 'SAME', 'VALID', an int or (before, after) for each axis, got {padding!r}"
+            f"{what}: padding must be 'SAME', 'VALID', an int or (before, after) for each axis, "
+            f"got {padding!r}"
         )
     try:
         pads = tuple(
-            (int(lo), int(hi)) for lo, hi in ([(padding, padding)] * rank if np.ndim(padding) == 0 else padding)
+            (int(lo), int(hi))
+            for lo, hi in ([(padding, padding)] * rank if np.ndim(padding) == 0 else padding)
         )
     except (TypeError, ValueError):
         pads = ()
     if len(pads) != rank or min(min(pair) for pair in pads) < 0:
         raise ValueError(
-            f"{what}: padding must be 'SAME', 'VALID', an int or (before, after), neither negative, for each of the {rank} "
-            f"spatial axes, got {padding!r}"
+            f"{what}: padding must be 'SAME', 'VALID', an int or (before, after), neither "
+            f"negative, for each of the {rank} spatial axes, got {padding!r}"
         )
     return pads
 
 
 def is_static(size) -> bool:
-    """Whether the size of an axis is known. In a program exported for any size, it is an expression without an order."""
+    """Whether the size of an axis is known. In a program exported for any size, it is an expression
+    without an order.
+    """
     return isinstance(size, int | np.integer)
 
 
@@ -161,35 +194,51 @@ def pad_spatial(x, pads, value: float = 0):
     if not any(map(any, pads)):
         return x
     rest = x.ndim - 1 - len(pads)
-    return lax.pad(x, jnp.asarray(value, x.dtype), [(0, 0, 0), *((lo, hi, 0) for lo, hi in pads), *[(0, 0, 0)] * rest])
+    return lax.pad(
+        x,
+        jnp.asarray(value, x.dtype),
+        [(0, 0, 0), *((lo, hi, 0) for lo, hi in pads), *[(0, 0, 0)] * rest],
+    )
 
 
 def slice_windows(x, g: Geometry, value: float = 0) -> list[jax.Array]:
-    """For each tap w, the elements x[n, o s + w d - lo, ...] for all outputs o: arrays [N, *outputs, ...]."""
+    """For each tap w, the elements x[n, o s + w d - lo, ...] for all outputs o: arrays [N,
+    *outputs, ...].
+    """
     x = pad_spatial(x, g.tight_padding, value)
     features = x.shape[g.rank + 1 :]
 
     def shifted(tap):
         starts = [w * d for w, d in zip(tap, g.dilation, strict=True)]
-        stops = [start + (o - 1) * s + 1 for start, o, s in zip(starts, g.outputs, g.strides, strict=True)]
+        stops = [
+            start + (o - 1) * s + 1
+            for start, o, s in zip(starts, g.outputs, g.strides, strict=True)
+        ]
         none, ones = [0] * len(features), [1] * len(features)
-        return lax.slice(x, [0, *starts, *none], [x.shape[0], *stops, *features], [1, *g.strides, *ones])
+        return lax.slice(
+            x, [0, *starts, *none], [x.shape[0], *stops, *features], [1, *g.strides, *ones]
+        )
 
     return [shifted(tap) for tap in g.taps]
 
 
 def split_windows(x, g: Geometry, value: float = 0) -> jax.Array:
-    """For windows that do not overlap: x cut into them, [N, *spatial, C] -> [N, o, w, o', w', ..., C], without copies of it."""
+    """For windows that do not overlap: x cut into them, [N, *spatial, C] -> [N, o, w, o', w', ...,
+    C], without copies of it.
+    """
     ends = zip(g.sizes, g.padding, g.outputs, g.strides, strict=True)
     x = pad_spatial(x, [(lo, o * s - size - lo) for size, (lo, _), o, s in ends], value)
-    for axis, o, s, span, d in zip(g.tap_axes, g.outputs, g.strides, g.spans, g.dilation, strict=True):
+    for axis, o, s, span, d in zip(
+        g.tap_axes, g.outputs, g.strides, g.spans, g.dilation, strict=True
+    ):
         # Split one axis at a time, because JAX can then infer the sharding of the result.
         x = x.reshape(*x.shape[: axis - 1], o, s, *x.shape[axis:])
         x = lax.slice_in_dim(x, 0, span, d, axis=axis)
     return x
 
 
-# The trilinear form T(x, k, y) of a convolution: its operands, and a map for each, named by the operand that it returns
+# The trilinear form T(x, k, y) of a convolution: its operands, and a map for each, named by the
+# operand that it returns
 
 ROLES = ("input", "kernel", "output")
 
@@ -209,7 +258,9 @@ def shape_of(role: str, a, b, g: Geometry) -> tuple[int, ...]:
 
 
 def plain(role: str, a, b, *, geometry: Geometry):
-    """The map as JAX itself writes it: a convolution, or the transpose that autodiff makes of it."""
+    """The map as JAX itself writes it: a convolution, or the transpose that autodiff makes of
+    it.
+    """
     if role == "output":
         return lax_convolution(a, b, geometry)
     spec = jax.ShapeDtypeStruct(shape_of(role, a, b, geometry), a.dtype)
@@ -219,9 +270,12 @@ def plain(role: str, a, b, *, geometry: Geometry):
 
 
 def lax_convolution(x, kernel, g: Geometry, **options):
-    """x [N, *spatial, C], kernel [*window, C / groups, F] -> [N, *outputs, F] by JAX's own convolution."""
+    """x [N, *spatial, C], kernel [*window, C / groups, F] -> [N, *outputs, F] by JAX's own
+    convolution.
+    """
     n = g.rank
-    image, weight = (0, n + 1, *range(1, n + 1)), (n + 1, n, *range(n))  # where N, C, *spatial and F, C, *window are
+    # The positions of N, C, *spatial and of F, C, *window.
+    image, weight = (0, n + 1, *range(1, n + 1)), (n + 1, n, *range(n))
     return lax.conv_general_dilated(
         x,
         kernel,

@@ -1,6 +1,8 @@
-"""Pooling as maxima and sums of shifted slices. Gradients of XLA's reduce-window are 3 to 100 times slower on a CPU.
+"""Pooling as maxima and sums of shifted slices. Gradients of XLA's reduce-window are 3 to 100 times
+slower on a CPU.
 
-Short windows are unrolled, axis by axis. A long window along an axis is combined from windows of half its length.
+Short windows are unrolled, axis by axis. A long window along an axis is combined from windows of
+half its length.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from jaxnet.ops.geometry import Geometry, pad_spatial, slice_windows, split_wind
 
 __all__ = ["avg_pool", "max_pool"]
 
-# Taps: a larger window is pooled axis by axis, by h + w slices and not h w (measured faster from 9 on).
+# Taps: a larger window is pooled axis by axis, by h + w slices and not h w (measured faster from 9
+# on).
 AT_ONCE = 4
-# Taps along one axis: longer windows are combined from windows of half the length, with 2 log2(w) slices instead of w.
+# Taps along one axis: longer windows are combined from windows of half the length, with 2 log2(w)
+# slices instead of w.
 LONG = 4
 
 
@@ -32,18 +36,22 @@ def max_pool(
 ) -> jax.Array:
     """Take the largest element of each window, y[n, o, c] = max over w of x[n, o s + w - lo, c].
 
-    The gradient goes to one element of each window: the first of the largest in row-major order, as in PyTorch and in XLA's
-    own gradient of a window maximum (`jnp.max` shares it equally). Padding never wins. NaNs are passed on.
+    The gradient goes to one element of each window: the first of the largest in row-major order, as
+    in PyTorch and in XLA's own gradient of a window maximum (`jnp.max` shares it equally). Padding
+    never wins. NaNs are passed on.
 
     Args:
       x: [N, *spatial, C], real numbers of any dtype.
       window: its size along each spatial axis; one int for all of them.
       strides: s, the step between windows; the window by default, so that windows do not overlap.
-      padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), an int, or (before, after) for each axis.
+      padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), an int, or
+        (before, after) for each axis.
 
-    Returns: [N, *outputs, C] in the dtype of x, outputs = floor((size + before + after - window) / s) + 1.
+    Returns: [N, *outputs, C] in the dtype of x, outputs = floor((size + before + after - window) /
+    s) + 1.
 
-    Raises: TypeError for complex numbers and booleans, ValueError for shapes and options that do not fit.
+    Raises: TypeError for complex numbers and booleans, ValueError for shapes and options that do
+    not fit.
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.integer):
@@ -60,44 +68,63 @@ def avg_pool(
     strides: int | Sequence[int] | None = None,
     padding: str | int | Sequence[tuple[int, int]] = "VALID",
 ) -> jax.Array:
-    """Take the mean of each window over the elements that are in x: y[n, o, c] = mean over w of x[n, o s + w - lo, c].
+    """Take the mean of each window over the elements that are in x: y[n, o, c] = mean over w of
+    x[n, o s + w - lo, c].
 
-    Padding is not counted, as in TensorFlow, in Keras and in PyTorch with count_include_pad=False; a mean of a constant is
-    that constant up to the edges. (Flax and PyTorch count the zeros by default.)
+    Padding is not counted, as in TensorFlow, in Keras and in PyTorch with count_include_pad=False;
+    a mean of a constant is that constant up to the edges. (Flax and PyTorch count the zeros by
+    default.)
 
     Args, Returns, Raises: as `max_pool`; x is floating or complex.
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(f"avg_pool: x must be floating, got {x.dtype}; convert it, as in x.astype(jnp.float32)")
+        raise TypeError(
+            f"avg_pool: x must be floating, got {x.dtype}; convert it, as in x.astype(jnp.float32)"
+        )
     g = pool_geometry("avg_pool", x.shape, window, strides, padding)
     narrow = x.dtype in (jnp.bfloat16, jnp.float16)
     total = x.astype(jnp.float32) if narrow else x
     for part in [g] if g.apart else _by_axis(g):
         total = _window_sum(total, part)
-    # How many elements of each window are in x: a product over the axes, known before anything runs.
-    starts = [np.arange(o) * s - lo for o, s, (lo, _) in zip(g.outputs, g.strides, g.padding, strict=True)]
-    ends = [np.minimum(start + w, size) for start, w, size in zip(starts, g.window, g.sizes, strict=True)]
+    # How many elements of each window are in x: a product over the axes, known before anything
+    # runs.
+    starts = [
+        np.arange(o) * s - lo for o, s, (lo, _) in zip(g.outputs, g.strides, g.padding, strict=True)
+    ]
+    ends = [
+        np.minimum(start + w, size)
+        for start, w, size in zip(starts, g.window, g.sizes, strict=True)
+    ]
     along = [end - np.maximum(start, 0) for start, end in zip(starts, ends, strict=True)]
     counts = functools.reduce(np.multiply.outer, along)
-    scale = lax.broadcast_in_dim(jnp.asarray(1 / counts, total.dtype), total.shape, range(1, g.rank + 1))
+    scale = lax.broadcast_in_dim(
+        jnp.asarray(1 / counts, total.dtype), total.shape, range(1, g.rank + 1)
+    )
     return (total * scale).astype(x.dtype)
 
 
 def pool_geometry(what: str, shape, window, strides, padding) -> Geometry:
-    """The windows of a pooling over arrays [N, *spatial, C] of this shape; errors start with `what`."""
+    """The windows of a pooling over arrays [N, *spatial, C] of this shape; errors start with
+    `what`.
+    """
     if len(shape) < 3:
-        raise ValueError(f"{what}: x must be [N, *spatial, C] with 1 spatial axis or more, got shape {shape}")
+        raise ValueError(
+            f"{what}: x must be [N, *spatial, C] with 1 spatial axis or more, got shape {shape}"
+        )
     g = window_geometry(what, shape, window, window if strides is None else strides, padding)
     if any(max(pair) >= w for pair, w in zip(g.padding, g.window, strict=True)):
         raise ValueError(
-            f"{what}: padding must be smaller than the window, {g.window}, or one holds no element; got {padding!r}"
+            f"{what}: padding must be smaller than the window, {g.window}, or one holds no "
+            f"element; got {padding!r}"
         )
     return g
 
 
 def _by_axis(g: Geometry) -> list[Geometry]:
-    """The pooling in one step, or one for each axis, the last axis first: then the first of the largest is the row-major one."""
+    """The pooling in one step, or one for each axis, the last axis first: then the first of the
+    largest is the row-major one.
+    """
     if len(g.taps) <= AT_ONCE:
         return [g]
     parts = []
@@ -117,10 +144,10 @@ def _by_axis(g: Geometry) -> list[Geometry]:
 def _halves(g: Geometry) -> list[Geometry]:
     """Split a pooling with a long window along one axis into steps of two taps each.
 
-    The maximum over 2 m elements is that of two maxima over m. The last two windows may overlap, because an element may
-    count twice. For x from 0 to n - 1, the maxima over m elements are at positions -lo to n + hi - m, and windows with at
-    least one element of x are at positions -(m - 1) to n - 1. Only positions in both ranges are kept, so every window has
-    an element of x.
+    The maximum over 2 m elements is that of two maxima over m. The last two windows may overlap,
+    because an element may count twice. For x from 0 to n - 1, the maxima over m elements are at
+    positions -lo to n + hi - m, and windows with at least one element of x are at positions -(m -
+    1) to n - 1. Only positions in both ranges are kept, so every window has an element of x.
     """
     axis = max(range(g.rank), key=lambda i: g.window[i])
     taps, size, (lo, hi) = g.window[axis], g.sizes[axis], g.padding[axis]
@@ -164,14 +191,20 @@ def _window_sum(x, g: Geometry):
 
 
 def _running_sum(x, taps: int, axis: int):
-    """The sums of `taps` consecutive elements along an axis, each computed from two sums of half as many."""
+    """The sums of `taps` consecutive elements along an axis, each computed from two sums of half as
+    many.
+    """
     if taps == 1:
         return x
     half = _running_sum(x, taps // 2, axis)
-    total = lax.slice_in_dim(half, 0, -(taps // 2), axis=axis) + lax.slice_in_dim(half, taps // 2, None, axis=axis)
+    total = lax.slice_in_dim(half, 0, -(taps // 2), axis=axis) + lax.slice_in_dim(
+        half, taps // 2, None, axis=axis
+    )
     if taps % 2 == 0:
         return total
-    return lax.slice_in_dim(total, 0, -1, axis=axis) + lax.slice_in_dim(x, taps - 1, None, axis=axis)
+    return lax.slice_in_dim(total, 0, -1, axis=axis) + lax.slice_in_dim(
+        x, taps - 1, None, axis=axis
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -189,16 +222,19 @@ def _max_by_halves(x, g: Geometry):
 
 @_window_max.defjvp
 def _window_max_jvp(g: Geometry, primals, tangents):
-    """The tangent of the element that is taken; the transpose puts a cotangent back there. Linear, so all modes follow.
+    """The tangent of the element that is taken; the transpose puts a cotangent back there. Linear,
+    so all modes follow.
 
-    Elements are compared with each other, never with the largest: that, computed once more in another program, may differ
-    from every element in its last bit (so the gradient of `jnp.max` can lose all, or divide by none).
+    Elements are compared with each other, never with the largest: that, computed once more in
+    another program, may differ from every element in its last bit (so the gradient of `jnp.max` can
+    lose all, or divide by none).
     """
     if max(g.window) > LONG:
         return jax.jvp(lambda x: _max_by_halves(x, g), primals, tangents)
     (x,), (tangent,) = primals, tangents
     y = _window_max(x, g)
-    # The padding must be less than every element, including -inf. Masking it instead would be three times slower.
+    # The padding must be less than every element, including -inf. Masking it instead would be three
+    # times slower.
     if max(max(g.padding)) > 0 and jnp.issubdtype(x.dtype, jnp.floating):
         x = jnp.maximum(x, jnp.finfo(x.dtype).min)
     largest, *others = slice_windows(x, g, _least(x.dtype))
@@ -212,7 +248,9 @@ def _window_max_jvp(g: Geometry, primals, tangents):
         taken = lax.select(larger, lax.full_like(taken, tap), taken)
     windows = slice_windows(tangent, g)
     none = lax.full_like(windows[0], 0)
-    return y, functools.reduce(jnp.add, [lax.select(taken == tap, w, none) for tap, w in enumerate(windows)])
+    return y, functools.reduce(
+        jnp.add, [lax.select(taken == tap, w, none) for tap, w in enumerate(windows)]
+    )
 
 
 def _is_larger(window, largest):

@@ -1,4 +1,5 @@
-"""Changes of variables for `convolution_cpu`: unfold windows into features, or loop over their taps.
+"""Changes of variables for `convolution_cpu`: unfold windows into features, or loop over their
+taps.
 
 Each form takes `inner`, the map of the convolution over the remaining axes.
 """
@@ -13,7 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnet.ops.geometry import Geometry, others, pad_spatial, shape_of, slice_windows, split_windows
+from jaxnet.ops.geometry import (
+    Geometry,
+    others,
+    pad_spatial,
+    shape_of,
+    slice_windows,
+    split_windows,
+)
 
 # Windows with more taps are combined from short ones.
 WRITTEN_OUT = 5
@@ -23,16 +31,20 @@ Inner = Callable[..., jax.Array]
 
 
 def substitute(role: str, a, b, g: Geometry, maps, inner):
-    """The map of T called `role` from that of T': `maps` are X, K and Y by role, inner(role, a', b') is the map of T'."""
+    """The map of T called `role` from that of T': `maps` are X, K and Y by role, inner(role, a',
+    b') is the map of T'.
+    """
     mapped = [maps[name](operand) for name, operand in zip(others(role), (a, b), strict=True)]
     spec = jax.ShapeDtypeStruct(shape_of(role, a, b, g), a.dtype)
     return jax.linear_transpose(maps[role], spec)(inner(role, *mapped))[0]
 
 
 def unfolded(role: str, a, b, g: Geometry, inner: Inner, *, axes: int):
-    """Unfold the windows along the first `axes` axes into features, which leaves a convolution over the other axes.
+    """Unfold the windows along the first `axes` axes into features, which leaves a convolution over
+    the other axes.
 
-    x [N, I.., rest, C] -> [N O.., rest, w.. C]; kernel [w.., rest, C, F] -> [rest, w.. C, F]; y -> [N O.., rest, F].
+    x [N, I.., rest, C] -> [N O.., rest, w.. C]; kernel [w.., rest, C, F] -> [rest, w.. C, F]; y ->
+    [N O.., rest, F].
     """
     first, rest = g.axes(slice(axes)), g.axes(slice(axes, None))
 
@@ -57,7 +69,8 @@ def _side_by_side(x, g: Geometry):
     taps, step = g.window[0], g.dilation[0]
     if g.rank > 1 or taps <= WRITTEN_OUT:
         return jnp.concatenate(slice_windows(x, g), -1)
-    # A long window consists of short ones, which takes about 2 sqrt(w) slices instead of w and compiles faster.
+    # A long window consists of short ones, which takes about 2 sqrt(w) slices instead of w and
+    # compiles faster.
     few, channels, reach = math.isqrt(taps), x.shape[-1], (g.outputs[0] - 1) * g.strides[0] + 1
     x = pad_spatial(x, g.tight_padding)
     short = Geometry((x.shape[1],), (few,), (1,), ((0, 0),), (step,))
@@ -68,7 +81,11 @@ def _side_by_side(x, g: Geometry):
 
     whole = [at(tap) for tap in range(0, taps - few + 1, few)]
     rest = taps % few
-    last = [lax.slice_in_dim(at(taps - few), (few - rest) * channels, few * channels, axis=-1)] if rest else []
+    last = (
+        [lax.slice_in_dim(at(taps - few), (few - rest) * channels, few * channels, axis=-1)]
+        if rest
+        else []
+    )
     return jnp.concatenate(whole + last, -1)
 
 
@@ -83,7 +100,12 @@ def by_taps(role: str, a, b, g: Geometry, inner: Inner):
     This serves long windows: neither the program nor the patches grow with the window.
     """
     first, rest = g.axes(slice(1)), g.axes(slice(1, None))
-    (taps,), (outputs,), (stride,), (step,) = first.window, first.outputs, first.strides, first.dilation
+    (taps,), (outputs,), (stride,), (step,) = (
+        first.window,
+        first.outputs,
+        first.strides,
+        first.dilation,
+    )
     reach = (outputs - 1) * stride + 1
 
     def rows(x, tap):
@@ -112,8 +134,14 @@ def by_taps(role: str, a, b, g: Geometry, inner: Inner):
     cotangent = joined(y, 1)
 
     def add_input(tap, x):
-        found = inner(role, part(k, tap), cotangent, geometry=rest).reshape(x.shape[0], outputs, *x.shape[2:])
-        found = lax.pad(found, jnp.zeros((), x.dtype), [(0, 0, stride - 1 if i == 1 else 0) for i in range(x.ndim)])
+        found = inner(role, part(k, tap), cotangent, geometry=rest).reshape(
+            x.shape[0], outputs, *x.shape[2:]
+        )
+        found = lax.pad(
+            found,
+            jnp.zeros((), x.dtype),
+            [(0, 0, stride - 1 if i == 1 else 0) for i in range(x.ndim)],
+        )
         old = lax.dynamic_slice_in_dim(x, tap * step, reach, axis=1, allow_negative_indices=False)
         return lax.dynamic_update_slice_in_dim(x, old + found, tap * step, axis=1)
 
@@ -124,11 +152,14 @@ def by_taps(role: str, a, b, g: Geometry, inner: Inner):
 def unfolded_planes(role: str, a, b, g: Geometry):
     """`unfolded` for few features, where each feature of each tap is a separate plane, [w C, N O].
 
-    It serves the gradients only. That of the kernel is planes y; that of the input folds kernel y^T back from planes.
+    It serves the gradients only. That of the kernel is planes y; that of the input folds kernel y^T
+    back from planes.
     """
 
     def unfold(x):
-        windows = jax.vmap(lambda plane: jnp.stack(slice_windows(plane, g)), in_axes=-1, out_axes=1)(x)
+        windows = jax.vmap(
+            lambda plane: jnp.stack(slice_windows(plane, g)), in_axes=-1, out_axes=1
+        )(x)
         return windows.reshape(windows.shape[0] * windows.shape[1], math.prod(windows.shape[2:]))
 
     def inner(role, a, b):

@@ -1,4 +1,6 @@
-"""Training: a pure step, many steps as one compiled call, and a host loop over those. Each level is usable alone."""
+"""Training: a pure step, many steps as one compiled call, and a host loop over those. Each level is
+usable alone.
+"""
 
 from jaxnet.train.batch import Weighted
 from jaxnet.train.cache import compile_cache

@@ -18,9 +18,10 @@ __all__ = ["fitting", "is_lazy", "on_device", "rows_of"]
 def is_lazy(leaf: Any) -> bool:
     """Whether an array is read row by row instead of being copied to the device.
 
-    These are memory maps, and objects with `shape`, `dtype` and `array[rows]` but without a conversion of the whole: h5py
-    and zarr datasets, `jaxnet.data.Windows`. Series, frames and tensors of other libraries are in memory and are copied by
-    position, because their `[]` may look up rows by label.
+    These are memory maps, and objects with `shape`, `dtype` and `array[rows]` but without a
+    conversion of the whole: h5py and zarr datasets, `jaxnet.data.Windows`. Series, frames and
+    tensors of other libraries are in memory and are copied by position, because their `[]` may look
+    up rows by label.
     """
     if isinstance(leaf, np.memmap):
         return True
@@ -51,21 +52,26 @@ def on_device(data: Any) -> Any:
 
 
 def rows_of(path: str, leaf: Any, rows: np.ndarray) -> np.ndarray:
-    """Rows of an array that is read lazily, in any order and with repetitions. They are read in increasing order."""
+    """Rows of an array that is read lazily, in any order and with repetitions. They are read in
+    increasing order.
+    """
     wanted, inverse = np.unique(rows, return_inverse=True)
     values = leaf.oindex[wanted] if hasattr(leaf, "oindex") else leaf[wanted]
     if isinstance(values, list | tuple) or not hasattr(values, "shape"):
         values = np.asarray(values)
     if tuple(values.shape) != (len(wanted), *leaf.shape[1:]):
         raise TypeError(
-            f"data: '{path}', a {type(leaf).__name__}, gives {list(values.shape)} for {len(wanted)} rows, not "
-            f"{[len(wanted), *leaf.shape[1:]]}; pass an array whose `array[rows]` gives these rows, or np.asarray of it"
+            f"data: '{path}', a {type(leaf).__name__}, gives {list(values.shape)} for "
+            f"{len(wanted)} rows, not {[len(wanted), *leaf.shape[1:]]}; pass an array whose "
+            "`array[rows]` gives these rows, or np.asarray of it"
         )
     return np.asarray(values)[inverse]
 
 
 def fitting(path: str, leaf: Any) -> Any:
-    """The leaf in the dtype that JAX gives it. 64-bit integers are checked before they are cut to 32 bits."""
+    """The leaf in the dtype that JAX gives it. 64-bit integers are checked before they are cut to
+    32 bits.
+    """
     if isinstance(leaf, jax.Array):
         return leaf
     array = _as_numpy(path, leaf)
@@ -73,8 +79,8 @@ def fitting(path: str, leaf: Any) -> Any:
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype.names:
         raise TypeError(
-            f"data: '{path}' is a structured array with the fields {list(array.dtype.names)}; pass a dict of its fields, "
-            "{name: array[name] for name in array.dtype.names}"
+            f"data: '{path}' is a structured array with the fields {list(array.dtype.names)}; "
+            "pass a dict of its fields, {name: array[name] for name in array.dtype.names}"
         )
     # The narrow floats of JAX are of kind V, as raw bytes are.
     if array.dtype.kind not in "biufcV" or array.dtype.type is np.void:
@@ -85,8 +91,8 @@ def fitting(path: str, leaf: Any) -> Any:
         if low < info.min or high > info.max:
             worst = low if low < info.min else high
             raise ValueError(
-                f"data: '{path}' holds {worst}, which {array.dtype} can and {wanted} cannot; JAX would wrap it around: "
-                "use smaller numbers, or set jax_enable_x64"
+                f"data: '{path}' holds {worst}, which {array.dtype} can and {wanted} cannot; JAX "
+                "would wrap it around: use smaller numbers, or set jax_enable_x64"
             )
     return array.astype(wanted, copy=False)
 
@@ -94,9 +100,14 @@ def fitting(path: str, leaf: Any) -> Any:
 def _as_numpy(path: str, leaf: Any) -> np.ndarray:
     """The numbers of an array of any library, by position."""
     if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
-        raise TypeError(f"data: '{path}' has masked entries, which JAX would read; fill them, or give them weight 0")
+        raise TypeError(
+            f"data: '{path}' has masked entries, which JAX would read; fill them, or give them "
+            "weight 0"
+        )
     if hasattr(leaf, "toarray"):
-        raise TypeError(f"data: '{path}' is a sparse {type(leaf).__name__}; make it dense, with .toarray()")
+        raise TypeError(
+            f"data: '{path}' is a sparse {type(leaf).__name__}; make it dense, with .toarray()"
+        )
     try:
         return np.asarray(leaf)
     except Exception as error:
@@ -105,6 +116,6 @@ def _as_numpy(path: str, leaf: Any) -> np.ndarray:
             with contextlib.suppress(Exception):
                 return np.asarray(jax.dlpack.from_dlpack(leaf))
         raise TypeError(
-            f"data: '{path}', a {type(leaf).__name__}, cannot be read as a NumPy array ({error}); convert it first, a "
-            "tensor of PyTorch with .detach().cpu().numpy()"
+            f"data: '{path}', a {type(leaf).__name__}, cannot be read as a NumPy array "
+            f"({error}); convert it first, a tensor of PyTorch with .detach().cpu().numpy()"
         ) from error

@@ -1,4 +1,6 @@
-"""The role of each axis of each value in a traced program, and the operations that pair examples by broadcasting."""
+"""The role of each axis of each value in a traced program, and the operations that pair examples by
+broadcasting.
+"""
 
 from __future__ import annotations
 
@@ -64,12 +66,17 @@ def pairs_in(program: Any, batch_leaves: int, stretched: frozenset[int]) -> list
     Args:
       program: a jaxpr, whose first inputs are the leaves of the batch.
       batch_leaves: how many they are.
-      stretched: sizes whose multiples are axes of examples; empty if only axes that descend from axis 0 of the batch are.
+      stretched: sizes whose multiples are axes of examples; empty if only axes that descend from
+        axis 0 of the batch are.
     """
     reader, values = _Reader(stretched), []
     for index, variable in enumerate(program.invars):
         shape = np.shape(variable.aval)
-        roles = (EXAMPLES, *[OTHER] * (len(shape) - 1)) if shape and index < batch_leaves else (OTHER,) * len(shape)
+        roles = (
+            (EXAMPLES, *[OTHER] * (len(shape) - 1))
+            if shape and index < batch_leaves
+            else (OTHER,) * len(shape)
+        )
         values.append(reader.value(shape, roles, variable))
     reader.read(program, values, "", "", False)
     return reader.found
@@ -79,7 +86,9 @@ class _Reader:
     def __init__(self, stretched: frozenset[int]):
         self.stretched, self.found, self.numbers = stretched, [], {}
 
-    def value(self, shape: Sequence[int], roles: Sequence[str], number: Hashable, **more: Any) -> Value:
+    def value(
+        self, shape: Sequence[int], roles: Sequence[str], number: Hashable, **more: Any
+    ) -> Value:
         settled = list(roles)
         for axis, (n, role) in enumerate(zip(shape, roles, strict=True)):
             if n == 1 and role in (EXAMPLES, OTHER):
@@ -88,7 +97,9 @@ class _Reader:
                 settled[axis] = EXAMPLES
         return Value(tuple(shape), tuple(settled), number, **more)
 
-    def read(self, program: Any, inputs: list[Value], name: str, place: str, quiet: bool) -> list[Value]:
+    def read(
+        self, program: Any, inputs: list[Value], name: str, place: str, quiet: bool
+    ) -> list[Value]:
         """Find the pairs of a program; returns its outputs."""
         known: dict[Any, Value] = dict(zip(program.invars, inputs, strict=True))
 
@@ -115,17 +126,31 @@ class _Reader:
             known.update(zip(equation.outvars, results, strict=True))
         return [get(variable) for variable in program.outvars]
 
-    def call(self, equation: Any, operands: list[Value], name: str, place: str, quiet: bool) -> list[Value] | None:
+    def call(
+        self, equation: Any, operands: list[Value], name: str, place: str, quiet: bool
+    ) -> list[Value] | None:
         """The results of an equation that calls other programs; None if it calls none."""
-        programs, kind, params = list(_inner_programs(equation)), equation.primitive.name, equation.params
+        programs, kind, params = (
+            list(_inner_programs(equation)),
+            equation.primitive.name,
+            equation.params,
+        )
         if not programs:
             return None
         if kind == "scan":
-            # Rows of xs and of ys lack the axis of the loop; constants and the carry have their shapes inside, too.
-            fixed = sum(np.shape(v.aval) == o.shape for v, o in zip(programs[0].invars, operands, strict=True))
+            # Rows of xs and of ys lack the axis of the loop; constants and the carry have their
+            # shapes inside, too.
+            fixed = sum(
+                np.shape(v.aval) == o.shape
+                for v, o in zip(programs[0].invars, operands, strict=True)
+            )
             pairs = zip(programs[0].outvars, equation.outvars, strict=True)
-            carried = sum(np.shape(inside.aval) == np.shape(outside.aval) for inside, outside in pairs)
-            rows = [self.value(v.shape[1:], v.roles[1:], ("row", v.number)) for v in operands[fixed:]]
+            carried = sum(
+                np.shape(inside.aval) == np.shape(outside.aval) for inside, outside in pairs
+            )
+            rows = [
+                self.value(v.shape[1:], v.roles[1:], ("row", v.number)) for v in operands[fixed:]
+            ]
             outputs = self.read(programs[0], operands[:fixed] + rows, name, place, quiet)
             lead = EXAMPLES if any(v.roles[0] == EXAMPLES for v in operands[fixed:]) else OTHER
             made = []
@@ -139,14 +164,18 @@ class _Reader:
             outputs = self.read(body, inputs, name, place, quiet)
             return [v._replace(number=o) for v, o in zip(outputs, equation.outvars, strict=True)]
         if kind == "cond":
-            outputs = [self.read(branch, operands[1:], name, place, quiet) for branch in programs][-1]
+            outputs = [self.read(branch, operands[1:], name, place, quiet) for branch in programs][
+                -1
+            ]
             return [v._replace(number=o) for v, o in zip(outputs, equation.outvars, strict=True)]
         outputs = None
         for inner in programs:
             same = [np.shape(v.aval) for v in inner.invars] == [v.shape for v in operands]
             inputs = operands if same else [self.fresh(variable) for variable in inner.invars]
             made = self.read(inner, inputs, name, place, quiet)
-            if outputs is None and [v.shape for v in made] == [np.shape(o.aval) for o in equation.outvars]:
+            if outputs is None and [v.shape for v in made] == [
+                np.shape(o.aval) for o in equation.outvars
+            ]:
                 outputs = made
         return outputs or [self.fresh(variable) for variable in equation.outvars]
 
@@ -162,7 +191,11 @@ class _Reader:
             one, more = (operands[0] if len(operands) == 1 else None), {}
             if kind in _RESHAPES and operands:
                 more["batched"] = by_vmap(equation)
-                number, more["norm"], more["squeezed"] = operands[0].number, operands[0].norm, operands[0].squeezed
+                number, more["norm"], more["squeezed"] = (
+                    operands[0].number,
+                    operands[0].norm,
+                    operands[0].squeezed,
+                )
                 if kind == "squeeze" and {"einsum", "wrapped"} & set(calls(equation)[-2:]):
                     more["squeezed"] = operands[0].shape if EXAMPLES in operands[0].roles else None
             else:
@@ -205,10 +238,15 @@ def _is_reduction(kind: str, params: dict) -> bool:
 
 def _is_elementwise(operands: list[Value], shape: tuple[int, ...]) -> bool:
     ranked = [v.shape for v in operands if v.shape]
-    return all(len(s) == len(shape) and all(m in (1, n) for m, n in zip(s, shape, strict=True)) for s in ranked)
+    return all(
+        len(s) == len(shape) and all(m in (1, n) for m, n in zip(s, shape, strict=True))
+        for s in ranked
+    )
 
 
-def _roles(kind: str, params: dict, operands: list[Value], shape: tuple[int, ...], equation: Any) -> list[str]:
+def _roles(
+    kind: str, params: dict, operands: list[Value], shape: tuple[int, ...], equation: Any
+) -> list[str]:
     """The roles of the axes of a result."""
     first = operands[0] if operands else None
     if first is None:
@@ -236,13 +274,21 @@ def _roles(kind: str, params: dict, operands: list[Value], shape: tuple[int, ...
     if kind == "dot_general":
         (summed_a, summed_b), (each_a, each_b) = params["dimension_numbers"]
         a, b = operands[:2]
-        roles = [min(a.roles[i], b.roles[j], key=_ORDER.index) for i, j in zip(each_a, each_b, strict=True)]
+        roles = [
+            min(a.roles[i], b.roles[j], key=_ORDER.index)
+            for i, j in zip(each_a, each_b, strict=True)
+        ]
         roles += [role for i, role in enumerate(a.roles) if i not in (*summed_a, *each_a)]
         free = [role for j, role in enumerate(b.roles) if j not in (*summed_b, *each_b)]
         return roles + [role if role in (EXAMPLES, OTHER) else GIVEN for role in free]
     same = [v for v in operands if len(v.shape) == len(shape)]
     if kind == "gather" or not same:
-        sizes = {n for v in operands for n, role in zip(v.shape, v.roles, strict=True) if role == EXAMPLES}
+        sizes = {
+            n
+            for v in operands
+            for n, role in zip(v.shape, v.roles, strict=True)
+            if role == EXAMPLES
+        }
         return [EXAMPLES if n in sizes else OTHER for n in shape]
     return [_joined(axis, n, same) for axis, n in enumerate(shape)]
 
@@ -280,7 +326,9 @@ def _reshaped(source: Value, shape: tuple[int, ...], added: str) -> list[str]:
 
 
 def _paired(equation: Any, operands: list[Value]) -> tuple | None:
-    """The shapes of two operands, one of which JAX broadcast along the examples of the other; None if there are none."""
+    """The shapes of two operands, one of which JAX broadcast along the examples of the other; None
+    if there are none.
+    """
     shape = np.shape(getattr(equation.outvars[0], "aval", ())) if len(equation.outvars) == 1 else ()
     if equation.primitive.name == "dot_general":
         return _paired_by_einsum(equation, operands)
@@ -289,7 +337,10 @@ def _paired(equation: Any, operands: list[Value]) -> tuple | None:
         return None
     for short, long in ((a, b) for a in ranked for b in ranked if a is not b and not _same(a, b)):
         for i, j in (
-            (i, j) for i in range(len(shape)) for j in range(len(shape)) if i != j and shape[i] == shape[j] > 1
+            (i, j)
+            for i in range(len(shape))
+            for j in range(len(shape))
+            if i != j and shape[i] == shape[j] > 1
         ):
             filled = short.roles[i] == FILLED and short.roles[j] == EXAMPLES
             if not filled or long.roles[i] != EXAMPLES or long.roles[j] not in (GIVEN, OTHER):
@@ -302,7 +353,13 @@ def _paired(equation: Any, operands: list[Value]) -> tuple | None:
 def _paired_by_einsum(equation: Any, operands: list[Value]) -> tuple | None:
     (summed, _), (each, _) = equation.params["dimension_numbers"]
     a, b = operands[:2]
-    if summed or each or "einsum" not in calls(equation) or EXAMPLES not in a.roles or EXAMPLES not in b.roles:
+    if (
+        summed
+        or each
+        or "einsum" not in calls(equation)
+        or EXAMPLES not in a.roles
+        or EXAMPLES not in b.roles
+    ):
         return None
     if a.number == b.number or not (a.squeezed or b.squeezed):
         return None

@@ -68,7 +68,8 @@ def examples(data: Any) -> int:
       The number of examples.
 
     Raises:
-      ValueError: the lengths differ or are zero, a leaf has no leading axis, or weights do not have the shape [B].
+      ValueError: the lengths differ or are zero, a leaf has no leading axis, or weights do not have
+        the shape [B].
       TypeError: a leaf is a Python list instead of an array.
     """
     _check_lists(data)
@@ -76,8 +77,9 @@ def examples(data: Any) -> int:
     for path, leaf in tree.flatten(data).items():
         if not shape_of(leaf):
             raise ValueError(
-                f"data: every leaf needs a leading axis of examples, '{path}' is a scalar ({type(leaf).__name__}); "
-                "stack single examples with np.stack and numbers with np.asarray"
+                f"data: every leaf needs a leading axis of examples, '{path}' is a scalar "
+                f"({type(leaf).__name__}); stack single examples with np.stack and numbers with "
+                "np.asarray"
             )
         lengths[path] = int(shape_of(leaf)[0])
     if len(set(lengths.values())) > 1:
@@ -86,7 +88,9 @@ def examples(data: Any) -> int:
     if not n:
         raise ValueError("data: there are no examples")
     if n >= 2**31:
-        raise ValueError(f"data: rows are counted in int32, at most 2**31 - 1 of them, got {n}; split the data")
+        raise ValueError(
+            f"data: rows are counted in int32, at most 2**31 - 1 of them, got {n}; split the data"
+        )
     for path, (_, weights) in _weighted_nodes(data):
         check_shape(f"data: '{path}'", weights, n)
     return n
@@ -110,16 +114,23 @@ def check_weights(data: Any, *, some: bool = True) -> None:
         values = values.astype(np.float64)
         bad = np.flatnonzero(~(values >= 0) | np.isinf(values))
         if bad.size:
-            raise ValueError(f"data: '{path}' must be at least 0 and finite, got {values.flat[bad[0]]} in row {bad[0]}")
+            raise ValueError(
+                f"data: '{path}' must be at least 0 and finite, got {values.flat[bad[0]]} in row "
+                f"{bad[0]}"
+            )
         total = float(values.sum())
         if total > float(np.finfo(np.float32).max) or (some and total == 0):
-            raise ValueError(f"data: '{path}' must have a finite sum above 0, got {total:g}; rescale them")
+            raise ValueError(
+                f"data: '{path}' must have a finite sum above 0, got {total:g}; rescale them"
+            )
 
 
 def check_shape(what: str, weights: Any, n: int) -> None:
     """Raise ValueError unless weights are one number per example, [n]."""
     if shape_of(weights) != (n,):
-        raise ValueError(f"{what} must be one number per example, [{n}], got shape {list(shape_of(weights))}")
+        raise ValueError(
+            f"{what} must be one number per example, [{n}], got shape {list(shape_of(weights))}"
+        )
 
 
 def shape_of(leaf: Any) -> tuple[int, ...]:
@@ -128,7 +139,9 @@ def shape_of(leaf: Any) -> tuple[int, ...]:
 
 
 def _weighted_nodes(data: Any) -> Iterator[tuple[str, Weighted]]:
-    leaves = jax.tree_util.tree_leaves_with_path(data, is_leaf=lambda node: isinstance(node, Weighted))
+    leaves = jax.tree_util.tree_leaves_with_path(
+        data, is_leaf=lambda node: isinstance(node, Weighted)
+    )
     for path, node in leaves:
         if isinstance(node, Weighted):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -140,7 +153,9 @@ _MANY = 16
 
 
 def _check_lists(data: Any) -> None:
-    """Raise TypeError for a Python list of examples, which JAX treats as a container of as many leaves."""
+    """Raise TypeError for a Python list of examples, which JAX treats as a container of as many
+    leaves.
+    """
     stack = [("", data)]
     while stack:
         path, node = stack.pop()
@@ -148,21 +163,29 @@ def _check_lists(data: Any) -> None:
         if isinstance(node, list) and node:
             first = node[0]
             if isinstance(first, bool | int | float | str | np.generic):
-                raise TypeError(f"data: {name} is a list of {len(node)} numbers; make an array of it, with np.asarray")
-            same = len({np.shape(x) for x in node if hasattr(x, "shape")}) == 1 and hasattr(first, "shape")
+                raise TypeError(
+                    f"data: {name} is a list of {len(node)} numbers; make an array of it, with "
+                    "np.asarray"
+                )
+            same = len({np.shape(x) for x in node if hasattr(x, "shape")}) == 1 and hasattr(
+                first, "shape"
+            )
             if len(node) > _MANY and same:
                 raise TypeError(
-                    f"data: {name} is a list of {len(node)} arrays {list(np.shape(first))}; make one array of it, with "
-                    "np.stack"
+                    f"data: {name} is a list of {len(node)} arrays {list(np.shape(first))}; make "
+                    "one array of it, with np.stack"
                 )
             many = len(node) > _MANY or any(not np.ndim(leaf) for leaf in jax.tree.leaves(first))
             if len(node) > 1 and many and isinstance(first, tuple | list | dict):
                 raise TypeError(
-                    f"data: {name} is a list of {len(node)} examples, each a {type(first).__name__}; make a "
-                    f"{type(first).__name__} of arrays, one per field, with np.stack"
+                    f"data: {name} is a list of {len(node)} examples, each a "
+                    f"{type(first).__name__}; make a {type(first).__name__} of arrays, one per "
+                    "field, with np.stack"
                 )
         if isinstance(node, dict):
             stack += [(f"{path}/{key}".lstrip("/"), child) for key, child in node.items()]
         elif isinstance(node, list | tuple):
             names = getattr(node, "_fields", range(len(node)))
-            stack += [(f"{path}/{key}".lstrip("/"), child) for key, child in zip(names, node, strict=True)]
+            stack += [
+                (f"{path}/{key}".lstrip("/"), child) for key, child in zip(names, node, strict=True)
+            ]

@@ -21,18 +21,25 @@ class NonFiniteError(FloatingPointError):
 
     Attributes:
       step: the number of steps done before the one that failed.
-      paths: the parameters whose gradients (or, with a step of one's own, new values) are not finite.
+      paths: the parameters whose gradients (or, with a step of one's own, new values) are not
+        finite.
       train_state: the last good one, before that step.
       history: the records until then.
     """
 
-    def __init__(self, text: str, step: int, paths: tuple[str, ...], train_state: TrainState, history: list):
+    def __init__(
+        self, text: str, step: int, paths: tuple[str, ...], train_state: TrainState, history: list
+    ):
         super().__init__(text)
         self.step, self.paths, self.train_state, self.history = step, paths, train_state, history
 
 
 def explain(
-    step: Callable, train_state: TrainState, batches: Iterable[Callable], history: list, data: Any = None
+    step: Callable,
+    train_state: TrainState,
+    batches: Iterable[Callable],
+    history: list,
+    data: Any = None,
 ) -> NonFiniteError:
     """Take steps one at a time until one is not finite, and say where that began.
 
@@ -52,27 +59,46 @@ def explain(
         batch = batch.true() if isinstance(batch, Uneven) else batch
         new, metrics = one(train_state, batch)
         loss = metrics.get("loss", jnp.float32(0))
-        lost = _lost((new.params, new.state, new.opt), (train_state.params, train_state.state, train_state.opt))
+        lost = _lost(
+            (new.params, new.state, new.opt),
+            (train_state.params, train_state.state, train_state.opt),
+        )
         if (np.isfinite(loss) or metrics.get("skipped", 0)) and not lost:
             train_state = new
             continue
         number = int(train_state.step)
         paths = tuple(tree.paths(_only_lost(new.params)))
-        what = f"the loss is {float(loss)}" if not np.isfinite(loss) else "the loss is finite, the update is not"
+        what = (
+            f"the loss is {float(loss)}"
+            if not np.isfinite(loss)
+            else "the loss is finite, the update is not"
+        )
         if gradients := getattr(step, "parts", {}).get("gradients"):
             paths = tuple(tree.paths(_only_lost(jax.jit(gradients)(train_state, batch))))
-            what += f"; gradients that are not finite: {_brief(paths)}" if paths else "; all gradients are finite"
+            what += (
+                f"; gradients that are not finite: {_brief(paths)}"
+                if paths
+                else "; all gradients are finite"
+            )
         elif paths:
             what += f"; parameters that are no longer finite: {_brief(paths)}"
-        if held := tuple(tree.paths(_only_nan({"params": train_state.params, "state": train_state.state}))):
+        if held := tuple(
+            tree.paths(_only_nan({"params": train_state.params, "state": train_state.state}))
+        ):
             before = "the first step" if number == 0 else f"step {number}"
-            text = f"fit: {_brief(held)}: NaN before {before}; start with finite numbers, as net.init makes them"
+            text = (
+                f"fit: {_brief(held)}: NaN before {before}; start with finite numbers, as "
+                "net.init makes them"
+            )
             return NonFiniteError(text, number, paths, train_state, history)
         if cause := _cause(step, train_state, batch):
             what += f"; it begins with: {cause}"
         if wrong := wrong_input(batch, data):
             return NonFiniteError(
-                f"fit: at step {number} {what}. The cause is in the data: {wrong}; mend or leave out these rows",
+                (
+                    f"fit: at step {number} {what}. The cause is in the data: {wrong}; mend or "
+                    "leave out these rows"
+                ),
                 number,
                 paths,
                 train_state,
@@ -80,24 +106,25 @@ def explain(
             )
         if cause and "out-of-bounds" in cause:
             return NonFiniteError(
-                f"fit: at step {number} {what}. An index in the data is out of range: jaxnet.data.check_labels(labels, "
-                "classes) finds labels outside 0 .. classes - 1",
+                f"fit: at step {number} {what}. An index in the data is out of range: "
+                "jaxnet.data.check_labels(labels, classes) finds labels outside 0 .. classes - 1",
                 number,
                 paths,
                 train_state,
                 history,
             )
         return NonFiniteError(
-            f"fit: at step {number} {what}. A smaller learning rate or clipped gradients may help; labels outside 0 .. "
-            "classes - 1 also give nan (jaxnet.data.check_labels finds them)",
+            f"fit: at step {number} {what}. A smaller learning rate or clipped gradients may "
+            "help; labels outside 0 .. classes - 1 also give nan (jaxnet.data.check_labels finds "
+            "them)",
             number,
             paths,
             train_state,
             history,
         )
     return NonFiniteError(
-        f"fit: the loss, parameters or state cease to be finite between steps {first} and {int(train_state.step)}, in the "
-        "compiled loop only: step by step they do not",
+        f"fit: the loss, parameters or state cease to be finite between steps {first} and "
+        f"{int(train_state.step)}, in the compiled loop only: step by step they do not",
         first,
         (),
         train_state,
@@ -110,7 +137,8 @@ def wrong_input(batch: Any, data: Any = None) -> str | None:
 
     Args:
       batch: the batch that failed.
-      data: the arrays that the batch was drawn from. If they are in memory, the text names their rows.
+      data: the arrays that the batch was drawn from. If they are in memory, the text names their
+        rows.
 
     Returns:
       The leaf, the value and the row as text, or None if all inputs are valid.
@@ -121,9 +149,14 @@ def wrong_input(batch: Any, data: Any = None) -> str | None:
         what, row, count = found
         name, place = f"'{path}'" if path else "it", "of the batch"
         whole = (
-            tree.flatten(data).get(path) if isinstance(data, dict | list | tuple) or hasattr(data, "shape") else None
+            tree.flatten(data).get(path)
+            if isinstance(data, dict | list | tuple) or hasattr(data, "shape")
+            else None
         )
-        if isinstance(whole, np.ndarray | jax.Array) and (of_data := _wrong_row(path, whole)) is not None:
+        if (
+            isinstance(whole, np.ndarray | jax.Array)
+            and (of_data := _wrong_row(path, whole)) is not None
+        ):
             (what, row, count), place = of_data, "of the data"
         more = f" and {count - 1} more" if count > 1 else ""
         return f"{name} holds {what} in row {row}{more} {place}"
@@ -146,10 +179,13 @@ def _wrong_row(path: str, leaf: Any) -> tuple[str, int, int] | None:
 
 
 def _cause(step: Callable, train_state: TrainState, batch: Any) -> str | None:
-    """The first operation that makes a NaN or reads out of bounds, by JAX's `checkify`; None where it finds none or fails."""
+    """The first operation that makes a NaN or reads out of bounds, by JAX's `checkify`; None where
+    it finds none or fails.
+    """
     from jax.experimental import checkify
 
-    forward = getattr(step, "parts", {}).get("value", step)  # not every gradient can be checked for indices
+    # Not every gradient can be checked for indices.
+    forward = getattr(step, "parts", {}).get("value", step)
     for errors, run in ((checkify.index_checks, forward), (checkify.float_checks, step)):
         try:
             error, _ = jax.jit(checkify.checkify(run, errors=errors))(train_state, batch)
@@ -166,7 +202,9 @@ def _is_float(leaf: Any) -> bool:
 
 def _only_lost(values: Any) -> Any:
     """The leaves that are not all finite; None in place of the others."""
-    return jax.tree.map(lambda x: x if _is_float(x) and not bool(jnp.isfinite(x).all()) else None, values)
+    return jax.tree.map(
+        lambda x: x if _is_float(x) and not bool(jnp.isfinite(x).all()) else None, values
+    )
 
 
 def _only_nan(values: Any) -> Any:
@@ -177,8 +215,12 @@ def _only_nan(values: Any) -> Any:
 def _lost(new: Any, old: Any) -> bool:
     """Whether some leaf has fewer finite numbers than before."""
     pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-    return any(bool(jnp.isfinite(a).sum() < jnp.isfinite(b).sum()) for a, b in pairs if _is_float(a))
+    return any(
+        bool(jnp.isfinite(a).sum() < jnp.isfinite(b).sum()) for a, b in pairs if _is_float(a)
+    )
 
 
 def _brief(paths: tuple[str, ...]) -> str:
-    return ", ".join(f"'{path}'" for path in paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+    return ", ".join(f"'{path}'" for path in paths[:5]) + (
+        f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    )

@@ -24,32 +24,36 @@ __all__ = ["evaluate"]
 def evaluate(
     metrics: Callable, data: Any, *, batch_size: int | None = 500
 ) -> Callable[[TrainState], dict[str, jax.Array]]:
-    """Make a function (train_state) -> the mean of each metric over all of the data, every example once.
+    """Make a function (train_state) -> the mean of each metric over all of the data, every example
+    once.
 
     Args:
-      metrics: `metrics(params, batch)`, or `metrics(params, batch, state)`, -> dict of values, each a mean over the
-        batch or one value per example.
-      data: a pytree of arrays with a leading axis of examples: one compiled call, or one per batch if they are read
-        lazily (memory maps). With `batch_size=None`, an iterable of batches that can be iterated again and again.
+      metrics: `metrics(params, batch)`, or `metrics(params, batch, state)`, -> dict of values, each
+        a mean over the batch or one value per example.
+      data: a pytree of arrays with a leading axis of examples: one compiled call, or one per batch
+        if they are read lazily (memory maps). With `batch_size=None`, an iterable of batches that
+        can be iterated again and again.
       batch_size: how many examples at once; the last batch is smaller, and weighs less.
 
     Returns:
       A function of a train state.
 
     Raises:
-      ValueError: the data is empty or has leaves of unequal length; when the function is called, a metric pairs all
-        examples by broadcasting (see `all_pairs`).
-      TypeError: the data is not an array of numbers; when the function is called, `metrics` does not return a dict.
+      ValueError: the data is empty or has leaves of unequal length; when the function is called, a
+        metric pairs all examples by broadcasting (see `all_pairs`).
+      TypeError: the data is not an array of numbers; when the function is called, `metrics` does
+        not return a dict.
 
     Example:
-      >>> count = evaluate(lambda params, batch: {"mean": batch.mean()}, jnp.arange(5.0), batch_size=2)
+      >>> mean = lambda params, batch: {"mean": batch.mean()}
+      >>> count = evaluate(mean, jnp.arange(5.0), batch_size=2)
       >>> float(count(TrainState({}, {}, (), None, None))["mean"])
       2.0
     """
     if not callable(metrics):
         raise TypeError(
-            f"evaluate: metrics must be a function (params, batch) -> dict, got {batch_in_words(metrics)}; the function "
-            "comes first: evaluate(metrics, data)"
+            "evaluate: metrics must be a function (params, batch) -> dict, got "
+            f"{batch_in_words(metrics)}; the function comes first: evaluate(metrics, data)"
         )
     stateful = "state" in inspect.signature(metrics).parameters
 
@@ -62,27 +66,35 @@ def evaluate(
         values = values_of(batch, params, state)
         if not isinstance(values, Mapping):
             raise TypeError(
-                f"evaluate: metrics must return a dict of values by name, got {_brief(values)}; write for instance "
-                "{'test_loss': value}"
+                f"evaluate: metrics must return a dict of values by name, got {_brief(values)}; "
+                "write for instance {'test_loss': value}"
             )
-        return {name: jnp.mean(value, dtype=jnp.result_type(value, jnp.float32)) for name, value in values.items()}
+        return {
+            name: jnp.mean(value, dtype=jnp.result_type(value, jnp.float32))
+            for name, value in values.items()
+        }
 
     if isinstance(data, Weighted):
         raise TypeError(
-            "evaluate: every example counts once, got Weighted data; pass its `batch`, and weigh in metrics"
+            "evaluate: every example counts once, got Weighted data; pass its `batch`, and weigh "
+            "in metrics"
         )
     if batch_size is None:
-        if not (hasattr(data, "__iter__") and not isinstance(data, dict)) or isinstance(data, jax.Array):
+        if not (hasattr(data, "__iter__") and not isinstance(data, dict)) or isinstance(
+            data, jax.Array
+        ):
             raise TypeError(
-                f"evaluate: without batch_size the data is an iterable of batches, got {type(data).__name__}; for arrays "
-                "say batch_size"
+                "evaluate: without batch_size the data is an iterable of batches, got "
+                f"{type(data).__name__}; for arrays say batch_size"
             )
         return _over_batches(means, lambda: data)
     n = examples(data)
     size = min(size_of("evaluate: batch_size", batch_size), n)
     if any(is_lazy(leaf) for leaf in jax.tree.leaves(data)):
         cuts = [slice(i, min(i + size, n)) for i in range(0, n, size)]
-        return _over_batches(means, lambda: (jax.tree.map(operator.itemgetter(cut), data) for cut in cuts))
+        return _over_batches(
+            means, lambda: (jax.tree.map(operator.itemgetter(cut), data) for cut in cuts)
+        )
     full = n // size
     data = on_device(data)
 
@@ -94,7 +106,11 @@ def evaluate(
         sums = jax.lax.map(lambda i: means(params, state, batch(i)), jnp.arange(full))
         total = jax.tree.map(lambda values: values.sum() * size, sums)
         if full * size < n:
-            rest = means(params, state, jax.tree.map(lambda leaf: sliced(leaf, full * size, n - full * size), data))
+            rest = means(
+                params,
+                state,
+                jax.tree.map(lambda leaf: sliced(leaf, full * size, n - full * size), data),
+            )
             total = jax.tree.map(lambda a, b: a + b * (n - full * size), total, rest)
         return jax.tree.map(lambda value: value / n, total)
 
@@ -108,10 +124,16 @@ def evaluate(
 
 
 def _brief(x: Any) -> str:
-    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") and hasattr(x, "dtype") else f"a {type(x).__name__}"
+    return (
+        f"{x.dtype}{list(x.shape)}"
+        if hasattr(x, "shape") and hasattr(x, "dtype")
+        else f"a {type(x).__name__}"
+    )
 
 
-def _over_batches(means: Callable, batches: Callable) -> Callable[[TrainState], dict[str, jax.Array]]:
+def _over_batches(
+    means: Callable, batches: Callable
+) -> Callable[[TrainState], dict[str, jax.Array]]:
     means = jax.jit(means)
 
     def run(train_state):
@@ -126,7 +148,8 @@ def _over_batches(means: Callable, batches: Callable) -> Callable[[TrainState], 
                 total, n = part if total is None else jax.tree.map(jnp.add, total, part), n + size
             if total is None:
                 raise ValueError(
-                    "evaluate: the iterable has no batches (left): it must be one that can be iterated again"
+                    "evaluate: the iterable has no batches (left): it must be one that can be "
+                    "iterated again"
                 )
             return jax.tree.map(lambda value: value / n, total)
 

@@ -1,4 +1,6 @@
-"""Feeds of a run: they make the stacks of data for compiled calls, and define how a call reads batches from a stack."""
+"""Feeds of a run: they make the stacks of data for compiled calls, and define how a call reads
+batches from a stack.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ LIMIT = 2**31 - 1
 
 
 class Feed:
-    """The source of the batches of a run. Each subclass has its own plan: which part of a stack a step uses.
+    """The source of the batches of a run. Each subclass has its own plan: which part of a stack a
+    step uses.
 
     Attributes:
       data: the data that `fit` received, or its copy on the device.
@@ -40,13 +43,21 @@ class Feed:
     facts: dict[str, Any] = {}
 
     def stacks(
-        self, train_state: Any, step: int, position: dict, next_cut: Callable[[int], int], abandoned: Callable
+        self,
+        train_state: Any,
+        step: int,
+        position: dict,
+        next_cut: Callable[[int], int],
+        abandoned: Callable,
     ) -> Iterator[source.Stack]:
-        """Yield stacks of data from this step on. Each ends at the next step at which the host acts."""
+        """Yield stacks of data from this step on. Each ends at the next step at which the host
+        acts.
+        """
         raise NotImplementedError
 
     def batches(self, size: int) -> Callable:
-        """A function that makes the plan of a compiled call of at most `size` steps, and reads batches; see `chunk_of`.
+        """A function that makes the plan of a compiled call of at most `size` steps, and reads
+        batches; see `chunk_of`.
 
         By default, the stack is the plan: its batches have a leading axis of steps.
         """
@@ -58,7 +69,10 @@ class Feed:
 
     def spec(self, inputs: tuple) -> dict[str, str]:
         """Shape and dtype of each part of a batch, by path."""
-        return {path: f"{leaf.dtype}{list(leaf.shape[1:])}" for path, leaf in tree.flatten(inputs).items()}
+        return {
+            path: f"{leaf.dtype}{list(leaf.shape[1:])}"
+            for path, leaf in tree.flatten(inputs).items()
+        }
 
     def batch_of(self, train_state: Any, i: jax.Array, *inputs: Any) -> Any:
         """The batch at index i of the plan, to repeat a single step."""
@@ -74,9 +88,16 @@ class RowFeed(Feed):
         self.epoch_steps = steps_per_epoch(self.n, batch_size, drop_last=drop_last)
         self.total = self.last = steps if epochs is None else epochs * self.epoch_steps
         if self.epoch_steps * batch_size > LIMIT:
-            raise ValueError(f"fit: rows are counted in int32: at most {LIMIT:,} examples, got {self.n:,}")
+            raise ValueError(
+                f"fit: rows are counted in int32: at most {LIMIT:,} examples, got {self.n:,}"
+            )
         self.batching = {"batch_size": batch_size, "order": order, "drop_last": drop_last}
-        self.facts = {"examples": self.n, "batch_size": batch_size, "drop_last": drop_last, "order": _name_of(order)}
+        self.facts = {
+            "examples": self.n,
+            "batch_size": batch_size,
+            "drop_last": drop_last,
+            "order": _name_of(order),
+        }
         self.data = data
 
     @property
@@ -93,12 +114,16 @@ class RowFeed(Feed):
 
     def stacks(self, train_state, step, position, next_cut, abandoned):
         key = jnp.copy(train_state.key)
-        stacks = source.stacks_of_rows(self.data, self.n, key, step, next_cut, self.last, **self.batching)
+        stacks = source.stacks_of_rows(
+            self.data, self.n, key, step, next_cut, self.last, **self.batching
+        )
         return Prefetch(stacks, abandoned)
 
 
 class ArrayFeed(RowFeed):
-    """Arrays on the device. The compiled call draws the rows, and its plan begins with its first step."""
+    """Arrays on the device. The compiled call draws the rows, and its plan begins with its first
+    step.
+    """
 
     def __init__(self, data, *settings):
         super().__init__(data, *settings)
@@ -114,7 +139,9 @@ class ArrayFeed(RowFeed):
 
     def batches(self, size):
         def of_rows(n, train_state, data):
-            return planned_ahead(train_state, self.n, size, n, **self.batching), lambda rows: take(data, rows)
+            return planned_ahead(train_state, self.n, size, n, **self.batching), lambda rows: take(
+                data, rows
+            )
 
         return of_rows
 
@@ -122,7 +149,9 @@ class ArrayFeed(RowFeed):
         return 0
 
     def spec(self, inputs):
-        return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in tree.flatten(inputs).items()}
+        return {
+            path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in tree.flatten(inputs).items()
+        }
 
     def batch_of(self, train_state, i, *inputs):
         plan, batch_of = self.batches(1)(1, train_state, *inputs)
@@ -139,12 +168,19 @@ class StreamFeed(Feed):
         self.facts = {}
 
     def stacks(self, train_state, step, position, next_cut, abandoned):
-        stacks = source.stacks_of_iterable(self.data, position, next_cut, step, total=self.total, epochs=self.epochs)
+        stacks = source.stacks_of_iterable(
+            self.data, position, next_cut, step, total=self.total, epochs=self.epochs
+        )
         return Prefetch(stacks, abandoned)
 
 
 def arrays_of(
-    data: Any, batch_size: int, epochs: int | None, steps: int | None, order: Order | None, drop_last: bool
+    data: Any,
+    batch_size: int,
+    epochs: int | None,
+    steps: int | None,
+    order: Order | None,
+    drop_last: bool,
 ) -> RowFeed:
     """A feed of arrays: on the device, or read row by row if one of them is lazy."""
     lazy = any(source.is_lazy(leaf) for leaf in jax.tree.leaves(data))

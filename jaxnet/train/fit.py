@@ -49,12 +49,12 @@ class Result(_Result):
       train_state: after the last step.
       history: a list of records, dicts of plain numbers, about one per 100 steps.
       best: the best evaluation, None unless `best` was given.
-      stopped: why the run ended before the last step: 'SIGINT', 'SIGTERM', the reason from the condition, or 'the data
-        ended'; None if the run was completed.
-      compiled: one line per compilation, with its reason; more than one line means that shapes or dtypes of batches
-        changed.
-      evaluations: a list of records, one per evaluation: the values that `evaluate` returned, and the means of the
-        training metrics since the evaluation before.
+      stopped: why the run ended before the last step: 'SIGINT', 'SIGTERM', the reason from the
+        condition, or 'the data ended'; None if the run was completed.
+      compiled: one line per compilation, with its reason; more than one line means that shapes or
+        dtypes of batches changed.
+      evaluations: a list of records, one per evaluation: the values that `evaluate` returned, and
+        the means of the training metrics since the evaluation before.
     """
 
     __slots__ = ()
@@ -69,12 +69,15 @@ class Result(_Result):
         # The arrays of a train state would fill screens.
         best = None if self.best is None else f"{self.best.value:.6g} at step {self.best.step}"
         return (
-            f"Result(step={int(self.train_state.step)}, records={len(self.history)}, best={best}, stopped={self[3]!r})"
+            f"Result(step={int(self.train_state.step)}, records={len(self.history)}, "
+            f"best={best}, stopped={self[3]!r})"
         )
 
     @property
     def exit_code(self) -> int:
-        """For `sys.exit`: 128 + the number of the signal that ended the run (130, 143), 0 without one."""
+        """For `sys.exit`: 128 + the number of the signal that ended the run (130, 143), 0 without
+        one.
+        """
         return 128 + getattr(signal, self.stopped) if self.stopped in ("SIGINT", "SIGTERM") else 0
 
 
@@ -101,56 +104,67 @@ def fit(
 ) -> Result:
     """Train in compiled chunks of many steps, and evaluate, record and save in between.
 
-    `fit` runs `train_steps` in a loop. Evaluating, recording and saving do not change the numbers: the result is the same
-    bit for bit wherever the chunks end, and whether or not the run was interrupted and resumed (on the same kind of
-    device, with the same number of cores).
+    `fit` runs `train_steps` in a loop. Evaluating, recording and saving do not change the numbers:
+    the result is the same bit for bit wherever the chunks end, and whether or not the run was
+    interrupted and resumed (on the same kind of device, with the same number of cores).
 
     Args:
-      step: (train_state, batch) -> (train_state, metrics), from `train_step` or your own function; not jitted.
-      train_state: the start, as from `train_state(params, optimizer, key)`. It is copied, never donated.
-      data: with `batch_size`, a pytree of arrays with a leading axis of examples. Arrays in memory are copied to the device
-        as a whole; memory maps and other arrays with `array[rows]` are read by rows, as needed. Without `batch_size`, an
-        iterable of batches, or a function (number of the pass) -> iterable; a thread draws batches in advance.
+      step: (train_state, batch) -> (train_state, metrics), from `train_step` or your own function;
+        not jitted.
+      train_state: the start, as from `train_state(params, optimizer, key)`. It is copied, never
+        donated.
+      data: with `batch_size`, a pytree of arrays with a leading axis of examples. Arrays in memory
+        are copied to the device as a whole; memory maps and other arrays with `array[rows]` are
+        read by rows, as needed. Without `batch_size`, an iterable of batches, or a function (number
+        of the pass) -> iterable; a thread draws batches in advance.
       batch_size: examples per step, for arrays.
-      epochs, steps: the end of the run, as passes over the data or as steps, counted from step 0 of the train state. Pass
-        exactly one of them.
+      epochs, steps: the end of the run, as passes over the data or as steps, counted from step 0 of
+        the train state. Pass exactly one of them.
       order, drop_last: as in `train_steps`; for arrays.
-      evaluate: (train_state) -> dict of numbers. It is called after each epoch, or every `evaluate_every` steps (for an
-        iterable with `steps`, after each pass and at the end), and its values are added to the record. Before the first
-        step, a function that is jitted or made by `jaxnet.train.evaluate` is traced, and any other is called once, so
-        its errors come early. It must copy any arrays it keeps: their buffers are donated to the following steps.
+      evaluate: (train_state) -> dict of numbers. It is called after each epoch, or every
+        `evaluate_every` steps (for an iterable with `steps`, after each pass and at the end), and
+        its values are added to the record. Before the first step, a function that is jitted or made
+        by `jaxnet.train.evaluate` is traced, and any other is called once, so its errors come
+        early. It must copy any arrays it keeps: their buffers are donated to the following steps.
       evaluate_every: steps per evaluation.
-      record_every: steps per record; the default is about 100, an equal part of an epoch if possible, and at most 1,000
-        records in all.
+      record_every: steps per record; the default is about 100, an equal part of an epoch if
+        possible, and at most 1,000 records in all.
       best: 'min test_loss', 'max test_accuracy', ...: keep the parameters of the best evaluation.
-      stop: a condition (history) -> bool or a reason, called after each record: `early_stopping`, `time_budget`. It is also
-        called once before the first step, with a record of NaN, so its errors come early.
-      callbacks: functions of a record, called with each new record: `write_jsonl(path)`, `wandb.log`, `print`.
-      checkpoint: a file, or a `jaxnet.checkpoint.Checkpoints`, a folder with one file per step. If it exists, the run
-        resumes from it; data, batch size, order, key and the parameters at the start must then be the same. It is written
-        after the first epoch, evaluation or 5 seconds of training, every `save_every` seconds, at the end, on a signal,
-        and before an error is raised. A store with a metric is also written after each evaluation.
+      stop: a condition (history) -> bool or a reason, called after each record: `early_stopping`,
+        `time_budget`. It is also called once before the first step, with a record of NaN, so its
+        errors come early.
+      callbacks: functions of a record, called with each new record: `write_jsonl(path)`,
+        `wandb.log`, `print`.
+      checkpoint: a file, or a `jaxnet.checkpoint.Checkpoints`, a folder with one file per step. If
+        it exists, the run resumes from it; data, batch size, order, key and the parameters at the
+        start must then be the same. It is written after the first epoch, evaluation or 5 seconds of
+        training, every `save_every` seconds, at the end, on a signal, and before an error is
+        raised. A store with a metric is also written after each evaluation.
       save_every: seconds between two saves.
-      check_finite: stop when a loss, parameter or state is no longer finite, and return the last finite values. This needs
-        a second copy of the train state on the device.
-      progress: a line on stderr, rewritten in place on a terminal; elsewhere one line per epoch and evaluation, and at least
-        every 30 seconds. False is silent.
+      check_finite: stop when a loss, parameter or state is no longer finite, and return the last
+        finite values. This needs a second copy of the train state on the device.
+      progress: a line on stderr, rewritten in place on a terminal; elsewhere one line per epoch and
+        evaluation, and at least every 30 seconds. False is silent.
 
-    On the main thread the first SIGINT (Ctrl-C) or SIGTERM lets the chunk end, saves, and returns the state so far. A second
-    one raises KeyboardInterrupt or SystemExit, also in the next `fit` if it comes within 10 seconds and the program has
-    not read `stopped` or `exit_code` of the result. A signal that the program ignores stays ignored.
+    On the main thread the first SIGINT (Ctrl-C) or SIGTERM lets the chunk end, saves, and returns
+    the state so far. A second one raises KeyboardInterrupt or SystemExit, also in the next `fit` if
+    it comes within 10 seconds and the program has not read `stopped` or `exit_code` of the result.
+    A signal that the program ignores stays ignored.
 
     Returns:
-      A `Result`. A record has 'step', 'epoch', the mean of each metric since the record before, the values of `evaluate`,
-      'samples_per_second', and 'seconds' of training since the start, without compiling, evaluating and saving.
+      A `Result`. A record has 'step', 'epoch', the mean of each metric since the record before, the
+      values of `evaluate`, 'samples_per_second', and 'seconds' of training since the start, without
+      compiling, evaluating and saving.
 
     Raises:
-      ValueError, TypeError, KeyError: an argument is wrong: data that is empty, of unequal lengths or out of range; a batch
-        larger than the data; a step that changes the type of the train state; a metric that is not a scalar; a name
-        that no record has; a checkpoint of a run with other data, order, key or start, or beyond the last step. All before the
-        first step is taken.
-      NonFiniteError (a FloatingPointError): names the step, the parameters and the operation where it began.
-      CheckpointError, OSError: the checkpoint is damaged, of another network, or cannot be written; or another program
+      ValueError, TypeError, KeyError: an argument is wrong: data that is empty, of unequal lengths
+        or out of range; a batch larger than the data; a step that changes the type of the train
+        state; a metric that is not a scalar; a name that no record has; a checkpoint of a run with
+        other data, order, key or start, or beyond the last step. All before the first step is
+        taken.
+      NonFiniteError (a FloatingPointError): names the step, the parameters and the operation where
+      it began. CheckpointError, OSError: the checkpoint is damaged, of another network, or cannot
+      be written; or another program
         writes the same file, which is then left as it is.
       Every error that comes during the training has the state until then as its `train_state`.
     """
@@ -166,14 +180,25 @@ def fit(
     keeper.check()
     check_finite = check_finite or _debugging()
     with ordinary():
-        feed = _feed(train_state, data, batch_size, epochs, steps, order, drop_last, digest=bool(keeper))
+        feed = _feed(
+            train_state, data, batch_size, epochs, steps, order, drop_last, digest=bool(keeper)
+        )
         inputs.check_length(feed.total)
         evaluate_every = None if evaluate is None else sizes["evaluate_every"] or feed.epoch_steps
         every = sizes["record_every"] or default_record_every(feed.epoch_steps, feed.total)
         cut_epochs = record_every is None and (feed.epoch_steps or 0) >= every
-        schedule = Schedule(feed.total, feed.epoch_steps, every, evaluate_every, cut_epochs, stop is not None)
+        schedule = Schedule(
+            feed.total, feed.epoch_steps, every, evaluate_every, cut_epochs, stop is not None
+        )
         programs = Programs(step, feed, check_finite, digests=bool(keeper))
-        run = Run(on_mesh_of(feed.data if batch_size else (), train_state), feed, programs, looks, schedule, keeper)
+        run = Run(
+            on_mesh_of(feed.data if batch_size else (), train_state),
+            feed,
+            programs,
+            looks,
+            schedule,
+            keeper,
+        )
         found = saved.newest(run, keeper)
         notes = [] if found is None else saved.restore(run, found)
         writes = begin_all(looks.callbacks, run.history.step, resumed=found is not None)
@@ -189,7 +214,12 @@ def fit(
         _say_where(run, int(train_state.step), found, notes, show)
         _run(run, keeper, show, save_every)
     return Result(
-        run.current, run.history.records, run.best, run.stopped, tuple(programs.compiled), run.history.evaluations
+        run.current,
+        run.history.records,
+        run.best,
+        run.stopped,
+        tuple(programs.compiled),
+        run.history.evaluations,
     )
 
 
@@ -206,7 +236,12 @@ def _run(run: Run, keeper: Keeper, show: Progress, save_every: float) -> None:
             if run.stopped:
                 _say_why(run, keeper, show)
         except Exception as error:
-            if keeper and run.started and not (run.spoiled and keeper.has_some()) and not keeper.taken:
+            if (
+                keeper
+                and run.started
+                and not (run.spoiled and keeper.has_some())
+                and not keeper.taken
+            ):
                 with contextlib.suppress(Exception):
                     run.settle(error)
                 try:
@@ -214,7 +249,10 @@ def _run(run: Run, keeper: Keeper, show: Progress, save_every: float) -> None:
                     keeper.wait()
                     error.add_note(f"the state at step {run.history.step} is saved in {keeper}")
                 except Exception as failure:
-                    error.add_note(f"the state at step {run.history.step} could not be saved in {keeper}: {failure!r}")
+                    error.add_note(
+                        f"the state at step {run.history.step} could not be saved in {keeper}: "
+                        f"{failure!r}"
+                    )
             if not hasattr(error, "train_state"):
                 with contextlib.suppress(Exception):
                     error.train_state = run.current  # pyright: ignore[reportAttributeAccessIssue]
@@ -226,7 +264,9 @@ def _run(run: Run, keeper: Keeper, show: Progress, save_every: float) -> None:
 
 def _length(epochs: Any, steps: Any) -> tuple[int | None, int | None]:
     if (epochs is None) == (steps is None):
-        raise ValueError(f"fit: say how long, by one of epochs and steps; got epochs={epochs}, steps={steps}")
+        raise ValueError(
+            f"fit: say how long, by one of epochs and steps; got epochs={epochs}, steps={steps}"
+        )
     if epochs is None:
         return None, _size("steps", steps)
     return _size("epochs", epochs), None
@@ -241,9 +281,19 @@ def _size(name: str, value: Any) -> int:
 
 
 def _feed(
-    train_state: Any, data: Any, batch_size: Any, epochs: Any, steps: Any, order: Any, drop_last: bool, *, digest: bool
+    train_state: Any,
+    data: Any,
+    batch_size: Any,
+    epochs: Any,
+    steps: Any,
+    order: Any,
+    drop_last: bool,
+    *,
+    digest: bool,
 ) -> Feed:
-    """The feed of the run, with the facts that identify it. With `digest`, they include digests of the data and the key."""
+    """The feed of the run, with the facts that identify it. With `digest`, they include digests of
+    the data and the key.
+    """
     if batch_size is None:
         inputs.check_iterable(data)
         feed: Feed = StreamFeed(data, epochs, steps)
@@ -270,8 +320,8 @@ def _say_where(run: Run, start: int, found: Any, notes: Sequence[str], show: Pro
     if found is None:
         if total is not None and step >= total:
             raise ValueError(
-                f"fit: the train state has done {step} steps, and {total} are asked for in all; ask for more, "
-                "or begin anew with train_state(params, ...)"
+                f"fit: the train state has done {step} steps, and {total} are asked for in all; "
+                "ask for more, or begin anew with train_state(params, ...)"
             )
     elif run.done():
         _say_done(run, found, show)
@@ -290,14 +340,23 @@ def _say_done(run: Run, found: saved.Found, show: Progress) -> None:
         at, beyond = f"after pass {run.passes} of {epochs}", run.passes > (epochs or 0)
     else:
         at, beyond = f"at step {step:,} of {total:,}", step > total
-    text = f"{found.path} is {at}: nothing left to train. To begin anew, delete it or name another file"
+    text = (
+        f"{found.path} is {at}: nothing left to train. To begin anew, delete it or name another "
+        "file"
+    )
     if run.looks.best and run.best is None:
-        text += f". run.best stays None: no step is left in which best={run.looks.best!r} could be found"
+        text += (
+            f". run.best stays None: no step is left in which best={run.looks.best!r} could be "
+            "found"
+        )
     if beyond:
         raise ValueError(f"fit: {text}; to go on, ask for more")
     if saved.step_changed(run, found):
         # Without a warning, the old result would look like that of the new settings.
-        text = f"fit: {text}. Its step was another one (learning rate, loss or network): this is the result of that run"
+        text = (
+            f"fit: {text}. Its step was another one (learning rate, loss or network): this is "
+            "the result of that run"
+        )
         warnings.warn(text, stacklevel=4)
     else:
         show.note(text)

@@ -1,4 +1,6 @@
-"""The history of a run: combine the metrics of single steps into records, and convert records to arrays."""
+"""The history of a run: combine the metrics of single steps into records, and convert records to
+arrays.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import numpy as np
 __all__ = ["History", "New", "Record", "columns_of", "records_of"]
 
 Record = dict[str, float]
-"""What is known at one step: 'step', 'epoch', the mean of each metric since the record before, 'seconds' and more."""
+"""What is known at one step: 'step', 'epoch', the mean of each metric since the record before,
+'seconds' and more."""
 
 FIXED = ("step", "epoch", "samples_per_second", "seconds")
 """The entries of every record that are not metrics."""
@@ -22,7 +25,8 @@ class New(NamedTuple):
 
     Attributes:
       record: the means since the previous record.
-      summary: the means since the previous summary, if an epoch or an evaluation ends with this record.
+      summary: the means since the previous summary, if an epoch or an evaluation ends with this
+        record.
     """
 
     record: Record
@@ -35,13 +39,15 @@ class History:
     Args:
       next_cut: the first step after this one at which a record ends.
       epoch: the number of the epoch of a step.
-      ends: (a step, a later one) -> whether an epoch or an evaluation ends between them, which makes a summary.
+      ends: (a step, a later one) -> whether an epoch or an evaluation ends between them, which
+        makes a summary.
 
     Attributes:
       records: all complete records.
       evaluations: the summaries at evaluations, with the values of the evaluation.
       pending: the metrics of the steps since the last record, by name [steps].
-      sums, weight: of the records since the last summary: the sum of value times weight by metric, and the sum of weights.
+      sums, weight: of the records since the last summary: the sum of value times weight by metric,
+        and the sum of weights.
     """
 
     def __init__(
@@ -65,7 +71,13 @@ class History:
         self.step = self.since["step"] = step
 
     def add(
-        self, n: int, metrics: Mapping[str, np.ndarray], seconds: float, samples: int, *, cut: bool = False
+        self,
+        n: int,
+        metrics: Mapping[str, np.ndarray],
+        seconds: float,
+        samples: int,
+        *,
+        cut: bool = False,
     ) -> list[New]:
         """Take in the metrics [n] of the next n steps; returns the records that are now complete.
 
@@ -83,7 +95,9 @@ class History:
             end = min(due - first, n)
             for name, values in metrics.items():
                 part = values[start:end]
-                self.pending[name] = np.concatenate([self.pending[name], part]) if name in self.pending else part
+                self.pending[name] = (
+                    np.concatenate([self.pending[name], part]) if name in self.pending else part
+                )
             share = (end - start) / n
             self.step = first + end
             self.seconds += seconds * share
@@ -97,10 +111,15 @@ class History:
     def _complete(self, cut: bool) -> New:
         before = self.records[-1] if self.records else self.since
         sums, weight = self._pending_sums()
-        record, summary = self._record(sums, weight, self.samples, self.seconds - before["seconds"]), None
+        record, summary = (
+            self._record(sums, weight, self.samples, self.seconds - before["seconds"]),
+            None,
+        )
         self._join(sums, weight)
         if cut or self.ends(int(before["step"]), self.step):
-            summary = self._record(self.sums, self.weight, self.since["samples"], self.seconds - self.since["seconds"])
+            summary = self._record(
+                self.sums, self.weight, self.since["samples"], self.seconds - self.since["seconds"]
+            )
             self.sums, self.weight = {}, 0.0
             self.since = {"step": self.step, "seconds": self.seconds, "samples": 0.0}
         self.records.append(record)
@@ -109,14 +128,22 @@ class History:
     def summary(self) -> Record:
         """The means since the last summary, over complete records and pending steps."""
         sums, weight = self._pending_sums()
-        sums = {name: self.sums.get(name, 0.0) + x for name, x in (sums or dict.fromkeys(self.sums, 0.0)).items()}
-        samples, seconds = self.since["samples"] + self.samples, self.seconds - self.since["seconds"]
+        sums = {
+            name: self.sums.get(name, 0.0) + x
+            for name, x in (sums or dict.fromkeys(self.sums, 0.0)).items()
+        }
+        samples, seconds = (
+            self.since["samples"] + self.samples,
+            self.seconds - self.since["seconds"],
+        )
         return self._record(sums, self.weight + weight, samples, seconds)
 
     def _pending_sums(self) -> tuple[dict[str, float], float]:
-        """The sums of value times weight over the pending steps, by metric, and the sum of their weights.
+        """The sums of value times weight over the pending steps, by metric, and the sum of their
+        weights.
 
-        A value with weight 0 does not count, even if it is NaN. Skipped steps have weight 0 and are counted separately.
+        A value with weight 0 does not count, even if it is NaN. Skipped steps have weight 0 and are
+        counted separately.
         """
         values, n = self.pending, float(next(map(len, self.pending.values()), 0))
         if "weight" not in values and "skipped" not in values:
@@ -125,7 +152,10 @@ class History:
         weights = values.pop("weight", np.ones(int(n)))
         skipped = values.get("skipped", np.zeros(int(n)))
         weights = np.where(skipped > 0, 0.0, weights)
-        sums = {name: float((np.where(weights > 0, x, 0.0) * weights).sum()) for name, x in values.items()}
+        sums = {
+            name: float((np.where(weights > 0, x, 0.0) * weights).sum())
+            for name, x in values.items()
+        }
         if "skipped" in values:
             sums["skipped"] = float(skipped.sum())
         return sums, float(weights.sum())
@@ -138,7 +168,9 @@ class History:
         self.since["samples"] += self.samples
         self.pending, self.samples = {}, 0.0
 
-    def _record(self, sums: Mapping[str, float], weight: float, samples: float, seconds: float) -> Record:
+    def _record(
+        self, sums: Mapping[str, float], weight: float, samples: float, seconds: float
+    ) -> Record:
         record: Record = {"step": self.step, "epoch": self.epoch(self.step)}
         # Without any weight there is no mean. Steps that were skipped had one that is not finite.
         if weight or sums.get("skipped"):
@@ -153,32 +185,53 @@ class History:
         return record
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The state to save: (plain numbers, lists and dicts; a tree of arrays for the parts that grow)."""
-        numbers = {name: getattr(self, name) for name in ("step", "seconds", "samples", "sums", "weight", "since")}
+        """The state to save: (plain numbers, lists and dicts; a tree of arrays for the parts that
+        grow).
+        """
+        numbers = {
+            name: getattr(self, name)
+            for name in ("step", "seconds", "samples", "sums", "weight", "since")
+        }
         arrays = {
             "records": columns_of(self.records),
             "evaluations": columns_of(self.evaluations),
-            "pending": {name: np.asarray(values, np.float64) for name, values in self.pending.items()},
+            "pending": {
+                name: np.asarray(values, np.float64) for name, values in self.pending.items()
+            },
         }
         return numbers, arrays
 
     def restore(self, numbers: Mapping[str, Any], arrays: Mapping[str, Any] | None) -> None:
-        """Restore a result of `state`. Older files have the records among the numbers, and no arrays."""
-        self.step, self.seconds, self.samples = numbers["step"], numbers["seconds"], numbers["samples"]
+        """Restore a result of `state`. Older files have the records among the numbers, and no
+        arrays.
+        """
+        self.step, self.seconds, self.samples = (
+            numbers["step"],
+            numbers["seconds"],
+            numbers["samples"],
+        )
         if arrays is None:
             self.records, pending = list(numbers["records"]), numbers["pending"]
             # The values of an evaluation follow 'seconds', the last entry that every record has.
-            self.evaluations = [dict(record) for record in self.records if list(record)[-1] != "seconds"]
+            self.evaluations = [
+                dict(record) for record in self.records if list(record)[-1] != "seconds"
+            ]
         else:
-            self.records, self.evaluations = records_of(arrays["records"]), records_of(arrays["evaluations"])
+            self.records, self.evaluations = (
+                records_of(arrays["records"]),
+                records_of(arrays["evaluations"]),
+            )
             pending = arrays["pending"]
         self.pending = {name: np.asarray(values, np.float64) for name, values in pending.items()}
         self.sums, self.weight = dict(numbers.get("sums", {})), numbers.get("weight", 0.0)
-        self.since = dict(numbers.get("since", {"step": self.step, "seconds": self.seconds, "samples": 0.0}))
+        self.since = dict(
+            numbers.get("since", {"step": self.step, "seconds": self.seconds, "samples": 0.0})
+        )
 
 
 def columns_of(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Records as arrays, which need far less space in a file: {'columns': {name: [n]}, 'has': {name: bool [n]}}.
+    """Records as arrays, which need far less space in a file: {'columns': {name: [n]}, 'has':
+    {name: bool [n]}}.
 
     'has' tells which records have an entry; names that all records have are left out of it.
     """
@@ -198,4 +251,7 @@ def records_of(table: Mapping[str, Any]) -> list[Record]:
     columns = {name: np.asarray(column).tolist() for name, column in table["columns"].items()}
     has = {name: np.asarray(column).tolist() for name, column in table["has"].items()}
     rows = range(len(next(iter(columns.values()), ())))
-    return [{name: column[i] for name, column in columns.items() if name not in has or has[name][i]} for i in rows]
+    return [
+        {name: column[i] for name, column in columns.items() if name not in has or has[name][i]}
+        for i in rows
+    ]

@@ -15,7 +15,15 @@ import numpy as np
 from jaxnet import tree
 from jaxnet.train.source import is_lazy
 
-__all__ = ["begins_alike", "changed", "data_digest", "key_text", "program_digest", "start_of", "tree_differences"]
+__all__ = [
+    "begins_alike",
+    "changed",
+    "data_digest",
+    "key_text",
+    "program_digest",
+    "start_of",
+    "tree_differences",
+]
 
 WHOLE = 1 << 24  # bytes of an array up to which all of them count in its digest
 SAMPLE = 32  # rows that count in the digest of a larger one, and of one that is read lazily: 8
@@ -23,7 +31,8 @@ LEAVES = 256  # leaves of a train state that count in how a run begins
 ELEMENTS = 1 << 16  # elements of a leaf that count there
 ROUNDING = 1e-4  # the difference, relative to the norm, up to which two starts are the same
 
-# A key also determines noise and initial values, so a run resumed with another key would equal neither run.
+# A key also determines noise and initial values, so a run resumed with another key would equal
+# neither run.
 NAMES = {
     "key": "another key",
     "order": "another order",
@@ -37,7 +46,9 @@ NAMES = {
 
 def key_text(key: Any) -> str | None:
     """A random key as text; None if it is not a single key."""
-    if not isinstance(key, jax.Array | np.ndarray) or not getattr(key, "is_fully_addressable", True):
+    if not isinstance(key, jax.Array | np.ndarray) or not getattr(
+        key, "is_fully_addressable", True
+    ):
         return None
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         words, name = np.asarray(jax.random.key_data(key)), str(jax.random.key_impl(key))
@@ -47,7 +58,9 @@ def key_text(key: Any) -> str | None:
 
 
 def data_digest(data: Any) -> str:
-    """A cheap digest of arrays: shapes, dtypes, all bytes of small arrays, and a sample of the rows of large ones."""
+    """A cheap digest of arrays: shapes, dtypes, all bytes of small arrays, and a sample of the rows
+    of large ones.
+    """
     crc = 0
     for path, leaf in tree.flatten(data).items():
         dtype = _dtype_on_device(leaf.dtype) if hasattr(leaf, "dtype") else "object"
@@ -57,9 +70,11 @@ def data_digest(data: Any) -> str:
 
 
 def start_of(train_state: Any) -> dict[str, Any]:
-    """How a run begins: {'step': n, 'leaves': [[a number that depends on all of the values, their norm], ...]}.
+    """How a run begins: {'step': n, 'leaves': [[a number that depends on all of the values, their
+    norm], ...]}.
 
-    These are numbers and not bits, since initial values may round in another way on another kind of device.
+    These are numbers and not bits, since initial values may round in another way on another kind of
+    device.
     """
     leaves = jax.tree.leaves((train_state.params, train_state.state))
     chosen = range(len(leaves))
@@ -69,15 +84,23 @@ def start_of(train_state: Any) -> dict[str, Any]:
 
 
 def begins_alike(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> bool:
-    """Whether two starts agree, as far as that can be told: older files know no start, and a later state is no start."""
-    if before is None or before["step"] != now["step"] or len(before["leaves"]) != len(now["leaves"]):
+    """Whether two starts agree, as far as that can be told: older files know no start, and a later
+    state is no start.
+    """
+    if (
+        before is None
+        or before["step"] != now["step"]
+        or len(before["leaves"]) != len(now["leaves"])
+    ):
         return True
     pairs = zip(before["leaves"], now["leaves"], strict=True)
     return all(abs(a[i] - b[i]) <= ROUNDING * max(a[1], b[1]) for a, b in pairs for i in (0, 1))
 
 
 def _sketch(leaf: Any) -> list[float]:
-    """Two numbers of a leaf, or of a sample of its elements if there are many: a weighted sum, and the norm."""
+    """Two numbers of a leaf, or of a sample of its elements if there are many: a weighted sum, and
+    the norm.
+    """
     if isinstance(leaf, jax.Array):
         if not leaf.is_fully_addressable:
             return [0.0, 0.0]
@@ -101,7 +124,8 @@ def _sample(leaf: Any) -> np.ndarray:
         return np.zeros(0, np.uint8)
     if host.nbytes > WHOLE:
         host = host[np.linspace(0, len(host) - 1, SAMPLE).astype(np.int64)]
-    # Use the dtype on the device, so that float64 and float32 copies of an array have the same digest.
+    # Use the dtype on the device, so that float64 and float32 copies of an array have the same
+    # digest.
     return host.astype(_dtype_on_device(host.dtype), copy=False)
 
 
@@ -111,7 +135,9 @@ def _dtype_on_device(dtype: Any) -> Any:
 
 
 def program_digest(jaxpr: Any) -> str:
-    """A digest of a traced program and its constants. It depends on the learning rate, the loss and the network."""
+    """A digest of a traced program and its constants. It depends on the learning rate, the loss and
+    the network.
+    """
     crc = zlib.crc32(re.sub(r"0x[0-9a-f]+", "", str(jaxpr)).encode())
     for constant in _constants(jaxpr):
         crc = zlib.crc32(np.ascontiguousarray(_sample(constant)).tobytes(), crc)
@@ -119,7 +145,9 @@ def program_digest(jaxpr: Any) -> str:
 
 
 def _constants(x: Any) -> Iterator[Any]:
-    """The arrays in a traced program, whose values its text lacks: constants and literals, also of programs inside it."""
+    """The arrays in a traced program, whose values its text lacks: constants and literals, also of
+    programs inside it.
+    """
     traced: Any = x
     if isinstance(x, tuple | list):
         for part in x:
@@ -157,8 +185,12 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 
 
 def tree_differences(template: Any, leaves: Mapping[str, tuple[str, tuple]]) -> str | None:
-    """How a tree differs from the leaves of a file, given as {path: (dtype, shape)}; None if it does not."""
-    wanted = {path: (_dtype(leaf), tuple(np.shape(leaf))) for path, leaf in tree.flatten(template).items()}
+    """How a tree differs from the leaves of a file, given as {path: (dtype, shape)}; None if it
+    does not.
+    """
+    wanted = {
+        path: (_dtype(leaf), tuple(np.shape(leaf))) for path, leaf in tree.flatten(template).items()
+    }
     lines = []
     for path in [*wanted, *(p for p in leaves if p not in wanted)]:
         here, there = wanted.get(path), leaves.get(path)
@@ -167,7 +199,10 @@ def tree_differences(template: Any, leaves: Mapping[str, tuple[str, tuple]]) -> 
         elif there is None:
             lines.append(f"'{path}' is not in the file")
         elif here[1] != there[1] or (here[0] != there[0] and "key<" not in here[0] + there[0]):
-            lines.append(f"'{path}' is {there[0]}{list(there[1])} in the file and {here[0]}{list(here[1])} here")
+            lines.append(
+                f"'{path}' is {there[0]}{list(there[1])} in the file and "
+                f"{here[0]}{list(here[1])} here"
+            )
     # List parameters first. Differences in the optimizer's state only repeat them.
     lines.sort(key=lambda line: not line.startswith("'params"))
     if not lines:

@@ -1,4 +1,6 @@
-"""Check the arguments of `fit` before the first step. Errors name the argument, the received value and the remedy."""
+"""Check the arguments of `fit` before the first step. Errors name the argument, the received value
+and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -36,22 +38,30 @@ def check_start(step: Any, train_state: Any) -> None:
     if isinstance(step, TrainState) or not callable(step):
         text = "fit: step must be a function (train_state, batch) -> (train_state, metrics)"
         raise TypeError(f"{text}, as train_step(loss, optimizer) makes it; got {_describe(step)}")
-    if isinstance(train_state, TrainState) or all(hasattr(train_state, name) for name in TrainState._fields):
+    if isinstance(train_state, TrainState) or all(
+        hasattr(train_state, name) for name in TrainState._fields
+    ):
         return
     hint = ""
     if callable(train_state):
         hint = "; call it: train_state(params, optimizer, key)"
     elif isinstance(train_state, Mapping):
-        hint = "; these look like parameters: train_state(params, optimizer, jax.random.key(0)) makes a train state of them"
+        hint = (
+            "; these look like parameters: train_state(params, optimizer, jax.random.key(0)) "
+            "makes a train state of them"
+        )
     raise TypeError(
-        f"fit: train_state must be what train_state(params, optimizer, key) returns, got {_describe(train_state)}{hint}"
+        "fit: train_state must be what train_state(params, optimizer, key) returns, got "
+        f"{_describe(train_state)}{hint}"
     )
 
 
 def check_length(total: int | None) -> None:
     """Raise ValueError for more steps than the counter of a train state can hold."""
     if total is not None and total > LIMIT:
-        raise ValueError(f"fit: steps are counted in int32: at most {LIMIT:,} in all, got {total:,}")
+        raise ValueError(
+            f"fit: steps are counted in int32: at most {LIMIT:,} in all, got {total:,}"
+        )
 
 
 def check_functions(evaluate: Any, best: str | None, stop: Any, callbacks: Any) -> None:
@@ -65,15 +75,27 @@ def check_functions(evaluate: Any, best: str | None, stop: Any, callbacks: Any) 
     if stop is not None:
         if stop is time_budget:
             raise TypeError("fit: stop is time_budget itself; call it first: time_budget(seconds)")
-        _check_call("stop", stop, "a function (history) -> bool or a reason, as early_stopping(...) makes it")
-    if callable(callbacks) or isinstance(callbacks, str | Mapping) or not isinstance(callbacks, Iterable):
+        _check_call(
+            "stop",
+            stop,
+            "a function (history) -> bool or a reason, as early_stopping(...) makes it",
+        )
+    if (
+        callable(callbacks)
+        or isinstance(callbacks, str | Mapping)
+        or not isinstance(callbacks, Iterable)
+    ):
         raise TypeError(
-            f"fit: callbacks must be a list of functions, got {_describe(callbacks)}; write callbacks=[...]"
+            f"fit: callbacks must be a list of functions, got {_describe(callbacks)}; write "
+            "callbacks=[...]"
         )
     for i, callback in enumerate(callbacks):
         if callback in (write_csv, write_jsonl):
             name = callback.__name__
-            raise TypeError(f"fit: callbacks[{i}] is {name} itself; call it first, with the path: {name}('history')")
+            raise TypeError(
+                f"fit: callbacks[{i}] is {name} itself; call it first, with the path: "
+                f"{name}('history')"
+            )
         _check_call(f"callbacks[{i}]", callback, "a function (record)")
 
 
@@ -84,24 +106,30 @@ def check_save_every(seconds: Any) -> None:
     """Raise unless this is a number of seconds, at least 0."""
     number = isinstance(seconds, int | float | np.number) and not isinstance(seconds, bool)
     if not number or not seconds >= 0:
-        raise ValueError(f"fit: save_every must be a number of seconds of at least 0, got {seconds!r}")
+        raise ValueError(
+            f"fit: save_every must be a number of seconds of at least 0, got {seconds!r}"
+        )
 
 
 def check_stop(stop: Callable, names: Iterable[str]) -> None:
-    """Call a stop condition with one record of NaN, to find wrong names and values before the first step.
+    """Call a stop condition with one record of NaN, to find wrong names and values before the first
+    step.
 
     Args:
       stop: the condition.
       names: the names in records.
 
     Raises:
-      TypeError, NameError, AttributeError, KeyError: the condition raised it. Other errors may depend on the numbers.
+      TypeError, NameError, AttributeError, KeyError: the condition raised it. Other errors may
+        depend on the numbers.
     """
     record = dict.fromkeys([*FIXED, *names], float("nan")) | {"step": 0, "epoch": 1, "seconds": 0.0}
     try:
         reason = stop([record])
     except (TypeError, NameError, AttributeError, KeyError) as error:
-        error.add_note(f"fit: stop raised this for a record with {sorted(record)}, before the first step")
+        error.add_note(
+            f"fit: stop raised this for a record with {sorted(record)}, before the first step"
+        )
         raise
     except Exception:
         return
@@ -109,15 +137,22 @@ def check_stop(stop: Callable, names: Iterable[str]) -> None:
 
 
 def reason_of(result: Any) -> str | None:
-    """The reason to stop in the result of a condition; None to go on. Raises TypeError for an array."""
+    """The reason to stop in the result of a condition; None to go on. Raises TypeError for an
+    array.
+    """
     if isinstance(result, str):
         return result or None
     if np.ndim(result):
-        raise TypeError(f"fit: stop must return a bool or a reason, got {_describe(result)}; reduce it to one number")
+        raise TypeError(
+            f"fit: stop must return a bool or a reason, got {_describe(result)}; reduce it to "
+            "one number"
+        )
     return "the condition held" if result else None
 
 
-def check_names(metrics: Iterable[str], evaluated: Iterable[str], stop: Any, metric: str | None) -> None:
+def check_names(
+    metrics: Iterable[str], evaluated: Iterable[str], stop: Any, metric: str | None
+) -> None:
     """Raise unless records will have the names that `stop` and a store use, without collisions.
 
     Args:
@@ -132,19 +167,30 @@ def check_names(metrics: Iterable[str], evaluated: Iterable[str], stop: Any, met
     """
     own = {*FIXED, *metrics} - {"weight"}
     if clash := own & set(evaluated):
-        raise ValueError(f"fit: evaluate returns {sorted(clash)}, names that the record has already; use others")
+        raise ValueError(
+            f"fit: evaluate returns {sorted(clash)}, names that the record has already; use others"
+        )
     known = own | set(evaluated)
     name = getattr(stop, "metric", None)
     if name and name not in known:
-        raise KeyError(f"fit: no record has '{name}', on which it is to stop; there are {sorted(known)}")
+        raise KeyError(
+            f"fit: no record has '{name}', on which it is to stop; there are {sorted(known)}"
+        )
     if metric and metric not in known:
-        raise KeyError(f"fit: the store keeps the best by '{metric}', and no record has it; there are {sorted(known)}")
+        raise KeyError(
+            f"fit: the store keeps the best by '{metric}', and no record has it; there are "
+            f"{sorted(known)}"
+        )
 
 
-def evaluated(evaluate: Callable, train_state: TrainState, best: str | None) -> tuple[str, ...] | None:
-    """The names of the values that `evaluate` returns, after checking the values; None if they are unknown.
+def evaluated(
+    evaluate: Callable, train_state: TrainState, best: str | None
+) -> tuple[str, ...] | None:
+    """The names of the values that `evaluate` returns, after checking the values; None if they are
+    unknown.
 
-    A function that is jitted or made by `jaxnet.train.evaluate` is only traced. Any other function is called once.
+    A function that is jitted or made by `jaxnet.train.evaluate` is only traced. Any other function
+    is called once.
     """
     try:
         if hasattr(evaluate, "lower") or getattr(evaluate, "traceable", False):
@@ -154,11 +200,15 @@ def evaluated(evaluate: Callable, train_state: TrainState, best: str | None) -> 
     except (TypeError, AttributeError, ValueError) as error:
         if takes_params(error):
             raise TypeError(
-                "fit: evaluate receives the train state, and this one takes it for parameters: use `state.params`, as in "
-                "lambda state: {'test_loss': f(state.params)}, or `evaluate(test, data)` of a function test(params, batch)"
+                "fit: evaluate receives the train state, and this one takes it for parameters: "
+                "use `state.params`, as in lambda state: {'test_loss': f(state.params)}, or "
+                "`evaluate(test, data)` of a function test(params, batch)"
             ) from None
         if maybe_takes_params(error):
-            error.add_note("fit: evaluate receives the train state: use `state.params`, or `evaluate(test, data)`")
+            error.add_note(
+                "fit: evaluate receives the train state: use `state.params`, or `evaluate(test, "
+                "data)`"
+            )
         raise
     except LookupError:
         # For instance, a table of values by step may have no entry for the start.
@@ -169,17 +219,22 @@ def evaluated(evaluate: Callable, train_state: TrainState, best: str | None) -> 
 def takes_params(error: Exception) -> bool:
     """Whether an error looks as if a function took the train state for parameters."""
     return "got TrainState(" in str(error) or (
-        isinstance(error, AttributeError) and isinstance(error.obj, TrainState) and hasattr(dict, error.name or "")
+        isinstance(error, AttributeError)
+        and isinstance(error.obj, TrainState)
+        and hasattr(dict, error.name or "")
     )
 
 
 def maybe_takes_params(error: Exception) -> bool:
-    """Whether an error is that of `params['weight']` on some tuple, which may be the train state."""
+    """Whether an error is that of `params['weight']` on some tuple, which may be the train
+    state.
+    """
     return str(error).startswith("tuple indices must be")
 
 
 def check_evaluation(values: Any, best: str | None) -> Mapping[str, Any]:
-    """Return the values from `evaluate` if they are a dict of numbers that includes the metric of `best`.
+    """Return the values from `evaluate` if they are a dict of numbers that includes the metric of
+    `best`.
 
     Raises:
       TypeError: they are not a dict of numbers by name.
@@ -188,17 +243,24 @@ def check_evaluation(values: Any, best: str | None) -> Mapping[str, Any]:
     """
     if not isinstance(values, Mapping):
         raise TypeError(
-            f"fit: evaluate must return a dict of numbers by name, got {_describe(values)}; write for instance "
-            "{'test_accuracy': value}"
+            f"fit: evaluate must return a dict of numbers by name, got {_describe(values)}; "
+            "write for instance {'test_accuracy': value}"
         )
     for name, value in values.items():
         if not isinstance(name, str):
-            raise TypeError(f"fit: what evaluate returns must have names that are strings, got {name!r}")
+            raise TypeError(
+                f"fit: what evaluate returns must have names that are strings, got {name!r}"
+            )
         if np.ndim(value) if not hasattr(value, "ndim") else value.ndim:
-            raise ValueError(f"fit: what evaluate returns as '{name}' must be a number, got shape {np.shape(value)}")
+            raise ValueError(
+                f"fit: what evaluate returns as '{name}' must be a number, got shape "
+                f"{np.shape(value)}"
+            )
         dtype = getattr(value, "dtype", None) or np.result_type(type(value))
         if not (jax.numpy.issubdtype(dtype, np.number) or jax.numpy.issubdtype(dtype, np.bool_)):
-            raise TypeError(f"fit: what evaluate returns as '{name}' must be a number, got {_describe(value)}")
+            raise TypeError(
+                f"fit: what evaluate returns as '{name}' must be a number, got {_describe(value)}"
+            )
     if best is not None and (name := best_of(best)[0]) not in values:
         raise KeyError(f"fit: best={best!r}, but `evaluate` returns {sorted(values)}")
     return values
@@ -208,13 +270,14 @@ def check_arrays(data: Any) -> None:
     """Raise TypeError for data passed with `batch_size` that is not a pytree of arrays."""
     if isinstance(data, Iterator):
         raise TypeError(
-            f"fit: with batch_size the data is arrays, got a {type(data).__name__}, which is used up as it is read; without "
-            "batch_size its items are the batches, or collect its examples first: np.stack(list(data))"
+            f"fit: with batch_size the data is arrays, got a {type(data).__name__}, which is "
+            "used up as it is read; without batch_size its items are the batches, or collect its "
+            "examples first: np.stack(list(data))"
         )
     if callable(data) and not hasattr(data, "shape") or _is_loader(data):
         raise TypeError(
-            f"fit: with batch_size the data is arrays, got {_describe(data)}; without batch_size it is taken as an iterable "
-            "of batches"
+            f"fit: with batch_size the data is arrays, got {_describe(data)}; without batch_size "
+            "it is taken as an iterable of batches"
         )
     _check_lists("", data)
 
@@ -222,25 +285,32 @@ def check_arrays(data: Any) -> None:
 def _check_lists(path: str, data: Any) -> None:
     where = f" in '{path}'" if path else ""
     if isinstance(data, list) and data:
-        if all(isinstance(x, tuple | dict) and len(x) == len(data[0]) for x in data) and len(data) > 1:
-            raise TypeError(
-                f"fit: the data{where} is a list of {len(data)} examples, each {_describe(data[0])}; fit takes one array "
-                "per part: tuple(np.stack(part) for part in zip(*data))"
-            )
-        if all(np.ndim(x) == 0 for x in data if not isinstance(x, list | tuple | dict)) and not isinstance(
-            data[0], list | tuple | dict
+        if (
+            all(isinstance(x, tuple | dict) and len(x) == len(data[0]) for x in data)
+            and len(data) > 1
         ):
             raise TypeError(
-                f"fit: the data{where} is a list of {len(data)} numbers; make it an array: np.asarray(data)"
+                f"fit: the data{where} is a list of {len(data)} examples, each "
+                f"{_describe(data[0])}; fit takes one array per part: tuple(np.stack(part) for "
+                "part in zip(*data))"
+            )
+        if all(
+            np.ndim(x) == 0 for x in data if not isinstance(x, list | tuple | dict)
+        ) and not isinstance(data[0], list | tuple | dict):
+            raise TypeError(
+                f"fit: the data{where} is a list of {len(data)} numbers; make it an array: "
+                "np.asarray(data)"
             )
         shapes = {np.shape(x) for x in data} if all(hasattr(x, "shape") for x in data) else set()
         if len(data) > 2 and len(shapes) == 1:
             raise TypeError(
-                f"fit: the data{where} is a list of {len(data)} arrays of shape {shapes.pop()}; make it one array of "
-                f"{len(data)} examples: np.stack(data)"
+                f"fit: the data{where} is a list of {len(data)} arrays of shape {shapes.pop()}; "
+                f"make it one array of {len(data)} examples: np.stack(data)"
             )
         if isinstance(data[0], list):
-            raise TypeError(f"fit: the data{where} is a list of lists; make it an array: np.asarray(data)")
+            raise TypeError(
+                f"fit: the data{where} is a list of lists; make it an array: np.asarray(data)"
+            )
     if isinstance(data, Mapping):
         parts = data.items()
     elif isinstance(data, list | tuple):
@@ -254,26 +324,43 @@ def _check_lists(path: str, data: Any) -> None:
 def check_iterable(data: Any) -> None:
     """Raise TypeError for data passed without `batch_size` that is not an iterable of batches."""
     arrays = isinstance(data, dict | tuple) or hasattr(data, "shape")
-    if arrays or isinstance(data, str | bytes) or not (isinstance(data, Iterable) or callable(data)):
+    if (
+        arrays
+        or isinstance(data, str | bytes)
+        or not (isinstance(data, Iterable) or callable(data))
+    ):
         raise TypeError(
-            f"fit: without batch_size the data is an iterable of batches, got {type(data).__name__}; "
-            "for arrays say batch_size"
+            "fit: without batch_size the data is an iterable of batches, got "
+            f"{type(data).__name__}; for arrays say batch_size"
         )
     if callable(data) and not isinstance(data, Iterable):
         hint = "; fit calls it with the number of the pass: write lambda number: ..."
-        _check_call("data", data, "an iterable of batches or a function (number of the pass) -> iterable", hint)
+        _check_call(
+            "data",
+            data,
+            "an iterable of batches or a function (number of the pass) -> iterable",
+            hint,
+        )
     if isinstance(data, list) and data and isinstance(data[0], tuple) and len(data[0]) > 1:
         if np.ndim(data[0][-1]) == 0 and not isinstance(data[0][-1], str | Mapping | tuple | list):
             raise TypeError(
-                f"fit: without batch_size each item is a batch, and this list of {len(data)} holds single examples: "
-                f"{_describe(data[0])}; make it arrays, tuple(np.stack(part) for part in zip(*data)), and say batch_size"
+                f"fit: without batch_size each item is a batch, and this list of {len(data)} "
+                f"holds single examples: {_describe(data[0])}; make it arrays, "
+                "tuple(np.stack(part) for part in zip(*data)), and say batch_size"
             )
 
 
 def _is_loader(data: Any) -> bool:
     """Whether an object yields batches and is neither a container nor an array for JAX."""
-    leaf = jax.tree.leaves(data)[:1] == [data] if not isinstance(data, list | tuple | dict) else False
-    return leaf and not hasattr(data, "shape") and hasattr(data, "__iter__") and not isinstance(data, str)
+    leaf = (
+        jax.tree.leaves(data)[:1] == [data] if not isinstance(data, list | tuple | dict) else False
+    )
+    return (
+        leaf
+        and not hasattr(data, "shape")
+        and hasattr(data, "__iter__")
+        and not isinstance(data, str)
+    )
 
 
 def _check_call(name: str, function: Any, what: str, hint: str = "") -> None:

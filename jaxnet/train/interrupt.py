@@ -21,25 +21,30 @@ class Interrupted:
     name: str | None = None
 
 
-# The time at which a signal ended the last run; None if no signal did, or if the program has read the result.
+# The time at which a signal ended the last run; None if no signal did, or if the program has read
+# the result.
 _ended: float | None = None
 
 
 def handled() -> None:
-    """Record that the program has read how its last run ended, and so decides itself how to continue."""
+    """Record that the program has read how its last run ended, and so decides itself how to
+    continue.
+    """
     global _ended
     _ended = None
 
 
 @contextlib.contextmanager
 def interruptible(tell: Callable[[str], None] = lambda name: None) -> Iterator[Interrupted]:
-    """Within the block the first SIGINT or SIGTERM only sets a flag; a second one raises, KeyboardInterrupt or SystemExit.
+    """Within the block the first SIGINT or SIGTERM only sets a flag; a second one raises,
+    KeyboardInterrupt or SystemExit.
 
-    If a signal has just ended another block and the program has not read how that block ended, the first signal counts as
-    the second. Thus two presses of Ctrl-C end a sweep of many runs.
+    If a signal has just ended another block and the program has not read how that block ended, the
+    first signal counts as the second. Thus two presses of Ctrl-C end a sweep of many runs.
 
-    The previous handlers are restored at the end. Off the main thread, where Python allows no handlers, the block runs
-    without them. Signals that are ignored (`nohup`, a background job of a script) or not handled by Python stay unchanged.
+    The previous handlers are restored at the end. Off the main thread, where Python allows no
+    handlers, the block runs without them. Signals that are ignored (`nohup`, a background job of a
+    script) or not handled by Python stay unchanged.
 
     Args:
       tell: called with the name of the first signal when it arrives.

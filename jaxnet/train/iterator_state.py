@@ -12,7 +12,9 @@ __all__ = ["from_json", "to_json"]
 
 
 def to_json(x: Any) -> Any:
-    """The state of an iterator as JSON. Values that JSON lacks become an object with one entry, named after their kind."""
+    """The state of an iterator as JSON. Values that JSON lacks become an object with one entry,
+    named after their kind.
+    """
     if x is None or isinstance(x, bool | int | float | str):
         return x
     if isinstance(x, list):
@@ -27,8 +29,16 @@ def to_json(x: Any) -> Any:
         array = np.asarray(x)
         if array.dtype.kind in "biufc":
             kind = "array" if isinstance(x, np.ndarray | np.generic) else "tensor"
-            return {kind: [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode()]}
-    raise TypeError(f"data: the iterator's state holds a {type(x).__name__}, which a checkpoint cannot keep")
+            return {
+                kind: [
+                    array.dtype.str,
+                    list(array.shape),
+                    base64.b64encode(array.tobytes()).decode(),
+                ]
+            }
+    raise TypeError(
+        f"data: the iterator's state holds a {type(x).__name__}, which a checkpoint cannot keep"
+    )
 
 
 def from_json(x: Any) -> Any:

@@ -34,12 +34,15 @@ class Keeper:
         self.place = None if place is None else os.fsdecode(place)
         self.store: Any = checkpoint if hasattr(checkpoint, "folder") else None
         self.saved = -1
-        # Which file this run has read or written last, and whether another program has put its own in that place.
+        # Which file this run has read or written last, and whether another program has put its own
+        # in that place.
         self.known: tuple[int, int, int] | None = None
         self.text: str | None = None
         self.taken = False
         if self.place == "":
-            raise ValueError("fit: checkpoint must be the name of a file, as in 'run.safetensors', got ''")
+            raise ValueError(
+                "fit: checkpoint must be the name of a file, as in 'run.safetensors', got ''"
+            )
 
     def __bool__(self):
         return self.place is not None
@@ -50,7 +53,11 @@ class Keeper:
     @property
     def metric(self) -> str | None:
         """The metric by which a store keeps the best steps."""
-        return None if self.store is None or self.store.metric is None else self.store.metric.partition(" ")[2]
+        return (
+            None
+            if self.store is None or self.store.metric is None
+            else self.store.metric.partition(" ")[2]
+        )
 
     def check(self) -> None:
         """Raise OSError if the place is not writable."""
@@ -61,7 +68,9 @@ class Keeper:
         places.check_engine(self.place, getattr(self.store, "engine", None))
         if self.store is None:
             _check_name(self.place)
-        folder = self.place if self.store is not None else os.path.dirname(os.path.abspath(self.place))
+        folder = (
+            self.place if self.store is not None else os.path.dirname(os.path.abspath(self.place))
+        )
         try:
             places.check_writable(folder)
         except OSError as error:
@@ -70,19 +79,23 @@ class Keeper:
 
     def has_some(self) -> bool:
         """Whether there is a checkpoint, good or not."""
-        return bool(self.store.steps()) if self.store is not None else os.path.exists(str(self.place))
+        return (
+            bool(self.store.steps()) if self.store is not None else os.path.exists(str(self.place))
+        )
 
     def newest(self, template: Callable[[Info], Any]) -> Found | None:
         """Load the newest good checkpoint, reading it once.
 
         Args:
-          template: a function from the header of a file to the expected tree. It raises if the file is of another run.
+          template: a function from the header of a file to the expected tree. It raises if the file
+            is of another run.
 
         Returns:
           The checkpoint, or None if there is none.
 
         Raises:
-          OSError: a newer file is not damaged but cannot be opened. A run resumed from an older file could not save.
+          OSError: a newer file is not damaged but cannot be opened. A run resumed from an older
+            file could not save.
         """
         from jaxnet.checkpoint.file import load_with_info
 
@@ -98,7 +111,9 @@ class Keeper:
         self.text = info.metadata["fit"]
         return Found(tree, info.metadata, self.place)
 
-    def save(self, step: int, tree: Any, record: dict[str, float] | None, metadata: dict[str, Any]) -> None:
+    def save(
+        self, step: int, tree: Any, record: dict[str, float] | None, metadata: dict[str, Any]
+    ) -> None:
         from jaxnet import checkpoint
 
         if self.store is None:
@@ -113,21 +128,25 @@ class Keeper:
     def _check_own(self) -> None:
         """Raise CheckpointError if the file is not the one that this run has read or written last.
 
-        A file that was deleted is written again. One that was only touched or copied back holds the same run at the same
-        second, and is this run's own.
+        A file that was deleted is written again. One that was only touched or copied back holds the
+        same run at the same second, and is this run's own.
         """
         from jaxnet.checkpoint.format import CheckpointError
 
         place = str(self.place)
         found = _identity(place)
-        if found is None or found == self.known or (self.text is not None and _text(place) == self.text):
+        if (
+            found is None
+            or found == self.known
+            or (self.text is not None and _text(place) == self.text)
+        ):
             return
         self.taken = True
         raise CheckpointError(
             place,
             None,
-            "another program writes this checkpoint, too, so this run does not replace it: give each run a file of its "
-            "own. The state of this run is the `train_state` of this error",
+            "another program writes this checkpoint, too, so this run does not replace it: give "
+            "each run a file of its own. The state of this run is the `train_state` of this error",
         )
 
     def wait(self) -> None:
@@ -169,7 +188,12 @@ def _check_name(path: str) -> None:
         return
     except OSError as error:
         text = f"fit: checkpoint: {error.strerror}"
-        raise OSError(error.errno, text, path if len(path) < 200 else f"{path[:80]}...{path[-20:]}") from None
+        raise OSError(
+            error.errno, text, path if len(path) < 200 else f"{path[:80]}...{path[-20:]}"
+        ) from None
     if stat.S_ISDIR(mode):
-        text = "fit: a checkpoint is a file, this is a folder: add a file name, or give Checkpoints(folder)"
+        text = (
+            "fit: a checkpoint is a file, this is a folder: add a file name, or give "
+            "Checkpoints(folder)"
+        )
         raise IsADirectoryError(errno.EISDIR, text, path)

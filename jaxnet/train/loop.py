@@ -23,31 +23,40 @@ __all__ = ["train_epoch", "train_steps"]
 
 
 def train_steps(
-    step: Callable, batch_size: int, steps: int, *, order: Order | None = shuffle, drop_last: bool = True
+    step: Callable,
+    batch_size: int,
+    steps: int,
+    *,
+    order: Order | None = shuffle,
+    drop_last: bool = True,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
-    """Make one pure function (train_state, data) -> (train_state, metrics [steps]) of many steps over data in memory.
+    """Make one pure function (train_state, data) -> (train_state, metrics [steps]) of many steps
+    over data in memory.
 
-    Which batch a step sees follows from `train_state.step` and the key alone: any chunks of the same run see the same
-    batches.
+    Which batch a step sees follows from `train_state.step` and the key alone: any chunks of the
+    same run see the same batches.
 
     Args:
       step: (train_state, batch) -> (train_state, metrics), as from `train_step`.
       batch_size: examples per step.
-      steps: steps per call of the result. Apply `jax.jit` to the result once, and call it repeatedly.
-      order: the rows of an epoch: `shuffle` (a different order each epoch), `balanced(labels)`, your own function, or
-        None for the order of the data.
-      drop_last: leave out the last n % batch_size examples of an epoch. If False, they form a separate, shorter batch.
-        The program then contains the step twice, the shapes of metrics must not depend on the size of the batch, and a
-        metric 'weight' counts the examples. Under `jax.vmap` with different values of `train_state.step`, both forms of
-        the step are computed and one is kept.
+      steps: steps per call of the result. Apply `jax.jit` to the result once, and call it
+        repeatedly.
+      order: the rows of an epoch: `shuffle` (a different order each epoch), `balanced(labels)`,
+        your own function, or None for the order of the data.
+      drop_last: leave out the last n % batch_size examples of an epoch. If False, they form a
+        separate, shorter batch. The program then contains the step twice, the shapes of metrics
+        must not depend on the size of the batch, and a metric 'weight' counts the examples. Under
+        `jax.vmap` with different values of `train_state.step`, both forms of the step are computed
+        and one is kept.
 
     Returns:
       The function of many steps.
 
     Raises:
-      ValueError: a size is not positive; when the result is traced, the data is empty or has leaves of unequal length, a
-        batch is larger than the data, or rows of `order` are out of range.
-      TypeError: when the result is traced, the step changes the structure, a shape or a dtype of the train state.
+      ValueError: a size is not positive; when the result is traced, the data is empty or has leaves
+        of unequal length, a batch is larger than the data, or rows of `order` are out of range.
+      TypeError: when the result is traced, the step changes the structure, a shape or a dtype of
+        the train state.
     """
     steps = _steps_of("train_steps: steps", steps)
 
@@ -89,7 +98,9 @@ def train_epoch(
 
     def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
         steps = steps_per_epoch(examples(data), batch_size, drop_last=drop_last)
-        return train_steps(step, batch_size, steps, order=order, drop_last=drop_last)(train_state, data)
+        return train_steps(step, batch_size, steps, order=order, drop_last=drop_last)(
+            train_state, data
+        )
 
     return run
 
@@ -102,31 +113,46 @@ def steps_per_epoch(n: int, batch_size: int, *, drop_last: bool = True) -> int:
     """
     batch_size = size_of("batch_size", batch_size)
     if batch_size > n:
-        raise ValueError(f"batch_size {batch_size} is larger than the data, {n} examples; use at most {n}")
+        raise ValueError(
+            f"batch_size {batch_size} is larger than the data, {n} examples; use at most {n}"
+        )
     return n // batch_size if drop_last else -(-n // batch_size)
 
 
 def _steps_of(what: str, steps: Any) -> int:
     steps = size_of(what, steps)
     if steps >= 2**31:
-        raise ValueError(f"{what} must be less than 2**31, since steps are counted in int32, got {steps}")
+        raise ValueError(
+            f"{what} must be less than 2**31, since steps are counted in int32, got {steps}"
+        )
     return steps
 
 
 def _check_counter(start: Any, steps: int) -> None:
-    """Raise ValueError if the counter of a train state cannot hold the last step. A traced counter is not checked."""
+    """Raise ValueError if the counter of a train state cannot hold the last step. A traced counter
+    is not checked.
+    """
     if isinstance(start, jax.core.Tracer) or np.ndim(start):
         return
     last = int(start) + steps
     if last >= 2**31:
         raise ValueError(
-            f"train_steps: steps are counted in int32, so the last one must be less than 2**31, got {int(start)} done + "
-            f"{steps} = {last}; start again with step 0, as train_state(params, optimizer, key) makes it"
+            "train_steps: steps are counted in int32, so the last one must be less than 2**31, "
+            f"got {int(start)} done + {steps} = {last}; start again with step 0, as "
+            "train_state(params, optimizer, key) makes it"
         )
 
 
-def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order: Order | None, drop_last: bool) -> Any:
-    """The rows of the next steps: int32 [steps, B], or `Uneven` if the last batch of an epoch is shorter.
+def planned(
+    train_state: TrainState,
+    n: int,
+    steps: int,
+    batch_size: int,
+    order: Order | None,
+    drop_last: bool,
+) -> Any:
+    """The rows of the next steps: int32 [steps, B], or `Uneven` if the last batch of an epoch is
+    shorter.
 
     None if every step takes all rows, because their order does not matter then.
     """
@@ -150,7 +176,8 @@ def planned(train_state: TrainState, n: int, steps: int, batch_size: int, order:
 
 def on_uneven(step: Callable) -> Callable:
     """Make a step that also takes `Uneven` batches, each with its true size."""
-    # With `jit`, the step is traced once per size, although both its shapes and its branch need a trace.
+    # With `jit`, the step is traced once per size, although both its shapes and its branch need a
+    # trace.
     traced = jax.jit(step, inline=True)
 
     def run(train_state: TrainState, batch: Any) -> tuple[TrainState, dict]:
@@ -161,19 +188,30 @@ def on_uneven(step: Callable) -> Callable:
             examples = examples_of()
             new, metrics = traced(train_state, examples)
             size = len(jax.tree.leaves(examples)[0])
-            return new, {"weight": jnp.float32(size), **metrics} if isinstance(metrics, dict) else metrics
+            return new, {"weight": jnp.float32(size), **metrics} if isinstance(
+                metrics, dict
+            ) else metrics
 
-        whole, short = functools.partial(of, lambda: batch.batch), functools.partial(of, batch.short)
+        whole, short = (
+            functools.partial(of, lambda: batch.batch),
+            functools.partial(of, batch.short),
+        )
         try:
             shapes = [jax.eval_shape(f, train_state)[1] for f in (whole, short)]
         except Exception as error:
-            error.add_note(f"with drop_last=False an epoch ends with a batch of {batch.rest} examples")
+            error.add_note(
+                f"with drop_last=False an epoch ends with a batch of {batch.rest} examples"
+            )
             raise
         if jax.tree.map(_spec, shapes[0]) != jax.tree.map(_spec, shapes[1]):
-            changed = [path for path, leaf in tree.flatten(shapes[0]).items() if _differs(leaf, shapes[1], path)]
+            changed = [
+                path
+                for path, leaf in tree.flatten(shapes[0]).items()
+                if _differs(leaf, shapes[1], path)
+            ]
             raise ValueError(
-                f"drop_last=False: the metrics {changed} have another shape in the last batch, of {batch.rest} examples; "
-                "reduce them to scalars"
+                f"drop_last=False: the metrics {changed} have another shape in the last batch, "
+                f"of {batch.rest} examples; reduce them to scalars"
             )
         return jax.lax.cond(batch.last, short, whole, train_state)
 
@@ -186,7 +224,9 @@ def _differs(leaf: Any, others: Any, path: str) -> bool:
 
 
 def _threefry(key: jax.Array) -> jax.Array:
-    """The key itself, or one of JAX's default generator made of it: of others a vmapped draw may not be that of each alone."""
+    """The key itself, or one of JAX's default generator made of it: of others a vmapped draw may
+    not be that of each alone.
+    """
     if str(jax.random.key_impl(key)) == "threefry2x32":
         return key
     words = jax.random.key_data(key)
@@ -194,12 +234,16 @@ def _threefry(key: jax.Array) -> jax.Array:
 
 
 def planned_ahead(train_state: TrainState, n: int, size: int, count: jax.Array, **batching) -> Any:
-    """A plan with room for `size` steps of which the first `count` are drawn, some at a time; see `planned`."""
+    """A plan with room for `size` steps of which the first `count` are drawn, some at a time; see
+    `planned`.
+    """
     block = min(size, max(1, _DRAWN // batching["batch_size"]))
     blocks = -(-size // block)
 
     def draw(i):
-        return planned(train_state._replace(step=train_state.step + i * block), n, block, **batching)
+        return planned(
+            train_state._replace(step=train_state.step + i * block), n, block, **batching
+        )
 
     def add(i, plan):
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * block, axis=0)
@@ -212,7 +256,8 @@ def planned_ahead(train_state: TrainState, n: int, size: int, count: jax.Array, 
 
 
 _DRAWN = 1 << 13  # rows that are drawn at once: enough for the arithmetic to be vectorised
-_ORDER = 0x6F726465  # separates the keys of the data's order from those of the steps, which are small numbers
+# It separates the keys of the data's order from those of the steps, which are small numbers.
+_ORDER = 0x6F726465
 
 
 def take(data: Any, rows: Any) -> Any:
@@ -224,16 +269,20 @@ def take(data: Any, rows: Any) -> Any:
     return jax.tree.map(lambda leaf: gathered(leaf, rows), data)
 
 
-def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool = True) -> Callable:
-    """Up to `size` steps as one function (train_state, good, first, n, *inputs) -> (train_state, good, metrics [size]).
+def chunk_of(
+    step: Callable, size: int, batches: Callable, *, check_finite: bool = True
+) -> Callable:
+    """Up to `size` steps as one function (train_state, good, first, n, *inputs) -> (train_state,
+    good, metrics [size]).
 
     It takes the steps first .. first + n - 1 of a plan; one program serves every n <= size - first.
 
-    With `check_finite`, if a value that was finite is not so any more after the n steps, or a loss is not, then the state
-    that comes back is the one that went in, and `good` is False from then on: whoever looks only later still finds the
-    last good state.
+    With `check_finite`, if a value that was finite is not so any more after the n steps, or a loss
+    is not, then the state that comes back is the one that went in, and `good` is False from then
+    on: whoever looks only later still finds the last good state.
 
-    Args: batches: (n, train_state, *inputs) -> (plan with leaves [size, ...], function from one of its rows to a batch).
+    Args: batches: (n, train_state, *inputs) -> (plan with leaves [size, ...], function from one of
+    its rows to a batch).
     """
     step = jax.jit(on_uneven(step), inline=True)  # traced once, for its shapes and in the loop
 
@@ -245,9 +294,14 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
 
         outputs = jax.eval_shape(lambda: step(train_state, batch_at(0)))
         if not isinstance(outputs, tuple) or len(outputs) != 2:
-            got = f"{len(outputs)} parts" if isinstance(outputs, tuple) else f"a {type(outputs).__name__}"
+            got = (
+                f"{len(outputs)} parts"
+                if isinstance(outputs, tuple)
+                else f"a {type(outputs).__name__}"
+            )
             raise TypeError(
-                f"a step returns (train_state, metrics), got {got}; train_step(loss, optimizer) makes a step of a loss"
+                f"a step returns (train_state, metrics), got {got}; train_step(loss, optimizer) "
+                "makes a step of a loss"
             )
         new, metrics = outputs
         check_same(train_state, new)
@@ -269,49 +323,66 @@ def chunk_of(step: Callable, size: int, batches: Callable, *, check_finite: bool
         if "skipped" in values:
             lost &= values["skipped"] == 0
         good &= ~lost.any() & ~_breaks(train_state, new)
-        return jax.lax.cond(good, lambda: new, lambda: train_state), good, values  # compiles faster than a `where`
+        # A `cond` compiles faster than a `where`.
+        return jax.lax.cond(good, lambda: new, lambda: train_state), good, values
 
     return run
 
 
 def _breaks(old: TrainState, new: TrainState) -> jax.Array:
-    """Whether a number is no longer finite. (Some optimizers keep an infinity on purpose: only a change tells.)"""
-    pairs = zip(*(jax.tree.leaves((state.params, state.state, state.opt)) for state in (old, new)), strict=True)
+    """Whether a number is no longer finite. (Some optimizers keep an infinity on purpose: only a
+    change tells.)
+    """
+    pairs = zip(
+        *(jax.tree.leaves((state.params, state.state, state.opt)) for state in (old, new)),
+        strict=True,
+    )
     floats = [(a, b) for a, b in pairs if jnp.issubdtype(a.dtype, jnp.inexact)]
-    zeros = [jnp.sum(jnp.where(jnp.isfinite(a), b * 0, 0)) for a, b in floats]  # faster to compile than to count
+    # This sum compiles faster than a count.
+    zeros = [jnp.sum(jnp.where(jnp.isfinite(a), b * 0, 0)) for a, b in floats]
     return sum((zero != 0 for zero in zeros), jnp.bool_(False))  # inf * 0 and nan * 0 are nan
 
 
 def check_same(old: Any, new: Any) -> None:
-    """Raise TypeError unless a step gives back what it was given, in structure, shapes and dtypes."""
+    """Raise TypeError unless a step gives back what it was given, in structure, shapes and
+    dtypes.
+    """
     if jax.tree.structure(old) != jax.tree.structure(new):
         before, after = set(tree.paths(old)), set(tree.paths(new))
         raise TypeError(
-            f"the step changes the structure of the train state: it adds {sorted(after - before)} and drops "
-            f"{sorted(before - after)} ({jax.tree.structure(old)} becomes {jax.tree.structure(new)})"
+            "the step changes the structure of the train state: it adds "
+            f"{sorted(after - before)} and drops {sorted(before - after)} "
+            f"({jax.tree.structure(old)} becomes {jax.tree.structure(new)})"
         )
     found = zip(tree.paths(old), jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
     spec = {path: (_spec(a), _spec(b)) for path, a, b in found}
     if changed := [f"'{path}' from {a} to {b}" for path, (a, b) in spec.items() if a != b]:
         raise TypeError(
-            f"the step changes the type of the train state: {', '.join(changed[:5])}; cast what it returns with "
-            ".astype, or start with the other type"
+            f"the step changes the type of the train state: {', '.join(changed[:5])}; cast what "
+            "it returns with .astype, or start with the other type"
         )
 
 
 def check_metrics(metrics: Any) -> None:
     """Raise unless the metrics of a step are a dict of scalars."""
     if not isinstance(metrics, dict):
-        raise TypeError(f"a step returns (train_state, metrics) with a dict of metrics, got {type(metrics).__name__}")
+        raise TypeError(
+            "a step returns (train_state, metrics) with a dict of metrics, got "
+            f"{type(metrics).__name__}"
+        )
     for name, metric in metrics.items():
         if name in ("step", "epoch", "seconds", "samples_per_second"):
-            raise ValueError(f"metric '{name}' has a name that every record has already; use another")
+            raise ValueError(
+                f"metric '{name}' has a name that every record has already; use another"
+            )
         if getattr(metric, "shape", None) != ():
             raise ValueError(
-                f"metric '{name}' must be a scalar, got {_spec(metric) if hasattr(metric, 'shape') else metric}; "
-                "reduce it, or give its parts names of their own"
+                f"metric '{name}' must be a scalar, got "
+                f"{_spec(metric) if hasattr(metric, 'shape') else metric}; reduce it, or give "
+                "its parts names of their own"
             )
 
 
 def _spec(leaf: Any) -> str:
-    return f"{jnp.result_type(leaf) if not hasattr(leaf, 'dtype') else leaf.dtype}{list(jnp.shape(leaf))}"
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return f"{dtype}{list(jnp.shape(leaf))}"

@@ -1,4 +1,6 @@
-"""What goes around an optax optimizer: groups by path, frozen parameters, averaged weights, steps that are not taken."""
+"""What goes around an optax optimizer: groups by path, frozen parameters, averaged weights, steps
+that are not taken.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,18 @@ __all__ = ["Averaged", "Guarded", "average", "averaged", "by_path", "freeze", "g
 
 
 def by_path(groups: Mapping[str, Any]) -> Any:
-    """Give groups of parameters optimizers of their own; the first pattern that matches a path decides.
+    """Give groups of parameters optimizers of their own; the first pattern that matches a path
+    decides.
 
-        by_path({"embed": None, "**/bias": optax.adam(1e-3), "**": optax.adamw(1e-3, weight_decay=0.1)})
+        decayed = optax.adamw(1e-3, weight_decay=0.1)
+        by_path({"embed": None, "**/bias": optax.adam(1e-3), "**": decayed})
 
-    Args: groups: path pattern (see `jaxnet.tree`) -> an optax transformation, a learning rate or schedule for plain SGD, or
-      None for parameters that do not move (whose gradients are then not even computed, under `jax.jit`).
+    Args: groups: path pattern (see `jaxnet.tree`) -> an optax transformation, a learning rate or
+      schedule for plain SGD, or None for parameters that do not move (whose gradients are then not
+      even computed, under `jax.jit`).
     Returns: an optax transformation.
-    Raises: KeyError, at `init`, for a parameter that no pattern matches and for a pattern that decides for none.
+    Raises: KeyError, at `init`, for a parameter that no pattern matches and for a pattern that
+    decides for none.
     """
     import optax
 
@@ -36,7 +42,9 @@ def by_path(groups: Mapping[str, Any]) -> Any:
         paths = tree.paths(params)
         chosen = {path: next((p for p in groups if tree.matches(path, p)), None) for path in paths}
         if left := [path for path, pattern in chosen.items() if pattern is None]:
-            raise KeyError(f"by_path: no pattern matches {left[:5]}; the last may be '**', for all others")
+            raise KeyError(
+                f"by_path: no pattern matches {left[:5]}; the last may be '**', for all others"
+            )
         if idle := [pattern for pattern in groups if pattern not in chosen.values()]:
             raise KeyError(f"by_path: nothing is left for {idle}; the parameters are {paths[:20]}")
         return tree.map_with_path(lambda path, _: chosen[path], params)
@@ -45,12 +53,16 @@ def by_path(groups: Mapping[str, Any]) -> Any:
 
 
 def freeze(optimizer: Any, *patterns: str) -> Any:
-    """Leave the parameters whose path matches one of the patterns as they are. Raises as `by_path`."""
+    """Leave the parameters whose path matches one of the patterns as they are. Raises as
+    `by_path`.
+    """
     return by_path({pattern: None for pattern in patterns} | {"**": optimizer})
 
 
 class Averaged(NamedTuple):
-    """The state of `averaged`: of the optimizer inside, the average of the parameters, and the number of updates."""
+    """The state of `averaged`: of the optimizer inside, the average of the parameters, and the
+    number of updates.
+    """
 
     inner: Any
     params: Any
@@ -58,13 +70,14 @@ class Averaged(NamedTuple):
 
 
 def averaged(optimizer: Any, decay: float = 0.999) -> Any:
-    """Keep a moving average of the parameters beside them, a <- d a + (1 - d) w with d = min(decay, (1 + t) / (10 + t)).
+    """Keep a moving average of the parameters beside them, a <- d a + (1 - d) w with d = min(decay,
+    (1 + t) / (10 + t)).
 
-    The ramp lets the start be forgotten. `average(train_state)` reads it; training itself is unchanged. Half-precision
-    parameters are averaged in float32.
+    The ramp lets the start be forgotten. `average(train_state)` reads it; training itself is
+    unchanged. Half-precision parameters are averaged in float32.
 
-    Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; the ramp is that of
-    tf.train.ExponentialMovingAverage(num_updates).
+    Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; the
+    ramp is that of tf.train.ExponentialMovingAverage(num_updates).
     """
     import optax
 
@@ -73,7 +86,9 @@ def averaged(optimizer: Any, decay: float = 0.999) -> Any:
     inner = optax.with_extra_args_support(as_optax(optimizer))
 
     def init(params):
-        copies = jax.tree.map(lambda w: jnp.array(w, jnp.promote_types(w.dtype, jnp.float32), copy=True), params)
+        copies = jax.tree.map(
+            lambda w: jnp.array(w, jnp.promote_types(w.dtype, jnp.float32), copy=True), params
+        )
         return Averaged(inner.init(params), copies, jnp.int32(0))
 
     def update(updates, state, params=None, **extra):
@@ -83,14 +98,17 @@ def averaged(optimizer: Any, decay: float = 0.999) -> Any:
         t = state.updates.astype(jnp.float32)
         d = jnp.minimum(decay, (1 + t) / (10 + t))
         new = optax.apply_updates(params, updates)
-        mean = jax.tree.map(lambda a, w: a + (1 - d).astype(a.dtype) * (w.astype(a.dtype) - a), state.params, new)
+        mean = jax.tree.map(
+            lambda a, w: a + (1 - d).astype(a.dtype) * (w.astype(a.dtype) - a), state.params, new
+        )
         return updates, Averaged(inner_state, mean, state.updates + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def average(train_state: Any) -> Any:
-    """The averaged parameters of a run whose optimizer is `averaged`, in the dtypes of the parameters.
+    """The averaged parameters of a run whose optimizer is `averaged`, in the dtypes of the
+    parameters.
 
     Raises: ValueError where there is no average.
     """
@@ -123,18 +141,23 @@ class Guarded(NamedTuple):
     limit: jax.Array
 
 
-def guarded(optimizer: Any, *, limit: int = 10, loss_scale: float | None = None, interval: int = 2000) -> Any:
-    """Skip a step whose loss or gradients are not finite: parameters, state and optimizer stay as they were.
+def guarded(
+    optimizer: Any, *, limit: int = 10, loss_scale: float | None = None, interval: int = 2000
+) -> Any:
+    """Skip a step whose loss or gradients are not finite: parameters, state and optimizer stay as
+    they were.
 
-    More than `limit` such steps in a row are an error, which `fit` raises; until then, and afterwards, no NaN is ever
-    applied. `train_step` counts the steps skipped in its metrics ('skipped').
+    More than `limit` such steps in a row are an error, which `fit` raises; until then, and
+    afterwards, no NaN is ever applied. `train_step` counts the steps skipped in its metrics
+    ('skipped').
 
     Args:
       optimizer: an optax transformation, a learning rate, or a schedule.
       limit: the most skipped steps in a row; one more is an error.
-      loss_scale: for float16, whose gradients underflow: the loss is multiplied by this number, such as 2.0**15, and the
-        gradients are divided by it. The scale is halved at each skipped step, down to 1 (or `loss_scale`, if that is
-        smaller), and doubled after `interval` steps without one, up to 2.0**127.
+      loss_scale: for float16, whose gradients underflow: the loss is multiplied by this number,
+        such as 2.0**15, and the gradients are divided by it. The scale is halved at each skipped
+        step, down to 1 (or `loss_scale`, if that is smaller), and doubled after `interval` steps
+        without one, up to 2.0**127.
       interval: steps after which the scale is doubled.
 
     Source of the scaling: Micikevicius et al., "Mixed Precision Training", ICLR 2018.
@@ -163,20 +186,32 @@ def guarded(optimizer: Any, *, limit: int = 10, loss_scale: float | None = None,
             scale = jnp.where(good, upper, lower)
             clean = jnp.where(grown, 0, clean)
         skipped = jnp.where(good, 0, state.skipped + 1)
-        return updates, Guarded(inner_state, scale, clean, skipped, state.in_all + jnp.where(good, 0, 1), state.limit)
+        return updates, Guarded(
+            inner_state, scale, clean, skipped, state.in_all + jnp.where(good, 0, 1), state.limit
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def check_optimizer(what: str, optimizer: Any) -> None:
-    """Raise TypeError unless this is an optax transformation, a learning rate, or a schedule of the step."""
+    """Raise TypeError unless this is an optax transformation, a learning rate, or a schedule of the
+    step.
+    """
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         return
-    wanted = "an optax transformation such as optax.adam(1e-3), a learning rate, or a schedule of the step"
+    wanted = (
+        "an optax transformation such as optax.adam(1e-3), a learning rate, or a schedule of the "
+        "step"
+    )
     if isinstance(optimizer, str):
-        raise TypeError(f"{what}: the optimizer is {wanted}, got the text {optimizer!r}; names are not looked up")
+        raise TypeError(
+            f"{what}: the optimizer is {wanted}, got the text {optimizer!r}; names are not "
+            "looked up"
+        )
     if hasattr(optimizer, "param_groups") and not isinstance(optimizer, type):
-        raise TypeError(f"{what}: the optimizer is {wanted}, got PyTorch's {type(optimizer).__name__}")
+        raise TypeError(
+            f"{what}: the optimizer is {wanted}, got PyTorch's {type(optimizer).__name__}"
+        )
     if _is_rate(optimizer):
         return
     if callable(optimizer) and not isinstance(optimizer, type):
@@ -188,20 +223,31 @@ def check_optimizer(what: str, optimizer: Any) -> None:
             return
         name = getattr(optimizer, "__name__", "it")
         raise TypeError(
-            f"{what}: the optimizer is {wanted}, got the function {name}, whose value at step 0 is no number; if it "
-            f"makes optimizers, call it: {name}(1e-3)"
+            f"{what}: the optimizer is {wanted}, got the function {name}, whose value at step 0 "
+            f"is no number; if it makes optimizers, call it: {name}(1e-3)"
         )
-    kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
+    kind = (
+        f"the class {optimizer.__name__}"
+        if isinstance(optimizer, type)
+        else f"a {type(optimizer).__name__}"
+    )
     raise TypeError(f"{what}: the optimizer is {wanted}, got {kind}")
 
 
 def _is_rate(x: Any) -> bool:
     kinds = int | float | np.number | np.ndarray | jax.Array
-    return isinstance(x, kinds) and not isinstance(x, bool) and np.ndim(x) == 0 and not jnp.iscomplexobj(x)
+    return (
+        isinstance(x, kinds)
+        and not isinstance(x, bool)
+        and np.ndim(x) == 0
+        and not jnp.iscomplexobj(x)
+    )
 
 
 def check_state(what: str, optimizer: Any, params: Any, opt: Any) -> None:
-    """Raise ValueError unless `opt` has the structure and shapes of this optimizer's state for these parameters."""
+    """Raise ValueError unless `opt` has the structure and shapes of this optimizer's state for
+    these parameters.
+    """
     if not hasattr(optimizer, "init"):
         wanted: Any = ()
     else:
@@ -213,21 +259,26 @@ def check_state(what: str, optimizer: Any, params: Any, opt: Any) -> None:
     if jax.tree.structure(wanted) != jax.tree.structure(opt):
         differs = _first_difference(opt, wanted) or "their structures differ"
         raise ValueError(
-            f"{what}: the train state was made with another optimizer, or for other parameters: its `opt` is "
-            f"{_describe(opt)}, this optimizer's is {_describe(wanted)}; {differs}; give the same optimizer to train_state and "
-            "train_step, or begin anew with train_state(params, optimizer, key)"
+            f"{what}: the train state was made with another optimizer, or for other parameters: "
+            f"its `opt` is {_describe(opt)}, this optimizer's is {_describe(wanted)}; {differs}; "
+            "give the same optimizer to train_state and train_step, or begin anew with "
+            "train_state(params, optimizer, key)"
         )
-    for path, a, b in zip(tree.paths(wanted), jax.tree.leaves(wanted), jax.tree.leaves(opt), strict=True):
+    for path, a, b in zip(
+        tree.paths(wanted), jax.tree.leaves(wanted), jax.tree.leaves(opt), strict=True
+    ):
         if a.shape != jnp.shape(b):
             raise ValueError(
-                f"{what}: the optimizer's state was made for other parameters: 'opt/{path}' has the shape "
-                f"{list(jnp.shape(b))}, these parameters need {list(a.shape)}; begin anew with train_state(params, "
-                "optimizer, key)"
+                f"{what}: the optimizer's state was made for other parameters: 'opt/{path}' has "
+                f"the shape {list(jnp.shape(b))}, these parameters need {list(a.shape)}; begin "
+                "anew with train_state(params, optimizer, key)"
             )
 
 
 def _first_difference(here: Any, wanted: Any, path: str = "opt") -> str | None:
-    """Name the first container or leaf in which two states of optimizers differ, as a clause; None if there is none."""
+    """Name the first container or leaf in which two states of optimizers differ, as a clause; None
+    if there is none.
+    """
     (ours, children), (theirs, others) = (_opened(node) for node in (here, wanted))
     if ours != theirs:
         return f"'{path}' is {ours} there and {theirs} here"
@@ -240,7 +291,9 @@ def _first_difference(here: Any, wanted: Any, path: str = "opt") -> str | None:
 def _opened(node: Any) -> tuple[str, list[tuple[str, Any]]]:
     """A node of a tree in a few words, and its children by name."""
     found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)[0]
-    children = [(jax.tree_util.keystr(keys, simple=True, separator="/"), child) for keys, child in found]
+    children = [
+        (jax.tree_util.keystr(keys, simple=True, separator="/"), child) for keys, child in found
+    ]
     if node is None:
         return "None", []
     if len(found) == 1 and found[0][1] is node:
@@ -259,7 +312,13 @@ def _describe(opt: Any) -> str:
         fields = getattr(node, "_fields", None)
         if fields is not None and type(node).__name__ != "EmptyState":
             kinds.append(f"{type(node).__name__}({', '.join(fields)})")
-        children = node.values() if isinstance(node, dict) else node if isinstance(node, tuple | list) else ()
+        children = (
+            node.values()
+            if isinstance(node, dict)
+            else node
+            if isinstance(node, tuple | list)
+            else ()
+        )
         for child in children:
             visit(child)
 
@@ -284,7 +343,11 @@ def find(opt: Any, kind: type) -> Any:
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether all float leaves are finite, bool []."""
-    flags = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    flags = [
+        jnp.isfinite(x).all()
+        for x in jax.tree.leaves(tree)
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    ]
     return jnp.all(jnp.stack(flags)) if flags else jnp.bool_(True)
 
 

@@ -1,4 +1,6 @@
-"""The order of the data: which rows a batch takes, as a pure function that can be asked for any position."""
+"""The order of the data: which rows a batch takes, as a pure function that can be asked for any
+position.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,23 @@ import numpy as np
 __all__ = ["balanced", "shuffle", "shuffled"]
 
 Order = Callable[[jax.Array, int, jax.Array, jax.Array], jax.Array]
-"""(key of the run, number of examples n, epoch, positions in it [B]) -> rows of the data, int32 [B] in 0 .. n-1."""
+"""(key of the run, number of examples n, epoch, positions in it [B]) -> rows of the data, int32 [B]
+in 0 .. n-1."""
 
 
 def shuffle(key: jax.Array, n: int, epoch: jax.Array, positions: jax.Array) -> jax.Array:
-    """Every epoch goes through all rows in a random order of its own: sampling without replacement."""
+    """Every epoch goes through all rows in a random order of its own: sampling without
+    replacement.
+    """
     return shuffled(jax.random.fold_in(key, epoch), n, positions)
 
 
 def balanced(labels: Any) -> Order:
     """An order in which all classes are equally frequent, whatever their frequency in the data.
 
-    An epoch has n positions, as ever; each of the C classes gets n / C of them. Within a class the examples take turns, so
-    that those of a rare class come again equally often, and of a frequent one a part is left for other epochs.
+    An epoch has n positions, as ever; each of the C classes gets n / C of them. Within a class the
+    examples take turns, so that those of a rare class come again equally often, and of a frequent
+    one a part is left for other epochs.
 
     Args: labels: integers [n], known when the loop is compiled.
     Raises: TypeError if they are not integers of rank 1, ValueError if there are none.
@@ -37,18 +43,23 @@ def balanced(labels: Any) -> Order:
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise TypeError(f"balanced: labels must be integers [n], got {labels.dtype}{list(labels.shape)}")
+        raise TypeError(
+            f"balanced: labels must be integers [n], got {labels.dtype}{list(labels.shape)}"
+        )
     if not labels.size:
         raise ValueError("balanced: there are no labels")
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    # A hash of the rows mixes the examples of a class. Unlike NumPy's generators, it never changes between versions.
+    # A hash of the rows mixes the examples of a class. Unlike NumPy's generators, it never changes
+    # between versions.
     mixed = _hash(np.arange(len(labels), dtype=np.uint32) * np.uint32(0x9E3779B9) + np.uint32(1))
     members = np.lexsort((mixed, classes)).astype(np.int32)
     starts = np.cumsum(counts) - counts
 
     def order(key, n, epoch, positions):
         if n != len(labels):
-            raise ValueError(f"balanced: made for {len(labels)} labels, used on data with {n} examples")
+            raise ValueError(
+                f"balanced: made for {len(labels)} labels, used on data with {n} examples"
+            )
         key, turn_key = jax.random.split(jax.random.fold_in(key, epoch))
         turn, group = jnp.divmod(shuffled(key, n, positions), len(counts))
         size = jnp.asarray(counts, jnp.int32)
@@ -63,19 +74,24 @@ def balanced(labels: Any) -> Order:
 
 
 def shuffled(key: jax.Array, n: int, positions: jax.Array) -> jax.Array:
-    """The places of `positions` under a random permutation of 0 .. n-1 that follows from the key.   int32 [B] -> int32 [B].
+    """The places of `positions` under a random permutation of 0 .. n-1 that follows from the key.
 
-    The swap-or-not shuffle: in each round every x has a partner k - x (mod n), and a hash of the pair decides whether the
-    two change places, which is a permutation whatever the hash. A position costs 24 + 2 log2(n) rounds of integer arithmetic
-    and no memory, so that a training loop draws its next batch where it stands, without sorting all n indices first.
+    int32 [B] -> int32 [B].
 
-    Source: Hoang, Morris & Rogaway, "An Enciphering Scheme Based on a Card Shuffle", CRYPTO 2012; the hash, which
-    also makes the key into a word for each round, is the finalizer of MurmurHash3 (Appleby).
+    The swap-or-not shuffle: in each round every x has a partner k - x (mod n), and a hash of the
+    pair decides whether the two change places, which is a permutation whatever the hash. A position
+    costs 24 + 2 log2(n) rounds of integer arithmetic and no memory, so that a training loop draws
+    its next batch where it stands, without sorting all n indices first.
+
+    Source: Hoang, Morris & Rogaway, "An Enciphering Scheme Based on a Card Shuffle", CRYPTO 2012;
+    the hash, which also makes the key into a word for each round, is the finalizer of MurmurHash3
+    (Appleby).
     """
     rounds = 24 + 2 * max(n - 1, 1).bit_length()  # the tests count: fewer leave traces in small n
     seed = jax.random.key_data(key)
     words = _hash(jnp.arange(2 * rounds, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + seed[0])
-    words = _hash(words ^ seed[-1]).reshape(2, rounds)  # faster than jax.random.bits, to run and to compile
+    # The hash is faster than jax.random.bits, to run and to compile.
+    words = _hash(words ^ seed[-1]).reshape(2, rounds)
     partners = (words[0] % jnp.uint32(n)).astype(jnp.int32)
 
     def turn(r, x):
@@ -96,8 +112,9 @@ def _hash(h: Any) -> Any:
 def check_order(order: Order | None, n: int, batch_size: int) -> None:
     """Raise ValueError unless the rows of a user's order are integers within 0 .. n-1.
 
-    The order is called for positions of the first three epochs, with a fixed key, because gathering in a compiled loop
-    cannot raise and would take the nearest row. An order that depends on traced values is not checked.
+    The order is called for positions of the first three epochs, with a fixed key, because gathering
+    in a compiled loop cannot raise and would take the nearest row. An order that depends on traced
+    values is not checked.
     """
     if order is None or order is shuffle or getattr(order, "in_range", False):
         return
@@ -107,21 +124,28 @@ def check_order(order: Order | None, n: int, batch_size: int) -> None:
         jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     )
     if getattr(spec, "shape", None) != (batch_size,) or not jnp.issubdtype(spec.dtype, jnp.integer):
-        raise ValueError(f"order: must return integers [{batch_size}], one row per position, got {spec}")
+        raise ValueError(
+            f"order: must return integers [{batch_size}], one row per position, got {spec}"
+        )
     for epoch in range(3):
         for positions in _asked(n, batch_size):
             try:
                 with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-                    rows = np.asarray(order(jax.random.key(0), n, jnp.int32(epoch), jnp.asarray(positions)))
+                    rows = np.asarray(
+                        order(jax.random.key(0), n, jnp.int32(epoch), jnp.asarray(positions))
+                    )
             except jax.errors.JAXTypeError:
                 return
             if rows.min() < 0 or rows.max() >= n:
                 wrong = int(rows[(rows < 0) | (rows >= n)][0])
-                raise ValueError(f"order: rows must be within 0 .. {n - 1}, got {wrong} in epoch {epoch}")
+                raise ValueError(
+                    f"order: rows must be within 0 .. {n - 1}, got {wrong} in epoch {epoch}"
+                )
 
 
 def order_digest(order: Order | None, n: int, batch_size: int) -> str | None:
-    """A digest of an order's labels or, for a function of one's own, of rows that it gives for a fixed key.
+    """A digest of an order's labels or, for a function of one's own, of rows that it gives for a
+    fixed key.
 
     None for an order that its name determines, and for one that cannot be called here.
     """
@@ -134,7 +158,12 @@ def order_digest(order: Order | None, n: int, batch_size: int) -> str | None:
     with contextlib.suppress(Exception):
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
             key = jax.random.key(0)
-            return _digest([order(key, n, jnp.int32(epoch), jnp.asarray(positions)) for epoch, positions in asked])
+            return _digest(
+                [
+                    order(key, n, jnp.int32(epoch), jnp.asarray(positions))
+                    for epoch, positions in asked
+                ]
+            )
     return None
 
 
@@ -146,7 +175,11 @@ def _digest(rows: Sequence[Any]) -> str:
 
 
 def _asked(n: int, batch_size: int) -> list[np.ndarray]:
-    """Positions at which to check an order, in batches: all of small data, or a sample of large data."""
+    """Positions at which to check an order, in batches: all of small data, or a sample of large
+    data.
+    """
     count = n // batch_size
     chosen = np.unique(np.linspace(0, count - 1, min(count, 8)).astype(np.int64)) * batch_size
-    return [np.arange(start, start + batch_size, dtype=np.int32) for start in [*chosen, n - batch_size]]
+    return [
+        np.arange(start, start + batch_size, dtype=np.int32) for start in [*chosen, n - batch_size]
+    ]

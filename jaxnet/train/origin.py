@@ -16,7 +16,9 @@ _JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 
 
 def calls(equation: Any) -> list[str]:
-    """The functions of JAX that made an equation, from its innermost to the code that called JAX, "" for that."""
+    """The functions of JAX that made an equation, from its innermost to the code that called JAX,
+    "" for that.
+    """
     trace, names = equation.source_info.traceback, []
     for frame in trace.frames if trace is not None else ():
         if not frame.file_name.startswith(_JAX):
@@ -25,7 +27,9 @@ def calls(equation: Any) -> list[str]:
     return names
 
 
-def added_by(equation: Any, rank: int, kept: Sequence[int], reduced: bool, squeezed: bool) -> dict[int, str]:
+def added_by(
+    equation: Any, rank: int, kept: Sequence[int], reduced: bool, squeezed: bool
+) -> dict[int, str]:
     """The role of each axis that a broadcast or a reshape adds or lengthens.
 
     Args:
@@ -49,10 +53,21 @@ def added_by(equation: Any, rank: int, kept: Sequence[int], reduced: bool, squee
         # The reduction keeps its axes.
         return dict.fromkeys(axes, "given")
     leading = list(kept) == list(range(rank - len(kept), rank))
-    return dict.fromkeys(axes, "filled") if leading else {axis: "asked" for axis in axes if axis not in kept}
+    return (
+        dict.fromkeys(axes, "filled")
+        if leading
+        else {axis: "asked" for axis in axes if axis not in kept}
+    )
 
 
-_PROMOTING = {"promote_shapes", "broadcast_arrays", "_broadcast_arrays", "_where", "atleast_2d", "atleast_3d"}
+_PROMOTING = {
+    "promote_shapes",
+    "broadcast_arrays",
+    "_broadcast_arrays",
+    "_where",
+    "atleast_2d",
+    "atleast_3d",
+}
 _INDEXING = {"_getitem", "rewriting_take", "_reshape"}
 _SHAPING = {"expand_dims", "reshape", "broadcast_to", "broadcast_in_dim", "full", "zeros", "ones"}
 
@@ -64,11 +79,15 @@ def by_vmap(equation: Any) -> bool:
 
 def _in_vectorize(equation: Any) -> bool:
     trace = equation.source_info.traceback
-    return any(f.file_name.startswith(_JAX) and f.file_name.endswith("vectorize.py") for f in trace.frames)
+    return any(
+        f.file_name.startswith(_JAX) and f.file_name.endswith("vectorize.py") for f in trace.frames
+    )
 
 
 def name_of(equation: Any, outer: str) -> str:
-    """The name of the operation in the user's code; `outer` is the name of the call that the equation is in."""
+    """The name of the operation in the user's code; `outer` is the name of the call that the
+    equation is in.
+    """
     names, kind = calls(equation), str(equation.primitive.name)
     if outer and not (names and names[-1] == ""):
         return outer
@@ -97,7 +116,16 @@ def _public(names: list[str]) -> str:
 
 
 _CALLS = ("jit", "custom_jvp_call", "custom_vjp_call", "checkpoint", "scan", "while", "cond")
-_WRAPPERS = {"reraise_with_filtered_traceback", "cache_miss", "call_wrapped", "op", "meth", "wrapper", "wrapped", "fn"}
+_WRAPPERS = {
+    "reraise_with_filtered_traceback",
+    "cache_miss",
+    "call_wrapped",
+    "op",
+    "meth",
+    "wrapper",
+    "wrapped",
+    "fn",
+}
 _WRAPPERS |= {
     "bind",
     "bind_with_trace",
@@ -110,14 +138,30 @@ _WRAPPERS |= {
     "process_custom_vjp_call",
     "process_call",
 }
-_NAMES = {"select_n": "where", "sub": "subtract", "mul": "multiply", "eq": "equal", "ne": "not_equal", "max": "maximum"}
-_NAMES |= {"div": "divide", "min": "minimum", "ge": "greater_equal", "gt": "greater", "lt": "less", "le": "less_equal"}
+_NAMES = {
+    "select_n": "where",
+    "sub": "subtract",
+    "mul": "multiply",
+    "eq": "equal",
+    "ne": "not_equal",
+    "max": "maximum",
+}
+_NAMES |= {
+    "div": "divide",
+    "min": "minimum",
+    "ge": "greater_equal",
+    "gt": "greater",
+    "lt": "less",
+    "le": "less_equal",
+}
 
 
 def place_of(equation: Any) -> str:
     """The file and line of the innermost caller that is not in a library."""
     trace = equation.source_info.traceback
     for frame in trace.frames if trace is not None else ():
-        if not re.search(r"[/\\](site-packages|jaxnet)[/\\]", frame.file_name) and not frame.file_name.startswith(_JAX):
+        if not re.search(
+            r"[/\\](site-packages|jaxnet)[/\\]", frame.file_name
+        ) and not frame.file_name.startswith(_JAX):
             return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
     return ""

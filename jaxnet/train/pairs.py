@@ -1,4 +1,6 @@
-"""Refuse broadcasting that pairs every example with every other one, such as [B, 1] - [B], which is [B, B]."""
+"""Refuse broadcasting that pairs every example with every other one, such as [B, 1] - [B], which is
+[B, B].
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def all_pairs(function: Function) -> Function:
     """Declare that broadcasting inside this function pairs all examples on purpose.
 
-    Wrap a loss, a metric or any function that they call. Pairs that the code writes explicitly, such as
-    `x[:, None] - y[None, :]` and `z @ z.T`, need no declaration.
+    Wrap a loss, a metric or any function that they call. Pairs that the code writes explicitly,
+    such as `x[:, None] - y[None, :]` and `z @ z.T`, need no declaration.
 
     Args:
       function: any function of arrays.
@@ -45,11 +47,12 @@ def all_pairs(function: Function) -> Function:
 
 
 def refuse_pairs(what: str, function: Callable, batch: Any, *rest: Any) -> None:
-    """Raise if `function(batch, *rest)` pairs the examples of the batch by broadcasting, without declaring it.
+    """Raise if `function(batch, *rest)` pairs the examples of the batch by broadcasting, without
+    declaring it.
 
-    The function is traced, not run. Its batch is first made 3 and 5 times as long, so that the axis of examples
-    cannot be mistaken for another axis that happens to have the same size. A function that accepts only the true
-    size is traced with that.
+    The function is traced, not run. Its batch is first made 3 and 5 times as long, so that the axis
+    of examples cannot be mistaken for another axis that happens to have the same size. A function
+    that accepts only the true size is traced with that.
 
     Args:
       what: how the error names the function, such as "train_step: the loss".
@@ -70,9 +73,9 @@ def refuse_pairs(what: str, function: Callable, batch: Any, *rest: Any) -> None:
     a, b = (f"[{', '.join(map(str, shape))}]" for shape in pairs.shapes)
     place = f" ({pairs.where})" if pairs.where else ""
     raise ValueError(
-        f"{what} broadcasts {a} against {b} in '{pairs.operation}'{place}, which pairs every example with every other "
-        "one: give both one shape, with x[:, 0] or y[:, None]; if all pairs are meant, write y[None, :] or wrap the "
-        "function in jaxnet.train.all_pairs"
+        f"{what} broadcasts {a} against {b} in '{pairs.operation}'{place}, which pairs every "
+        "example with every other one: give both one shape, with x[:, 0] or y[:, None]; if all "
+        "pairs are meant, write y[None, :] or wrap the function in jaxnet.train.all_pairs"
     )
 
 
@@ -85,7 +88,14 @@ def _pairs(sizes: set[int], function: Callable, batch: Any, rest: Any) -> Found 
     for factor in _FACTORS:
         longer = frozenset(factor * size for size in sizes)
         try:
-            found.append(_pairs_at(function, jax.tree.map(lambda leaf, k=factor: _spec(leaf, k), batch), rest, longer))
+            found.append(
+                _pairs_at(
+                    function,
+                    jax.tree.map(lambda leaf, k=factor: _spec(leaf, k), batch),
+                    rest,
+                    longer,
+                )
+            )
         except Exception as error:
             return _pairs_at_true_size(function, batch, rest, _refused_pairs(error, factor, longer))
         if not found[-1]:
@@ -98,8 +108,11 @@ def _pairs(sizes: set[int], function: Callable, batch: Any, rest: Any) -> Found 
     return None
 
 
-def _pairs_at_true_size(function: Callable, batch: Any, rest: Any, refused: Found | None) -> Found | None:
-    # The trace with the true size decides. If it fails as well, the caller sees its error, which is better.
+def _pairs_at_true_size(
+    function: Callable, batch: Any, rest: Any, refused: Found | None
+) -> Found | None:
+    # The trace with the true size decides. If it fails as well, the caller sees its error, which is
+    # better.
     try:
         found = _pairs_at(function, jax.tree.map(_spec, batch), rest, frozenset())
     except Exception:
@@ -126,7 +139,9 @@ def _spec(leaf: Any, factor: int = 1) -> Any:
     if not hasattr(leaf, "dtype"):
         leaf = np.asarray(leaf)
     shape = (leaf.shape[0] * factor, *leaf.shape[1:]) if leaf.shape else ()
-    return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True))
+    return jax.ShapeDtypeStruct(
+        shape, jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+    )
 
 
 def _refused_pairs(error: Exception, factor: int, sizes: frozenset[int]) -> Found | None:
@@ -134,7 +149,9 @@ def _refused_pairs(error: Exception, factor: int, sizes: frozenset[int]) -> Foun
     text = str(error).splitlines()[0] if str(error) else ""
     if "ncompatible shapes" not in text:
         return None
-    shapes = [tuple(map(int, re.findall(r"\d+", part))) for part in re.findall(r"\(([\d, ]+)\)", text)]
+    shapes = [
+        tuple(map(int, re.findall(r"\d+", part))) for part in re.findall(r"\(([\d, ]+)\)", text)
+    ]
     for long in shapes:
         for short in shapes:
             if len(short) < len(long) and short[0] == long[0] and short[0] in sizes:

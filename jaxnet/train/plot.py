@@ -15,11 +15,14 @@ __all__ = ["plot_history"]
 DECADE = 10.0
 
 
-def plot_history(history: Sequence[Mapping[str, float]], path: str | os.PathLike, *, title: str = "") -> None:
-    """Draw the learning curves of a `fit` as a picture: one panel for losses, one for all other metrics, over epochs.
+def plot_history(
+    history: Sequence[Mapping[str, float]], path: str | os.PathLike, *, title: str = ""
+) -> None:
+    """Draw the learning curves of a `fit` as a picture: one panel for losses, one for all other
+    metrics, over epochs.
 
-    Metrics of the evaluation, which only some records have, are drawn with markers. The axis of the losses is logarithmic
-    if all of them are positive and span at least a decade; else it is linear.
+    Metrics of the evaluation, which only some records have, are drawn with markers. The axis of the
+    losses is logarithmic if all of them are positive and span at least a decade; else it is linear.
 
     Args:
       history: records as `fit` returns them.
@@ -39,7 +42,11 @@ def plot_history(history: Sequence[Mapping[str, float]], path: str | os.PathLike
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    panels = [group for group in ([n for n in names if "loss" in n], [n for n in names if "loss" not in n]) if group]
+    panels = [
+        group
+        for group in ([n for n in names if "loss" in n], [n for n in names if "loss" not in n])
+        if group
+    ]
     scale, label = _axis(history)
     end = max(max(record["step"] for record in history) * scale, 1)
     figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
@@ -47,13 +54,23 @@ def plot_history(history: Sequence[Mapping[str, float]], path: str | os.PathLike
     for axes, group in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         seen: list[float] = []
         for name in group:
-            points = [(record["step"] * scale, record[name]) for record in history if name in record]
+            points = [
+                (record["step"] * scale, record[name]) for record in history if name in record
+            ]
             values = [value for _, value in points]
             seen += [value for value in values if math.isfinite(value)]
             # A line of one point is invisible without a marker.
-            sparse = len(points) < len(history) or name.startswith(("test", "validation")) or len(points) == 1
+            sparse = (
+                len(points) < len(history)
+                or name.startswith(("test", "validation"))
+                or len(points) == 1
+            )
             axes.plot(
-                [x for x, _ in points], values, label=name.replace("_", " "), marker="o" if sparse else "", markersize=4
+                [x for x, _ in points],
+                values,
+                label=name.replace("_", " "),
+                marker="o" if sparse else "",
+                markersize=4,
             )
         axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
@@ -68,7 +85,9 @@ def plot_history(history: Sequence[Mapping[str, float]], path: str | os.PathLike
 
 
 def _axis(history: Sequence[Mapping[str, float]]) -> tuple[float, str]:
-    """The factor from steps to the unit of the axis, and the unit: epochs, or steps if there are fewer than two epochs."""
+    """The factor from steps to the unit of the axis, and the unit: epochs, or steps if there are
+    fewer than two epochs.
+    """
     steps, epochs = (max(record.get(name, 0) for record in history) for name in ("step", "epoch"))
     if epochs < 2:
         return 1.0, "step"

@@ -13,25 +13,37 @@ __all__ = ["Prefetch"]
 
 
 class Prefetch:
-    """Run an iterator in a thread, at most `depth` items ahead. Its errors are raised in the consumer, at their place.
+    """Run an iterator in a thread, at most `depth` items ahead. Its errors are raised in the
+    consumer, at their place.
 
     Args:
       items: the iterator.
-      abandoned: a function that is called while the consumer waits; if it returns a true value, the iteration ends.
+      abandoned: a function that is called while the consumer waits; if it returns a true value, the
+        iteration ends.
       depth: the most items to hold.
     """
 
-    def __init__(self, items: Iterator, abandoned: Callable[[], Any] = lambda: False, depth: int = 2):
+    def __init__(
+        self, items: Iterator, abandoned: Callable[[], Any] = lambda: False, depth: int = 2
+    ):
         self.queue: queue.Queue = queue.Queue(depth)
         self.abandoned, self.closed = abandoned, threading.Event()
         x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]: of this thread
-        self.thread = threading.Thread(target=self._fill, args=(items, x64), daemon=True, name="jaxnet-prefetch")
+        self.thread = threading.Thread(
+            target=self._fill, args=(items, x64), daemon=True, name="jaxnet-prefetch"
+        )
         self.thread.start()
 
     def _fill(self, items, x64):
-        # JAX's debugging switches are for the caller's thread. Here they would affect transfers that `fit` itself makes.
+        # JAX's debugging switches are for the caller's thread. Here they would affect transfers
+        # that `fit` itself makes.
         try:
-            with jax.enable_x64(x64), jax.debug_nans(False), jax.disable_jit(False), jax.transfer_guard("allow"):
+            with (
+                jax.enable_x64(x64),
+                jax.debug_nans(False),
+                jax.disable_jit(False),
+                jax.transfer_guard("allow"),
+            ):
                 try:
                     for item in items:
                         if not self._put((item, None)):

@@ -22,10 +22,15 @@ __all__ = ["Programs", "ordinary"]
 def ordinary() -> Iterator[None]:
     """Switch off JAX's debugging options for the loop itself.
 
-    `fit` checks for NaN at the end of each call and reports where it began. A loop that is not compiled would be another
-    program. The transfers between host and device are few and intended.
+    `fit` checks for NaN at the end of each call and reports where it began. A loop that is not
+    compiled would be another program. The transfers between host and device are few and intended.
     """
-    with jax.debug_nans(False), jax.debug_infs(False), jax.disable_jit(False), jax.transfer_guard("allow"):
+    with (
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.disable_jit(False),
+        jax.transfer_guard("allow"),
+    ):
         yield
 
 
@@ -59,7 +64,9 @@ class Programs:
     def trace(self, size: int, inputs: tuple, train_state: TrainState, good: Any) -> Any:
         """Trace the loop over the step. This raises errors of the step before anything runs."""
         chunk = chunk_of(self.step, size, self.feed.batches(size), check_finite=self.check_finite)
-        jitted = jax.jit(chunk, donate_argnums=0, out_shardings=(_shardings(train_state), None, None))
+        jitted = jax.jit(
+            chunk, donate_argnums=0, out_shardings=(_shardings(train_state), None, None)
+        )
         traced = jitted.trace(train_state, good, jnp.int32(0), jnp.int32(0), *inputs)
         self.metrics = tuple(traced.out_info[2])
         if self.digests and self.digest is None:
@@ -67,12 +74,18 @@ class Programs:
         return traced
 
     def compile(self, size: int, inputs: tuple, traced: Any, seconds: float) -> str:
-        """Compile a traced program and return the line to print. `seconds` is the time that tracing took."""
+        """Compile a traced program and return the line to print. `seconds` is the time that tracing
+        took.
+        """
         start, spec = time.perf_counter(), self.feed.spec(inputs)
         self._programs[_kind(size, inputs)] = traced.lower().compile(), spec
         seconds, why = seconds + time.perf_counter() - start, ""
         if self.compiled:
-            changed = [f"'{p}' from {self._spec.get(p)} to {x}" for p, x in spec.items() if self._spec.get(p) != x]
+            changed = [
+                f"'{p}' from {self._spec.get(p)} to {x}"
+                for p, x in spec.items()
+                if self._spec.get(p) != x
+            ]
             why = f": the batch changed, {', '.join(changed[:3]) or 'in structure'}"
         self._spec = spec
         self.compiled.append(f"compiled in {seconds:.1f} s{why}")
@@ -86,7 +99,9 @@ def _kind(size: int, inputs: tuple) -> Any:
 
 
 def _shardings(train_state: TrainState) -> Any:
-    """The shardings of a train state on several devices, which the program must keep; None for a single device."""
+    """The shardings of a train state on several devices, which the program must keep; None for a
+    single device.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, train_state)
     several = any(len(sharding.device_set) > 1 for sharding in jax.tree.leaves(shardings))
     return shardings if several else None

@@ -28,8 +28,9 @@ LINES = 1000
 class Progress:
     """Show the progress of a run: a line rewritten in place on a terminal, plain lines elsewhere.
 
-    One line per evaluation stays or, without evaluations, one per epoch. If there are more than 100 epochs, or none, about
-    100 lines stay. The numbers of such a line are means over the epoch, or since the previous evaluation.
+    One line per evaluation stays or, without evaluations, one per epoch. If there are more than 100
+    epochs, or none, about 100 lines stay. The numbers of such a line are means over the epoch, or
+    since the previous evaluation.
 
     Args:
       total: the last step, if it is known.
@@ -69,13 +70,19 @@ class Progress:
         self.written = time.perf_counter()
 
     def __call__(
-        self, record: Mapping[str, float], *, partial: bool = False, last: bool = True, evaluated: bool = False
+        self,
+        record: Mapping[str, float],
+        *,
+        partial: bool = False,
+        last: bool = True,
+        evaluated: bool = False,
     ) -> None:
         """Show a record, or a preliminary one.
 
         Args:
           record: the record.
-          partial: whether it covers only a part of an epoch. It then stays only if there was no line for a while.
+          partial: whether it covers only a part of an epoch. It then stays only if there was no
+            line for a while.
           last: False if another record follows immediately and would overwrite it.
           evaluated: whether it has an evaluation.
         """
@@ -101,7 +108,9 @@ class Progress:
 
     @contextlib.contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """Report other work than training: at once on a terminal, and elsewhere if it takes long."""
+        """Report other work than training: at once on a terminal, and elsewhere if it takes
+        long.
+        """
         timer = None
         if self.show and self.terminal:
             self._write(f"{what} ...", newline=False)
@@ -194,7 +203,10 @@ def _fitting(parts: list[str], order: list[str], limit: int) -> list[str]:
 
 def _width(text: str) -> int:
     """Columns that a text takes on a terminal: two for wide characters, none for combining ones."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
 
 
 def _cut(text: str, limit: int) -> str:
@@ -205,7 +217,9 @@ def _cut(text: str, limit: int) -> str:
 
 
 def _printable(text: str, stream: Any) -> str:
-    """Escape control characters, which names may contain, and characters that the encoding of the stream lacks."""
+    """Escape control characters, which names may contain, and characters that the encoding of the
+    stream lacks.
+    """
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -10,7 +10,9 @@ __all__ = ["Best", "best_of", "early_stopping", "time_budget"]
 
 
 class Best(NamedTuple):
-    """The best evaluation so far: its value and step, and the parameters and state that were evaluated."""
+    """The best evaluation so far: its value and step, and the parameters and state that were
+    evaluated.
+    """
 
     value: float
     step: int
@@ -19,13 +21,16 @@ class Best(NamedTuple):
 
 
 def best_of(rule: str) -> tuple[str, Callable[[float, float], bool]]:
-    """The parts of a rule like 'min test_loss': (name, whether a first value is better than a second).
+    """The parts of a rule like 'min test_loss': (name, whether a first value is better than a
+    second).
 
     NaN is never better than another value, and every number is better than NaN.
     """
     sense, _, name = rule.partition(" ") if isinstance(rule, str) else ("", "", "")
     if sense not in ("min", "max") or not name or " " in name:
-        raise ValueError(f"'min' or 'max' and the name of a metric, as in 'max test_accuracy', got {rule!r}")
+        raise ValueError(
+            f"'min' or 'max' and the name of a metric, as in 'max test_accuracy', got {rule!r}"
+        )
 
     def better(a: float, b: float) -> bool:
         if math.isnan(a) or math.isnan(b):
@@ -35,8 +40,11 @@ def best_of(rule: str) -> tuple[str, Callable[[float, float], bool]]:
     return name, better
 
 
-def early_stopping(rule: str, patience: int) -> Callable[[Sequence[Mapping[str, float]]], str | None]:
-    """Make a condition for `fit(stop=...)`: the metric has not improved for `patience` values. NaN is not an improvement.
+def early_stopping(
+    rule: str, patience: int
+) -> Callable[[Sequence[Mapping[str, float]]], str | None]:
+    """Make a condition for `fit(stop=...)`: the metric has not improved for `patience` values. NaN
+    is not an improvement.
 
     Args:
       rule: 'min' or 'max' and the name of a metric, such as 'min test_loss' or 'max test_accuracy'.
@@ -82,4 +90,6 @@ def time_budget(seconds: float) -> Callable[[Sequence[Mapping[str, float]]], str
     """
     if isinstance(seconds, str) or not float(seconds) >= 0:
         raise ValueError(f"time_budget: seconds must be a number of at least 0, got {seconds!r}")
-    return lambda history: f"{seconds:g} s are over" if history and history[-1]["seconds"] >= seconds else None
+    return lambda history: (
+        f"{seconds:g} s are over" if history and history[-1]["seconds"] >= seconds else None
+    )

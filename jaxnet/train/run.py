@@ -33,13 +33,14 @@ from jaxnet.train.step import TrainState
 __all__ = ["Looks", "Run", "copied"]
 
 CALL = 0.3  # seconds that a compiled call should take at most: how long Ctrl-C waits
-QUICK = (
-    0.02  # seconds of a call below which the host waits for it, since it could not tell its end from that of the next
-)
+# Seconds: the host waits for shorter calls, since it could not tell their ends apart.
+QUICK = 0.02
 
 
 class Looks(NamedTuple):
-    """The arguments of `fit` that act between calls: evaluation, best rule, stop condition and callbacks."""
+    """The arguments of `fit` that act between calls: evaluation, best rule, stop condition and
+    callbacks.
+    """
 
     evaluate: Callable | None
     best: str | None
@@ -58,14 +59,29 @@ class _Pending(NamedTuple):
 
 
 class Run:
-    """A run in progress: its state, history and best evaluation, and the call that is on the device."""
+    """A run in progress: its state, history and best evaluation, and the call that is on the
+    device.
+    """
 
     def __init__(
-        self, train_state: TrainState, feed: Feed, programs: Programs, looks: Looks, schedule: Schedule, keeper: Keeper
+        self,
+        train_state: TrainState,
+        feed: Feed,
+        programs: Programs,
+        looks: Looks,
+        schedule: Schedule,
+        keeper: Keeper,
     ):
-        self.feed, self.programs, self.looks, self.schedule, self.keeper = feed, programs, looks, schedule, keeper
+        self.feed, self.programs, self.looks, self.schedule, self.keeper = (
+            feed,
+            programs,
+            looks,
+            schedule,
+            keeper,
+        )
         self.current: TrainState = jax.tree.map(copied, train_state)
-        # How the run began, which tells it from another one with other parameters; only a checkpoint needs it.
+        # How the run began, which tells it from another one with other parameters; only a
+        # checkpoint needs it.
         self.start: dict[str, Any] | None = start_of(train_state) if keeper else None
         self.history = History(schedule.next_record, self.epoch, schedule.ends_between)
         self.history.begin(int(train_state.step))
@@ -78,12 +94,15 @@ class Run:
         self.limit, self.in_a_row = None if guard is None else int(guard.limit), 0
         self.good = jnp.bool_(True)
         self.clock = Clock()
-        self.pace, self.quick = 1, True  # steps per call; whether calls are too short to be sent ahead
-        # Steps and seconds of the first call of a program, until the next call tells how much of it was training.
+        # `pace` counts steps per call; `quick` says whether calls are too short to be sent ahead.
+        self.pace, self.quick = 1, True
+        # Steps and seconds of the first call of a program, until the next call tells how much of it
+        # was training.
         self.loading: tuple[int, float] | None = None
         self.credit = 0.0  # seconds that belong to the pending call, and have passed already
         self.started = self.spoiled = self.ended = False
-        # Whether the start is saved, too: a run that is killed soon finds then that its records are its own.
+        # Whether the start is saved, too: a run that is killed soon finds then that its records are
+        # its own.
         self.save_start = False
         self.pending: _Pending | None = None
         self.feeding: Any = None
@@ -98,7 +117,9 @@ class Run:
 
     def done(self) -> bool:
         """Whether nothing is left to train."""
-        return self.passed() or (self.feed.total is not None and self.history.step >= self.feed.total)
+        return self.passed() or (
+            self.feed.total is not None and self.history.step >= self.feed.total
+        )
 
     # The loop
 
@@ -123,7 +144,9 @@ class Run:
                 n = min(stack.n - first, stack.size, self.pace, saves.room(ahead))
                 self._train(stack, first, n, show)
                 first, ahead = first + n, ahead + n
-                looking = (stack.end and first == stack.n) or ahead == self.schedule.next_look(ahead - 1)
+                looking = (stack.end and first == stack.n) or ahead == self.schedule.next_look(
+                    ahead - 1
+                )
                 due = saves.due(ahead, looking, looking and self.looks.evaluate is not None)
                 if looking or due or self.quick or self.looks.stop is not None:
                     self._receive_pending(show)
@@ -131,7 +154,11 @@ class Run:
                     self._save()
                     saves.done()
         self._receive_pending(show)
-        self.stopped = self.stopped or flag.name or ("the data ended" if self.ended and not self.passed() else None)
+        self.stopped = (
+            self.stopped
+            or flag.name
+            or ("the data ended" if self.ended and not self.passed() else None)
+        )
         if self.keeper and self.started:
             self._save()
             self.keeper.wait()
@@ -172,7 +199,9 @@ class Run:
             self._receive(waiting, show)
 
     def _prepare(self, stack: source.Stack, show: Progress) -> Callable:
-        """Compile the program for stacks of this kind. Before the first one, check the names of the metrics."""
+        """Compile the program for stacks of this kind. Before the first one, check the names of the
+        metrics.
+        """
         begin = time.perf_counter()
         with show.busy("compiling"):
             traced = self._traced(stack)
@@ -194,12 +223,13 @@ class Run:
             own = not hasattr(self.programs.step, "parts")
             if own and inputs.maybe_takes_params(error):
                 error.add_note(
-                    "fit: step receives the train state; train_step(loss, optimizer) makes a step of a loss (params, batch)"
+                    "fit: step receives the train state; train_step(loss, optimizer) makes a "
+                    "step of a loss (params, batch)"
                 )
             if own and inputs.takes_params(error):
                 raise TypeError(
-                    "fit: step receives the train state, and this one takes it for parameters: train_step(loss, optimizer) "
-                    "makes a step of a loss (params, batch)"
+                    "fit: step receives the train state, and this one takes it for parameters: "
+                    "train_step(loss, optimizer) makes a step of a loss (params, batch)"
                 ) from None
             raise
 
@@ -218,13 +248,16 @@ class Run:
             self._receive(pending, show)
 
     def _receive(self, call: _Pending, show: Progress | None) -> None:
-        """Wait for a call and receive its results. Without `show`, print nothing and call no callbacks."""
+        """Wait for a call and receive its results. Without `show`, print nothing and call no
+        callbacks.
+        """
         good, metrics = call.outputs
         metrics = {name: np.asarray(values)[: call.n] for name, values in metrics.items()}
         good, seconds = bool(good), self.clock.lap() + self.credit
         self.credit = 0.0
         if self.pending is not None and self.pending.outputs[0].is_ready():
-            # Both calls are finished, and the end of the first is unknown. Split the time in proportion to their steps.
+            # Both calls are finished, and the end of the first is unknown. Split the time in
+            # proportion to their steps.
             self.credit = seconds * self.pending.n / (call.n + self.pending.n)
             seconds -= self.credit
         if not good:
@@ -233,7 +266,8 @@ class Run:
         samples = call.stack.samples * call.n // call.stack.n
         before = call.stack.before
         if before:
-            # A resumed run may find its pass finished, so take the number of the pass from the stack.
+            # A resumed run may find its pass finished, so take the number of the pass from the
+            # stack.
             self.passes = before["passes"]
         self._forget_loading(call, seconds)
         new = self.history.add(call.n, metrics, seconds, samples, cut=end)
@@ -246,7 +280,8 @@ class Run:
         if self.looks.evaluate is not None and self._evaluation_is_due(end):
             with self.clock.excluded():
                 self._evaluate(new[-1])
-        # Adapt the number of steps to the time of this call. A short call may be mostly overhead, so growth is limited.
+        # Adapt the number of steps to the time of this call. A short call may be mostly overhead,
+        # so growth is limited.
         self.pace = int(np.clip(CALL * call.n / max(seconds, 1e-9), 1, 8 * call.n))
         self.quick = seconds < QUICK
         if show is None:
@@ -255,7 +290,9 @@ class Run:
         self._check_skipped(metrics)
 
     def _forget_loading(self, call: _Pending, seconds: float) -> None:
-        """Take the loading of a program, which its first execution did, out of the seconds of training."""
+        """Take the loading of a program, which its first execution did, out of the seconds of
+        training.
+        """
         if self.loading is not None and not call.fresh:
             n, first = self.loading
             self.history.seconds -= max(0.0, first - n * seconds / call.n)
@@ -275,7 +312,11 @@ class Run:
                 callback(dict(record))
         if not new or new[-1].summary is None:
             ended = self.history.step == self.feed.total
-            show(evaluated or self.history.summary(), partial=not ended, evaluated=evaluated is not None)
+            show(
+                evaluated or self.history.summary(),
+                partial=not ended,
+                evaluated=evaluated is not None,
+            )
         if new:
             self._ask_to_stop()
 
@@ -292,7 +333,8 @@ class Run:
         values = {name: float(value) for name, value in evaluated.items()}
         inputs.check_names(new.record, values, None, None)
         new.record.update(values)
-        # If a run ends within an epoch, its sums are kept, so the means cover the whole epoch when the run is extended.
+        # If a run ends within an epoch, its sums are kept, so the means cover the whole epoch when
+        # the run is extended.
         summary = self.history.summary() if new.summary is None else new.summary
         summary.update(values)
         self.history.evaluations.append(summary)
@@ -300,7 +342,10 @@ class Run:
             *new.record,
             *(self.programs.metrics or ()),
         }:
-            raise KeyError(f"fit: no record has '{name}', on which it is to stop; there are {sorted(new.record)}")
+            raise KeyError(
+                f"fit: no record has '{name}', on which it is to stop; there are "
+                f"{sorted(new.record)}"
+            )
         if self.looks.best is not None:
             name, better = best_of(self.looks.best)
             first = self.best is None and not math.isnan(values[name])
@@ -318,8 +363,8 @@ class Run:
                 self.spoiled = True
                 at = self.history.step - len(metrics["skipped"]) + i
                 raise NonFiniteError(
-                    f"fit: {self.in_a_row} steps in a row were not finite, up to step {at}, and were skipped; "
-                    f"the limit is {self.limit}. A smaller learning rate may help",
+                    f"fit: {self.in_a_row} steps in a row were not finite, up to step {at}, and "
+                    f"were skipped; the limit is {self.limit}. A smaller learning rate may help",
                     at,
                     (),
                     self.current,
@@ -334,7 +379,11 @@ class Run:
             for i in range(call.first, call.first + call.n)
         )
         return explain(
-            self.programs.step, self.current, batches, self.history.records, getattr(self.feed, "data", None)
+            self.programs.step,
+            self.current,
+            batches,
+            self.history.records,
+            getattr(self.feed, "data", None),
         )
 
 

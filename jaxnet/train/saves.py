@@ -8,11 +8,15 @@ from jaxnet.train.keeper import Keeper
 
 __all__ = ["Saves"]
 
-SOON = 5.0  # seconds of training after which the state is saved for the first time, if no epoch has ended before
+# Seconds of training after which the state is saved for the first time, if no epoch has ended
+# before.
+SOON = 5.0
 
 
 class Saves:
-    """When a run is to be saved while it goes on: as soon as there is something to lose, and then every so many seconds."""
+    """When a run is to be saved while it goes on: as soon as there is something to lose, and then
+    every so many seconds.
+    """
 
     def __init__(self, keeper: Keeper, every: float, step: int, epoch_steps: int | None):
         self.keeper, self.every, self.at = keeper, every, time.perf_counter()

@@ -14,7 +14,8 @@ class Schedule(NamedTuple):
       total: the last step; None if it depends on the data.
       epoch_steps: steps per epoch; None if it depends on the data.
       record_every: steps per record.
-      evaluate_every: steps per evaluation; None without evaluations, or if they are due at the end of each pass.
+      evaluate_every: steps per evaluation; None without evaluations, or if they are due at the end
+        of each pass.
       cut_epochs: whether a record ends with each epoch.
       asked: whether a stop condition is called after each record.
     """
@@ -44,7 +45,9 @@ class Schedule(NamedTuple):
         return min(ends)
 
     def ends_between(self, before: int, after: int) -> bool:
-        """Whether an evaluation or, without evaluations, an epoch ends after step `before` and not after step `after`."""
+        """Whether an evaluation or, without evaluations, an epoch ends after step `before` and not
+        after step `after`.
+        """
         every = self.evaluate_every or self.epoch_steps
         return every is not None and after // every > before // every
 
@@ -55,10 +58,16 @@ class Schedule(NamedTuple):
 
 
 def default_record_every(epoch_steps: int | None, total: int | None) -> int:
-    """About 100 steps per record, if possible a divisor of the epoch up to 1,000, and at most 1,000 records in total."""
+    """About 100 steps per record, if possible a divisor of the epoch up to 1,000, and at most 1,000
+    records in total.
+    """
     every = 100
     if epoch_steps is not None:
-        divisors = [d for d in range(min(50, epoch_steps), min(1000, epoch_steps) + 1) if epoch_steps % d == 0]
+        divisors = [
+            d
+            for d in range(min(50, epoch_steps), min(1000, epoch_steps) + 1)
+            if epoch_steps % d == 0
+        ]
         every = min(divisors, key=lambda d: abs(d - 100), default=every)
     return every * max(1, -(-(total or 0) // (1000 * every)))
 

@@ -1,7 +1,8 @@
-"""Batches of data that an explicit mesh axis shards over the examples. Elsewhere, these functions do what JAX does.
+"""Batches of data that an explicit mesh axis shards over the examples. Elsewhere, these functions
+do what JAX does.
 
-JAX infers no sharding for a gather, a slice or a reshape along a sharded axis. A batch is sharded as its data are if its
-length divides evenly, and replicated over the examples otherwise.
+JAX infers no sharding for a gather, a slice or a reshape along a sharded axis. A batch is sharded
+as its data are if its length divides evenly, and replicated over the examples otherwise.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def sliced(leaf: jax.Array, start: Any, size: int) -> jax.Array:
 
 def first_rows(leaf: jax.Array, size: int) -> jax.Array:
     """The first rows of an array."""
-    return gathered(leaf, jnp.arange(size, dtype=jnp.int32)) if _sharding(leaf, size) else leaf[:size]
+    return (
+        gathered(leaf, jnp.arange(size, dtype=jnp.int32)) if _sharding(leaf, size) else leaf[:size]
+    )
 
 
 def in_parts(leaf: jax.Array, parts: int) -> jax.Array:
@@ -50,12 +53,16 @@ def in_parts(leaf: jax.Array, parts: int) -> jax.Array:
 
 
 def on_mesh_of(data: Any, state: Any) -> Any:
-    """A train state on the explicit mesh that shards the data: leaves that are on no mesh are replicated over it.
+    """A train state on the explicit mesh that shards the data: leaves that are on no mesh are
+    replicated over it.
 
-    JAX infers the sharding of a gradient, a sum over sharded examples, only if the parameters are on the mesh.
+    JAX infers the sharding of a gradient, a sum over sharded examples, only if the parameters are
+    on the mesh.
     """
     leaves = [leaf for leaf in jax.tree.leaves(data) if isinstance(leaf, jax.Array)]
-    concrete: list[Any] = [leaf for leaf in leaves if not isinstance(leaf, jax.core.Tracer) and _is_sharded(leaf)]
+    concrete: list[Any] = [
+        leaf for leaf in leaves if not isinstance(leaf, jax.core.Tracer) and _is_sharded(leaf)
+    ]
     meshes = [leaf.sharding.mesh for leaf in concrete]
     meshes += [jax.typeof(leaf).sharding.mesh for leaf in leaves if _is_sharded(leaf)]
     if not meshes:
@@ -74,7 +81,11 @@ def on_mesh_of(data: Any, state: Any) -> Any:
 def zeros_like_spec(spec: Any, *leading: int) -> jax.Array:
     """Zeros with the shape, dtype and explicit sharding of a spec, after more axes at the front."""
     shape, sharding = (*leading, *spec.shape), getattr(spec, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty or not sharding.mesh.explicit_axes:
+    if (
+        not isinstance(sharding, NamedSharding)
+        or sharding.mesh.empty
+        or not sharding.mesh.explicit_axes
+    ):
         return jnp.zeros(shape, spec.dtype)
     placed = NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(leading), *sharding.spec))
     return jnp.zeros(shape, spec.dtype, out_sharding=placed)

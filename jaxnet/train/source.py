@@ -55,7 +55,13 @@ def plan_size(batch_size: int) -> int:
 
 
 def stacks_of_rows(
-    data: Any, n: int, key: jax.Array, step: int, next_cut: Callable[[int], int], total: int, **batching
+    data: Any,
+    n: int,
+    key: jax.Array,
+    step: int,
+    next_cut: Callable[[int], int],
+    total: int,
+    **batching,
 ):
     """Stacks of arrays that are read by rows, with the same batches as `train_steps`.
 
@@ -69,7 +75,9 @@ def stacks_of_rows(
       **batching: `batch_size`, `order` and `drop_last` as in `planned`.
     """
     check_weights(data)
-    size = _stack_size(sum(_row_bytes(leaf) for leaf in jax.tree.leaves(data)) * batching["batch_size"])
+    size = _stack_size(
+        sum(_row_bytes(leaf) for leaf in jax.tree.leaves(data)) * batching["batch_size"]
+    )
 
     class At(NamedTuple):
         key: jax.Array
@@ -84,7 +92,8 @@ def stacks_of_rows(
         rows = plan.batch if isinstance(plan, Uneven) else plan
         if rows[:count].min() < 0 or rows[:count].max() >= n:
             raise ValueError(
-                f"order: rows must be within 0 .. {n - 1}, got {rows[:count].min()} .. {rows[:count].max()}"
+                f"order: rows must be within 0 .. {n - 1}, got {rows[:count].min()} .. "
+                f"{rows[:count].max()}"
             )
 
         def read(path, leaf, rows=rows[:count], count=count):
@@ -110,23 +119,29 @@ def stacks_of_iterable(
     total: int | None = None,
     epochs: int | None = None,
 ) -> Iterator[Stack]:
-    """Stacks of batches from an iterable, pass after pass. Batches of one kind are copied to the device together.
+    """Stacks of batches from an iterable, pass after pass. Batches of one kind are copied to the
+    device together.
 
     Args:
-      data: an iterable of batches, or a function from the number of the pass to one. An iterator ends with its first pass.
-      position: {} or the position of a `Stack` at which to resume. If the iterator has `get_state` and `set_state`
-        (Grain), or the iterable has `state_dict` and `load_state_dict` (torchdata), the state is restored. Otherwise, the
-        used batches are drawn again and dropped.
+      data: an iterable of batches, or a function from the number of the pass to one. An iterator
+        ends with its first pass.
+      position: {} or the position of a `Stack` at which to resume. If the iterator has `get_state`
+        and `set_state` (Grain), or the iterable has `state_dict` and `load_state_dict` (torchdata),
+        the state is restored. Otherwise, the used batches are drawn again and dropped.
       next_cut: the first step after this one at which a stack must end.
       step: the step at which to begin.
-      total: the step at which the run ends; no further batch is drawn. A pass of unknown length that ends there may lack
-        a stack with `end`.
+      total: the step at which the run ends; no further batch is drawn. A pass of unknown length
+        that ends there may lack a stack with `end`.
       epochs: the number of passes after which the run ends.
 
     Raises:
       ValueError: a pass has no batches. Errors of the iterable are raised as well.
     """
-    passes, since, anchor = position.get("passes", 0), position.get("skip", 0), position.get("state")
+    passes, since, anchor = (
+        position.get("passes", 0),
+        position.get("skip", 0),
+        position.get("state"),
+    )
     reach = 1
     while True:
         batches = _begun(data, position, passes, anchor, since)
@@ -183,7 +198,10 @@ def stacks_of_iterable(
         if not before and not position:
             text = "data: the iterable has no batches"
             if batches is data:
-                text += "; an iterator can be used once, and this one is used up: make a new one, or give a list or a function"
+                text += (
+                    "; an iterator can be used once, and this one is used up: make a new one, or "
+                    "give a list or a function"
+                )
             raise ValueError(text)
         if batches is data or passes + 1 == epochs:
             return
@@ -252,20 +270,29 @@ def _begun(data: Any, position: dict[str, Any], passes: int, state: Any, skip: i
     if state is not None and not hasattr(data, "load_state_dict"):
         batches.set_state(state)
     first = position.get("first") if state is None else None
-    plain = state is None and not callable(data) and batches is not data and _saves_nothing(data, batches)
+    plain = (
+        state is None
+        and not callable(data)
+        and batches is not data
+        and _saves_nothing(data, batches)
+    )
     if plain and position and passes and skip == 0:
         return _checked_pass(data, batches, passes)
     for i in range(skip):
         batch = next(batches, _END)
         if batch is _END:
-            raise ValueError(f"data: the run had used {skip} batches of this pass, and now there are fewer")
+            raise ValueError(
+                f"data: the run had used {skip} batches of this pass, and now there are fewer"
+            )
         if i == 0 and first is not None and _digest(batch) != first:
             raise ValueError(_OTHER_ORDER.format(passes + 1))
     return batches
 
 
 def _checked_pass(data: Any, batches: Iterator, passes: int) -> Iterator:
-    """The batches of a later pass. The run can resume only if all passes have one order, so two first batches are compared."""
+    """The batches of a later pass. The run can resume only if all passes have one order, so two
+    first batches are compared.
+    """
     batch, other = next(batches, _END), next(iter(data), _END)
     if batch is not _END and other is not _END and _digest(batch) != _digest(other):
         raise ValueError(_OTHER_ORDER.format(passes + 1))
@@ -275,9 +302,10 @@ def _checked_pass(data: Any, batches: Iterator, passes: int) -> Iterator:
 
 
 _OTHER_ORDER = (
-    "data: pass {} does not begin with the batch that the interrupted run saw, or may not: the iterable takes another order "
-    "whenever it is iterated, and its order is not saved. To go on from a checkpoint, give a function (number of the pass) "
-    "-> iterable, which seeds its order with that number, or a loader with state_dict and load_state_dict"
+    "data: pass {} does not begin with the batch that the interrupted run saw, or may not: the "
+    "iterable takes another order whenever it is iterated, and its order is not saved. To go on "
+    "from a checkpoint, give a function (number of the pass) -> iterable, which seeds its order "
+    "with that number, or a loader with state_dict and load_state_dict"
 )
 
 

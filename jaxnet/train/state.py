@@ -14,7 +14,8 @@ __all__ = ["TrainState", "check_params", "check_train_state", "sgd", "train_stat
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step: one pytree, to be saved, restored or mapped over as a whole.
+    """All that training carries from step to step: one pytree, to be saved, restored or mapped over
+    as a whole.
 
     Attributes:
       params: the network's parameters.
@@ -49,7 +50,9 @@ def sgd(params: Any, grads: Any, lr: Any) -> Any:
       >>> sgd({"w": 1.0}, {"w": 0.5}, 0.1)
       {'w': 0.95}
     """
-    if any(jnp.iscomplexobj(leaf) or not _is_float(leaf) for leaf in jax.tree.leaves((params, grads))):
+    if any(
+        jnp.iscomplexobj(leaf) or not _is_float(leaf) for leaf in jax.tree.leaves((params, grads))
+    ):
         check_params("sgd", params)
         check_params("sgd: gradients", grads)
     return jax.tree.map(lambda w, g: w - _like(lr, w) * g, params, grads)
@@ -60,7 +63,8 @@ def train_state(params: Any, optimizer: Any, key: jax.Array, *, state: Any = Non
 
     Args:
       params: the network's parameters, a pytree of float arrays.
-      optimizer: an optax transformation, or a learning rate (a number, or an optax schedule of the step) for plain SGD.
+      optimizer: an optax transformation, or a learning rate (a number, or an optax schedule of the
+        step) for plain SGD.
       key: PRNG key; the order of the data and the noise in training follow from it.
       state: the state of a stateful network, `net.init_state(*inputs)`.
 
@@ -68,12 +72,15 @@ def train_state(params: Any, optimizer: Any, key: jax.Array, *, state: Any = Non
       The train state before step 0.
 
     Raises:
-      TypeError: parameters that are not real floats, something that is not an optimizer, or no PRNG key.
+      TypeError: parameters that are not real floats, something that is not an optimizer, or no PRNG
+        key.
     """
     check_optimizer("train_state", optimizer)
     check_params("train_state", params)
     if not _is_key(key):
-        raise TypeError(f"train_state: key must be a PRNG key such as jax.random.key(0), got {_brief(key)}")
+        raise TypeError(
+            f"train_state: key must be a PRNG key such as jax.random.key(0), got {_brief(key)}"
+        )
     # The counters of the optimizer and of the steps are copied to the device.
     with jax.transfer_guard("allow"):
         opt = optimizer.init(params) if hasattr(optimizer, "init") else ()
@@ -84,26 +91,35 @@ def check_train_state(what: str, train_state: Any) -> None:
     """Raise TypeError unless this is a train state."""
     if not all(hasattr(train_state, name) for name in TrainState._fields):
         raise TypeError(
-            f"{what}: needs a train state, as train_state(params, optimizer, key) makes it, got {_brief(train_state)}"
+            f"{what}: needs a train state, as train_state(params, optimizer, key) makes it, got "
+            f"{_brief(train_state)}"
         )
 
 
 def check_params(what: str, params: Any) -> None:
     """Raise TypeError for parameters that are not real floating-point numbers."""
     for path, leaf in tree.flatten(params).items():
-        dtype = jnp.result_type(leaf) if isinstance(leaf, int | float | complex) else getattr(leaf, "dtype", type(leaf))
+        dtype = (
+            jnp.result_type(leaf)
+            if isinstance(leaf, int | float | complex)
+            else getattr(leaf, "dtype", type(leaf))
+        )
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
-                f"{what}: '{path}' is {dtype}, parameters are real; keep the real and the imaginary part as two of them"
+                f"{what}: '{path}' is {dtype}, parameters are real; keep the real and the "
+                "imaginary part as two of them"
             )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"{what}: '{path}' is {_brief(leaf)}, parameters are floats; cast it, or keep it in the state"
+                f"{what}: '{path}' is {_brief(leaf)}, parameters are floats; cast it, or keep it "
+                "in the state"
             )
 
 
 def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, int | float) or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating))
+    return isinstance(leaf, int | float) or (
+        hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
 
 
 def _is_key(key: Any) -> bool:
@@ -114,9 +130,13 @@ def _is_key(key: Any) -> bool:
 def _brief(x: Any) -> str:
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{x.dtype}{list(x.shape)}"
-    return f"{type(x).__name__} {x!r}" if isinstance(x, int | float | str) else f"a {type(x).__name__}"
+    return (
+        f"{type(x).__name__} {x!r}" if isinstance(x, int | float | str) else f"a {type(x).__name__}"
+    )
 
 
 def _like(x, w):
-    """A learning rate in the dtype of the weight, so that float32 weights stay float32 beside a float64 rate."""
+    """A learning rate in the dtype of the weight, so that float32 weights stay float32 beside a
+    float64 rate.
+    """
     return jnp.asarray(x, w.dtype) if hasattr(w, "dtype") else x

@@ -18,12 +18,14 @@ HEAD = 1 << 16
 
 
 class Writer:
-    """A callback that writes records to a file, and takes out earlier lines only if a run is really resumed.
+    """A callback that writes records to a file, and takes out earlier lines only if a run is really
+    resumed.
 
     Args:
       what: the name of the function that made it, for its errors.
       path: the file.
-      step_of: (number of a line, its text) -> the step of a line of the file. Raises ValueError for other lines.
+      step_of: (number of a line, its text) -> the step of a line of the file. Raises ValueError for
+        other lines.
       open_with: takes the lines that stay when the file is begun.
       add: adds a record.
     """
@@ -46,7 +48,8 @@ class Writer:
         """Take note that a run begins behind this step.
 
         Raises:
-          ValueError: the run is a fresh one, and the file holds later records, which are of another run.
+          ValueError: the run is a fresh one, and the file holds later records, which are of another
+            run.
         """
         self.begun, self.resumed = False, step if resumed else None
         if not resumed:
@@ -68,13 +71,15 @@ class Writer:
         last = max((number for number, _ in self._lines()), default=-1.0)
         if last > step:
             raise ValueError(
-                f"{self.what}: {self.name} holds records up to step {last:,.0f} of another run: name another file or "
-                "delete it"
+                f"{self.what}: {self.name} holds records up to step {last:,.0f} of another run: "
+                "name another file or delete it"
             )
 
 
 def begin_all(callbacks: Iterable[Any], step: int, *, resumed: bool) -> bool:
-    """Tell each `Writer` among the callbacks where a run begins, and whether it goes on; returns if there is one."""
+    """Tell each `Writer` among the callbacks where a run begins, and whether it goes on; returns if
+    there is one.
+    """
     writers = [callback for callback in callbacks if isinstance(callback, Writer)]
     for writer in writers:
         writer.begin(step, resumed)
@@ -82,15 +87,16 @@ def begin_all(callbacks: Iterable[Any], step: int, *, resumed: bool) -> bool:
 
 
 def write_jsonl(path: str | os.PathLike) -> Writer:
-    """A callback that appends each record to a file, one JSON object per line. Values that are not finite become null.
+    """A callback that appends each record to a file, one JSON object per line. Values that are not
+    finite become null.
 
-    If `fit` goes on from a checkpoint, it goes on in the same file, and lines of steps that are done again are taken out
-    first. A fresh run does not touch the records of another one. Pass the callback itself to `fit`: inside of a function
-    of yours it cannot know that a run is resumed.
+    If `fit` goes on from a checkpoint, it goes on in the same file, and lines of steps that are
+    done again are taken out first. A fresh run does not touch the records of another one. Pass the
+    callback itself to `fit`: inside of a function of yours it cannot know that a run is resumed.
 
     Raises:
-      ValueError: the file exists and holds something other than records, or a fresh run begins and the file holds
-        records behind its start.
+      ValueError: the file exists and holds something other than records, or a fresh run begins and
+        the file holds records behind its start.
       OSError: the file cannot be written.
     """
 
@@ -106,11 +112,12 @@ def write_jsonl(path: str | os.PathLike) -> Writer:
 
 
 def write_csv(path: str | os.PathLike) -> Writer:
-    """A callback that writes each record as a row of a table. A new metric adds a column. Otherwise as `write_jsonl`.
+    """A callback that writes each record as a row of a table. A new metric adds a column. Otherwise
+    as `write_jsonl`.
 
     Raises:
-      ValueError: the file exists and is no table of records (one whose first column is 'step'), or a fresh run begins
-        and the file holds records behind its start.
+      ValueError: the file exists and is no table of records (one whose first column is 'step'), or
+        a fresh run begins and the file holds records behind its start.
       OSError: the file cannot be written.
     """
     rows: list[Mapping[str, str]] = []
@@ -158,12 +165,16 @@ def _step_of_row(number: int, line: str) -> float:
 
 
 def _checked(what: str, path: Any, step_of: Callable[[int, str], float]) -> str:
-    """The path as a str. Raises ValueError or OSError unless a file of records can be written there."""
+    """The path as a str. Raises ValueError or OSError unless a file of records can be written
+    there.
+    """
     name = os.fsdecode(path)
     if not name:
         raise ValueError(f"{what}: the path must be the name of a file, got ''")
     if os.path.isdir(name):
-        raise IsADirectoryError(errno.EISDIR, f"{what}: this is a folder, and records go to a file", name)
+        raise IsADirectoryError(
+            errno.EISDIR, f"{what}: this is a folder, and records go to a file", name
+        )
     try:
         # Names that are too long raise OSError here.
         size = os.stat(name).st_size
@@ -172,7 +183,9 @@ def _checked(what: str, path: Any, step_of: Callable[[int, str], float]) -> str:
         if os.path.exists(folder) and not os.path.isdir(folder):
             raise NotADirectoryError(errno.ENOTDIR, f"{what}: this is no folder", folder) from None
         if os.path.isdir(folder) and not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, f"{what}: nothing can be written in this folder", folder) from None
+            raise PermissionError(
+                errno.EACCES, f"{what}: nothing can be written in this folder", folder
+            ) from None
         return name
     if not os.access(name, os.W_OK):
         raise PermissionError(errno.EACCES, f"{what}: this file cannot be written", name)
@@ -183,7 +196,9 @@ def _checked(what: str, path: Any, step_of: Callable[[int, str], float]) -> str:
 def _lines(
     what: str, path: str, step_of: Callable[[int, str], float], limit: int | None = None
 ) -> list[tuple[float, str]]:
-    """The complete lines of a file of records, each with its step. The last line may have been cut off by a kill."""
+    """The complete lines of a file of records, each with its step. The last line may have been cut
+    off by a kill.
+    """
     with open(path, "rb") as file:
         content = file.read() if limit is None else file.read(limit)
     lines, rest = content.split(b"\n")[:-1], content.rpartition(b"\n")[2]
@@ -196,7 +211,8 @@ def _lines(
             raise ValueError("no line of a record")
     except (ValueError, TypeError, KeyError):
         raise ValueError(
-            f"{what}: {path!r:.200} exists and holds something other than records; it is left as it is: name another file"
+            f"{what}: {path!r:.200} exists and holds something other than records; it is left as "
+            "it is: name another file"
         ) from None
     return found
 
