@@ -119,15 +119,15 @@ def save_work(name: str, tree: Any, folder: str):
     save, load = FORMATS[plain]()
     save = save if name == plain else functools.partial(save_durably, save)
     save(path, tree)
-    check(load(path, shapes(tree)), tree)
+    check(load(path, like=shapes(tree)), tree)
     return lambda: save(path, tree), lambda: None
 
 
 def load_work(name: str, tree: Any, folder: str):
     path, (save, load) = file_of(name, folder), FORMATS[name]()
     save(path, tree)
-    check(load(path, shapes(tree)), tree)
-    return lambda: jax.block_until_ready(load(path, shapes(tree))), lambda: None
+    check(load(path, like=shapes(tree)), tree)
+    return lambda: jax.block_until_ready(load(path, like=shapes(tree))), lambda: None
 
 
 def asynchronous_work(name: str, tree: Any, folder: str):
@@ -142,7 +142,7 @@ def asynchronous_work(name: str, tree: Any, folder: str):
             store.wait()
 
     save()
-    if found := store.latest(tree):
+    if found := store.latest(like=tree):
         check(found.tree, tree)
     return save, store.wait
 
@@ -216,14 +216,16 @@ def print_peak(what: str, name: str, leaves: int, size: int, folder: str) -> Non
     save, load = FORMATS[name]()
     path, small = file_of(f"{name} small", folder), make_tree(2, 1000)
     save(path, small)
-    load(path, shapes(small))
+    load(path, like=shapes(small))
     tree = make_tree(leaves, size if what == "save" else 1)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size,), x.dtype, sharding=x.sharding), tree)
     # The peak begins again, at the memory in use now.
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
     result = (
-        save(file_of(name, folder), tree) if what == "save" else load(file_of(name, folder), like)
+        save(file_of(name, folder), tree)
+        if what == "save"
+        else load(file_of(name, folder), like=like)
     )
     jax.block_until_ready(result)
     print((what == "save") + (memory("VmHWM") - before) / (4 * leaves * size))

@@ -185,10 +185,12 @@ def jaxnet_loss():
 
 
 def jaxnet_work(loop):
-    from jaxnet.train import train_state, train_step, train_steps
+    from jaxnet.train import TrainState, train_step, train_steps
 
     step = train_step(jaxnet_loss(), RATE)
-    state = jax.tree.map(jnp.array, train_state(START, RATE, jax.random.key(0)))  # ours to donate
+    state = jax.tree.map(
+        jnp.array, TrainState.create(START, RATE, jax.random.key(0))
+    )  # ours to donate
     data = jnp.asarray(X), jnp.asarray(Y)
     run = jax.jit(train_steps(step, BATCH, STEPS) if loop else step, donate_argnums=0)
     work = {"steps": STEPS} if loop else {"calls": STEPS}

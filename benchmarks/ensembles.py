@@ -26,7 +26,7 @@ import optax
 from measure import Work
 
 from jaxnet import chain, dense
-from jaxnet.train import many, train_state, train_step, train_steps
+from jaxnet.train import TrainState, many, train_step, train_steps
 
 NETWORKS = (
     "2-2-1",
@@ -157,9 +157,9 @@ def problem(network, batch, optimizer, options):
 
     def run(params, key, rate):
         tx = OPTIMIZERS[optimizer](rate)
-        return train_steps(train_step(loss, tx), batch, steps)(train_state(params, tx, key), data)[
-            0
-        ].params
+        return train_steps(train_step(loss, tx), batch, steps)(
+            TrainState.create(params, tx, key), data
+        )[0].params
 
     return run, (params, keys, rates), steps
 

@@ -161,10 +161,10 @@ def jaxnet_network(images):
 
 
 def jaxnet_fit(images, labels):
-    from jaxnet.train import fit, train_state, train_step
+    from jaxnet.train import TrainState, fit, train_step
 
     loss, params, key = jaxnet_network(images)
-    start = train_state(params, optimizer(), key)
+    start = TrainState.create(params, optimizer(), key)
     step = train_step(loss, optimizer())
     return fit(step, start, (images, labels), epochs=1, batch_size=BATCH, progress=False).history[
         0
@@ -174,22 +174,22 @@ def jaxnet_fit(images, labels):
 def jaxnet_steps(images, labels):
     import jax
 
-    from jaxnet.train import train_state, train_step, train_steps
+    from jaxnet.train import TrainState, train_step, train_steps
 
     loss, params, key = jaxnet_network(images)
     steps = jax.jit(train_steps(train_step(loss, optimizer()), BATCH, 100), donate_argnums=0)
-    _, metrics = steps(train_state(params, optimizer(), key), (images, labels))
+    _, metrics = steps(TrainState.create(params, optimizer(), key), (images, labels))
     return metrics["loss"][0]
 
 
 def jaxnet_step(images, labels):
     import jax
 
-    from jaxnet.train import train_state, train_step
+    from jaxnet.train import TrainState, train_step
 
     loss, params, key = jaxnet_network(images)
     step = jax.jit(train_step(loss, optimizer()), donate_argnums=0)
-    _, metrics = step(train_state(params, optimizer(), key), (images[:BATCH], labels[:BATCH]))
+    _, metrics = step(TrainState.create(params, optimizer(), key), (images[:BATCH], labels[:BATCH]))
     return metrics["loss"]
 
 

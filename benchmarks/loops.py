@@ -235,7 +235,7 @@ def after_own_rows(problem, steps):
     feed = problem.feed
     if feed.whole:
         return after(problem, steps)
-    state = train.train_state(problem.start, problem.optimizer, jax.random.key(0))
+    state = train.TrainState.create(problem.start, problem.optimizer, jax.random.key(0))
     plan = jax.jit(
         lambda: planned(state, len(feed.x), steps, feed.batch_size, train.shuffle, True)
     )()
@@ -346,7 +346,7 @@ def hand_gathers(problem):
 
 
 def start_of(problem):
-    state = train.train_state(problem.start, problem.optimizer, jax.random.key(0))
+    state = train.TrainState.create(problem.start, problem.optimizer, jax.random.key(0))
     return jax.tree.map(jnp.array, state)  # ours to donate
 
 
@@ -399,7 +399,7 @@ def jaxnet_fit(problem, stream):
         try:
             train.fit(
                 train.train_step(problem.loss, problem.optimizer),
-                train.train_state(problem.start, problem.optimizer, jax.random.key(0)),
+                train.TrainState.create(problem.start, problem.optimizer, jax.random.key(0)),
                 data,
                 batch_size=problem.feed.batch_size,
                 steps=100 * problem.fit_steps,  # the line for each hundredth is then one a sample

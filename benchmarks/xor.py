@@ -23,7 +23,7 @@ from measure import Work, carried
 from peers import Feed
 
 from jaxnet import chain, dense
-from jaxnet.train import sgd, train_state, train_step, train_steps
+from jaxnet.train import TrainState, sgd, train_step, train_steps
 
 # pyright: reportMissingImports=false
 
@@ -152,7 +152,7 @@ def jaxnet_sgd():
 
 def jaxnet_loop(loop):
     step = train_step(loss, RATE)
-    start = train_state(PARAMS, RATE, jax.random.key(0))
+    start = TrainState.create(PARAMS, RATE, jax.random.key(0))
     return one_loop(lambda state: loop(step, state), start, lambda state: kernels(state.params))
 
 
@@ -170,7 +170,7 @@ def jaxnet_scan():
 
 def jaxnet_train_steps():
     run = jax.jit(train_steps(train_step(loss, RATE), batch_size=4, steps=EPOCHS), donate_argnums=0)
-    start = jax.tree.map(jnp.array, train_state(PARAMS, RATE, jax.random.key(0)))
+    start = jax.tree.map(jnp.array, TrainState.create(PARAMS, RATE, jax.random.key(0)))
     data = jax.tree.map(jnp.asarray, (X, Y))
     return carried(
         lambda state: run(state, data)[0], start, lambda state: kernels(state.params), steps=EPOCHS

@@ -25,16 +25,16 @@ import numpy as np
 import optax
 
 import jaxnet
-from jaxnet import Layer, batch_norm, chain, conv, dense, dropout, flatten, max_pool
+from jaxnet import Layer, batch_norm, call, chain, conv, dense, dropout, flatten, max_pool
 from jaxnet.data import Dataset, check_labels, digits, mnist
 from jaxnet.train import (
     Result,
+    TrainState,
     augmented,
     compile_cache,
     evaluate,
     fit,
     plot_history,
-    train_state,
     train_step,
 )
 
@@ -73,13 +73,6 @@ MODELS = {"mlp": mlp, "convnet": convnet}
 RATES = {"mlp": 3e-3, "convnet": 1e-3}
 
 
-def logits_of(net: Layer, params, state, images, **training):
-    """The network's answer, and its new state: one form for networks with and without state."""
-    if net.init_state is None:
-        return net.apply(params, images, **training), state
-    return net.apply(params, images, state=state, **training)
-
-
 def train(
     net: Layer,
     data: Dataset,
@@ -109,12 +102,12 @@ def train(
 
     def loss(params, batch, state, key):
         images, labels = batch
-        logits, state = logits_of(net, params, state, images, key=key, train=True)
+        logits, state = call(net, params, images, state=state, key=key, train=True)
         errors = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return errors, state, {"accuracy": logits.argmax(-1) == labels}
 
     def test(params, batch, state):
-        logits, _ = logits_of(net, params, state, batch.images)
+        logits, _ = call(net, params, batch.images, state=state)
         errors = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         return {"test_loss": errors, "test_accuracy": logits.argmax(-1) == batch.labels}
 
@@ -122,7 +115,7 @@ def train(
     optimizer = optax.adamw(optax.cosine_decay_schedule(lr, max(steps, 1)), weight_decay=1e-4)
     return fit(
         augmented(train_step(loss, optimizer), add_noise),
-        train_state(params, optimizer, run_key, state=state),
+        TrainState.create(params, optimizer, run_key, state=state),
         data.train,
         epochs=epochs,
         batch_size=batch_size,
@@ -134,7 +127,7 @@ def train(
 
 def predict(net: Layer, params, state, images) -> np.ndarray:
     """Logits [N, 10] for all images, 1,000 at a time."""
-    apply = jax.jit(lambda params, state, images: logits_of(net, params, state, images)[0])
+    apply = jax.jit(lambda params, state, images: call(net, params, images, state=state)[0])
     return np.concatenate(
         [apply(params, state, images[i : i + 1000]) for i in range(0, len(images), 1000)]
     )

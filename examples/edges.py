@@ -18,7 +18,7 @@ import optax
 
 from jaxnet import Layer, chain, conv, dense, flatten, max_pool, sgd, tree
 from jaxnet.data import Split, digits
-from jaxnet.train import compile_cache, evaluate, fit, train_state, train_step
+from jaxnet.train import TrainState, compile_cache, evaluate, fit, train_step
 
 # The kernel for vertical edges (Sobel & Feldman 1968).
 SOBEL = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], np.float32)
@@ -74,7 +74,7 @@ def learn_digits(data, key, *, epochs: int):
         return {"test_accuracy": net.apply(params, batch.images).argmax(-1) == batch.labels}
 
     optimizer = optax.adam(2e-3)
-    start = train_state(before, optimizer, key)
+    start = TrainState.create(before, optimizer, key)
     run = fit(
         train_step(loss, optimizer), start, data.train, epochs=epochs, batch_size=64, progress=False
     )

@@ -38,7 +38,7 @@ import optax
 import jaxnet
 from jaxnet import Layer, chain, dense, flatten
 from jaxnet.data import Split, digits
-from jaxnet.train import compile_cache, many, train_state, train_step, train_steps
+from jaxnet.train import TrainState, compile_cache, many, train_step, train_steps
 
 
 def network(width: int) -> Layer:
@@ -56,7 +56,7 @@ def trainer(net: Layer, data: Split, *, epochs: int, batch_size: int):
     def train(key, lr):
         init_key, run_key = jax.random.split(key)
         optimizer = optax.adam(lr)
-        start = train_state(net.init(init_key, data.images), optimizer, run_key)
+        start = TrainState.create(net.init(init_key, data.images), optimizer, run_key)
         end, _ = train_steps(train_step(loss, optimizer), batch_size, steps)(start, data)
         return end.params
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from jaxnet import tree
 from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual, scan, vmap
-from jaxnet.core import Layer, around, layer, param, wire
+from jaxnet.core import Layer, around, call, layer, param, wire
 from jaxnet.layers import (
     avg_pool,
     batch_norm,
@@ -37,6 +37,7 @@ __all__ = [
     "around",
     "avg_pool",
     "batch_norm",
+    "call",
     "capture",
     "cast",
     "chain",

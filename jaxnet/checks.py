@@ -13,7 +13,7 @@ def size_of(what: str, value: Any, minimum: int = 1) -> int:
     bool.
 
     Args:
-      what: how the error names the argument, such as "dense: units".
+      what: how the error names the argument, such as "dense: features".
       value: the size as the caller gave it.
       minimum: the smallest size that is accepted.
 
@@ -24,7 +24,7 @@ def size_of(what: str, value: Any, minimum: int = 1) -> int:
       ValueError: the value is not an integer, or it is below `minimum`.
 
     Example:
-      >>> size_of("dense: units", 3)
+      >>> size_of("dense: features", 3)
       3
     """
     try:

@@ -15,7 +15,6 @@ from jaxnet.core import (
     Layer,
     abstractly,
     as_layer,
-    call,
     check_state,
     describe,
     memoised,
@@ -346,12 +345,12 @@ def _flops(layer: Layer, args: Any, train: bool) -> int:
         state = start_state(layer, state_key, inputs, named) if layer.init_state else None
         return layer.init(params_key, *inputs, **named), state
 
-    def run(params, state, key, *inputs, **named):
-        return call(layer, params, state, key if train else None, train, inputs, named)[0]
+    def evaluate(params, state, key, *inputs, **named):
+        return run(layer, params, state, key if train else None, train, inputs, named)[0]
 
     def compute():
         params, state = abstractly(start)(jax.random.key(0), *inputs, **named)
-        trace = abstractly(run, lambda fn, arrays: jax.make_jaxpr(fn)(arrays))
+        trace = abstractly(evaluate, lambda fn, arrays: jax.make_jaxpr(fn)(arrays))
         return _count_flops(trace(params, state, jax.random.key(0), *inputs, **named).jaxpr)
 
     return memoised(layer, "flops", compute, train, inputs, named)

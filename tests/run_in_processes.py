@@ -103,7 +103,7 @@ def saved_and_loaded(folder, mesh, me):
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree["blocks"]
     )
-    assert_same(load(path, like={"blocks": like}, only="blocks"), {"blocks": tree["blocks"]})
+    assert_same(load(path, like={"blocks": like}, pattern="blocks"), {"blocks": tree["blocks"]})
     fails(
         lambda: to_torch({"params": {"kernel": tree["blocks"]}, "state": {}}),
         ValueError,
@@ -138,9 +138,9 @@ def only_what_is_needed_is_read(folder, mesh, me):
     multihost_utils.sync_global_devices("damaged")
     like = {"blocks": tree["blocks"]}
     if me == 0:
-        assert_same(load(path, like=like, only="blocks"), like)
+        assert_same(load(path, like=like, pattern="blocks"), like)
     else:
-        fails(lambda: load(path, like=like, only="blocks"), CheckpointError, "CRC-32")
+        fails(lambda: load(path, like=like, pattern="blocks"), CheckpointError, "CRC-32")
     fails(lambda: verify(path), CheckpointError, "CRC-32")
 
 
@@ -234,7 +234,7 @@ def rounded_while_it_is_loaded(folder, mesh, me):
     }
     save(path, {"w": tree["a/b"]["own"], "x": tree["blocks"]})
     fails(
-        lambda: load(path, like=odd, only="w"),
+        lambda: load(path, like=odd, pattern="w"),
         CheckpointError,
         "the shardings of `like` do not suit its shapes",
     )
@@ -259,7 +259,7 @@ def orbax_saves_and_all_load(folder, mesh, me):
     # What process 0 has counts.
     here = jax.device_put(np.arange(4) + 10 * me, NamedSharding(own, PartitionSpec("own")))
     save(folder / "own", {"here": here, "all": make_tree(mesh)["blocks"]}, engine="orbax")
-    np.testing.assert_array_equal(load(folder / "own", only="here")["here"], np.arange(4))
+    np.testing.assert_array_equal(load(folder / "own", pattern="here")["here"], np.arange(4))
     assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 2))
     assert inspect(path).version == 3 and verify(path).metadata == {"by": "Orbax"}
     with lazy(path) as leaves:

@@ -14,7 +14,7 @@ import optax
 
 import jaxnet
 from jaxnet import batch_norm, chain, dense, dropout
-from jaxnet.train import compile_cache, fit, train_state, train_step, write_jsonl
+from jaxnet.train import TrainState, compile_cache, fit, train_step, write_jsonl
 
 
 def main(folder: pathlib.Path, steps: int) -> int:
@@ -29,7 +29,7 @@ def main(folder: pathlib.Path, steps: int) -> int:
         out, state = net.apply(params, batch[0], state=state, key=key, train=True)
         return jnp.square(out[:, 0] - batch[1]), state
 
-    start = train_state(
+    start = TrainState.create(
         net.init(jax.random.key(0), x), optimizer, jax.random.key(1), state=net.init_state(x)
     )
     result = fit(
@@ -42,13 +42,13 @@ def main(folder: pathlib.Path, steps: int) -> int:
         record_every=20,
         evaluate=lambda state: {"norm": optax.tree.norm(state.params)},
         evaluate_every=20,
-        best="min norm",
+        best_rule="min norm",
         callbacks=[
             write_jsonl(folder / "history.jsonl"),
             lambda record: print(record["step"], flush=True),
         ],
         checkpoint=folder / "run.safetensors",
-        save_every=0.0,
+        save_seconds=0.0,
         progress=False,
     )
     if result.stopped is None:

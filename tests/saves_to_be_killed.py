@@ -36,7 +36,7 @@ def save_over(root, returned):
 
 
 def save_steps(root, returned, beside=False):
-    with Checkpoints(root, keep=2, metric="min loss", asynchronous=beside) as store:
+    with Checkpoints(root, keep=2, best_rule="min loss", asynchronous=beside) as store:
         for step in (4, 5):  # keeps 1, the best; deletes 2 and then 3
             store.save(step, tree_of(step), {"loss": step})
             store.wait()
@@ -91,7 +91,7 @@ def killed_at(n, work):
 
 
 def save_for_ever(root, beside):
-    store = Checkpoints(root, keep=2, metric="min loss", asynchronous=beside)
+    store = Checkpoints(root, keep=2, best_rule="min loss", asynchronous=beside)
     for step in range(10**6):
         store.save(step, {"x": np.full(200_000, step), "step": step}, {"loss": (step - 5) ** 2})
 

@@ -56,7 +56,7 @@ def test_rotation_deletes_nothing_behind_a_link(kind, target, beside, outside, t
         (run / "step_00000001.safetensors").symlink_to(outside / target)
     elif (outside / target).is_file():
         os.link(outside / target, run / "step_00000001.safetensors")
-    store = saved(run, 2, 3, 4, 5, keep=2, metric="max loss", asynchronous=beside)
+    store = saved(run, 2, 3, 4, 5, keep=2, best_rule="max loss", asynchronous=beside)
     assert contents(outside) == before
     assert {4, 5} <= set(store.steps()) <= {1, 4, 5}
     for step in (4, 5):

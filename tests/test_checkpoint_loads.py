@@ -87,7 +87,7 @@ def damage(path, leaf):
     path.write_bytes(data)
 
 
-# -------------------------------------------------------------------------------------------- only=
+# ----------------------------------------------------------------------------------------- pattern=
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ def test_a_part_of_a_file_is_the_part_of_the_tree(only, path):
     """
     patterns = [only] if isinstance(only, str) else only
     like, _ = trees.split(STATE, *patterns)
-    got = load(path, like, only=only)
+    got = load(path, like=like, pattern=only)
     assert_equal(got, like)
     save(path.with_name("part"), like)
-    assert_equal(load(path, only=only), load(path.with_name("part")))
+    assert_equal(load(path, pattern=only), load(path.with_name("part")))
 
 
 PATTERNS = st.lists(st.sampled_from(["a", "b", "0", "1", "*", "**"]), min_size=1, max_size=3).map(
@@ -139,11 +139,11 @@ def test_any_part_of_any_tree(tree, pattern, tmp_path_factory):
     save(path, tree)
     if not any(trees.matches(name, pattern) for name in trees.paths(tree)):
         with pytest.raises(CheckpointError, match="no path matches"):
-            load(path, only=pattern)
+            load(path, pattern=pattern)
         return
     expected, _ = trees.split(tree, pattern)
-    assert_equal(load(path, only=pattern), expected)
-    assert_equal(load(path, expected, only=pattern), expected)
+    assert_equal(load(path, pattern=pattern), expected)
+    assert_equal(load(path, like=expected, pattern=pattern), expected)
 
 
 def test_only_the_chosen_leaves_are_read_and_checked(path, monkeypatch):
@@ -151,43 +151,43 @@ def test_only_the_chosen_leaves_are_read_and_checked(path, monkeypatch):
     with pytest.raises(CheckpointError, match="leaf 'params/head/kernel': its bytes"):
         load(path)
     with reads(monkeypatch) as seen:
-        got = load(path, only="params/blocks/*/kernel")
+        got = load(path, pattern="params/blocks/*/kernel")
     assert_equal(got, {"params": {"blocks": [{"kernel": block(i)["kernel"]} for i in (1, 2)]}})
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     assert [n for position, n in seen if position >= header] == [24, 24]  # two kernels of 6 float32
     with pytest.raises(CheckpointError, match="leaf 'params/head/kernel': its bytes"):
-        load(path, only=["params/blocks", "**/head"])
+        load(path, pattern=["params/blocks", "**/head"])
 
 
 def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(path):
     with pytest.raises(CheckpointError) as caught:
-        load(path, only=["params/head", "params/block/*/kernel"])
+        load(path, pattern=["params/head", "params/block/*/kernel"])
     assert caught.value.path == str(path)
     assert caught.value.reason.startswith(
         "no path matches 'params/block/*/kernel'; the nearest of 18 are ["
     )
     assert "params/blocks/0/kernel" in caught.value.reason
     with pytest.raises(ValueError, match="only must be a pattern of paths or several, got none"):
-        load(path, only=[])
+        load(path, pattern=[])
 
 
 def test_a_template_must_be_the_part_that_was_chosen(path):
     with pytest.raises(
         CheckpointError,
-        match="what `only` selects does not fit (.|\n)* missing from the file: head/bias",
+        match="what `pattern` selects does not fit (.|\n)* missing from the file: head/bias",
     ):
-        load(path, PARAMS, only="params/scale")
+        load(path, like=PARAMS, pattern="params/scale")
     with pytest.raises(
         CheckpointError, match="container differs: params/blocks: template tuple, file list"
     ):
-        load(path, {"params": {"blocks": (None, block(2))}}, only="params/blocks/1")
+        load(path, like={"params": {"blocks": (None, block(2))}}, pattern="params/blocks/1")
 
 
 def test_a_part_of_another_programs_file(tmp_path):
     safetensors.numpy.save_file(
         {"enc.0/w": np.ones(2, np.float32), "dec/w": np.zeros(1, np.float32)}, tmp_path / "f"
     )
-    assert_equal(load(tmp_path / "f", only="enc.*"), {"enc.0": {"w": jnp.ones(2)}})
+    assert_equal(load(tmp_path / "f", pattern="enc.*"), {"enc.0": {"w": jnp.ones(2)}})
 
 
 # ------------------------------------------------------------------------------------------ rename=
@@ -208,13 +208,13 @@ def test_a_dict_of_prefixes_renames_leaves_and_nodes(path):
         "weights": {"layers": {"0": block(1), "second": block(2)}, "scale": 2.5},
         "out": block(3),
     }
-    got = load(path, rename=rename, only=["weights", "out"])  # `only` speaks of the new paths
+    got = load(path, rename=rename, pattern=["weights", "out"])  # `pattern` speaks of the new paths
     assert_equal(got, expected)
-    assert_equal(load(path, like, rename=rename, only=["weights", "out"]), expected)
+    assert_equal(load(path, like=like, rename=rename, pattern=["weights", "out"]), expected)
     # Containers are those of `like`.
     lists = like | {"weights": {"layers": Pair(block(0), block(0)), "scale": 0.0}}
     got = load(
-        path, lists, rename={**rename, "params/blocks/0": "weights/layers/first"}, strict=False
+        path, like=lists, rename={**rename, "params/blocks/0": "weights/layers/first"}, strict=False
     )
     assert_equal(got["weights"]["layers"], Pair(block(1), block(2)))
 
@@ -232,7 +232,7 @@ def test_the_top_of_the_tree_is_the_empty_path(tmp_path):
     save(tmp_path / "t", {"x": 3})
     assert (
         load(tmp_path / "t", rename={"x": ""}) == 3
-        and load(tmp_path / "t", 0, rename={"x": ""}) == 3
+        and load(tmp_path / "t", like=0, rename={"x": ""}) == 3
     )
 
 
@@ -245,7 +245,9 @@ def test_a_function_renames_every_leaf(tmp_path):
     safetensors.numpy.save_file(flat, tmp_path / "f")
     expected = {"encoder": {"layer": [{"kernel": jnp.ones((2, 3))}], "bias": jnp.zeros(3)}}
     got = load(
-        tmp_path / "f", expected, rename=lambda p: p.replace(".", "/").replace("weight", "kernel")
+        tmp_path / "f",
+        like=expected,
+        rename=lambda p: p.replace(".", "/").replace("weight", "kernel"),
     )
     assert_equal(got, expected)
     with pytest.raises(
@@ -255,7 +257,7 @@ def test_a_function_renames_every_leaf(tmp_path):
 
 
 def test_keys_with_a_slash_keep_it(path):
-    got = load(path, rename={"names": "n"}, only=["n", "counts"])
+    got = load(path, rename={"names": "n"}, pattern=["n", "counts"])
     assert_equal(got, {"n": {"a/b": np.arange(3)}, "counts": {"4": "four", "-1": 5}})
     for steps in [(), ("a",), ("a/b", "~", ""), ("__metadata__",), ("~1", "~01")]:
         assert leaf_path(leaf_name(steps)) == steps
@@ -288,9 +290,9 @@ def test_a_renamed_leaf_must_still_fit(path):
     ):
         load(
             path,
-            {"out": block(0) | {"kernel": jnp.zeros((3, 2))}},
+            like={"out": block(0) | {"kernel": jnp.zeros((3, 2))}},
             rename={"params/head": "out"},
-            only="out",
+            pattern="out",
         )
 
 
@@ -302,7 +304,7 @@ def test_guesses_at_renames_can_be_pasted(tmp_path):
         "step": 0,
     }
     with pytest.raises(CheckpointError) as caught:
-        load(tmp_path / "t", like)
+        load(tmp_path / "t", like=like)
     *_, first, second, last = caught.value.reason.split("\n  ")
     assert first == "perhaps renamed: encoder in the file is enc in the template (4 leaves)"
     assert second == "perhaps renamed: head/kernel in the file is head/weights in the template"
@@ -310,7 +312,7 @@ def test_guesses_at_renames_can_be_pasted(tmp_path):
     rename = eval(last.split("rename=")[1])
     head = {"weights": block(3)["kernel"], "bias": block(3)["bias"]}
     expected = {"enc": {"a": block(1), "b": block(2)}, "head": head, "step": 3}
-    assert_equal(load(tmp_path / "t", like, rename=rename), expected)
+    assert_equal(load(tmp_path / "t", like=like, rename=rename), expected)
 
 
 def test_a_guess_that_the_whole_tree_moved(tmp_path):
@@ -320,8 +322,10 @@ def test_a_guess_that_the_whole_tree_moved(tmp_path):
         CheckpointError,
         match="perhaps renamed: params in the file is the root in the template .4 leaves",
     ):
-        load(tmp_path / "t", like)
-    assert_equal(load(tmp_path / "t", like, rename={"params": ""}), {"a": block(1), "b": block(2)})
+        load(tmp_path / "t", like=like)
+    assert_equal(
+        load(tmp_path / "t", like=like, rename={"params": ""}), {"a": block(1), "b": block(2)}
+    )
 
 
 # ------------------------------------------------------------------------------------- strict=False
@@ -333,7 +337,7 @@ def test_missing_leaves_keep_their_values_and_others_are_ignored(path, monkeypat
         "note": "new",
     }
     damage(path, "params/head/kernel")  # ignored leaves are not even read
-    got = load(path, like, strict=False)
+    got = load(path, like=like, strict=False)
     expected = {
         "params": {"blocks": [block(1), block(2)], "adapter": block(5), "scale": 2.5},
         "note": "new",
@@ -341,12 +345,14 @@ def test_missing_leaves_keep_their_values_and_others_are_ignored(path, monkeypat
     assert_equal(got, expected)
     assert got["params"]["adapter"]["kernel"] is like["params"]["adapter"]["kernel"]
     abstract = jax.eval_shape(lambda: {"params": {"blocks": [block(0), block(0)]}})
-    assert_equal(load(path, abstract, strict=False), {"params": {"blocks": [block(1), block(2)]}})
+    assert_equal(
+        load(path, like=abstract, strict=False), {"params": {"blocks": [block(1), block(2)]}}
+    )
 
 
 def test_only_and_strict_load_a_part_into_a_whole(path):
     like = {"params": {"blocks": [block(8), block(9)], "head": block(0), "scale": 0.0}}
-    got = load(path, like, only="params/head", strict=False)
+    got = load(path, like=like, pattern="params/head", strict=False)
     assert_equal(got, {"params": {"blocks": [block(8), block(9)], "head": block(3), "scale": 0.0}})
 
 
@@ -355,7 +361,7 @@ def test_what_has_no_value_cannot_be_kept(path):
     deleted.delete()
     like = {"params": {"scale": 0.0, "a": jax.ShapeDtypeStruct((2,), jnp.float32), "b": deleted}}
     with pytest.raises(CheckpointError) as caught:
-        load(path, like, strict=False)
+        load(path, like=like, strict=False)
     assert caught.value.reason.split("\n  ")[1:] == [
         "missing from the file: params/a float32[2], and `like` has no value",
         "missing from the file: params/b float32[3], and `like` has no value",
@@ -385,7 +391,7 @@ def test_what_both_have_must_fit(name, tmp_path):
     like, match = LOOSE_MISFITS[name]
     save(tmp_path / "t", HEAD)
     with pytest.raises(CheckpointError, match=match):
-        load(tmp_path / "t", like, strict=False)
+        load(tmp_path / "t", like=like, strict=False)
 
 
 def test_cast_and_strict_need_a_template(path):
@@ -402,7 +408,7 @@ MANTISSA = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 
 def cast_to(path, x, dtype):
     save(path, {"x": x})
-    return np.asarray(load(path, {"x": np.zeros(np.shape(x), dtype)}, cast=True)["x"])
+    return np.asarray(load(path, like={"x": np.zeros(np.shape(x), dtype)}, cast=True)["x"])
 
 
 @pytest.mark.parametrize(
@@ -585,7 +591,7 @@ def test_all_lossy_casts_are_listed_with_their_paths(tmp_path):
         "d": jnp.zeros(3, jnp.bfloat16),
     }
     with pytest.raises(CheckpointError) as caught:
-        load(tmp_path / "t", like, cast=True)
+        load(tmp_path / "t", like=like, cast=True)
     assert caught.value.reason.split("\n  ")[1:] == [
         "a: 1 of 2 values of float32[2] do not fit float16, the first is 70000.0",
         "b/c: 1 of 1 values of float32[1] do not fit int8, the first is 0.5",
@@ -596,7 +602,7 @@ def test_a_cast_is_only_of_arrays_and_keeps_shapes(tmp_path):
     save(tmp_path / "t", {"n": 3, "k": jax.random.key(0), "x": jnp.ones((2, 3))})
     like = {"n": 3.0, "k": jnp.zeros(2, jnp.uint32), "x": jnp.zeros((3, 2), jnp.bfloat16)}
     with pytest.raises(CheckpointError) as caught:
-        load(tmp_path / "t", like, cast=True)
+        load(tmp_path / "t", like=like, cast=True)
     assert caught.value.reason.split("\n  ")[1:] == [
         "dtype differs: n: template float, file int",
         "shape differs: k: template uint32[2], file key<threefry2x32>[]",
@@ -621,9 +627,9 @@ def test_a_cast_gives_the_kinds_and_places_of_the_template(tmp_path):
         "c": np.float32(2),
         "d": jnp.arange(4),
     }
-    assert_equal(load(tmp_path / "t", like, cast=True), expected)
+    assert_equal(load(tmp_path / "t", like=like, cast=True), expected)
     wide = jax.ShapeDtypeStruct((3, 2), np.float64)
-    got = load(tmp_path / "t", like | {"b": wide}, cast=True)["b"]
+    got = load(tmp_path / "t", like=like | {"b": wide}, cast=True)["b"]
     # JAX would narrow it while x64 is off.
     assert isinstance(got, np.ndarray) and got.dtype == np.float64
 
@@ -637,7 +643,9 @@ def test_the_first_value_that_does_not_fit_is_found_behind_a_million_others(tmp_
 
 def test_all_options_together(path):
     like = {"h": {"kernel": jnp.zeros((2, 3), jnp.bfloat16), "extra": jnp.ones(1)}, "n": 1}
-    got = load(path, like, only="h/kernel", rename={"params/head": "h"}, strict=False, cast=True)
+    got = load(
+        path, like=like, pattern="h/kernel", rename={"params/head": "h"}, strict=False, cast=True
+    )
     assert_equal(
         got, {"h": {"kernel": jnp.full((2, 3), 3, jnp.bfloat16), "extra": jnp.ones(1)}, "n": 1}
     )
@@ -704,13 +712,13 @@ def test_lazy_leaves_are_checked_when_they_are_first_looked_up(path, monkeypatch
 
 def test_a_part_of_a_damaged_file_is_right_or_refused(path):
     """Damage elsewhere may go unnoticed, since it is not read; in the part that is read, never."""
-    expected, noticed = load(path, only="params"), 0
+    expected, noticed = load(path, pattern="params"), 0
     bad = path.with_name("bad")
     for _, data in damages(path.read_bytes(), 400, seed=0):
         bad.write_bytes(data)
         got = None
         with contextlib.suppress(CheckpointError):
-            got = load(bad, only="params")
+            got = load(bad, pattern="params")
         if got is None:
             noticed += 1
         else:
@@ -735,7 +743,7 @@ def test_one_leaf_of_ten_gigabytes_costs_that_leaf(tmp_path, monkeypatch):
         f.seek(len(header) + layout[1].start)
         f.write(x.tobytes())
     for read in (
-        lambda: load(tmp_path / "t", only="small")["small"],
+        lambda: load(tmp_path / "t", pattern="small")["small"],
         lambda: lazily(tmp_path / "t", "small"),
     ):
         tracemalloc.start()
@@ -794,21 +802,21 @@ def test_a_part_with_empty_containers_fits_its_template(tmp_path, only):
     file = tmp_path / "a.safetensors"
     jaxnet.save(file, {"a": {"w": jnp.ones(2), "s": {}, "t": ()}, "b": 1})
     like = {"a": {"w": jnp.zeros(2), "s": {}, "t": ()}}
-    loaded = jaxnet.load(file, like=like, only=only)
+    loaded = jaxnet.load(file, like=like, pattern=only)
     assert jax.tree.structure(loaded) == jax.tree.structure(like) and loaded["a"]["w"].tolist() == [
         1,
         1,
     ]
     with pytest.raises(CheckpointError, match="missing from the file: a/v"):
-        jaxnet.load(file, like={"a": {"v": jnp.zeros(2), "s": {}}}, only="a")
+        jaxnet.load(file, like={"a": {"v": jnp.zeros(2), "s": {}}}, pattern="a")
 
 
 def test_the_state_of_a_run_is_a_part_of_its_file(tmp_path):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
-    start = train.train_state({"w": jnp.ones(3)}, optimizer, jax.random.key(0))
+    start = train.TrainState.create({"w": jnp.ones(3)}, optimizer, jax.random.key(0))
     file = tmp_path / "run.safetensors"
     jaxnet.save(file, {"train_state": start, "best": None})
-    loaded = jaxnet.load(file, like={"train_state": start}, only="train_state")["train_state"]
+    loaded = jaxnet.load(file, like={"train_state": start}, pattern="train_state")["train_state"]
     assert jax.tree.structure(loaded) == jax.tree.structure(start)
 
 
@@ -838,14 +846,23 @@ def run_file(tmp_path_factory):
     network, optimizer = jaxnet.chain(a=jaxnet.dense(4), b=jaxnet.dense(1)), optax.adam(0.1)
     x = np.linspace(-1, 1, 48, dtype=np.float32).reshape(16, 3)
     data = {"x": x, "y": x[:, :1]}
-    start = train.train_state(network.init(jax.random.key(0), x), optimizer, jax.random.key(1))
+    start = train.TrainState.create(
+        network.init(jax.random.key(0), x), optimizer, jax.random.key(1)
+    )
     file = tmp_path_factory.mktemp("run") / "run.safetensors"
     step, test = (
         train.train_step(loss, optimizer),
         train.evaluate(lambda p, batch: {"error": loss(p, batch)}, data),
     )
     run = train.fit(
-        step, start, data, batch_size=8, epochs=3, evaluate=test, best="min error", checkpoint=file
+        step,
+        start,
+        data,
+        batch_size=8,
+        epochs=3,
+        evaluate=test,
+        best_rule="min error",
+        checkpoint=file,
     )
     return file, run
 
@@ -874,7 +891,7 @@ def test_a_template_of_a_part_of_a_run_is_answered_with_the_call(strict, run_fil
     ]
     for place, like, expected in cases:
         with pytest.raises(CheckpointError) as caught:
-            load(file, like, strict=strict)
+            load(file, like=like, strict=strict)
         assert f"fit wrote this file, and paths of `like` are below '{place}' there: load(" in str(
             caught.value
         )
@@ -886,13 +903,13 @@ def test_a_template_with_more_than_a_run_has_gets_the_differences_and_the_call(r
     file, run = run_file
     params = run.train_state.params
     with pytest.raises(CheckpointError, match="missing from the file: new/w float32.2.") as caught:
-        load(file, params | {"new": {"w": jnp.ones(2)}})
+        load(file, like=params | {"new": {"w": jnp.ones(2)}})
     assert "below 'train_state/params' there: load(" in str(caught.value).splitlines()[-1]
     # No path fits anywhere, or the file is not one of `fit`.
     save(tmp_path / "a", {"train_state": {"params": params}})
     for path, like in [(file, {"new": jnp.ones(2)}), (tmp_path / "a", params)]:
         with pytest.raises(CheckpointError) as caught:
-            load(path, like)
+            load(path, like=like)
         assert "fit wrote this file" not in str(caught.value)
 
 
@@ -909,11 +926,11 @@ def test_only_takes_new_paths_or_paths_of_the_file(run_file, tmp_path):
         ),
         (["a", "train_state/params/b"], "", params),
     ]:
-        assert_equal(load(file, only=only, rename={"train_state/params": new}), expected)
+        assert_equal(load(file, pattern=only, rename={"train_state/params": new}), expected)
     with pytest.raises(
         CheckpointError, match=r"no path matches 'train_state/parms/a'; .*'train_state/params/a/"
     ):
-        load(file, only="train_state/parms/a", rename={"train_state/params": ""})
+        load(file, pattern="train_state/parms/a", rename={"train_state/params": ""})
     # A new path goes before a path of the file: after a swap, 'a' is the old 'b'.
     save(tmp_path / "swap", {"a": 1, "b": 2})
-    assert load(tmp_path / "swap", only="a", rename={"a": "b", "b": "a"}) == {"a": 2}
+    assert load(tmp_path / "swap", pattern="a", rename={"a": "b", "b": "a"}) == {"a": 2}

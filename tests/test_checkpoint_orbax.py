@@ -254,7 +254,7 @@ def test_the_calls_are_the_same(tmp_path, capsys):
         ("y/n", (500,), "int64"),
     ]
     assert verify(path) == info and info.nbytes == path.stat().st_size + 256 + 4000
-    assert_same(load(path, only="y"), {"y": {"n": np.arange(500)}})
+    assert_same(load(path, pattern="y"), {"y": {"n": np.arange(500)}})
     like = {"z": jax.ShapeDtypeStruct((8, 8), jnp.bfloat16, sharding=sharding(2, None, "x"))}
     got = load(path, like=like, rename={"x": "z"}, strict=False, cast=True)["z"]
     assert got.sharding == sharding(2, None, "x")
@@ -636,7 +636,7 @@ def test_the_bytes_of_arrays_are_checked(tmp_path):
                 match=r"leaf 'bits': its block \[64, 64\] at \[0, 0\] is not what was",
             ):
                 check(path)
-        assert_same(load(path, only="x"), {"x": X})  # of which nothing else is read
+        assert_same(load(path, pattern="x"), {"x": X})  # of which nothing else is read
 
 
 def test_a_folder_that_is_missing_or_of_another_save_is_named(tmp_path):
@@ -716,7 +716,7 @@ def test_forged_manifests_are_refused(name, tmp_path):
 @pytest.mark.parametrize("beside", [False, True], ids=["foreground", "asynchronous"])
 def test_a_store_of_steps(beside, tmp_path):
     with Checkpoints(
-        tmp_path, keep=2, metric="min loss", asynchronous=beside, engine="orbax"
+        tmp_path, keep=2, best_rule="min loss", asynchronous=beside, engine="orbax"
     ) as store:
         for step in range(1, 6):
             store.save(step, tree_of(step), {"loss": abs(step - 2)})
@@ -814,7 +814,7 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from jaxnet import dense
 from jaxnet.checkpoint import CheckpointError, Checkpoints, inspect, lazy, load, save, verify
 from jaxnet.cli import main
-from jaxnet.train import fit, train_state, train_step
+from jaxnet.train import fit, TrainState, train_step
 
 path = "gs://pods/some/run/x.safetensors"
 tree = {"a": np.arange(500), "b": jnp.ones((3, 2)), "step": 1}
@@ -848,7 +848,7 @@ x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 loss = lambda params, batch: jnp.mean((net.apply(params, batch) - 1) ** 2)
 step = train_step(loss, optax.sgd(0.1))
 for epochs in (2, 4):
-    start = train_state(net.init(jax.random.key(0), x), optax.sgd(0.1), jax.random.key(1))
+    start = TrainState.create(net.init(jax.random.key(0), x), optax.sgd(0.1), jax.random.key(1))
     with Checkpoints("gs://pods/fit", engine="orbax") as store:
         run = fit(step, start, x, batch_size=4, epochs=epochs, checkpoint=store, progress=False)
         print(">", int(run.train_state.step), len(run.history))

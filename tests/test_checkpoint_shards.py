@@ -161,7 +161,7 @@ def test_one_process_loads_what_two_have_saved(parts):
     assert type(got["a/b"]["host"]) is np.ndarray and isinstance(got["blocks"], jax.Array)
     for n, spec in [(1, PartitionSpec()), (2, PartitionSpec(None, "x")), (4, PartitionSpec("x"))]:
         like = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=sharding(n, spec))
-        found = load(path, like={"blocks": like}, only="blocks")["blocks"]
+        found = load(path, like={"blocks": like}, pattern="blocks")["blocks"]
         assert found.sharding == like.sharding
         np.testing.assert_array_equal(np.asarray(found), values()["blocks"])
     with lazy(path) as leaves:

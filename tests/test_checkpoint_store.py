@@ -61,7 +61,7 @@ def test_what_was_saved_is_found(beside, tmp_path):
         "key": jax.random.key(3),
         "n": np.arange(3),
     }
-    store = Checkpoints(tmp_path / "new" / "run", metric="max accuracy", asynchronous=beside)
+    store = Checkpoints(tmp_path / "new" / "run", best_rule="max accuracy", asynchronous=beside)
     assert store.latest() is None and store.best() is None and store.steps() == []
     assert not (tmp_path / "new").exists()  # looking makes no folders
     store.save(7, state, {"accuracy": jnp.float32(0.5), "loss": np.float64(1.25)}, {"run": "a"})
@@ -87,8 +87,10 @@ def test_what_was_saved_is_found(beside, tmp_path):
         "metrics": {"accuracy": 0.5, "loss": 1.25},
         "run": "a",
     }
-    assert_same(load(found.path, only="n"), {"n": np.arange(3)})  # files are ordinary checkpoints
-    part = store.latest(only="params/**")
+    assert_same(
+        load(found.path, pattern="n"), {"n": np.arange(3)}
+    )  # files are ordinary checkpoints
+    part = store.latest(pattern="params/**")
     assert part
     assert_same(part.tree, {"params": state["params"]})  # and the options are those of `load`
 
@@ -99,15 +101,19 @@ def test_what_was_saved_is_found(beside, tmp_path):
         ({}, None, [3, 4, 5]),  # keep=3
         ({"keep": 1}, None, [5]),
         ({"keep": None}, None, [1, 2, 3, 4, 5]),
-        ({"keep": 2, "metric": "min loss"}, [0.5, 0.1, 0.3, 0.2, 0.4], [2, 4, 5]),
-        ({"keep": 2, "metric": "max loss"}, [0.5, 0.1, 0.3, 0.2, 0.4], [1, 4, 5]),
-        ({"keep": 1, "metric": "min loss", "keep_best": 2}, [0.5, 0.1, 0.3, 0.2, 0.4], [2, 4, 5]),
-        ({"keep": 1, "metric": "min loss", "keep_best": 0}, [0.5, 0.1, 0.3, 0.2, 0.4], [5]),
+        ({"keep": 2, "best_rule": "min loss"}, [0.5, 0.1, 0.3, 0.2, 0.4], [2, 4, 5]),
+        ({"keep": 2, "best_rule": "max loss"}, [0.5, 0.1, 0.3, 0.2, 0.4], [1, 4, 5]),
+        (
+            {"keep": 1, "best_rule": "min loss", "keep_best": 2},
+            [0.5, 0.1, 0.3, 0.2, 0.4],
+            [2, 4, 5],
+        ),
+        ({"keep": 1, "best_rule": "min loss", "keep_best": 0}, [0.5, 0.1, 0.3, 0.2, 0.4], [5]),
         # Of equals the earlier.
-        ({"keep": 1, "metric": "min loss"}, [0.1, 0.1, 0.1, 0.1, 0.1], [1, 5]),
-        ({"keep": 1, "metric": "min loss"}, [np.nan, np.inf, 3, -np.inf, np.nan], [4, 5]),
-        ({"keep": 1, "metric": "max loss"}, [np.nan, -np.inf, np.nan, np.nan, np.nan], [2, 5]),
-        ({"keep": 1, "metric": "min loss"}, None, [5]),  # without metrics no step is the best
+        ({"keep": 1, "best_rule": "min loss"}, [0.1, 0.1, 0.1, 0.1, 0.1], [1, 5]),
+        ({"keep": 1, "best_rule": "min loss"}, [np.nan, np.inf, 3, -np.inf, np.nan], [4, 5]),
+        ({"keep": 1, "best_rule": "max loss"}, [np.nan, -np.inf, np.nan, np.nan, np.nan], [2, 5]),
+        ({"keep": 1, "best_rule": "min loss"}, None, [5]),  # without metrics no step is the best
     ],
 )
 def test_the_newest_and_the_best_are_kept(options, losses, kept, tmp_path):
@@ -115,10 +121,10 @@ def test_the_newest_and_the_best_are_kept(options, losses, kept, tmp_path):
     assert store.steps() == kept
     for step in kept:
         assert_same(store.load(step).tree, tree_of(step))
-    if "metric" in options and losses and options.get("keep_best") != 0:
-        sign = -1 if options["metric"].startswith("max") else 1
+    if "best_rule" in options and losses and options.get("keep_best") != 0:
+        sign = -1 if options["best_rule"].startswith("max") else 1
         best = min(set(kept[:-1]), key=lambda step: (sign * losses[step - 1], step))
-        found = Checkpoints(tmp_path, metric=options["metric"]).best()
+        found = Checkpoints(tmp_path, best_rule=options["best_rule"]).best()
         assert found and found.step == best
 
 
@@ -176,10 +182,10 @@ def test_wrong_arguments_are_named(tmp_path):
     for metric in ("loss", "min", "min ", "minimum loss"):
         with pytest.raises(
             ValueError,
-            match="metric must be 'min' or 'max' and a name, as in 'min loss', got 'm|, got 'l",
+            match="best_rule must be 'min' or 'max' and a name, as in 'min loss', got 'm|, got 'l",
         ):
-            Checkpoints(tmp_path, metric=metric)
-    store = Checkpoints(tmp_path, metric="min val/loss")
+            Checkpoints(tmp_path, best_rule=metric)
+    store = Checkpoints(tmp_path, best_rule="min val/loss")
     with pytest.raises(
         ValueError, match=r"metrics must have 'val/loss', by which .*; they have \['loss'\]"
     ):
@@ -202,7 +208,7 @@ def test_wrong_arguments_are_named(tmp_path):
         ({"keep_best": -1}, "keep_best must be an int of at least 0, got -1"),
         ({"keep_best": 0.5}, "keep_best must be an int of at least 0, got 0.5"),
         ({"keep_best": None}, "keep_best must be an int of at least 0, got None"),
-        ({"metric": 3}, "metric must be 'min' or 'max' and a name"),
+        ({"best_rule": 3}, "best_rule must be 'min' or 'max' and a name"),
     ]:
         with pytest.raises(ValueError, match=text):
             Checkpoints(tmp_path, **options)
@@ -295,7 +301,7 @@ def test_a_file_that_may_not_be_opened_is_no_damaged_one(closed, tmp_path):
     stands there.
     """
     fill(tmp_path, 10, 20, 30, losses=[3, 2, 1])
-    store = Checkpoints(tmp_path, metric="min loss")
+    store = Checkpoints(tmp_path, best_rule="min loss")
     closed(30)
     for find in (store.latest, store.best):
         with pytest.raises(PermissionError, match="00000030"):
@@ -318,7 +324,7 @@ def test_what_is_damaged_is_skipped_before_what_may_not_be_opened(closed, tmp_pa
 
 
 def test_a_step_that_may_not_be_opened_now_is_kept_as_if_it_were_the_best(closed, tmp_path):
-    store = fill(tmp_path, 1, 2, 3, losses=[1, 2, 3], keep=1, metric="min loss")
+    store = fill(tmp_path, 1, 2, 3, losses=[1, 2, 3], keep=1, best_rule="min loss")
     assert store.steps() == [1, 3]
     closed(1)
     store.save(4, tree_of(4), {"loss": 4})
@@ -364,7 +370,7 @@ def test_the_best_good_one_is_found(tmp_path):
     damage(tmp_path, 2)
     (tmp_path / "step_00000003.safetensors").write_bytes(b"damaged")
     with pytest.warns(UserWarning, match="step 1 is loaded"):
-        found = Checkpoints(tmp_path, metric="min loss").best()
+        found = Checkpoints(tmp_path, best_rule="min loss").best()
     assert found and found.step == 1 and sorted(found.skipped) == [2, 3]
 
 
@@ -379,7 +385,7 @@ def test_a_template_that_does_not_fit_is_no_damage(tmp_path):
     ):
         store.latest(like={"a": np.zeros(2)})
     with pytest.raises(CheckpointError, match="no path matches 'b'"):
-        store.latest(only="b")
+        store.latest(pattern="b")
     with pytest.raises(TypeError, match="onyl"):
         store.latest(onyl="a")
 

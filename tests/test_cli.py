@@ -186,7 +186,7 @@ def test_statistics_of_more_than_one_block(tmp_path):
 
 
 def test_inspect_can_be_limited_to_patterns(path, capsys):
-    assert main(["inspect", path, "--glob", "**/bias", "--glob", "step"]) == 0
+    assert main(["inspect", path, "--pattern", "**/bias", "--pattern", "step"]) == 0
     out = capsys.readouterr().out
     assert (
         "params/dense/bias" in out
@@ -195,7 +195,7 @@ def test_inspect_can_be_limited_to_patterns(path, capsys):
         and "name" not in out
     )
     assert "total              1 arrays" in out
-    assert main(["inspect", path, "--glob", "params/dens"]) == 2
+    assert main(["inspect", path, "--pattern", "params/dens"]) == 2
     assert (
         "no path matches 'params/dens'; the nearest of 5 are ['params/dense/bias'"
         in capsys.readouterr().err
@@ -399,7 +399,7 @@ EVIL = "o\x1b[31m\a\r\nforged\x9b\u202e"
         ["verify", EVIL],
         ["verify", "http://" + EVIL],
         ["diff", "a", EVIL],
-        ["inspect", "a", "--glob", EVIL],
+        ["inspect", "a", "--pattern", EVIL],
         ["convert", "a", "b", "--rename", EVIL + "=x"],
         [EVIL],
     ],

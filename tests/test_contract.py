@@ -150,7 +150,10 @@ def test_every_layer_refuses_parameters_and_state_that_it_would_not_make(name):
     def refused(params, state):
         with pytest.raises((ValueError, TypeError)) as error:
             jax.eval_shape(
-                lambda p, s, x: call(case.net, p, s, key(1), True, x), params, state, case.inputs
+                lambda p, s, x: call(case.net, p, *x, state=s, key=key(1), train=True),
+                params,
+                state,
+                case.inputs,
             )
         return str(error.value)
 

@@ -106,11 +106,11 @@ def test_a_loop_of_steps_learns_a_filter():
         (
             lambda: conv(8, 0),
             (
-                "conv: window must be a positive int, or one for each spatial axis as in "
+                "conv: kernel_size must be a positive int, or one for each spatial axis as in "
                 "\\(3,\\), got 0"
             ),
         ),
-        (lambda: conv(8, ()), "conv: window must be"),
+        (lambda: conv(8, ()), "conv: kernel_size must be"),
         (
             lambda: conv(8, 3, groups=3),
             r"conv\(8, 3\): groups must divide the features, got groups=3",

@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxnet.data import (
-    MIRRORS,
     Dataset,
     Split,
     batches,
@@ -38,8 +37,8 @@ from jaxnet.data import (
 from jaxnet.data.batching import permutation
 
 # The function of that name hides the module.
-mnist_module = importlib.import_module("jaxnet.data.mnist")
-digits_module = importlib.import_module("jaxnet.data.digits")
+mnist_module = importlib.import_module("jaxnet.data.mnist_files")
+digits_module = importlib.import_module("jaxnet.data.optical_digits")
 
 # --- IDX ------------------------------------------------------------------------------------------
 
@@ -627,7 +626,7 @@ def test_mnist_wants_a_sequence_of_mirrors(published):
 
 
 def test_mnist_mirrors_are_torchvisions():
-    assert set(MIRRORS) == {
+    assert set(mnist_module._MIRRORS) == {
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         "http://yann.lecun.com/exdb/mnist/",
     }

@@ -207,7 +207,7 @@ def step_of_file(path: pathlib.Path) -> int:
 
 
 def step_of_store(root: pathlib.Path) -> int:
-    store = Checkpoints(root, keep=2, metric="min loss")
+    store = Checkpoints(root, keep=2, best_rule="min loss")
     with warnings.catch_warnings(action="error"):  # no file is damaged, so that none is skipped
         latest, best = store.latest(), store.best()
     assert latest and best and best.step == 1
@@ -311,13 +311,13 @@ def saved_again(mode, root):
         save(root / "t", tree_of(3))
         assert step_of_file(root / "t") == 3
     else:
-        with Checkpoints(root, keep=2, metric="min loss") as store:
+        with Checkpoints(root, keep=2, best_rule="min loss") as store:
             store.save(6, tree_of(6), {"loss": 6})
             assert len(store.steps()) <= 3
 
 
 def check_random_kill(root):
-    store = Checkpoints(root, keep=2, metric="min loss")
+    store = Checkpoints(root, keep=2, best_rule="min loss")
     with warnings.catch_warnings(action="error"):
         latest, best = store.latest(), store.best()
     if latest:

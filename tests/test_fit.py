@@ -32,7 +32,6 @@ from jaxnet.train import (
     fit,
     plot_history,
     time_budget,
-    train_state,
     train_step,
     train_steps,
     write_csv,
@@ -47,7 +46,7 @@ RUN = sys.modules["jaxnet.train.run"]
 
 def fitted(loss=mean_square, optimizer: Any = 0.05, data=None, start=None, **changes):
     settings = {"batch_size": 4, "epochs": 3, "progress": False} | changes
-    start = train_state(params_of(), optimizer, key0()) if start is None else start
+    start = TrainState.create(params_of(), optimizer, key0()) if start is None else start
     data = regression() if data is None else data
     return fit(train_step(loss, optimizer), start, data, **settings)
 
@@ -86,7 +85,7 @@ def same_bits(a, b):
 
 def test_fit_is_train_steps_and_leaves_the_callers_arrays_alone():
     params, data = params_of(), regression()
-    start = train_state(params, 0.05, key0())
+    start = TrainState.create(params, 0.05, key0())
     result = fitted(start=start, data=data)
     again = start._replace(key=key0())
     state, metrics = jax.jit(train_steps(train_step(mean_square, 0.05), 4, 9))(again, data)
@@ -133,7 +132,7 @@ def test_a_train_state_on_several_devices_stays_there():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    start = jax.device_put(train_state(params_of(), 0.05, key0()), everywhere)
+    start = jax.device_put(TrainState.create(params_of(), 0.05, key0()), everywhere)
     result = fitted(start=start, data=jax.device_put(regression(), spread))
     kernel = result.train_state.params["kernel"]
     assert kernel.sharding.is_equivalent_to(everywhere, 2)
@@ -240,7 +239,9 @@ def test_learning_curves_are_a_picture(tmp_path):
 
 def test_the_best_evaluation_is_kept():
     score = {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.0}
-    result = counting(4, evaluate=lambda state: {"score": score[int(state.step)]}, best="min score")
+    result = counting(
+        4, evaluate=lambda state: {"score": score[int(state.step)]}, best_rule="min score"
+    )
     assert result.best is not None
     # The first of equals.
     assert (result.best.value, result.best.step, float(result.best.params)) == (1.0, 2, 2.0)
@@ -285,8 +286,8 @@ def test_early_stopping_knows_its_metric():
         match="'min' or 'max' and the name of a metric, as in 'max test_accuracy', got 'loss'",
     ):
         early_stopping("loss", 2)
-    with pytest.raises(KeyError, match=r"best='min test', but `evaluate` returns \['score'\]"):
-        fitted(evaluate=lambda state: {"score": 1.0}, best="min test")
+    with pytest.raises(KeyError, match=r"best_rule='min test', but `evaluate` returns \['score'\]"):
+        fitted(evaluate=lambda state: {"score": 1.0}, best_rule="min test")
 
 
 def test_a_condition_is_asked_at_the_same_steps_wherever_calls_end(monkeypatch):
@@ -310,7 +311,9 @@ def test_a_run_that_a_condition_ended_stays_ended(tmp_path):
 
 def test_the_best_is_never_a_nan():
     score = {1: math.nan, 2: 0.5, 3: math.nan}
-    result = counting(3, evaluate=lambda state: {"score": score[int(state.step)]}, best="max score")
+    result = counting(
+        3, evaluate=lambda state: {"score": score[int(state.step)]}, best_rule="max score"
+    )
     assert result.best is not None and (result.best.value, result.best.step) == (0.5, 2)
 
 
@@ -375,7 +378,7 @@ def resumable(checkpoint, **settings):
         out, state = RESUMED.apply(params, batch[0], state=state, key=key, train=True)
         return jnp.square(out - batch[1])[:, 0], state
 
-    start = train_state(
+    start = TrainState.create(
         RESUMED.init(key0(), data[0]), optimizer, key0(), state=RESUMED.init_state(data[0])
     )
     settings = {"batch_size": 4, "steps": 40, "drop_last": False, "record_every": 7} | settings
@@ -415,7 +418,7 @@ def test_a_run_resumes_at_every_step_as_if_it_had_never_stopped(steps, tmp_path,
             kept[int(state.step) - 1] = file.read_bytes()
         return {}
 
-    whole = resumable(file, evaluate=keep, evaluate_every=1, save_every=0.0)
+    whole = resumable(file, evaluate=keep, evaluate_every=1, save_seconds=0.0)
     assert sorted(kept) == list(range(1, 40))
     for step in steps:
         file.write_bytes(kept[step])
@@ -452,10 +455,10 @@ def test_between_records_nothing_is_lost(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_is_read_and_not_trained(tmp_path):
-    first = counting(4, checkpoint=tmp_path / "run.safetensors", best="max seen")
-    again = counting(4, checkpoint=tmp_path / "run.safetensors", best="max seen")
+    first = counting(4, checkpoint=tmp_path / "run.safetensors", best_rule="max seen")
+    again = counting(4, checkpoint=tmp_path / "run.safetensors", best_rule="max seen")
     assert again.compiled == () and again.history == first.history and again.best == first.best
-    more = counting(6, checkpoint=tmp_path / "run.safetensors", best="max seen")
+    more = counting(6, checkpoint=tmp_path / "run.safetensors", best_rule="max seen")
     assert more.best is not None and more.best.step == 6 and more.history[:4] == first.history
 
 
@@ -469,7 +472,7 @@ def test_a_store_keeps_the_newest_and_the_best_and_passes_over_damage(
 
     def run(n):
         with Checkpoints(
-            tmp_path, keep=2, metric="min score", asynchronous=asynchronous, engine=engine
+            tmp_path, keep=2, best_rule="min score", asynchronous=asynchronous, engine=engine
         ) as store:
             return counting(
                 n, evaluate=lambda state: {"score": score[int(state.step)]}, checkpoint=store
@@ -506,7 +509,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     ):
         fitted(checkpoint=file, batch_size=3)
     with pytest.raises(jaxnet.checkpoint.CheckpointError, match="kernel"):
-        other = train_state(dense(2).init(key0(), regression()[0]), 0.05, key0())
+        other = TrainState.create(dense(2).init(key0(), regression()[0]), 0.05, key0())
         fitted(checkpoint=file, start=other)
     jaxnet.save(file, {"params": 1.0})
     with pytest.raises(jaxnet.checkpoint.CheckpointError, match="not written by `fit`"):
@@ -557,7 +560,10 @@ def test_every_error_carries_the_state(tmp_path, monkeypatch):
         ({"steps": 4}, "say how long, by one of epochs and steps; got epochs=3, steps=4"),
         ({"record_every": 0}, "record_every must be an int of at least 1, got 0"),
         ({"epochs": 1.5}, "epochs must be an int of at least 1, got 1.5"),
-        ({"best": "min test_loss"}, "best='min test_loss' looks at what `evaluate` returns"),
+        (
+            {"best_rule": "min test_loss"},
+            "best_rule='min test_loss' looks at what `evaluate` returns",
+        ),
     ],
 )
 def test_settings_are_checked_before_anything_starts(changes, text):
@@ -597,7 +603,7 @@ def test_small_64_bit_integers_are_welcome():
     fitted(
         loss,
         data=np.arange(4, dtype=np.int64),
-        start=train_state(jnp.float32(0), 0.1, key0()),
+        start=TrainState.create(jnp.float32(0), 0.1, key0()),
         batch_size=2,
     )
 
@@ -613,7 +619,7 @@ def test_a_prediction_and_a_target_of_other_ranks_are_refused(shapes):
         jax.numpy_rank_promotion("allow"),
         pytest.raises(ValueError, match=r"broadcasts \[4, 1\] against \[4\] in 'subtract'"),
     ):
-        fitted(loss, data=data, start=train_state(jnp.float32(0), 0.1, key0()), batch_size=4)
+        fitted(loss, data=data, start=TrainState.create(jnp.float32(0), 0.1, key0()), batch_size=4)
 
 
 def test_all_pairs_may_be_written_out_and_other_warnings_pass():
@@ -626,7 +632,7 @@ def test_all_pairs_may_be_written_out_and_other_warnings_pass():
         fitted(
             loss,
             data=np.ones(4, np.float32),
-            start=train_state(jnp.float32(0), 0.1, key0()),
+            start=TrainState.create(jnp.float32(0), 0.1, key0()),
             batch_size=4,
         )
 
@@ -670,7 +676,7 @@ def test_a_step_that_does_not_fit_into_a_loop_is_named(step, error, text):
     with pytest.raises(error, match=text):
         fit(
             step,
-            train_state(jnp.float32(0), 0.1, key0()),
+            TrainState.create(jnp.float32(0), 0.1, key0()),
             jnp.zeros(4),
             batch_size=2,
             steps=3,
@@ -702,7 +708,7 @@ def test_the_step_the_parameters_and_the_operation_are_named(tmp_path):
     def loss(params, batch):  # b falls by one a step: 5, 4, ... 0, and then sqrt(-1)
         return params["a"] * 0 + params["b"] + jnp.sqrt(params["b"]) * 0
 
-    start = train_state({"a": jnp.float32(1), "b": jnp.float32(5.5)}, 1.0, key0())
+    start = TrainState.create({"a": jnp.float32(1), "b": jnp.float32(5.5)}, 1.0, key0())
     with pytest.raises(NonFiniteError) as caught:
         fitted(
             loss,
@@ -732,7 +738,9 @@ def test_a_gradient_that_is_not_finite_is_found_under_a_finite_loss():
             r"''; it begins"
         ),
     ):
-        fitted(loss, 1.0, jnp.zeros(4), train_state(jnp.float32(0), 1.0, key0()), batch_size=1)
+        fitted(
+            loss, 1.0, jnp.zeros(4), TrainState.create(jnp.float32(0), 1.0, key0()), batch_size=1
+        )
 
 
 def test_labels_out_of_range_do_not_pass_for_a_loss():
@@ -749,7 +757,10 @@ def test_labels_out_of_range_do_not_pass_for_a_loss():
         ),
     ):
         fitted(
-            loss, data=jnp.full(4, 5), start=train_state(jnp.float32(1), 0.1, key0()), batch_size=2
+            loss,
+            data=jnp.full(4, 5),
+            start=TrainState.create(jnp.float32(1), 0.1, key0()),
+            batch_size=2,
         )
 
 
@@ -759,7 +770,7 @@ def test_a_step_of_ones_own_is_replayed_too():
             params=jnp.where(state.step == 3, jnp.inf, state.params), step=state.step + 1
         ), {}
 
-    start = train_state(jnp.float32(1), 0.1, key0())
+    start = TrainState.create(jnp.float32(1), 0.1, key0())
     with pytest.raises(
         NonFiniteError, match="at step 3 .*parameters that are no longer finite: ''"
     ) as caught:
@@ -817,7 +828,7 @@ def test_the_check_can_be_left_out():
     result = fitted(
         lambda w, batch: w * jnp.nan,
         data=jnp.zeros(4),
-        start=train_state(jnp.float32(1), 0.1, key0()),
+        start=TrainState.create(jnp.float32(1), 0.1, key0()),
         check_finite=False,
     )
     assert np.isnan(result.train_state.params) and result.train_state.step == 3
@@ -842,7 +853,7 @@ def test_evaluation_counts_every_example_once(batch_size, kind, tmp_path):
         batch_size=None if kind == "iterable" else batch_size,
     )
     for _ in range(2):
-        result = mean(train_state({}, 0.1, key0()))
+        result = mean(TrainState.create({}, 0.1, key0()))
         assert result["mean"] == result["each"] == pytest.approx(4.5)  # the mean of 0 .. 9
 
 
@@ -850,14 +861,14 @@ def test_evaluation_passes_state_to_metrics_that_name_it():
     mean = evaluate(
         lambda params, batch, state: {"sum": batch + state["shift"]}, jnp.zeros(5), batch_size=2
     )
-    assert mean(train_state({}, 0.1, key0(), state={"shift": jnp.float32(3)}))["sum"] == 3
+    assert mean(TrainState.create({}, 0.1, key0(), state={"shift": jnp.float32(3)}))["sum"] == 3
 
 
 def test_an_iterable_that_is_used_up_is_named():
     mean = evaluate(lambda params, batch: {"mean": batch}, iter([np.ones(3)]), batch_size=None)
-    assert mean(train_state({}, 0.1, key0()))["mean"] == 1
+    assert mean(TrainState.create({}, 0.1, key0()))["mean"] == 1
     with pytest.raises(ValueError, match="must be one that can be iterated again"):
-        mean(train_state({}, 0.1, key0()))
+        mean(TrainState.create({}, 0.1, key0()))
 
 
 # What one sees

@@ -19,9 +19,9 @@ from jaxnet.checkpoint.format import Misfit
 from jaxnet.data import digits
 from jaxnet.train import (
     NonFiniteError,
+    TrainState,
     evaluate,
     fit,
-    train_state,
     train_step,
     write_csv,
     write_jsonl,
@@ -32,7 +32,7 @@ from jaxnet.train.progress import Progress
 
 def fitted(data=None, *, optimizer=0.05, loss=mean_square, start=None, step=None, **settings):
     settings = {"batch_size": 4, "epochs": 2, "progress": False} | settings
-    start = train_state(params_of(), optimizer, key0()) if start is None else start
+    start = TrainState.create(params_of(), optimizer, key0()) if start is None else start
     return fit(
         step or train_step(loss, optimizer),
         start,
@@ -122,17 +122,17 @@ def test_a_run_that_began_with_other_parameters_is_refused(kind, tmp_path):
         ValueError,
         match=r"began with other parameters \(another key of init\?\); name another file",
     ):
-        fitted(start=train_state(other, 0.05, key0()), epochs=3, checkpoint=place)
+        fitted(start=TrainState.create(other, 0.05, key0()), epochs=3, checkpoint=place)
     # The start itself, and a later state of the run, go on; so does the start once more afterwards.
     assert int(fitted(start=first.train_state, epochs=3, checkpoint=place).train_state.step) == 9
     assert int(fitted(epochs=4, checkpoint=place).train_state.step) == 12
     with pytest.raises(ValueError, match="began with other parameters"):
-        fitted(start=train_state(other, 0.05, key0()), epochs=5, checkpoint=place)
+        fitted(start=TrainState.create(other, 0.05, key0()), epochs=5, checkpoint=place)
 
 
 def test_a_start_is_known_by_every_leaf_to_within_rounding():
     params = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(200_000), "n": jnp.zeros(2)}
-    start = train_state(params, 0.1, key0(), state={"count": jnp.int32(3)})
+    start = TrainState.create(params, 0.1, key0(), state={"count": jnp.int32(3)})
     now = start_of(start)
     assert json.loads(json.dumps(now)) == now
 
@@ -164,7 +164,7 @@ def test_another_optimizer_with_the_same_leaves_is_named_in_words_of_fit(before,
         ValueError,
         match=r"'opt' is (an empty tuple|a tuple of \d parts) there and (an empty tuple|a tuple)",
     ):
-        train_step(mean_square, now)(train_state(params_of(), before, key0()), regression())
+        train_step(mean_square, now)(TrainState.create(params_of(), before, key0()), regression())
 
 
 def test_two_programs_do_not_replace_the_checkpoint_of_each_other(tmp_path):
@@ -181,7 +181,7 @@ def test_two_programs_do_not_replace_the_checkpoint_of_each_other(tmp_path):
         CheckpointError, match="another program writes this checkpoint.*a file of its own"
     ) as error:
         fitted(
-            checkpoint=file, epochs=4, record_every=1, save_every=1e-9, callbacks=[other_program]
+            checkpoint=file, epochs=4, record_every=1, save_seconds=1e-9, callbacks=[other_program]
         )
     assert file.read_bytes() == taken[-1]
     step = int(error.value.train_state.step)  # pyright: ignore[reportAttributeAccessIssue]
@@ -207,7 +207,7 @@ def test_a_checkpoint_that_was_touched_copied_or_deleted_is_still_that_of_the_ru
         checkpoint=file,
         epochs=4,
         record_every=1,
-        save_every=1e-9,
+        save_seconds=1e-9,
         callbacks=[change],
         stop=lambda h: False,
     )
@@ -226,20 +226,22 @@ def test_a_file_that_cannot_be_written_names_the_argument(tmp_path):
 def test_best_on_a_run_that_has_ended_says_that_it_stays_none(tmp_path, capsys):
     file = tmp_path / "run.safetensors"
     fitted(checkpoint=file)
-    run = fitted(checkpoint=file, best="min x", evaluate=lambda state: {"x": 1.0}, progress=None)
+    run = fitted(
+        checkpoint=file, best_rule="min x", evaluate=lambda state: {"x": 1.0}, progress=None
+    )
     assert run.best is None and "run.best stays None: no step is left" in capsys.readouterr().err
 
 
 def test_nan_is_no_best():
     values = iter([np.nan] * 3)
-    assert fitted(best="min x", evaluate=lambda state: {"x": next(values)}).best is None
+    assert fitted(best_rule="min x", evaluate=lambda state: {"x": next(values)}).best is None
     values = iter([np.nan, np.nan, 2.0, 3.0])
-    best = fitted(best="min x", epochs=3, evaluate=lambda state: {"x": next(values)}).best
+    best = fitted(best_rule="min x", epochs=3, evaluate=lambda state: {"x": next(values)}).best
     assert best is not None and (best.value, best.step) == (2.0, 6)
 
 
 def test_a_result_is_one_line():
-    run = fitted(best="min x", evaluate=lambda state: {"x": 0.5})
+    run = fitted(best_rule="min x", evaluate=lambda state: {"x": 0.5})
     assert (
         repr(run) == f"Result(step=6, records={len(run.history)}, best=0.5 at step 3, stopped=None)"
     )
@@ -270,19 +272,19 @@ def of_images(params, batch):
 
 
 def of_digits(data, **settings):
-    start = train_state(TEN.init(key0(), DATA.train.images), 0.1, key0())
+    start = TrainState.create(TEN.init(key0(), DATA.train.images), 0.1, key0())
     return fitted(data, loss=of_images, start=start, batch_size=64, epochs=1, **settings)
 
 
 @pytest.mark.parametrize("loss", [with_state, without_state])
 def test_a_forgotten_state_is_named_with_its_place(loss):
-    start = train_state(NORM.init(key0(), X), 0.1, key0())
+    start = TrainState.create(NORM.init(key0(), X), 0.1, key0())
     with pytest.raises(
-        ValueError, match=r"train_state\(params, optimizer, key, state=net.init_state\(x\)\)"
+        ValueError, match=r"TrainState.create\(params, optimizer, key, state=net.init_state\(x\)\)"
     ):
         fitted(loss=loss, start=start)
     with pytest.raises(
-        ValueError, match=r"train_state\(params, optimizer, key, state=net.init_state\(x\)\)"
+        ValueError, match=r"TrainState.create\(params, optimizer, key, state=net.init_state\(x\)\)"
     ):
         evaluate(lambda params, batch, state: {"x": with_state(params, batch, state)[0]}, (X, Y))(
             start
@@ -348,7 +350,7 @@ def test_a_batch_of_another_form_is_described(form, text):
     for call in (
         lambda: of_digits(form(DATA.train)),
         lambda: evaluate(lambda p, b: {"x": b.images.mean()}, form(DATA.test))(
-            train_state(params_of(), 0.1, key0())
+            TrainState.create(params_of(), 0.1, key0())
         ),
     ):
         with pytest.raises(AttributeError) as error:

@@ -21,7 +21,7 @@ from linear_regression import key0, mean_square, params_of, regression
 
 import jaxnet
 from jaxnet.checkpoint import CheckpointError, Checkpoints
-from jaxnet.train import TrainState, balanced, fit, train_state, train_step
+from jaxnet.train import TrainState, balanced, fit, train_step
 from jaxnet.train.history import columns_of, records_of
 
 
@@ -35,7 +35,7 @@ def fitted(
     **settings: Any,
 ):
     settings = {"batch_size": 4, "epochs": 3, "progress": None} | settings
-    start = train_state(params_of(), rate, jax.random.key(key)) if start is None else start
+    start = TrainState.create(params_of(), rate, jax.random.key(key)) if start is None else start
     return fit(
         train_step(loss, rate),
         start,
@@ -180,7 +180,7 @@ def test_another_network_is_named_in_the_words_of_fit(file, rate, width, text):
     fitted(file)
     params = jaxnet.dense(width).init(key0(), regression()[0])
     with pytest.raises(CheckpointError, match=text) as caught:
-        fitted(file, rate=rate, start=train_state(params, rate, key0()))
+        fitted(file, rate=rate, start=TrainState.create(params, rate, key0()))
     assert "name another file, or delete this one" in str(caught.value)
     assert "like" not in str(caught.value) and "rename" not in str(caught.value)
 
@@ -188,8 +188,8 @@ def test_another_network_is_named_in_the_words_of_fit(file, rate, width, text):
 def test_the_best_by_another_rule_is_looked_for_anew(file, capsys):
     scores = {"up": 2.0, "down": 1.0}
     settings: Any = {"evaluate": lambda state: scores}
-    first = fitted(file, best="max up", **settings).best
-    again = fitted(file, epochs=4, best="min down", **settings).best
+    first = fitted(file, best_rule="max up", **settings).best
+    again = fitted(file, epochs=4, best_rule="min down", **settings).best
     assert first is not None and again is not None and first.value == 2.0
     assert (again.value, again.step) == (1.0, 12)
     assert "the best so far was by 'max up' and is now by 'min down'" in capsys.readouterr().err
@@ -199,9 +199,9 @@ def test_a_step_has_one_digest_in_every_process(tmp_path):
     """Otherwise a script that has not changed would be told that it has."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import jax, optax; from linear_regression "
-        "import *;from jaxnet.train import fit, train_state, train_step; o = "
+        "import *;from jaxnet.train import fit, TrainState, train_step; o = "
         "optax.adamw(optax.cosine_decay_schedule(.1, 9));fit(train_step(mean_square, o), "
-        "train_state(params_of(), o, key0()), regression(), batch_size=4, epochs=3, "
+        "TrainState.create(params_of(), o, key0()), regression(), batch_size=4, epochs=3, "
         "checkpoint=sys.argv[2])"
     )
     for told in ("compiled in", "nothing left to train"):
@@ -235,7 +235,7 @@ def test_a_parameter_that_is_a_python_float_resumes_to_the_same_bits(file):
     data = jnp.asarray(regression()[0][:, 0], jnp.bfloat16)
 
     def run(steps, checkpoint):
-        start = train_state({"w": 0.3, "b": jnp.asarray(0.1)}, 0.01, key0())
+        start = TrainState.create({"w": 0.3, "b": jnp.asarray(0.1)}, 0.01, key0())
         loss = lambda p, x: jnp.mean(jnp.square(p["w"] * x + p["b"] - 1.7 * x))  # noqa: E731
         return fit(
             train_step(loss, 0.01),
@@ -267,7 +267,10 @@ def test_more_steps_than_the_counter_holds_are_refused(settings):
 def test_the_first_save_comes_with_the_first_epoch(file):
     seen = []
     fitted(
-        file, callbacks=[lambda record: seen.append(file.exists())], record_every=3, save_every=1e9
+        file,
+        callbacks=[lambda record: seen.append(file.exists())],
+        record_every=3,
+        save_seconds=1e9,
     )
     assert seen == [False, True, True]
 
@@ -286,7 +289,7 @@ def test_the_first_save_comes_with_the_first_evaluation(file):
         evaluate=look,
         evaluate_every=2,
         data=regression(400),
-        save_every=1e9,
+        save_seconds=1e9,
     )
     assert seen[:3] == [(0, False), (2, False), (4, True)]  # at 0 the function is tried out
 
@@ -307,9 +310,9 @@ def test_the_first_save_comes_soon_in_a_long_epoch(file, monkeypatch):
 def test_a_killed_process_has_lost_at_most_an_epoch(tmp_path):
     code = (
         "import sys, os, signal; sys.path.insert(0, sys.argv[1]); from linear_regression import "
-        "*;from jaxnet.train import fit, train_state, train_step;kill = lambda r: r['step'] == 6 "
+        "*;from jaxnet.train import fit, TrainState, train_step;kill = lambda r: r['step'] == 6 "
         "and os.kill(os.getpid(), signal.SIGKILL);fit(train_step(mean_square, .1), "
-        "train_state(params_of(), .1, key0()), regression(), batch_size=4, epochs=30, "
+        "TrainState.create(params_of(), .1, key0()), regression(), batch_size=4, epochs=30, "
         "checkpoint=sys.argv[2], record_every=1, callbacks=[kill])"
     )
     place = tmp_path / "r.safetensors"
@@ -357,7 +360,7 @@ def test_a_file_with_its_history_in_the_header_still_loads(file):
     history["records"][1]["test"] = 0.5
     facts = {name: text["facts"][name] for name in ("examples", "batch_size", "drop_last")}
     old = {"history": history, "position": {}, "passes": 0, "facts": facts, "in_a_row": 0}
-    state = train_state(params_of(), 0.05, key0())
+    state = TrainState.create(params_of(), 0.05, key0())
     like = {"train_state": state}
     kept = jaxnet.load(file, like=like, strict=False)["train_state"]
     jaxnet.save(file, {"train_state": kept, "best": None}, metadata={"fit": json.dumps(old)})

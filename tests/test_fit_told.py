@@ -29,7 +29,6 @@ from jaxnet.train import (
     fit,
     plot_history,
     time_budget,
-    train_state,
     train_step,
     write_csv,
     write_jsonl,
@@ -42,7 +41,11 @@ HERE = str(pathlib.Path(__file__).parent)
 
 def fitted(data: Any = None, **settings: Any):
     settings = {"batch_size": 4, "epochs": 3, "progress": False} | settings
-    start = settings.pop("start") if "start" in settings else train_state(params_of(), 0.05, key0())
+    start = (
+        settings.pop("start")
+        if "start" in settings
+        else TrainState.create(params_of(), 0.05, key0())
+    )
     step = settings.pop("step", None) or train_step(mean_square, 0.05)
     return fit(step, start, regression() if data is None else data, **settings)
 
@@ -126,17 +129,17 @@ PAIRS = [(np.zeros((8, 8), np.float32), 3)] * 60
         (
             None,
             {"start": {"hidden": 1, "out": 2}},
-            "got a dict with 'hidden', 'out'; these look like parameters: train_st",
+            "got a dict with 'hidden', 'out'; these look like parameters: TrainState.cr",
         ),
         (
             None,
-            {"start": train_state},
-            r"got the function train_state; call it: train_state\(params, optimizer, key\)",
+            {"start": TrainState.create},
+            r"got the function create; call it: TrainState.create\(params, optimizer, key\)",
         ),
-        (None, {"start": 3.0}, "must be what train_state.* returns, got float 3.0"),
+        (None, {"start": 3.0}, "must be what TrainState.* returns, got float 3.0"),
         (
             None,
-            {"step": train_state(params_of(), 0.1, jax.random.key(0))},
+            {"step": TrainState.create(params_of(), 0.1, jax.random.key(0))},
             "step must be a function",
         ),
         (
@@ -199,8 +202,8 @@ def test_what_is_wrong_is_told_before_the_first_step(data, changes, text):
     "changes, text",
     [
         (
-            {"evaluate": lambda state: {"a": 1.0}, "best": "min b"},
-            r"best='min b', but `evaluate` returns \['a'\]",
+            {"evaluate": lambda state: {"a": 1.0}, "best_rule": "min b"},
+            r"best_rule='min b', but `evaluate` returns \['a'\]",
         ),
         (
             {"evaluate": lambda state: {"a": 1.0}, "stop": early_stopping("min b", 2)},
@@ -215,7 +218,7 @@ def test_what_is_wrong_is_told_before_the_first_step(data, changes, text):
 )
 def test_a_name_that_nothing_has_is_told_before_the_first_step(changes, text, tmp_path):
     if "checkpoint" in changes:
-        changes = {"checkpoint": Checkpoints(tmp_path, metric="min b")}
+        changes = {"checkpoint": Checkpoints(tmp_path, best_rule="min b")}
     seen = []
     with pytest.raises(KeyError, match=text):
         fitted(callbacks=[seen.append], **changes)
@@ -234,10 +237,10 @@ def test_an_evaluation_that_jax_can_trace_is_traced_and_not_run(monkeypatch):
     jax.effects_barrier()
     assert len(runs) == len(result.evaluations) == 3
     seen = []
-    with pytest.raises(KeyError, match="best='min other'"):
+    with pytest.raises(KeyError, match="best_rule='min other'"):
         fitted(
             evaluate=jax.jit(lambda state: {"norm": optax.tree.norm(state.params)}),
-            best="min other",
+            best_rule="min other",
         )
     fitted(evaluate=lambda state: {"calls": float(len(seen), *seen.append(int(state.step)) or ())})
     assert seen == [0, 3, 6, 9]
@@ -292,7 +295,7 @@ def test_the_switches_for_debugging_change_no_number(switch, kind, tmp_path):
         x = np.load(tmp_path / "x.npy", mmap_mode="r")
     data = [(x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)] if kind == "stream" else (x, y)
     settings = {"batch_size": None if kind == "stream" else 4, "record_every": 1}
-    plain, start = fitted(data, **settings), train_state(params_of(), 0.05, key0())
+    plain, start = fitted(data, **settings), TrainState.create(params_of(), 0.05, key0())
     step = train_step(mean_square, 0.05)
     with switch():
         result = fitted(data, start=start, step=step, **settings)
@@ -305,7 +308,7 @@ def test_the_switches_for_debugging_change_no_number(switch, kind, tmp_path):
 def test_under_debug_nans_a_nan_is_an_error_of_fit(check):
     step, start = (
         train_step(lambda w, x: jnp.sqrt(w - 3), 0.1),
-        train_state(jnp.float32(1), 0.1, key0()),
+        TrainState.create(jnp.float32(1), 0.1, key0()),
     )
     with jax.debug_nans(True), pytest.raises(NonFiniteError, match="at step 0 the loss is nan"):
         fitted(jnp.zeros(4), step=step, start=start, check_finite=check)
@@ -596,7 +599,7 @@ def test_ctrl_c_twice_ends_a_script_with_a_sweep():
         "import sys; sys.path.insert(0, sys.argv[1]); from linear_regression import *;from "
         "jaxnet.train import fit, train_state, train_step; import time, jax.numpy as jnp\n"
         "for i in range(3):\n"
-        "    fit(train_step(mean_square, .1), train_state(params_of(), .1, key0()), "
+        "    fit(train_step(mean_square, .1), TrainState.create(params_of(), .1, key0()), "
         "regression(), batch_size=4,\n"
         "        epochs=10**7, callbacks=[lambda r: print('record', flush=True)], "
         "record_every=10**5)\n"
@@ -750,7 +753,9 @@ def test_inspect_tells_of_a_run_in_one_line(tmp_path, capsys):
     from jaxnet import cli
 
     file = tmp_path / "r.safetensors"
-    fitted(checkpoint=file, evaluate=lambda state: {"score": float(state.step)}, best="max score")
+    fitted(
+        checkpoint=file, evaluate=lambda state: {"score": float(state.step)}, best_rule="max score"
+    )
     assert cli.main(["inspect", str(file)]) == 0
     told = capsys.readouterr().out
     assert "a run of fit: 3 records, step 9 of 9, best max score 9 at step 9" in told

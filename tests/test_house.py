@@ -3,7 +3,9 @@
 import ast
 import doctest
 import importlib
+import inspect
 import pathlib
+import pkgutil
 import subprocess
 import sys
 
@@ -189,6 +191,16 @@ def test_what_a_folder_hands_on_is_imported_when_it_is_asked_for(home, rooms):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True", "True"], done.stderr
+
+
+@each_file
+def test_no_public_name_hides_a_module(path):
+    """`from package import name` gives the same thing, `package.name` imported or not."""
+    module = importlib.import_module(module_name(path))
+    submodules = {info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []))}
+    names = submodules & set(getattr(module, "__all__", []))
+    hidden = {name for name in names if not inspect.ismodule(getattr(module, name))}
+    assert not hidden, f"{module.__name__} has a public name and a module called {hidden}"
 
 
 @each_file

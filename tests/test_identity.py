@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxnet.train import balanced, fit, train_state, train_step
+from jaxnet.train import TrainState, balanced, fit, train_step
 
 X = np.random.default_rng(0).normal(size=(24, 3)).astype(np.float32)
 DATA = (X, X[:, 0].copy())
@@ -21,7 +21,7 @@ def loss(params, batch):
 
 
 def ran(file, step, optimizer=0.1, epochs=1, **options):
-    start = train_state(jnp.zeros(3), optimizer, jax.random.key(0))
+    start = TrainState.create(jnp.zeros(3), optimizer, jax.random.key(0))
     return fit(
         step, start, DATA, batch_size=8, epochs=epochs, checkpoint=file, progress=False, **options
     )

@@ -179,7 +179,7 @@ def test_a_matrix_is_an_embedding_where_the_template_or_the_rename_says_so():
         {"embedding": jnp.zeros((3, 3))},
     )
     like = {"params": {"tokens": table, "lm": {"kernel": jnp.zeros((3, 3))}}}
-    by_like = from_torch(source, like, rename={"wte": "tokens"})
+    by_like = from_torch(source, like=like, rename={"wte": "tokens"})
     by_name = from_torch(source, rename={"wte.weight": "tokens/embedding"})
     assert_equal(by_like["params"], by_name["params"])
     np.testing.assert_array_equal(by_like["params"]["tokens"]["embedding"], source["wte.weight"])
@@ -229,7 +229,7 @@ def test_all_that_does_not_fit_is_in_one_error_with_a_rename_that_can_be_pasted(
         "head.weight": arange(5),
     }
     with pytest.raises(CheckpointError) as caught:
-        from_torch(source, like)
+        from_torch(source, like=like)
     assert str(caught.value).split("\n  ") == [
         "the state dict: it does not fit the template `like` (without `like` it loads as saved):",
         "missing from the file: body/kernel float32[3,2]",
@@ -242,7 +242,7 @@ def test_all_that_does_not_fit_is_in_one_error_with_a_rename_that_can_be_pasted(
         "if so: rename={'net/fc': 'body'}",
     ]
     source["head.bias"] = arange(4)
-    got = from_torch(source, like, rename={"net/fc": "body"}, strict=False)
+    got = from_torch(source, like=like, rename={"net/fc": "body"}, strict=False)
     np.testing.assert_array_equal(got["params"]["body"]["kernel"], source["net.fc.weight"].T)
     np.testing.assert_array_equal(got["params"]["head"]["bias"], source["head.bias"])
 
@@ -254,14 +254,14 @@ def test_strict_false_leaves_out_what_only_the_source_has_and_forgives_nothing_e
         CheckpointError,
         match="missing from the file: more float32.1.(.|\n)*split off with jaxnet.tree",
     ):
-        from_torch(source, like, strict=False)
+        from_torch(source, like=like, strict=False)
     # The remedy that the error names.
     new, old = tree.split(like, "params/more")
-    got = tree.merge(from_torch(source, old, strict=False), new)
+    got = tree.merge(from_torch(source, like=old, strict=False), new)
     assert_equal(got, {"params": {"body": {"bias": jnp.arange(2.0)}, "more": jnp.ones(1)}})
     with pytest.raises(CheckpointError, match="missing from the file: head/bias"):
         from_torch(
-            {"fc.bias": arange(2)}, {"params": {"head": {"bias": jnp.zeros(2)}}}, strict=False
+            {"fc.bias": arange(2)}, like={"params": {"head": {"bias": jnp.zeros(2)}}}, strict=False
         )
 
 
@@ -273,19 +273,19 @@ def test_dtypes_are_kept_unless_cast_and_what_would_be_narrowed_stays_numpy():
     with pytest.raises(
         CheckpointError, match="dtype differs: a/bias: template float32.2., file float64"
     ):
-        from_torch(source, like)
-    got = from_torch(source, like, cast=True)["params"]
+        from_torch(source, like=like)
+    got = from_torch(source, like=like, cast=True)["params"]
     assert got["a"]["bias"].dtype == jnp.float32 and type(got["b"]["bias"]) is np.ndarray
 
 
 def test_integers_are_taken_where_the_template_has_them():
     like = {"params": {}, "state": {"bn": {"num_batches_tracked": np.array(0)}}}
-    got = from_torch({n: x for n, x in STATE_DICT.items() if n.endswith("tracked")}, like)
+    got = from_torch({n: x for n, x in STATE_DICT.items() if n.endswith("tracked")}, like=like)
     assert_equal(
         got["state"], {"bn": {"num_batches_tracked": STATE_DICT["bn.num_batches_tracked"]}}
     )
     counts = {"params": {"a": jnp.ones(2)}, "state": {"norm": {"count": jnp.array(3)}}}
-    assert_equal(from_torch(to_torch(counts), counts), counts)
+    assert_equal(from_torch(to_torch(counts), like=counts), counts)
 
 
 def test_nothing_is_shared_with_the_source():
@@ -307,7 +307,7 @@ def test_numbered_modules_are_stacked_where_the_template_has_a_repeat():
         "head.weight": noisy(np.zeros((2, 3), np.float32)),
         "head.bias": np.zeros(2, np.float32),
     }
-    got = from_torch(source, like, rename={"h": "body"})
+    got = from_torch(source, like=like, rename={"h": "body"})
     y = x
     # The layers one by one, as the numbers say; evaluation of batch norm as in its paper.
     for i in range(4):
@@ -327,7 +327,7 @@ def test_numbered_modules_are_stacked_where_the_template_has_a_repeat():
         CheckpointError,
         match=r"missing from the file: body/fc/bias .*\n  not in the .*: body/0/fc/bias",
     ):
-        from_torch(source, like, rename={"h": "body"})
+        from_torch(source, like=like, rename={"h": "body"})
     with pytest.raises(
         ValueError, match="the leaves below 'heads' must share a leading axis, these do not exist"
     ):
@@ -349,7 +349,7 @@ def test_what_is_no_variables_or_has_no_template():
         {"params": {}, "state": {}, "step": 1},
         jnp.zeros(2),
     ]:
-        for call in [lambda x: from_torch({"w": arange(2)}, x), to_torch]:
+        for call in [lambda x: from_torch({"w": arange(2)}, like=x), to_torch]:
             with pytest.raises(
                 ValueError, match="must be {'params': params, 'state': state} or .*, got "
             ):
@@ -603,11 +603,11 @@ def test_exit_codes_of_convert(files, capsys, monkeypatch):
         (["torch.safetensors", "out", "--rename", "con=body"], 1, "no path matches 'con'"),
         (["torch.safetensors", "out", "--like", "bare"], 1, "bare: it has no 'params' at its top"),
         (["bare", "out", "--to", "torch"], 1, "jaxnet convert IN OUT --rename =params"),
-        (["run", "out", "--to", "torch"], 1, "--only train_state/params --rename train_state="),
+        (["run", "out", "--to", "torch"], 1, "--pattern train_state/params --rename train_state="),
         (
             ["stateful", "out", "--to", "torch"],
             1,
-            "--only train_state/params --only train_state/state --rename train_state=",
+            "--pattern train_state/params --pattern train_state/state --rename train_state=",
         ),
     ]:
         assert main(["convert", *arguments]) == code
@@ -654,7 +654,7 @@ def test_errors_of_other_libraries_names_are_printable_and_on_one_line(where):
         "stacked": lambda: to_torch({"params": {"a": one}}, stacked=EVIL),
         "kind": lambda: to_torch({"params": {EVIL: 1.0}}),
         "weight": lambda: to_torch({"params": {EVIL: {"scale": one, "kernel": one}}}),
-        "only": lambda: from_torch({"a": one}, only=EVIL),
+        "only": lambda: from_torch({"a": one}, pattern=EVIL),
         "rename": lambda: from_torch({EVIL: one}, rename=lambda name: 3),  # pyright: ignore[reportArgumentType]
         "values": lambda: from_torch({"a": Odd()}),
         "flax": lambda: from_flax({"params": {EVIL: one}, "batch_stats": {EVIL: one}}),
@@ -713,7 +713,7 @@ def test_a_network_of_torch_computes_the_same_here_and_back_there(torch, tmp_pat
     monkeypatch.chdir(tmp_path)
     model, run = torch_model(torch)
     expected = run()
-    variables = from_torch(model.state_dict(), template())
+    variables = from_torch(model.state_dict(), like=template())
     # PyTorch's own output.
     np.testing.assert_allclose(outputs(variables), expected, rtol=1e-5, atol=1e-5)
     torch.save(model.state_dict(), "net.pt")
@@ -721,8 +721,8 @@ def test_a_network_of_torch_computes_the_same_here_and_back_there(torch, tmp_pat
         {"model": {f"module.{n}": x for n, x in model.state_dict().items()}, "epoch": 3},
         "train.pth",
     )
-    assert_equal(from_torch("net.pt", template()), variables)
-    assert_equal(from_torch("train.pth", template(), rename={"model.module": ""}), variables)
+    assert_equal(from_torch("net.pt", like=template()), variables)
+    assert_equal(from_torch("train.pth", like=template(), rename={"model.module": ""}), variables)
     save("out.safetensors", to_torch(variables))
     with torch.no_grad():
         for p in model.state_dict().values():
@@ -731,7 +731,7 @@ def test_a_network_of_torch_computes_the_same_here_and_back_there(torch, tmp_pat
     load_file = pytest.importorskip("safetensors.torch").load_file
     model.load_state_dict(load_file("out.safetensors"))  # strict
     np.testing.assert_array_equal(run(), expected)
-    assert_equal(from_torch("out.safetensors", template()), variables)
+    assert_equal(from_torch("out.safetensors", like=template()), variables)
 
 
 def test_the_features_of_a_flattened_convolution_are_reordered_as_the_guide_says(torch):
@@ -740,7 +740,7 @@ def test_the_features_of_a_flattened_convolution_are_reordered_as_the_guide_says
         nn.Conv2d(3, 4, 3, groups=1, padding=1), nn.Flatten(), nn.Linear(4 * 9 * 9, 2)
     )
     net = chain(conv(4, 3, padding=1), lambda x: x.reshape(len(x), -1), dense(2))
-    variables = from_torch(model.state_dict(), template(net, jnp.asarray(IMAGES)))
+    variables = from_torch(model.state_dict(), like=template(net, jnp.asarray(IMAGES)))
     kernel = variables["params"]["2"]["kernel"]  # [C H W, out] -> [H W C, out]
     kernel = kernel.reshape(4, 9, 9, -1).transpose(1, 2, 0, 3).reshape(kernel.shape)
     variables = tree.put(variables, "params/2/kernel", kernel)
@@ -755,7 +755,7 @@ def test_convolutions_of_every_rank_and_in_groups(rank, groups, torch):
     model = getattr(torch.nn, f"Conv{rank}d")(4, 8, (3, 2, 1)[:rank], groups=groups)
     x = RNG.normal(size=(2, *(5, 6, 4)[:rank], 4)).astype(np.float32)
     net = chain(conv(8, (3, 2, 1)[:rank], groups=groups, padding="VALID"))
-    variables = from_torch(model.state_dict(), template(net, jnp.asarray(x)), rename={"": "0"})
+    variables = from_torch(model.state_dict(), like=template(net, jnp.asarray(x)), rename={"": "0"})
     expected = np.moveaxis(
         model(torch.from_numpy(np.moveaxis(x, -1, 1).copy())).detach().numpy(), 1, -1
     )
@@ -823,7 +823,7 @@ def test_a_published_resnet_gives_its_published_logits(real_data, torch):
         (images - [[[[0.485, 0.456, 0.406]]]]) / [[[[0.229, 0.224, 0.225]]]], jnp.float32
     )
     path = folder / "resnet20-12fca82f.th"
-    variables = from_torch(path, template(resnet, x), rename={"state_dict.module": ""})
+    variables = from_torch(path, like=template(resnet, x), rename={"state_dict.module": ""})
     logits, _ = jax.jit(lambda v, x: resnet.apply(v["params"], x, state=v["state"]))(variables, x)
     expected = np.load(folder / "resnet20_expected_logits_first256_test.npz")
     np.testing.assert_allclose(logits, expected["logits"], rtol=1e-4, atol=1e-4)
@@ -853,7 +853,7 @@ def test_a_network_of_linen_computes_the_same():
     with jax.numpy_rank_promotion("allow"):
         theirs = jax.tree.map(noisy, Net().init(jax.random.key(1), IMAGES, IDS))
         expected = Net().apply(theirs, IMAGES, IDS)
-    variables = from_flax(theirs, template(), rename=FLAX | {"Dense_1": "head"})
+    variables = from_flax(theirs, like=template(), rename=FLAX | {"Dense_1": "head"})
     np.testing.assert_allclose(outputs(variables), expected, rtol=1e-5, atol=1e-5)
     plain = from_flax(theirs)  # no template: Flax's names
     assert plain["state"].keys() == {"BatchNorm_0"} and plain["params"].keys() == {*FLAX, "Dense_1"}
@@ -885,7 +885,7 @@ def test_a_network_of_nnx_computes_the_same():
         model.eval()
         expected = model(jnp.asarray(IMAGES), jnp.asarray(IDS))
     for source in [model, nnx.state(model), nnx.to_pure_dict(nnx.state(model))]:
-        variables = from_flax(source, template())
+        variables = from_flax(source, like=template())
         np.testing.assert_allclose(outputs(variables), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -907,7 +907,7 @@ def test_a_network_of_haiku_computes_the_same():
             _, state = apply(theirs, state, None, IMAGES * (1 + i), IDS, True)
         expected, _ = apply(theirs, state, None, IMAGES, IDS)
     rename = {"batch_norm": "bn", "mlp/linear_0": "hidden", "layer_norm": "norm", "linear": "head"}
-    variables = from_haiku(theirs, state, template(), rename=rename)
+    variables = from_haiku(theirs, state, like=template(), rename=rename)
     np.testing.assert_allclose(outputs(variables), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -949,6 +949,6 @@ def test_a_network_of_equinox_computes_the_same(mode):
         model = eqx.nn.inference_mode(model)
         run = jax.vmap(model, axis_name="batch", in_axes=(0, 0, None), out_axes=(0, None))
         expected, _ = run(jnp.asarray(IMAGES), jnp.asarray(IDS), state)
-    variables = from_equinox(model, state, template(), rename={"hidden/0": "hidden"})
+    variables = from_equinox(model, state, like=template(), rename={"hidden/0": "hidden"})
     np.testing.assert_allclose(outputs(variables), expected, rtol=1e-5, atol=1e-5)
     assert from_equinox(model)["state"] == {}  # without its state, no averages

@@ -101,7 +101,7 @@ def test_a_convnet_computes_the_same_from_every_kind_of_file_and_from_memory(ker
     x = RNG.normal(size=(3, 9, 9, 3)).astype(np.float32)
     expected = np.asarray(model(x))
     for source in saved(model, tmp_path):
-        variables = from_keras(source, variables_like(net, jnp.asarray(x)))
+        variables = from_keras(source, like=variables_like(net, jnp.asarray(x)))
         np.testing.assert_allclose(output(net, variables, x), expected, rtol=1e-4, atol=1e-4)
         assert same(from_keras(source), variables)
 
@@ -116,7 +116,7 @@ def test_convolutions_of_every_rank_and_in_groups(rank, groups, keras, tmp_path)
     net = chain(c=conv(6, window, groups=groups, padding="VALID"))
     x = RNG.normal(size=(2, *(5, 6, 4)[:rank], 4)).astype(np.float32)
     for source in saved(model, tmp_path):
-        variables = from_keras(source, variables_like(net, jnp.asarray(x)))
+        variables = from_keras(source, like=variables_like(net, jnp.asarray(x)))
         np.testing.assert_allclose(
             output(net, variables, x), np.asarray(model(x)), rtol=1e-4, atol=1e-5
         )
@@ -133,7 +133,7 @@ def test_a_depthwise_convolution_keeps_the_order_of_its_outputs(rank, keras, tmp
     net = chain(d=conv(12, window, groups=4, padding="VALID", bias=False))
     x = RNG.normal(size=(2, *(7, 6)[:rank], 4)).astype(np.float32)
     for source in saved(model, tmp_path):
-        variables = from_keras(source, variables_like(net, jnp.asarray(x)))
+        variables = from_keras(source, like=variables_like(net, jnp.asarray(x)))
         np.testing.assert_allclose(
             output(net, variables, x), np.asarray(model(x)), rtol=1e-4, atol=1e-5
         )
@@ -155,7 +155,7 @@ def test_nested_models_embeddings_and_other_names(keras, tmp_path):
     x = RNG.integers(0, 7, (3, 5)).astype(np.int32)
     rename = {"tokens": "wte", "body/up": "body/fc1", "body/down": "body/fc2"}
     for source in saved(model, tmp_path):
-        variables = from_keras(source, variables_like(net, jnp.asarray(x)), rename=rename)
+        variables = from_keras(source, like=variables_like(net, jnp.asarray(x)), rename=rename)
         np.testing.assert_allclose(
             output(net, variables, x), np.asarray(model(x)), rtol=1e-4, atol=1e-5
         )
@@ -181,19 +181,20 @@ def test_a_norm_without_scale_or_without_shift(scale, center, keras, tmp_path):
     like = variables_like(net, jnp.asarray(x))
     *sources, bare = saved(model, tmp_path)
     for source in sources:
-        variables = from_keras(source, like)
+        variables = from_keras(source, like=like)
         np.testing.assert_allclose(
             output(net, variables, x), np.asarray(model(x)), rtol=1e-4, atol=1e-5
         )
     if scale or center:
         with pytest.raises(CheckpointError, match="not in the template: bn/0"):
-            from_keras(bare, like)
+            from_keras(bare, like=like)
         name = "scale" if scale else "bias"
         assert same(
-            from_keras(bare, like, rename={"bn/0": f"bn/{name}", "ln/0": f"ln/{name}"}), variables
+            from_keras(bare, like=like, rename={"bn/0": f"bn/{name}", "ln/0": f"ln/{name}"}),
+            variables,
         )
     else:
-        assert same(from_keras(bare, like), variables)
+        assert same(from_keras(bare, like=like), variables)
 
 
 def test_a_subclassed_model_has_the_names_of_its_layers(keras, tmp_path):
@@ -277,10 +278,11 @@ def test_the_optimizer_is_left_out_and_only_takes_a_part(keras, tmp_path):
     model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
     for source in saved(model, tmp_path):
         assert from_keras(source)["params"].keys() == {"a", "b"}
-        assert from_keras(source, only="b/kernel")["params"].keys() == {"b"}
+        assert from_keras(source, pattern="b/kernel")["params"].keys() == {"b"}
         like = {"params": {"b": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}}
         np.testing.assert_array_equal(
-            from_keras(source, like, only="b")["params"]["b"]["kernel"], model.layers[1].kernel
+            from_keras(source, like=like, pattern="b")["params"]["b"]["kernel"],
+            model.layers[1].kernel,
         )
 
 

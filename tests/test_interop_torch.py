@@ -138,7 +138,7 @@ def test_published_files_are_told_apart(real_data, torch, tmp_path):
     resnet = folder / "resnet_cifar10" / "resnet20-12fca82f.th"
     if not resnet.exists():
         pytest.skip("the trained networks are not there")
-    expected = from_torch(resnet, only="state_dict", rename={"state_dict.module": ""})
+    expected = from_torch(resnet, pattern="state_dict", rename={"state_dict.module": ""})
     with np.load(resnet.with_suffix(".npz")) as arrays:
         kernel = (
             arrays["conv1.weight"] if "conv1.weight" in arrays else arrays["module.conv1.weight"]
@@ -149,7 +149,7 @@ def test_published_files_are_told_apart(real_data, torch, tmp_path):
     for name in ("net.pth.tar", "net"):
         shutil.copy(resnet, tmp_path / name)
         got = from_torch(
-            tmp_path / name, expected, only="state_dict", rename={"state_dict.module": ""}
+            tmp_path / name, like=expected, pattern="state_dict", rename={"state_dict.module": ""}
         )
         assert jax.tree.all(jax.tree.map(np.array_equal, got, expected))
     for path in folder.rglob("*"):
@@ -187,7 +187,7 @@ class Run:
 )
 def test_arrays_are_found_in_any_container(wrap, prefix):
     assert_is_state_dict(from_torch(wrap(STATE_DICT)), f"params/{prefix}")
-    assert_is_state_dict(from_torch(wrap(STATE_DICT), only=prefix, rename={prefix: ""}))
+    assert_is_state_dict(from_torch(wrap(STATE_DICT), pattern=prefix, rename={prefix: ""}))
 
 
 def test_containers_in_a_file(torch, state_dict, tmp_path):
@@ -267,20 +267,20 @@ LINEAR = {"params": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}
 def test_only_takes_the_model_out_of_a_training_checkpoint(training):
     path, model = training
     with pytest.raises(CheckpointError, match="not in the template: optimizer/state/0/exp_avg"):
-        from_torch(path, LINEAR, rename={"model": ""})
-    got = from_torch(path, LINEAR, only="model", rename={"model": ""})
+        from_torch(path, like=LINEAR, rename={"model": ""})
+    got = from_torch(path, like=LINEAR, pattern="model", rename={"model": ""})
     np.testing.assert_array_equal(got["params"]["kernel"], model.weight.detach().numpy().T)
     np.testing.assert_array_equal(got["params"]["bias"], model.bias.detach().numpy())
-    assert paths(from_torch(path, only="model")) == ["params/model/bias", "params/model/kernel"]
-    assert paths(from_torch(path, only=["model.bias", "model.weight"])) == paths(
-        from_torch(path, only="model")
+    assert paths(from_torch(path, pattern="model")) == ["params/model/bias", "params/model/kernel"]
+    assert paths(from_torch(path, pattern=["model.bias", "model.weight"])) == paths(
+        from_torch(path, pattern="model")
     )
     # As in `load`, a pattern speaks of the new paths, and `like` is the part that it chooses.
     for pattern in ("kernel", "params/kernel", "k*"):
         got = from_torch(
             path,
-            {"params": {"kernel": LINEAR["params"]["kernel"]}},
-            only=pattern,
+            like={"params": {"kernel": LINEAR["params"]["kernel"]}},
+            pattern=pattern,
             rename={"model": ""},
         )
         np.testing.assert_array_equal(got["params"]["kernel"], model.weight.detach().numpy().T)
@@ -288,11 +288,11 @@ def test_only_takes_the_model_out_of_a_training_checkpoint(training):
 
 def test_only_must_match_something(training):
     with pytest.raises(
-        CheckpointError, match="only: no path matches 'modle'; the nearest of .*'model/"
+        CheckpointError, match="pattern: no path matches 'modle'; the nearest of .*'model/"
     ):
-        from_torch(training[0], only=["model", "modle"])
+        from_torch(training[0], pattern=["model", "modle"])
     with pytest.raises(ValueError, match="only must be a pattern of paths or several, got none"):
-        from_torch(training[0], only=[])
+        from_torch(training[0], pattern=[])
 
 
 def test_only_leaves_alone_what_cannot_be_read(torch, state_dict):
@@ -301,7 +301,7 @@ def test_only_leaves_alone_what_cannot_be_read(torch, state_dict):
         "teacher": torch.nn.Linear(2, 2),
         "sparse": {"w": torch.eye(2).to_sparse()},
     }
-    assert_is_state_dict(from_torch(content, only="model", rename={"model": ""}))
+    assert_is_state_dict(from_torch(content, pattern="model", rename={"model": ""}))
     with pytest.raises(
         CheckpointError,
         match="leaf 'teacher': .*Linear, expected arrays by name: give its state_dict",
@@ -311,15 +311,17 @@ def test_only_leaves_alone_what_cannot_be_read(torch, state_dict):
 
 def test_only_for_the_other_libraries_and_for_stacks():
     variables = {"params": {"a": {"kernel": A}, "b": {"kernel": A}}}
-    assert paths(from_flax(variables, only="b")) == ["params/b/kernel"]
-    assert paths(from_haiku({"a": {"w": A}, "b": {"w": A}}, only="b/kernel")) == ["params/b/kernel"]
-    assert paths(from_equinox({"a": {"weight": A}, "b": {"weight": A}}, only="b")) == [
+    assert paths(from_flax(variables, pattern="b")) == ["params/b/kernel"]
+    assert paths(from_haiku({"a": {"w": A}, "b": {"w": A}}, pattern="b/kernel")) == [
+        "params/b/kernel"
+    ]
+    assert paths(from_equinox({"a": {"weight": A}, "b": {"weight": A}}, pattern="b")) == [
         "params/b/kernel"
     ]
     like = {"params": {"blocks": {"bias": jnp.zeros((2, 3))}}}
     source = {"blocks.0.bias": B, "blocks.1.bias": 2 * B, "head.bias": B}
     for pattern in ("blocks", "blocks/bias", "**/blocks/bias"):
-        got = from_torch(source, like, only=pattern)
+        got = from_torch(source, like=like, pattern=pattern)
         np.testing.assert_array_equal(got["params"]["blocks"]["bias"], [B, 2 * B])
 
 
@@ -330,7 +332,7 @@ def test_convert_takes_only_a_part(training, tmp_path):
                 "convert",
                 str(training[0]),
                 str(tmp_path / "out"),
-                "--only",
+                "--pattern",
                 "model",
                 "--rename",
                 "model=",
@@ -345,7 +347,7 @@ def test_convert_takes_only_a_part(training, tmp_path):
                 "convert",
                 str(training[0]),
                 str(tmp_path / "more"),
-                "--only",
+                "--pattern",
                 "model",
                 "--to",
                 "torch",
@@ -591,4 +593,4 @@ def test_an_object_of_another_class_is_named(torch, state_dict, tmp_path):
         from_torch(tmp_path / "net.pt")
     # The remedy that the error names, for a file that can be trusted.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        assert_is_state_dict(from_torch(tmp_path / "net.pt", only="model", rename={"model": ""}))
+        assert_is_state_dict(from_torch(tmp_path / "net.pt", pattern="model", rename={"model": ""}))

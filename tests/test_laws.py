@@ -24,7 +24,7 @@ DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
 def run(case: Case, params, state, inputs, *, train, key=None):
     """One call of any layer in one form: (outputs, new state)."""
-    return call(case.net, params, state, key, train, inputs)
+    return call(case.net, params, *inputs, state=state, key=key, train=train)
 
 
 def not_exempt(law: str):
@@ -352,7 +352,7 @@ def test_state_is_passed_just_where_it_is_carried(case):
 def test_a_mistyped_keyword_is_a_type_error(case):
     params, state = case.start()
     with pytest.raises(TypeError, match="trian"):
-        call(case.net, params, state, None, False, case.data(), {"trian": True})
+        call(case.net, params, *case.data(), state=state, trian=True)
 
 
 @each_case

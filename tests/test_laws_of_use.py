@@ -70,7 +70,7 @@ def used(case: Case, train: bool):
             filled = list(inputs)
             for i, x in zip(moving, floating, strict=True):
                 filled[i] = x
-            outputs, new_state = call(case.net, params, state, key, train, tuple(filled))
+            outputs, new_state = call(case.net, params, *filled, state=state, key=key, train=train)
             wide = (
                 y.astype(jnp.promote_types(y.dtype, jnp.float32)) for y in jax.tree.leaves(outputs)
             )
@@ -171,7 +171,8 @@ def test_parameters_and_state_may_be_numpy_arrays(case, train):
     given = jax.tree.map(np.asarray, (params, state))
 
     def use(params, state, inputs):
-        return call(case.net, params, state, jax.random.key(1) if train else None, train, inputs)
+        key = jax.random.key(1) if train else None
+        return call(case.net, params, *inputs, state=state, key=key, train=train)
 
     for inputs in (case.data(), jax.tree.map(np.asarray, case.data())):
         expected = use(params, state, inputs)

@@ -452,9 +452,9 @@ def test_a_wrong_input_is_named_with_the_layer_the_expected_and_the_received(
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: dense(0), "dense: units must be a positive int, got 0"),
-        (lambda: dense(2.0), "dense: units must be a positive int, got 2.0"),  # pyright: ignore[reportArgumentType]
-        (lambda: embed(0, 3), "embed: vocabulary must be a positive int, got 0"),
+        (lambda: dense(0), "dense: features must be a positive int, got 0"),
+        (lambda: dense(2.0), "dense: features must be a positive int, got 2.0"),  # pyright: ignore[reportArgumentType]
+        (lambda: embed(0, 3), "embed: num_embeddings must be a positive int, got 0"),
         (lambda: embed(3, -1), "embed: features must be a positive int, got -1"),
         (lambda: flatten(0), "flatten: rank must be a positive int, got 0"),
         (lambda: dropout(1.0), r"dropout: rate is the probability to drop, in \[0, 1\), got 1.0"),

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jaxnet import chain, dense
-from jaxnet.train import many, train_state, train_step, train_steps
+from jaxnet.train import TrainState, many, train_step, train_steps
 
 MEMBERS = 6
 FORMS = ["vmap", "map", 4, None]  # blocks of 4 leave a rest of 2
@@ -47,7 +47,7 @@ def run(key, lr):
     net, data = problem()
     optimizer = optax.adam(lr)
     init_key, run_key = jax.random.split(key)
-    start = train_state(net.init(init_key, data[0]), optimizer, run_key)
+    start = TrainState.create(net.init(init_key, data[0]), optimizer, run_key)
     return train_steps(train_step(mean_square, optimizer), 8, 7)(start, data)
 
 
@@ -88,9 +88,9 @@ def test_each_member_has_its_own_learning_rate():
         optimizer = optax.adam(lr)
         params = {"w": jnp.ones(3)}
         step = train_step(lambda params, batch: jnp.sum(params["w"] * batch), optimizer)
-        return step(train_state(params, optimizer, jax.random.key(0)), jnp.array([5.0, -3.0, 2.0]))[
-            0
-        ].params["w"]
+        return step(
+            TrainState.create(params, optimizer, jax.random.key(0)), jnp.array([5.0, -3.0, 2.0])
+        )[0].params["w"]
 
     moved = many(first_step)(rates()) - 1
     np.testing.assert_allclose(moved, -np.outer(rates(), [1.0, -1.0, 1.0]), rtol=1e-4)

@@ -34,7 +34,7 @@ def grads(net, params, inputs, cotangent=1.0, train=False):
     state = state_of(net, *inputs) if net.init_state else None
 
     def loss(params):
-        outputs, _ = call(net, params, state, None, train, inputs)
+        outputs, _ = call(net, params, *inputs, state=state, train=train)
         return sum(jnp.sum(y.astype(jnp.float32) * cotangent) for y in jax.tree.leaves(outputs))
 
     return jax.jit(jax.grad(loss))(params)
@@ -368,7 +368,7 @@ def test_the_error_of_every_leaf_is_at_most_half_more_than_that_of_pytorchs_auto
     def ours(net):
         def loss(params):
             state = state_of(net, x) if net.init_state else None
-            logits, _ = call(net, params, state, None, True, (jnp.asarray(x),))
+            logits, _ = call(net, params, jnp.asarray(x), state=state, train=True)
             chosen = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), labels, -1)
             return -256 * chosen.mean()
 

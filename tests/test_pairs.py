@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxnet import chain, dense
-from jaxnet.train import Weighted, all_pairs, evaluate, fit, train_state, train_step, train_steps
+from jaxnet.train import TrainState, Weighted, all_pairs, evaluate, fit, train_step, train_steps
 from jaxnet.train.pairs import refuse_pairs
 
 B = 8
@@ -355,7 +355,7 @@ def test_a_batch_of_one_has_no_pairs():
 def test_the_error_of_the_loss_itself_is_not_hidden():
     with pytest.raises(ValueError, match="ncompatible shapes"):
         step = train_step(lambda w, b: w * jnp.mean(b["z"] - b["y"]), 0.1)
-        jax.jit(step)(train_state(jnp.float32(1), 0.1, jax.random.key(0)), BATCH)
+        jax.jit(step)(TrainState.create(jnp.float32(1), 0.1, jax.random.key(0)), BATCH)
 
 
 def test_the_error_names_the_operation_the_shapes_and_the_line():
@@ -363,7 +363,7 @@ def test_the_error_names_the_operation_the_shapes_and_the_line():
         return jnp.mean((w * batch["p"] - batch["y"]) ** 2)
 
     with pytest.raises(ValueError) as caught:
-        train_step(loss, 0.1)(train_state(jnp.float32(1), 0.1, jax.random.key(0)), BATCH)
+        train_step(loss, 0.1)(TrainState.create(jnp.float32(1), 0.1, jax.random.key(0)), BATCH)
     line = loss.__code__.co_firstlineno + 1
     assert str(caught.value).splitlines()[0] == (
         "train_step: the loss broadcasts [8, 1] against [8] in 'subtract' "
@@ -387,7 +387,7 @@ def accuracy(params, batch):
 
 
 def start():
-    return train_state(NET.init(jax.random.key(0), DATA[0]), 0.1, jax.random.key(1))
+    return TrainState.create(NET.init(jax.random.key(0), DATA[0]), 0.1, jax.random.key(1))
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, accuracy])

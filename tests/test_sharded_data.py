@@ -13,13 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxnet.train import (
     NonFiniteError,
+    TrainState,
     Weighted,
     augmented,
     balanced,
     evaluate,
     fit,
     train_epoch,
-    train_state,
     train_step,
     train_steps,
 )
@@ -52,7 +52,7 @@ def sharded(data):
 
 
 def start(place="off the mesh"):
-    made = train_state(jnp.zeros(3), OPTIMIZER, jax.random.key(0))
+    made = TrainState.create(jnp.zeros(3), OPTIMIZER, jax.random.key(0))
     return (
         jax.device_put(made, NamedSharding(mesh(), PartitionSpec()))
         if place == "replicated"
@@ -178,7 +178,7 @@ def test_a_step_that_is_not_finite_is_explained():
 def test_data_may_be_sharded_over_the_features_too():
     both = NamedSharding(jax.make_mesh((2, 2), ("d", "m")), PartitionSpec("d", "m"))
     wide = np.concatenate([X, X[:, :1]], 1)
-    begin = train_state(jnp.zeros(4), 0.1, jax.random.key(0))
+    begin = TrainState.create(jnp.zeros(4), 0.1, jax.random.key(0))
 
     def squares(params, batch):
         return ((batch * params[None]).sum(1) - 1) ** 2

@@ -27,7 +27,6 @@ from jaxnet.train import (
     fit,
     guarded,
     shuffle,
-    train_state,
     train_step,
 )
 from jaxnet.train.iterator_state import from_json, to_json
@@ -42,7 +41,7 @@ def squares(params, batch):
 
 def fitted(data, **settings):
     optimizer = optax.adam(0.01)
-    start = train_state(NET.init(jax.random.key(1), regression(22)[0]), optimizer, key0())
+    start = TrainState.create(NET.init(jax.random.key(1), regression(22)[0]), optimizer, key0())
     return not_cut(fit(train_step(squares, optimizer), start, data, progress=False, **settings))
 
 
@@ -434,7 +433,7 @@ def test_more_skipped_steps_than_allowed_are_an_error(tmp_path):
         stream = [np.array([i in bad]) for i in range(9)]
         return fit(
             step,
-            train_state(jnp.float32(0), optimizer, key0()),
+            TrainState.create(jnp.float32(0), optimizer, key0()),
             stream,
             steps=9,
             progress=False,
@@ -489,7 +488,7 @@ def test_arrays_of_other_libraries_are_read_by_position(form):
     assert watched({"x": column}, **settings)[0] == expected  # pyright: ignore[reportArgumentType]
     weighted = fit(
         train_step(lambda w, x: w * x, 1.0),
-        train_state(jnp.float32(0), 1.0, key0()),
+        TrainState.create(jnp.float32(0), 1.0, key0()),
         Weighted(numbers, column),
         batch_size=12,
         steps=1,
@@ -644,7 +643,7 @@ def test_short_batches_from_disk_and_memory_have_the_same_records(on_disk, monke
     assert losses == pytest.approx([record["loss"] for record in outside.history], rel=1e-5)
     frozen = fit(
         train_step(squares, 0.0),
-        train_state(NET.init(jax.random.key(1), regression(22)[0]), 0.0, key0()),
+        TrainState.create(NET.init(jax.random.key(1), regression(22)[0]), 0.0, key0()),
         regression(22),
         progress=False,
         **settings,
@@ -712,7 +711,7 @@ def test_a_nan_in_the_data_is_named_by_leaf_and_row(kind):
     ) as caught:
         fit(
             step,
-            train_state(jnp.float32(1), 0.1, key0()),
+            TrainState.create(jnp.float32(1), 0.1, key0()),
             data,
             epochs=1,
             progress=False,

@@ -20,8 +20,8 @@ from jaxnet.train import (
     TrainState,
     Weighted,
     augmented,
-    average,
     averaged,
+    averaged_params,
     balanced,
     by_path,
     evaluate,
@@ -30,7 +30,6 @@ from jaxnet.train import (
     sgd,
     shuffled,
     train_epoch,
-    train_state,
     train_step,
     train_steps,
 )
@@ -47,7 +46,9 @@ def test_sgd_is_w_minus_rate_times_gradient_and_keeps_the_dtype():
 def test_sgd_contracts_a_parabola_at_rate_one_minus_lr_h():
     h, lr = 4.0, 0.1
     step = train_step(lambda w, batch: h * w**2 / 2, lr)
-    state, metrics = jax.lax.scan(step, train_state(jnp.float32(1), lr, key0()), jnp.zeros(20))
+    state, metrics = jax.lax.scan(
+        step, TrainState.create(jnp.float32(1), lr, key0()), jnp.zeros(20)
+    )
     # Exact linear recursion.
     np.testing.assert_allclose(state.params, (1 - lr * h) ** 20, rtol=1e-5)
     assert metrics["loss"].shape == (20,) and state.step == 20
@@ -58,7 +59,7 @@ def test_sgd_contracts_a_parabola_at_rate_one_minus_lr_h():
 )
 def test_any_optax_optimizer_goes_through_the_step_as_written_by_hand(optimizer):
     batch, params = regression(), params_of()
-    state = train_state(params, optimizer, key0())
+    state = TrainState.create(params, optimizer, key0())
     step = jax.jit(train_step(mean_square, optimizer))
     opt = optimizer.init(params)
     for _ in range(3):
@@ -74,13 +75,13 @@ def test_any_optax_optimizer_goes_through_the_step_as_written_by_hand(optimizer)
 def test_plain_sgd_takes_an_optax_schedule_of_the_step():
     schedule = optax.linear_schedule(1.0, 0.0, 4)  # 1, 3/4, 1/2, 1/4, then 0
     step = train_step(lambda w, batch: w, schedule)
-    state, _ = jax.lax.scan(step, train_state(jnp.float32(0), schedule, key0()), jnp.zeros(6))
+    state, _ = jax.lax.scan(step, TrainState.create(jnp.float32(0), schedule, key0()), jnp.zeros(6))
     assert state.params == -(1 + 0.75 + 0.5 + 0.25)
 
 
 def test_the_step_compiles_once():
     step = jax.jit(chex.assert_max_traces(train_step(mean_square, optax.adam(1e-3)), n=1))
-    state = train_state(params_of(), optax.adam(1e-3), key0())
+    state = TrainState.create(params_of(), optax.adam(1e-3), key0())
     for _ in range(3):
         state, _ = step(state, regression())
 
@@ -95,7 +96,7 @@ def test_a_loss_gets_key_and_state_only_if_it_names_them():
         return jnp.mean(jnp.square(out - batch[1])), state, {"mean": out.mean()}
 
     step = jax.jit(train_step(loss, 0.1))
-    start = train_state(params, 0.1, key0(), state=state)
+    start = TrainState.create(params, 0.1, key0(), state=state)
     one, metrics = step(start, (x, y))
     assert set(metrics) == {"loss", "mean"}
     assert not np.array_equal(one.state["1"]["mean"], state["1"]["mean"])
@@ -120,7 +121,7 @@ def test_a_loss_gets_key_and_state_only_if_it_names_them():
 )
 def test_a_loss_of_another_form_is_named(loss, error, text):
     with pytest.raises(error, match=text):
-        train_step(loss, 0.1)(train_state(jnp.float32(1), 0.1, key0()), jnp.zeros(2))
+        train_step(loss, 0.1)(TrainState.create(jnp.float32(1), 0.1, key0()), jnp.zeros(2))
 
 
 # The order of the data
@@ -191,7 +192,7 @@ def test_a_full_batch_is_the_data_as_it_stands():
 def test_an_epoch_equals_a_python_loop_over_its_steps():
     data, optimizer = regression(), optax.adam(1e-2)
     step = train_step(mean_square, optimizer)
-    start = train_state(params_of(), optimizer, key0())
+    start = TrainState.create(params_of(), optimizer, key0())
     state, metrics = jax.jit(train_epoch(step, 4))(start, data)
     rows = shuffled(
         jax.random.fold_in(jax.random.fold_in(key0(), 0x6F726465), 0), 12, jnp.arange(12)
@@ -210,7 +211,7 @@ def test_a_run_maps_over_seeds_and_rates():
 
     def run(key, lr):
         state, metrics = train_steps(train_step(mean_square, lr), 4, 9)(
-            train_state(params_of(), lr, key), data
+            TrainState.create(params_of(), lr, key), data
         )
         return state.params, metrics["loss"][-1]
 
@@ -230,7 +231,9 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path):
         out, state = net.apply(params, batch[0], state=state, key=key, train=True)
         return jnp.mean(jnp.square(out - batch[1])), state
 
-    start = train_state(net.init(key0(), data[0]), optimizer, key0(), state=net.init_state(data[0]))
+    start = TrainState.create(
+        net.init(key0(), data[0]), optimizer, key0(), state=net.init_state(data[0])
+    )
     run = jax.jit(train_steps(train_step(loss, optimizer), 4, 4))
     half, _ = run(start, data)
     whole, losses = run(half, data)
@@ -304,7 +307,7 @@ def test_statistics_of_the_last_batch_are_of_its_own_examples():
         out, state = net.apply(params, x, state=state, train=True)
         return jnp.square(out).sum(-1), state
 
-    start = train_state(net.init(key0(), x), 0.0, key0(), state=net.init_state(x))
+    start = TrainState.create(net.init(key0(), x), 0.0, key0(), state=net.init_state(x))
     run = jax.jit(train_steps(train_step(loss, 0.0), 8, 3, order=None, drop_last=False))
     end, metrics = run(start, x)
     np.testing.assert_allclose(end.state["norm"]["mean"], x[16:].mean(0), rtol=1e-5)
@@ -319,7 +322,7 @@ def test_one_example_that_is_left_over_is_refused_by_a_layer_that_needs_two():
         out, state = net.apply(params, x, state=state, train=True)
         return out.sum(-1), state
 
-    start = train_state(net.init(key0(), x), 0.1, key0(), state=net.init_state(x))
+    start = TrainState.create(net.init(key0(), x), 0.1, key0(), state=net.init_state(x))
     with pytest.raises(ValueError) as caught:
         train_steps(train_step(loss, 0.1), 4, 3, drop_last=False)(start, x)
     assert any(
@@ -344,7 +347,7 @@ def test_a_metric_whose_shape_follows_the_batch_cannot_end_an_epoch_early():
 def test_an_epoch_with_a_short_batch_equals_a_loop_in_python(loss_is):
     data, optimizer = regression(10), optax.adam(1e-2)
     step = train_step(mean_square if loss_is == "scalar" else squares, optimizer)
-    start = train_state(params_of(), optimizer, key0())
+    start = TrainState.create(params_of(), optimizer, key0())
     state, metrics = jax.jit(train_epoch(step, 4, order=None, drop_last=False))(start, data)
     expected, losses = start, []
     for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
@@ -366,8 +369,8 @@ def squares(params, batch):
 
 def test_one_value_an_example_is_averaged_as_by_hand():
     batch, params = regression(), params_of()
-    by_hand = jax.jit(train_step(mean_square, 0.1))(train_state(params, 0.1, key0()), batch)
-    by_step = jax.jit(train_step(squares, 0.1))(train_state(params, 0.1, key0()), batch)
+    by_hand = jax.jit(train_step(mean_square, 0.1))(TrainState.create(params, 0.1, key0()), batch)
+    by_step = jax.jit(train_step(squares, 0.1))(TrainState.create(params, 0.1, key0()), batch)
     chex.assert_trees_all_close(by_hand[0].params, by_step[0].params, rtol=1e-6)
     np.testing.assert_allclose(by_hand[1]["loss"], by_step[1]["loss"], rtol=1e-6)
 
@@ -377,11 +380,13 @@ def test_weights_count_as_repetitions_do():
     weights = np.array([2, 1, 0, 3], np.float32)
     rows = np.repeat(np.arange(4), weights.astype(int))
     step = jax.jit(train_step(lambda p, b: (squares(p, b), {"big": squares(p, b) > 1}), 0.1))
-    weighted, metrics = step(train_state(params, 0.1, key0()), Weighted((x, y), weights))
-    repeated, expected = step(train_state(params, 0.1, key0()), (x[rows], y[rows]))
+    weighted, metrics = step(TrainState.create(params, 0.1, key0()), Weighted((x, y), weights))
+    repeated, expected = step(TrainState.create(params, 0.1, key0()), (x[rows], y[rows]))
     chex.assert_trees_all_close(weighted.params, repeated.params, rtol=1e-5)
     assert metrics["weight"] == 6 and metrics["big"] == pytest.approx(float(expected["big"]))
-    nothing, _ = step(train_state(params, 0.1, key0()), Weighted((x, y), np.zeros(4, np.float32)))
+    nothing, _ = step(
+        TrainState.create(params, 0.1, key0()), Weighted((x, y), np.zeros(4, np.float32))
+    )
     chex.assert_trees_all_equal(nothing.params, params)
 
 
@@ -400,7 +405,7 @@ def test_a_scalar_loss_cannot_be_weighted():
         ValueError, match=r"the loss must be one value per example \[B\], got a scalar"
     ):
         train_step(mean_square, 0.1)(
-            train_state(params_of(), 0.1, key0()), Weighted((x, y), weights)
+            TrainState.create(params_of(), 0.1, key0()), Weighted((x, y), weights)
         )
 
 
@@ -420,9 +425,11 @@ def test_accumulated_gradients_are_those_of_the_large_batch(loss, weighted):
             "first": batch[0][:, 0]
         }
 
-    whole = jax.jit(train_step(noted, optimizer))(train_state(params, optimizer, key0()), batch)
+    whole = jax.jit(train_step(noted, optimizer))(
+        TrainState.create(params, optimizer, key0()), batch
+    )
     parts = jax.jit(train_step(noted, optimizer, accumulate=4))(
-        train_state(params, optimizer, key0()), batch
+        TrainState.create(params, optimizer, key0()), batch
     )
     chex.assert_trees_all_close(whole[0].params, parts[0].params, rtol=1e-5)
     chex.assert_trees_all_close(whole[1], parts[1], rtol=1e-5)
@@ -434,7 +441,7 @@ def test_parts_take_less_memory_than_the_whole():
 
     def temporary(accumulate):
         step = jax.jit(train_step(loss, 0.1, accumulate=accumulate))
-        args = train_state(jnp.ones(1000), 0.1, key0()), jnp.ones(1000)
+        args = TrainState.create(jnp.ones(1000), 0.1, key0()), jnp.ones(1000)
         return step.lower(*args).compile().memory_analysis().temp_size_in_bytes  # pyright: ignore
 
     assert temporary(10) < temporary(1) / 4
@@ -446,7 +453,7 @@ def test_parts_draw_noise_of_their_own_and_pass_state_on():
 
     step = jax.jit(train_step(loss, 0.1, accumulate=3))
     state, metrics = step(
-        train_state(jnp.float32(0), 0.1, key0(), state={"n": jnp.int32(0)}), jnp.ones(6)
+        TrainState.create(jnp.float32(0), 0.1, key0(), state={"n": jnp.int32(0)}), jnp.ones(6)
     )
     assert state.state["n"] == 3
     step_key = jax.random.fold_in(key0(), 0)
@@ -462,7 +469,7 @@ def test_a_batch_that_does_not_divide_is_named():
         ValueError, match="a batch of 12 does not divide into accumulate=5 equal parts"
     ):
         train_step(mean_square, 0.1, accumulate=5)(
-            train_state(params_of(), 0.1, key0()), regression()
+            TrainState.create(params_of(), 0.1, key0()), regression()
         )
     with pytest.raises(ValueError, match="accumulate must be a positive int, got 0"):
         train_step(mean_square, 0.1, accumulate=0)
@@ -476,7 +483,7 @@ def test_a_change_of_the_batch_follows_from_key_and_step():
         return x + jax.random.normal(key, x.shape)
 
     step = jax.jit(augmented(train_step(loss, 0.0), noise))
-    start = train_state(jnp.float32(1), 0.0, key0())
+    start = TrainState.create(jnp.float32(1), 0.0, key0())
     first, one = step(start, jnp.zeros(8))
     assert (
         one["loss"] == step(start, jnp.zeros(8))[1]["loss"] != step(first, jnp.zeros(8))[1]["loss"]
@@ -497,7 +504,7 @@ def test_groups_have_optimizers_of_their_own_and_frozen_ones_do_not_move():
     step = jax.jit(
         train_step(lambda p, b: sum(leaf.sum() for leaf in jax.tree.leaves(p)), optimizer)
     )
-    state, _ = step(train_state(params, optimizer, key0()), jnp.zeros(1))
+    state, _ = step(TrainState.create(params, optimizer, key0()), jnp.zeros(1))
     assert jax.tree.map(lambda leaf: float(leaf[0]), state.params) == {
         "body": {"kernel": 1.0, "bias": 0.5},
         "head": {"kernel": 0.75},
@@ -505,7 +512,7 @@ def test_groups_have_optimizers_of_their_own_and_frozen_ones_do_not_move():
     frozen = freeze(0.25, "body")
     state, _ = jax.jit(
         train_step(lambda p, b: sum(leaf.sum() for leaf in jax.tree.leaves(p)), frozen)
-    )(train_state(params, frozen, key0()), jnp.zeros(1))
+    )(TrainState.create(params, frozen, key0()), jnp.zeros(1))
     assert jax.tree.map(lambda leaf: float(leaf[0]), state.params)["body"] == {
         "kernel": 1.0,
         "bias": 1.0,
@@ -521,7 +528,7 @@ def test_a_frozen_layers_gradient_is_not_computed():
 
     def products(optimizer):
         text = jax.jit(train_step(loss, optimizer)).lower(
-            train_state(params, optimizer, key0()), jnp.ones((8, 64))
+            TrainState.create(params, optimizer, key0()), jnp.ones((8, 64))
         )
         return (text.compile().as_text() or "").count(" dot(")
 
@@ -541,21 +548,21 @@ def test_groups_that_miss_something_are_named():
 def test_the_average_follows_its_formula():
     optimizer = averaged(1.0, decay=0.5)
     step = jax.jit(train_step(lambda w, b: -w, optimizer))  # w = 0, 1, 2, 3, ...
-    state, expected = train_state(jnp.float32(0), optimizer, key0()), 0.0
+    state, expected = TrainState.create(jnp.float32(0), optimizer, key0()), 0.0
     for t in range(12):
         state, _ = step(state, jnp.zeros(1))
         d = min(0.5, (1 + t) / (10 + t))
         expected = d * expected + (1 - d) * (t + 1)
-        assert average(state) == pytest.approx(expected, rel=1e-5)
+        assert averaged_params(state) == pytest.approx(expected, rel=1e-5)
     assert state.params == 12
     with pytest.raises(ValueError, match="wrap it in `averaged`"):
-        average(train_state(jnp.float32(0), 0.1, key0()))
+        averaged_params(TrainState.create(jnp.float32(0), 0.1, key0()))
 
 
 def test_half_precision_is_averaged_in_float32():
     optimizer = averaged(optax.sgd(0.0), decay=0.999)
-    state = train_state(jnp.bfloat16(1), optimizer, key0())
-    assert state.opt.params.dtype == jnp.float32 and average(state).dtype == jnp.bfloat16
+    state = TrainState.create(jnp.bfloat16(1), optimizer, key0())
+    assert state.opt.params.dtype == jnp.float32 and averaged_params(state).dtype == jnp.bfloat16
 
 
 def poisoned(at, limit=10, optimizer=None, **settings):
@@ -568,7 +575,7 @@ def poisoned(at, limit=10, optimizer=None, **settings):
         return -w * jnp.where(bad, jnp.nan, 1), {"n": state["n"] + 1}
 
     bad = jnp.zeros(12, bool).at[jnp.array(at)].set(True)
-    start = train_state(jnp.float32(0), optimizer, key0(), state={"n": jnp.int32(0)})
+    start = TrainState.create(jnp.float32(0), optimizer, key0(), state={"n": jnp.int32(0)})
     return jax.jit(lambda start: jax.lax.scan(train_step(loss, optimizer), start, bad))(start)
 
 
@@ -608,7 +615,7 @@ def test_a_scaled_loss_rescues_gradients_that_underflow_in_float16():
     def moved(optimizer):
         step = jax.jit(train_step(loss, optimizer))
         return float(
-            step(train_state(jnp.float32(0), optimizer, key0()), jnp.full(1, 1e-5))[0].params
+            step(TrainState.create(jnp.float32(0), optimizer, key0()), jnp.full(1, 1e-5))[0].params
         )
 
     assert moved(1.0) == 0
@@ -623,11 +630,11 @@ def test_mixed_precision_keeps_parameters_norms_and_loss_in_float32():
     def loss(params, x):
         return jax.nn.logsumexp(net.apply(params, x), axis=-1)
 
-    state, metrics = jax.jit(train_step(loss, 0.1))(train_state(params, 0.1, key0()), x)
+    state, metrics = jax.jit(train_step(loss, 0.1))(TrainState.create(params, 0.1, key0()), x)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, metrics))} == {"float32"}
     text = (
         jax.jit(train_step(loss, 0.1))
-        .lower(train_state(params, 0.1, jax.random.key(2)), x)
+        .lower(TrainState.create(params, 0.1, jax.random.key(2)), x)
         .as_text()
     )
     assert re.search(r"dot_general.*bf16", text) and not re.search(r"dot_general.*xf32", text)
@@ -655,7 +662,7 @@ def test_a_loss_scale_that_grows_at_every_step_stays_finite_and_exact(factor):
     def loss(w, x):
         return factor * w.mean()
 
-    start = train_state(jnp.ones(2), optimizer, key0())
+    start = TrainState.create(jnp.ones(2), optimizer, key0())
     end, metrics = jax.jit(lambda s: jax.lax.scan(train_step(loss, optimizer), s, jnp.zeros(300)))(
         start
     )
@@ -674,7 +681,9 @@ def test_float16_parameters_keep_their_gradients_at_a_large_scale():
     step = jax.jit(
         train_step(lambda w, x: 1e-2 * w.astype(jnp.float32).sum() * x.mean(), optimizer)
     )
-    state, _ = step(train_state(jnp.ones(2, jnp.float16), optimizer, key0()), jnp.full(4, 1e-2))
+    state, _ = step(
+        TrainState.create(jnp.ones(2, jnp.float16), optimizer, key0()), jnp.full(4, 1e-2)
+    )
     np.testing.assert_allclose(state.params, 1 - 1e-4, rtol=1e-3)
 
 
@@ -698,7 +707,7 @@ def coins(steps=200, wrapped=lambda step: step):
 
     step = augmented(wrapped(augmented(train_step(loss, 0.0), flip("inner"))), flip("outer"))
     zeros = {"inner": jnp.zeros(4), "outer": jnp.zeros(4)}
-    start = train_state(jnp.float32(0), 0.0, key0())
+    start = TrainState.create(jnp.float32(0), 0.0, key0())
     end, metrics = jax.jit(lambda s: jax.lax.scan(lambda s, _: step(s, zeros), s, None, steps))(
         start
     )
@@ -729,7 +738,7 @@ def test_changes_around_each_other_and_the_loss_draw_independently(wrapped):
     ],
 )
 def test_weights_of_another_shape_are_refused(weights, text):
-    batch, start = regression(4), train_state(params_of(), 0.1, key0())
+    batch, start = regression(4), TrainState.create(params_of(), 0.1, key0())
     with pytest.raises(ValueError, match=text):
         train_step(squares, 0.1)(start, Weighted(batch, weights))
     with pytest.raises(ValueError, match=text):
@@ -744,23 +753,25 @@ def test_weights_of_another_shape_are_refused(weights, text):
 def test_weights_without_a_meaning_never_look_like_a_result(bad):
     weights = np.array([1, 3e38, bad, 1], np.float32)
     _, metrics = jax.jit(train_step(squares, 0.1))(
-        train_state(params_of(), 0.1, key0()), Weighted(regression(4), weights)
+        TrainState.create(params_of(), 0.1, key0()), Weighted(regression(4), weights)
     )
     assert np.isnan(metrics["loss"])
 
 
 def test_complex_and_integer_parameters_are_refused_by_path():
     params = {"body": {"w": jnp.ones(2, jnp.complex64)}, "n": jnp.arange(3)}
-    with pytest.raises(TypeError, match=r"train_state: 'body/w' is complex64, parameters are real"):
-        train_state(params, 0.1, key0())
+    with pytest.raises(
+        TypeError, match=r"TrainState.create: 'body/w' is complex64, parameters are real"
+    ):
+        TrainState.create(params, 0.1, key0())
     with pytest.raises(TypeError, match=r"sgd: 'body/w' is complex64"):
         sgd(params, params, 0.1)
     with pytest.raises(
         TypeError,
         match=r"'n' is int32\[3\], parameters are floats; cast it, or keep it in the state",
     ):
-        train_state({"n": params["n"]}, optax.adam(0.1), key0())
-    real = train_state({"w": jnp.ones(2)}, 0.1, key0())
+        TrainState.create({"n": params["n"]}, optax.adam(0.1), key0())
+    real = TrainState.create({"w": jnp.ones(2)}, 0.1, key0())
     with pytest.raises(TypeError, match=r"train_step: 'w' is complex64"):
         train_step(lambda p, b: jnp.abs(p["w"] - (1 + 2j)).mean(), 0.1)(
             real._replace(params={"w": jnp.ones(2, jnp.complex64)}), jnp.ones(2)
@@ -789,12 +800,12 @@ def test_another_optimizer_than_the_states_is_told_before_the_first_step():
         ),
         (guarded(optax.adam(1e-3)), optax.adam(1e-3), r"this optimizer's is Guarded\("),
     ]:
-        start = train_state(params_of(), theirs, key0())
+        start = TrainState.create(params_of(), theirs, key0())
         with pytest.raises(
             ValueError, match="the train state was made with another optimizer.*" + text
         ):
             jax.jit(train_step(mean_square, ours))(start, batch)
-    wider = train_state({"w": jnp.ones(3)}, optax.adam(0.1), key0())._replace(
+    wider = TrainState.create({"w": jnp.ones(3)}, optax.adam(0.1), key0())._replace(
         params={"w": jnp.ones(5)}
     )
     with pytest.raises(
@@ -826,7 +837,7 @@ class Optimizer:  # what torch.optim's classes look like
 def test_something_that_is_no_optimizer_is_named(wrong, text):
     wanted = "the optimizer is an optax transformation such as optax.adam"
     for make in (
-        lambda: train_state(params_of(), wrong, key0()),
+        lambda: TrainState.create(params_of(), wrong, key0()),
         lambda: train_step(mean_square, wrong),
     ):
         with pytest.raises(TypeError, match=wanted + ".*" + text):
@@ -841,16 +852,19 @@ def test_parameters_and_numbers_in_place_of_states_and_keys_are_named():
     for call in (step, augmented(step, lambda key, batch: batch), train_steps(step, 2, 2)):
         with pytest.raises(
             TypeError,
-            match=r"needs a train state, as train_state\(params, optimizer, key\) .*got a dict",
+            match=(
+                r"needs a train state, as TrainState.create\(params, optimizer, key\) .*got a "
+                r"dict"
+            ),
         ):
             call(params_of(), batch)
     with pytest.raises(TypeError, match="key must be a PRNG key such as jax.random.key.*got int 0"):
-        train_state(params_of(), 0.1, 0)  # pyright: ignore[reportArgumentType]
+        TrainState.create(params_of(), 0.1, 0)  # pyright: ignore[reportArgumentType]
 
 
 def test_sizes_are_whole_positive_and_fit_into_int32():
     step = train_step(mean_square, 0.1, accumulate=np.int64(2))  # pyright: ignore[reportArgumentType]
-    start, data = train_state(params_of(), 0.1, key0()), regression()
+    start, data = TrainState.create(params_of(), 0.1, key0()), regression()
     _, metrics = jax.jit(train_steps(step, np.int64(4), np.int32(3)))(start, data)  # pyright: ignore[reportArgumentType]
     assert metrics["loss"].shape == (3,)
     for wrong in (0, -1, 2.0, True, "3"):
@@ -933,14 +947,14 @@ def test_a_loss_with_weights_of_its_own_is_exact_in_any_number_of_parts(accumula
         return Weighted(mean, tokens), {"mean": mean}
 
     step = jax.jit(train_step(loss, 0.1, accumulate=accumulate))
-    state, metrics = step(train_state(jnp.float32(0.5), 0.1, key0()), (x, mask))
+    state, metrics = step(TrainState.create(jnp.float32(0.5), 0.1, key0()), (x, mask))
     assert float(metrics["loss"]) == pytest.approx(right, rel=1e-5) == float(metrics["mean"])
     assert metrics["weight"] == mask.sum()
     gradient = (2 * (0.5 - x) * mask).sum() / mask.sum()
     assert float(state.params) == pytest.approx(0.5 - 0.1 * gradient, rel=1e-5)
     # Weights of a batch multiply those of the loss.
     twice = np.array([2, 1, 1, 1, 1, 1, 1, 1], np.float32)
-    _, metrics = step(train_state(jnp.float32(0.5), 0.1, key0()), Weighted((x, mask), twice))
+    _, metrics = step(TrainState.create(jnp.float32(0.5), 0.1, key0()), Weighted((x, mask), twice))
     expected = ((0.5 - x) ** 2 * mask * twice[:, None]).sum() / (mask * twice[:, None]).sum()
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
 
@@ -961,7 +975,7 @@ def test_a_frozen_body_keeps_its_statistics_too():
         return jnp.square(out - batch[1])[:, 0], {**state, "head": head_state}
 
     optimizer = freeze(optax.adam(0.01), "body")
-    start = train_state(params, optimizer, key0(), state=state)
+    start = TrainState.create(params, optimizer, key0(), state=state)
     end, metrics = jax.jit(train_steps(train_step(loss, optimizer), 4, 9))(start, (x, y))
     chex.assert_trees_all_equal(end.params["body"], params["body"])
     chex.assert_trees_all_equal(end.state["body"], state["body"])
@@ -990,7 +1004,7 @@ def test_jaxs_own_switches_for_debugging_change_no_number(switch):
     params, key = params_of(), key0()
 
     def run():
-        start = train_state(params, optimizer, key)
+        start = TrainState.create(params, optimizer, key)
         step = augmented(train_step(loss, optimizer), lambda key, batch: batch)
         end, metrics = jax.jit(train_steps(step, 4, 4, drop_last=False))(start, data)
         mean = evaluate(

@@ -10,13 +10,13 @@ import pytest
 from jaxnet import repeat, scan
 from jaxnet.train import (
     NonFiniteError,
+    TrainState,
     Weighted,
     early_stopping,
     evaluate,
     fit,
     time_budget,
     train_epoch,
-    train_state,
     train_step,
     train_steps,
     write_csv,
@@ -32,7 +32,7 @@ def loss(params, batch):
 
 
 def start(params=None):
-    return train_state(jnp.zeros(3) if params is None else params, 0.1, jax.random.key(0))
+    return TrainState.create(jnp.zeros(3) if params is None else params, 0.1, jax.random.key(0))
 
 
 def ran(data=DATA, *, begin=None, **options):
@@ -128,9 +128,9 @@ def test_structured_arrays_are_refused_by_name(dtype):
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), True, "60", None])
-def test_save_every_is_a_number_of_seconds(value):
-    with pytest.raises(ValueError, match="save_every must be a number of seconds"):
-        ran(save_every=value)
+def test_save_seconds_is_a_number_of_seconds(value):
+    with pytest.raises(ValueError, match="save_seconds must be a number of seconds"):
+        ran(save_seconds=value)
 
 
 @pytest.mark.parametrize("maker", [write_jsonl, write_csv])
@@ -176,7 +176,9 @@ def test_nan_in_the_first_parameters_is_named():
     def of_dict(params, batch):
         return loss(params["w"], batch)
 
-    begin = train_state({"w": jnp.asarray([0, np.nan, 0], jnp.float32)}, 0.1, jax.random.key(0))
+    begin = TrainState.create(
+        {"w": jnp.asarray([0, np.nan, 0], jnp.float32)}, 0.1, jax.random.key(0)
+    )
     with pytest.raises(NonFiniteError, match="'params/w': NaN before the first step"):
         fit(train_step(of_dict, 0.1), begin, DATA, batch_size=8, epochs=1, progress=False)
 

@@ -68,7 +68,7 @@ def test_capture_changes_neither_result_nor_state(case):
     params, state = case.start()
 
     def plain(params, state):
-        return call(case.net, params, state, key(3), True, case.data())
+        return call(case.net, params, *case.data(), state=state, key=key(3), train=True)
 
     def captured(params, state):
         stateful = {} if state is None else {"state": state}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxnet.checkpoint.file import Info, Leaf, inspect, load, save, verify
 from jaxnet.checkpoint.format import CheckpointError
-from jaxnet.checkpoint.lazy import lazy
+from jaxnet.checkpoint.opening import lazy
 from jaxnet.checkpoint.store import Checkpoint, Checkpoints
 
 if TYPE_CHECKING:

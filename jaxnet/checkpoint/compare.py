@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxnet.checkpoint import structure
 from jaxnet.checkpoint.file import Info, inspect
-from jaxnet.checkpoint.lazy import lazy
+from jaxnet.checkpoint.opening import lazy
 from jaxnet.checkpoint.structure import Spec
 
 BLOCK = 1 << 20  # elements that are looked at at a time, in float64

@@ -157,9 +157,9 @@ def _save_part(path: str, tree: Any) -> None:
 
 def load(
     path: str | os.PathLike[str],
-    like: Any = None,
     *,
-    only: str | Iterable[str] | None = None,
+    like: Any = None,
+    pattern: str | Iterable[str] | None = None,
     rename: dict[str, str] | Callable[[str], str] | None = None,
     strict: bool = True,
     cast: bool = False,
@@ -180,13 +180,15 @@ def load(
     Args:
       path: the file.
       like: what the result shall look like, or None.
-      only: a pattern of paths as in `jaxnet.tree` ('blocks/*/kernel', 'head'), or several, of which
-        each must match something. Only these leaves are read and checked. The result, and `like`,
-        is the part of the tree that holds them, as `jaxnet.tree.split(tree, only)[0]` gives it.
+      pattern: a pattern of paths as in `jaxnet.tree` ('blocks/*/kernel', 'head'), or several, of
+        which each must match something. Only these leaves are read and checked. The result, and
+        `like`, is the part of the tree that holds them, as `jaxnet.tree.split(tree, pattern)[0]`
+        gives it.
       rename: new paths for leaves of the file: a dict {path or node in the file: path or node in
         the result}, of which the longest that fits counts, or a function from path to path. The
         leaves then have no containers but those of `like` or, without it, nested dicts. A pattern
-        in `only` applies to the new paths or, if it matches none of them, to the paths of the file.
+        in `pattern` applies to the new paths or, if it matches none of them, to the paths of the
+        file.
       strict: False (with `like`) to keep the leaves of `like` that the file lacks, which must have
         values, and to leave out those of the file that `like` lacks. What both have must still fit,
         and they must share something.
@@ -201,14 +203,14 @@ def load(
         `fit` wrote, the call that loads it).
       OSError: the file is missing or cannot be opened.
     """
-    return _load(path, like, only, rename, strict, cast)[0]
+    return _load(path, like, pattern, rename, strict, cast)[0]
 
 
 def load_with_info(
     path: str | os.PathLike[str],
-    like: Any = None,
     *,
-    only: str | Iterable[str] | None = None,
+    like: Any = None,
+    pattern: str | Iterable[str] | None = None,
     rename: dict[str, str] | Callable[[str], str] | None = None,
     strict: bool = True,
     cast: bool = False,
@@ -218,7 +220,7 @@ def load_with_info(
     replaces it meanwhile.
 
     Args:
-      path, like, only, rename, strict, cast: as in `load`.
+      path, like, pattern, rename, strict, cast: as in `load`.
       template: a function from the `Info` of the file to `like`, for a `like` that depends on the
         file.
 
@@ -228,14 +230,14 @@ def load_with_info(
     Raises:
       CheckpointError, OSError: as `load`; and whatever `template` raises.
     """
-    tree, info = _load(path, like, only, rename, strict, cast, template)
+    tree, info = _load(path, like, pattern, rename, strict, cast, template)
     return tree, info()
 
 
 def _load(
     path: str | os.PathLike[str],
     like: Any,
-    only: Any,
+    pattern: Any,
     rename: Any,
     strict: bool,
     cast: bool,
@@ -247,7 +249,7 @@ def _load(
         raise ValueError(
             "cast=True and strict=False need a tree `like`: they say how it and the file may differ"
         )
-    patterns = None if only is None else [only] if isinstance(only, str) else list(only)
+    patterns = None if pattern is None else [pattern] if isinstance(pattern, str) else list(pattern)
 
     def read(file, fd, size):
         content = read_content(file, fd, size)
@@ -261,7 +263,7 @@ def _load(
         header, node, nodes, tensors = content[:4]
         targets = {name: arrays.Target(nodes[name].kind, nodes[name].value) for name in tensors}
         if wanted is not None:
-            what = "it" if only is None else "what `only` selects"
+            what = "it" if pattern is None else "what `pattern` selects"
             part = patterns is not None
             targets, kept = template_of.fit(
                 file, what, wanted, content, strict=strict, cast=cast, part=part

@@ -38,7 +38,7 @@ class Checkpoints:
     """A folder with one file per step, `step_00000100.safetensors`, of which the newest and the
     best are kept.
 
-        with Checkpoints("run", metric="min loss", asynchronous=True) as checkpoints:
+        with Checkpoints("run", best_rule="min loss", asynchronous=True) as checkpoints:
             if found := checkpoints.latest(like=state):
                 state, start = found.tree, found.step
             ...
@@ -48,9 +48,9 @@ class Checkpoints:
       folder: the first `save` creates it. Files with other names are left alone. With
         `engine="orbax"` also the URL of a folder in an object store, as in "gs://bucket/run".
       keep: how many of the newest steps are kept; None keeps all.
-      metric: 'min' or 'max' and the name of a metric, as in 'min loss' or 'max accuracy', by which
-        steps are ranked.
-      keep_best: how many of the best steps by `metric` are kept in addition.
+      best_rule: 'min' or 'max' and the name of a metric, as in 'min loss' or 'max accuracy', by
+        which steps are ranked.
+      keep_best: how many of the best steps by `best_rule` are kept in addition.
       asynchronous: True to write in a thread, one file at a time. `save` returns when it has copied
         the tree, whose arrays may then be donated or changed. The next call of any method raises an
         error of the thread; a program that ends before then waits for the thread and prints the
@@ -68,7 +68,7 @@ class Checkpoints:
         folder: str | os.PathLike[str],
         *,
         keep: int | None = 3,
-        metric: str | None = None,
+        best_rule: str | None = None,
         keep_best: int = 1,
         asynchronous: bool = False,
         engine: Literal["orbax"] | None = None,
@@ -83,12 +83,12 @@ class Checkpoints:
             )
         keep = None if keep is None else size_of("Checkpoints: keep", keep)
         keep_best = size_of("Checkpoints: keep_best", keep_best, 0)
-        if metric is not None and not re.fullmatch(r"(min|max) \S.*", str(metric)):
+        if best_rule is not None and not re.fullmatch(r"(min|max) \S.*", str(best_rule)):
             raise ValueError(
-                f"metric must be 'min' or 'max' and a name, as in 'min loss', got {metric!r}"
+                f"best_rule must be 'min' or 'max' and a name, as in 'min loss', got {best_rule!r}"
             )
         self.folder = places.absolute(os.fsdecode(folder))
-        self.keep, self.metric, self.keep_best = keep, metric, keep_best
+        self.keep, self.best_rule, self.keep_best = keep, best_rule, keep_best
         self.asynchronous, self.engine = asynchronous, engine
         # Steps whose files are known to be damaged or incomplete.
         self._bad: set[int] = set()
@@ -111,7 +111,7 @@ class Checkpoints:
           step: a number greater than that of every good file in the folder.
           tree: as in `jaxnet.checkpoint.save`.
           metrics: numbers by name (floats, scalars of NumPy or JAX; NaN and infinities too), among
-            them that of `metric`. Without metrics a step is never the best.
+            them that of `best_rule`. Without metrics a step is never the best.
           metadata: as in `jaxnet.checkpoint.save`; 'step' and 'metrics' are taken.
 
         Raises:
@@ -161,7 +161,7 @@ class Checkpoints:
         if self.engine == "orbax":
             orbax.outlive(self._thread)
 
-    def latest(self, like: Any = None, **options: Any) -> Checkpoint | None:
+    def latest(self, *, like: Any = None, **options: Any) -> Checkpoint | None:
         """Load the newest good step.
 
         A damaged file is skipped with a warning and listed in `skipped`. A file that cannot be
@@ -181,8 +181,8 @@ class Checkpoints:
         """
         return self._first(self.steps()[::-1], {}, like, options)
 
-    def best(self, like: Any = None, **options: Any) -> Checkpoint | None:
-        """Load the best good step by `metric`; of equally good steps, the earliest.
+    def best(self, *, like: Any = None, **options: Any) -> Checkpoint | None:
+        """Load the best good step by `best_rule`; of equally good steps, the earliest.
 
         Args:
           like: as in `jaxnet.checkpoint.load`.
@@ -192,19 +192,19 @@ class Checkpoints:
           The checkpoint, or None if no step has that metric.
 
         Raises:
-          ValueError: the store has no `metric`.
+          ValueError: the store has no `best_rule`.
           CheckpointError, OSError: as `latest`.
         """
-        if self.metric is None:
+        if self.best_rule is None:
             raise ValueError(
-                "best() needs to know what is good: Checkpoints(folder, metric='min loss')"
+                "best() needs to know what is good: Checkpoints(folder, best_rule='min loss')"
             )
         ranked, skipped, closed = self._ranked(self.steps())
         for error in closed.values():
             raise error
         return self._first(ranked, skipped, like, options)
 
-    def load(self, step: int, like: Any = None, **options: Any) -> Checkpoint:
+    def load(self, step: int, *, like: Any = None, **options: Any) -> Checkpoint:
         """Load one step. Raises FileNotFoundError if there is no such step, otherwise as
         `jaxnet.checkpoint.load`.
         """
@@ -274,7 +274,7 @@ class Checkpoints:
         good = [step for step in steps if step not in self._bad]
         old = [other for other in steps if other < min(good[-self.keep :], default=step)]
         best: set[int] = set()
-        if old and self.metric:
+        if old and self.best_rule:
             ranked, _, closed = self._ranked(good)
             # A file that cannot be opened now may be among the best.
             best = {*ranked[: self.keep_best], *closed}
@@ -329,7 +329,7 @@ class Checkpoints:
 
     def _load(self, step: int, like: Any, options: dict[str, Any]) -> Checkpoint:
         path = self._path(step)
-        tree, info = load_with_info(path, like, **options)
+        tree, info = load_with_info(path, like=like, **options)
         metadata = {key: x for key, x in info.metadata.items() if key not in ("step", "metrics")}
         written = info.metadata.get("step", step)
         if info.version is not None and written != step:
@@ -338,7 +338,7 @@ class Checkpoints:
 
     def _numbers(self, metrics: Mapping[str, Any] | None) -> dict[str, float | str]:
         """Metrics as JSON can hold them."""
-        name = self.metric and self.metric[4:]
+        name = self.best_rule and self.best_rule[4:]
         if metrics and name and name not in metrics:
             raise ValueError(
                 f"metrics must have '{name}', by which the best step is chosen; they have "
@@ -361,8 +361,8 @@ class Checkpoints:
         """Rank steps by the metric, best first; also return the damaged files and those that cannot
         be opened, by step.
         """
-        assert self.metric
-        sign, name = {"min": 1, "max": -1}[self.metric[:3]], self.metric[4:]
+        assert self.best_rule
+        sign, name = {"min": 1, "max": -1}[self.best_rule[:3]], self.best_rule[4:]
         values, skipped, closed = [], {}, {}
         for step in steps:
             try:

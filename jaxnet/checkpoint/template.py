@@ -24,8 +24,8 @@ PLACES = ("train_state/params", "train_state", "best/params", "best")
 def fit(
     file: str, what: str, like: Any, content: Content, *, strict: bool, cast: bool, part: bool
 ) -> tuple[dict[str, Target], dict[str, Any]]:
-    """`match.fit` for the leaves of a file and their containers; `part` if `only` has selected some
-    of its leaves.
+    """`match.fit` for the leaves of a file and their containers; `part` if `pattern` has selected
+    some of its leaves.
     """
     from jaxnet.checkpoint import arrays
 
@@ -63,9 +63,9 @@ def _with_remedy(error: Misfit, content: Content, wanted: Collection[str]) -> Mi
         name.removeprefix(f"{place}/") for name in content.leaves if name.startswith(f"{place}/")
     ]
     whole = all(name.partition("/")[0] in first for name in inside)
-    only = place if whole else sorted(_below(place, glob.escape(step)) for step in first)
+    pattern = place if whole else sorted(_below(place, glob.escape(step)) for step in first)
     call = (
-        f"load({shown(repr(error.path), 5000)}, like, only={shown(repr(only), 3000)}, "
+        f"load({shown(repr(error.path), 5000)}, like=like, pattern={shown(repr(pattern), 3000)}, "
         f"rename={{'{place}': ''}})"
     )
     text = f"fit wrote this file, and paths of `like` are below '{place}' there: {call}"

@@ -23,7 +23,7 @@ DESCRIPTION = (
 )
 EPILOG = """examples:
   jaxnet inspect run/state.safetensors                   paths, shapes, types and sizes
-  jaxnet inspect --stats --glob '**/kernel' model.safetensors
+  jaxnet inspect --stats --pattern '**/kernel' model.safetensors
   jaxnet verify run/*.safetensors                        read all bytes and check them
   jaxnet diff old.safetensors new.safetensors            which leaves differ, and how far
   jaxnet convert net.pt net.safetensors                  PyTorch's names and layouts to jaxnet's

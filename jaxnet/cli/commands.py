@@ -34,7 +34,7 @@ def add_inspect(commands: Any) -> None:
     parser.add_argument("file", metavar="FILE", help="a checkpoint, or any *.safetensors file")
     parser.add_argument("--stats", action="store_true", help=STATS)
     text = "show only these leaves: a pattern of paths like 'head' or '**/bias'; may be repeated"
-    parser.add_argument("--glob", action="append", metavar="PATTERN", help=text)
+    parser.add_argument("--pattern", action="append", metavar="PATTERN", help=text)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of tables"
     )
@@ -45,10 +45,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from jaxnet.checkpoint import inspect
 
     info = inspect(args.file)
-    if args.glob:
+    if args.pattern:
         from jaxnet.checkpoint.match import select
 
-        names = select(args.file, [*(leaf.path for leaf in info.leaves), *info.scalars], args.glob)
+        names = select(
+            args.file, [*(leaf.path for leaf in info.leaves), *info.scalars], args.pattern
+        )
         scalars = {path: x for path, x in info.scalars.items() if path in names}
         info = info._replace(
             leaves=tuple(leaf for leaf in info.leaves if leaf.path in names), scalars=scalars

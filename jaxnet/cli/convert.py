@@ -19,8 +19,8 @@ the new names that --rename gives."""
 RENAME = """the node or leaf OLD of IN becomes NEW in OUT, for instance 'state_dict.module=' or
 'layer1.0=body/first'; paths in jaxnet omit 'params/' and 'state/', unless both files are jaxnet
 checkpoints; may be repeated, the longest matching OLD wins"""
-ONLY = """to jaxnet: convert only these leaves, for instance 'model' of a training checkpoint; may
-be repeated"""
+PATTERN = """to jaxnet: convert only these leaves, for instance 'model' of a training checkpoint;
+may be repeated"""
 LIKE = """a jaxnet checkpoint with `params` and `state` that OUT must match: it determines which
 matrices are embeddings, and which numbered modules `repeat` stacks"""
 STACKED = (
@@ -49,7 +49,7 @@ def add_convert(commands: Any) -> None:
     parser.add_argument(
         "--rename", action="append", default=[], metavar="OLD=NEW", type=_pair, help=RENAME
     )
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help=ONLY)
+    parser.add_argument("--pattern", action="append", default=[], metavar="PATTERN", help=PATTERN)
     parser.add_argument("--like", metavar="FILE", help=LIKE)
     parser.add_argument("--stacked", action="append", default=[], metavar="PATH", help=STACKED)
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -83,8 +83,8 @@ def _convert(args: argparse.Namespace) -> int:
         )
     if args.like and (kind == "jaxnet" or args.to != "jaxnet"):
         args.parser.error("--like is for --from torch --to jaxnet, and for --from keras")
-    if args.to != "jaxnet" and (kind == "keras" or args.only):
-        args.parser.error("--from keras and --only are for --to jaxnet")
+    if args.to != "jaxnet" and (kind == "keras" or args.pattern):
+        args.parser.error("--from keras and --pattern are for --to jaxnet")
     if args.stacked and (kind, args.to) != ("jaxnet", "torch"):
         args.parser.error("--stacked is for --from jaxnet --to torch")
     if os.path.lexists(args.target) and not args.force:
@@ -113,16 +113,16 @@ def _converted(args: argparse.Namespace, kind: str) -> Any:
 
     rename = dict(args.rename)
     if (kind, args.to) == ("jaxnet", "jaxnet"):
-        return load(args.source, rename=rename or None, only=args.only or None)
+        return load(args.source, rename=rename or None, pattern=args.pattern or None)
     if (kind, args.to) == ("torch", "torch"):
         return renamed_tensors(args.source, rename)
     if kind != "jaxnet":
         read = from_torch if kind == "torch" else from_keras
         return read(
             args.source,
-            _variables(args.like) if args.like else None,
+            like=_variables(args.like) if args.like else None,
             rename=rename,
-            only=args.only or None,
+            pattern=args.pattern or None,
         )
     try:
         return to_torch(_variables(args.source), rename=rename, stacked=args.stacked)
@@ -151,8 +151,8 @@ def _way_to_params(tree: Any) -> str:
     if not (isinstance(run, dict) and "params" in run):
         return "if the whole tree is params, move it: jaxnet convert IN OUT --rename =params"
     # A network without state has an empty dict there, which no pattern matches.
-    only = ["params", *(["state"] if jax.tree.leaves(run.get("state")) else [])]
-    options = " ".join(f"--only train_state/{name}" for name in only)
+    parts = ["params", *(["state"] if jax.tree.leaves(run.get("state")) else [])]
+    options = " ".join(f"--pattern train_state/{name}" for name in parts)
     return (
         f"it is a run of fit, so convert its variables first: jaxnet convert IN NEW {options} "
         "--rename train_state="

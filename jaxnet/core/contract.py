@@ -338,17 +338,39 @@ def _plain(function: Callable[..., Any], name: str, remedy: str) -> Layer:
 
 
 def call(
-    layer: Layer,
+    net: Layer,
     params: Any,
-    state: Any,
-    key: Any,
-    train: bool,
-    inputs: tuple[Any, ...] = (),
-    named: Mapping[str, Any] = {},
+    /,
+    *inputs: Any,
+    state: Any = None,
+    key: Any = None,
+    train: bool = False,
+    **named: Any,
 ) -> tuple[Any, Any]:
-    """Call a layer, stateful or not, in one form: -> (outputs, state)."""
-    outputs, state, _ = run(layer, params, state, key, train, inputs, named)
-    return outputs, state
+    """Call a network, stateful or stateless, in one form.
+
+    Args:
+      net: the network, or any layer.
+      params: its parameters.
+      *inputs: its inputs.
+      state: the state of a stateful network. A stateless network returns it unchanged.
+      key: PRNG key for the random numbers of the call.
+      train: True for training.
+      **named: inputs by name.
+
+    Returns:
+      (outputs, state).
+
+    Raises:
+      ValueError: a stateful network gets no state, or a random one gets no key in training; and
+        whatever `net.apply` raises.
+
+    Example:
+      >>> double = layer(None, lambda params, x: 2 * x)
+      >>> call(double, {}, 3.0)
+      (6.0, None)
+    """
+    return run(net, params, state, key, train, inputs, named)[:2]
 
 
 def run(

@@ -3,13 +3,12 @@ loop of one's own.
 """
 
 from .batching import Dataset, Split, batches, check_labels
-from .digits import digits
 from .idx import read_idx, write_idx
-from .mnist import MIRRORS, mnist
+from .mnist_files import mnist
+from .optical_digits import digits
 from .windows import Windows
 
 __all__ = [
-    "MIRRORS",
     "Dataset",
     "Split",
     "Windows",

@@ -44,14 +44,19 @@ class Dataset(NamedTuple):
 
 
 def batches(
-    data: Tree, size: int, *, seed: int | None = None, epochs: int = 1, drop_last: bool = False
+    data: Tree,
+    batch_size: int,
+    *,
+    seed: int | None = None,
+    epochs: int = 1,
+    drop_last: bool = False,
 ) -> Iterator[Tree]:
-    """Yield `data` in batches of `size` along the leading axis, `epochs` times over.
+    """Yield `data` in batches of `batch_size` along the leading axis, `epochs` times over.
 
     Args:
         data: a dict, tuple, named tuple or list (nested at will) of arrays [N, ...] with one N, or
             a single array. Series, frames and tensors of other libraries are read by position.
-        size: examples per batch.
+        batch_size: examples per batch.
         epochs: passes over the data.
         seed: shuffles, anew for each epoch; the order is fixed by (seed, epoch) whatever the number
             of epochs or the batch size, and does not change with NumPy's version. None keeps the
@@ -60,25 +65,27 @@ def batches(
             single shape).
 
     Yields:
-        The same structure, leaves [size, ...]; the last of an epoch [N % size, ...] if that is not
-        0.
+        The same structure, leaves [batch_size, ...]; the last of an epoch [N % batch_size, ...] if
+        that is not 0.
 
     Raises:
         ValueError: at the call, for no data, leaves of unequal length, or a batch larger than the
             data.
         TypeError: at the call, for a list of numbers or of examples, and for masked entries.
     """
-    size, epochs = size_of("batches: size", size), size_of("batches: epochs", epochs)
+    batch_size = size_of("batches: batch_size", batch_size)
+    epochs = size_of("batches: epochs", epochs)
     seed = None if seed is None else size_of("batches: seed", seed, 0)
     _check_lists(data)
     arrays = _map(_as_array, data)
     n = _common_length(arrays)
-    if size > n:
+    if batch_size > n:
         raise ValueError(
-            f"batches: size must be at most the {n} rows of the data, got {size}; lower it"
+            f"batches: batch_size must be at most the {n} rows of the data, got {batch_size}; "
+            "lower it"
         )
     # The generator is a separate function, so that errors come at the call.
-    return _generate(arrays, n, size, seed, epochs, drop_last)
+    return _generate(arrays, n, batch_size, seed, epochs, drop_last)
 
 
 def check_labels(labels, classes: int) -> None:

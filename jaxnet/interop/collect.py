@@ -1,7 +1,7 @@
 """Collect the arrays in containers of any kind by path, and convert each to a NumPy array.
 
 An object that holds arrays, but is neither an array nor a container, is kept as `Refused` with the
-remedy. It is an error only if it is requested, so `only=` can read the rest.
+remedy. It is an error only if it is requested, so `pattern=` can read the rest.
 """
 
 from __future__ import annotations

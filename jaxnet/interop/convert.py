@@ -42,7 +42,7 @@ def convert(
     like: Any,
     *,
     rename: Rename,
-    only: str | Iterable[str] | None,
+    pattern: str | Iterable[str] | None,
     strict: bool,
     cast: bool,
 ) -> Any:
@@ -54,7 +54,7 @@ def convert(
       convention: the names and layouts of the library.
       like: as in `from_torch`.
       rename: as in `from_torch`.
-      only: as in `from_torch`.
+      pattern: as in `from_torch`.
       strict: as in `from_torch`.
       cast: as in `from_torch`.
 
@@ -80,9 +80,9 @@ def convert(
         for path, name in moved.items()
     }
     new = {path: name for path, name in placed.items() if name is not None}
-    if only is not None:
+    if pattern is not None:
         new = _chosen(
-            file, new, moved, nodes, whole, [only] if isinstance(only, str) else list(only)
+            file, new, moved, nodes, whole, [pattern] if isinstance(pattern, str) else list(pattern)
         )
     found = {moved[path]: to_numpy(file, moved[path], source[moved[path]]) for path in new}
     floats = {path for path in new if jnp.issubdtype(found[moved[path]].dtype, jnp.inexact)}
@@ -229,13 +229,13 @@ def _chosen(
     whole: Mapping[str, str],
     patterns: list[str],
 ) -> dict[str, str]:
-    """The part of `new` that the patterns of `only` select, by new paths or, if none matches, by
+    """The part of `new` that the patterns of `pattern` select, by new paths or, if none matches, by
     paths of the source.
     """
     from jaxnet import tree
 
     if not patterns:
-        raise ValueError("only must be a pattern of paths or several, got none")
+        raise ValueError("pattern must be a pattern of paths or several, got none")
     names = {}
     for path, name in new.items():
         short = _in_stack(name, nodes)[0]
@@ -255,7 +255,7 @@ def _chosen(
                 file,
                 None,
                 (
-                    f"only: no path matches '{shown(pattern)}'; the nearest of {len(known)} are "
+                    f"pattern: no path matches '{shown(pattern)}'; the nearest of {len(known)} are "
                     f"{close}"
                 ),
             )

@@ -26,10 +26,10 @@ EQUINOX = Convention({}, features_first=True, broadcast=True)
 
 def from_flax(
     variables: Any,
-    like: Any = None,
     *,
+    like: Any = None,
     rename: Rename = None,
-    only: str | Iterable[str] | None = None,
+    pattern: str | Iterable[str] | None = None,
     strict: bool = True,
     cast: bool = False,
 ) -> Any:
@@ -45,7 +45,7 @@ def from_flax(
       like: as in `from_torch`.
       rename: {path of a module or parameter in Flax, without the collection: path here}, or a
         function.
-      only: as in `from_torch`.
+      pattern: as in `from_torch`.
       strict: as in `from_torch`.
       cast: as in `from_torch`.
 
@@ -68,16 +68,18 @@ def from_flax(
         leaves |= statistics
     else:
         leaves = by_path(file, flat(variables), lambda name: name.removesuffix("/value"))
-    return convert(file, leaves, FLAX, like, rename=rename, only=only, strict=strict, cast=cast)
+    return convert(
+        file, leaves, FLAX, like, rename=rename, pattern=pattern, strict=strict, cast=cast
+    )
 
 
 def from_haiku(
     params: Any,
     state: Any = None,
-    like: Any = None,
     *,
+    like: Any = None,
     rename: Rename = None,
-    only: str | Iterable[str] | None = None,
+    pattern: str | Iterable[str] | None = None,
     strict: bool = True,
     cast: bool = False,
 ) -> Any:
@@ -96,7 +98,7 @@ def from_haiku(
       state: the state from Haiku's `init`, if the network has state.
       like: as in `from_torch`.
       rename: {path of a module or parameter in Haiku, without '~': path here}, or a function.
-      only: as in `from_torch`.
+      pattern: as in `from_torch`.
       strict: as in `from_torch`.
       cast: as in `from_torch`.
 
@@ -112,16 +114,18 @@ def from_haiku(
         [*flat(params), *flat(state)],
         lambda name: "/".join(s for s in name.split("/") if s != "~"),
     )
-    return convert(file, leaves, HAIKU, like, rename=rename, only=only, strict=strict, cast=cast)
+    return convert(
+        file, leaves, HAIKU, like, rename=rename, pattern=pattern, strict=strict, cast=cast
+    )
 
 
 def from_equinox(
     model: Any,
     state: Any = None,
-    like: Any = None,
     *,
+    like: Any = None,
     rename: Rename = None,
-    only: str | Iterable[str] | None = None,
+    pattern: str | Iterable[str] | None = None,
     strict: bool = True,
     cast: bool = False,
 ) -> Any:
@@ -138,7 +142,7 @@ def from_equinox(
       state: its `equinox.nn.State`, if there is one.
       like: as in `from_torch`.
       rename: {path of a module or array in the model, as in 'layers/0': path here}, or a function.
-      only: as in `from_torch`.
+      pattern: as in `from_torch`.
       strict: as in `from_torch`.
       cast: as in `from_torch`.
 
@@ -152,7 +156,9 @@ def from_equinox(
     leaves = by_path(
         file, [*flat(model), *(_averages(model, state) if state is not None else [])], str
     )
-    return convert(file, leaves, EQUINOX, like, rename=rename, only=only, strict=strict, cast=cast)
+    return convert(
+        file, leaves, EQUINOX, like, rename=rename, pattern=pattern, strict=strict, cast=cast
+    )
 
 
 def _averages(model: Any, state: Any) -> list[tuple[str, Any]]:

@@ -22,10 +22,10 @@ KERAS = Convention(
 
 def from_keras(
     source: Any,
-    like: Any = None,
     *,
+    like: Any = None,
     rename: Rename = None,
-    only: str | Iterable[str] | None = None,
+    pattern: str | Iterable[str] | None = None,
     strict: bool = True,
     cast: bool = False,
 ) -> Any:
@@ -58,7 +58,7 @@ def from_keras(
         not by the name; or a Keras 3 model that has been built, with any backend.
       like: as in `from_torch`.
       rename: {path of a layer or array in Keras: path here}, or a function.
-      only: as in `from_torch`.
+      pattern: as in `from_torch`.
       strict: as in `from_torch`.
       cast: as in `from_torch`.
 
@@ -87,7 +87,7 @@ def from_keras(
         KERAS,
         like,
         rename=rename,
-        only=only,
+        pattern=pattern,
         strict=strict,
         cast=cast,
     )

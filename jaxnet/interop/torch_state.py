@@ -10,7 +10,7 @@ from typing import Any
 from jaxnet.checkpoint import match
 from jaxnet.checkpoint.container import opened
 from jaxnet.checkpoint.format import CheckpointError
-from jaxnet.checkpoint.lazy import lazy
+from jaxnet.checkpoint.opening import lazy
 from jaxnet.checkpoint.words import shown
 from jaxnet.interop.collect import Refused, by_path, collect, to_numpy
 from jaxnet.interop.convert import STATE, Convention, Rename, convert, merged, unstacked
@@ -31,10 +31,10 @@ REPEATED = 64
 
 def from_torch(
     source: Any,
-    like: Any = None,
     *,
+    like: Any = None,
     rename: Rename = None,
-    only: str | Iterable[str] | None = None,
+    pattern: str | Iterable[str] | None = None,
     strict: bool = True,
     cast: bool = False,
 ) -> Any:
@@ -74,10 +74,10 @@ def from_torch(
         of which the longest match applies: {"state_dict.module": "", "layer1.0": "stage1/first"};
         or a function from path to path. Old names may have '.' or '/' between steps; a function
         receives '/'.
-      only: a pattern of paths as in `load`, or several, each of which must match something. Only
+      pattern: a pattern of paths as in `load`, or several, each of which must match something. Only
         these arrays are converted, and `like` is the part of the variables that holds them. A
         pattern applies to the new paths or, if it matches none, to the paths of the source:
-        only="model" reads one entry of a training checkpoint.
+        pattern="model" reads one entry of a training checkpoint.
       strict: False (with `like`) to ignore arrays that `like` lacks. Every array of `like` must
         still be found.
       cast: as in `load`.
@@ -106,7 +106,7 @@ def from_torch(
         TORCH,
         like,
         rename=rename,
-        only=_slashed_patterns(only),
+        pattern=_slashed_patterns(pattern),
         strict=strict,
         cast=cast,
     )
@@ -277,7 +277,7 @@ def _slashed(file: str, tensors: dict[str, Any], rename: Rename) -> tuple[dict[s
     return by_path(file, tensors.items(), lambda name: name.replace(".", "/")), rename
 
 
-def _slashed_patterns(only: str | Iterable[str] | None) -> str | list[str] | None:
-    if only is None or isinstance(only, str):
-        return only and only.replace(".", "/")
-    return [pattern.replace(".", "/") for pattern in only]
+def _slashed_patterns(pattern: str | Iterable[str] | None) -> str | list[str] | None:
+    if pattern is None or isinstance(pattern, str):
+        return pattern and pattern.replace(".", "/")
+    return [each.replace(".", "/") for each in pattern]

@@ -1,9 +1,9 @@
 """The layers. Each is a function that returns a `jaxnet.core.Layer`."""
 
-from jaxnet.layers.conv import conv
-from jaxnet.layers.dropout import dropout
-from jaxnet.layers.embed import embed
+from jaxnet.layers.convolution import conv
+from jaxnet.layers.embedding import embed
 from jaxnet.layers.linear import dense
+from jaxnet.layers.noise import dropout
 from jaxnet.layers.norm import batch_norm, layer_norm
 from jaxnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
 from jaxnet.layers.shape import flatten

@@ -80,7 +80,7 @@ def fan_in_normal(key, shape: tuple[int, int], dtype):
     """`jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)`: normal of
     deviation 1 / sqrt(features).
 
-    key; shape [vocabulary, features]; dtype -> array.
+    key; shape [num_embeddings, features]; dtype -> array.
     """
     own = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
     return _scaled_by_fan_in(own, NORMAL, key, shape, dtype, out_axis=0)

@@ -21,7 +21,7 @@ __all__ = ["dense"]
 
 @interned
 def dense(
-    units: int,
+    features: int,
     *,
     bias: bool = True,
     kernel_init: Callable = initializers.lecun_normal,
@@ -30,10 +30,10 @@ def dense(
 ) -> Layer:
     """Affine map of the last axis, y = x W + b.
 
-    x [..., D] -> y [..., units]; kernel [D, units], bias [units].
+    x [..., D] -> y [..., features]; kernel [D, features], bias [features].
 
     Args:
-      units: features of the output.
+      features: the features of the output.
       bias: False leaves out b.
       kernel_init, bias_init: (key, shape, dtype) -> array, as in `jax.nn.initializers`.
       precision: of the matrix product, as in `jax.numpy.matmul`.
@@ -42,14 +42,14 @@ def dense(
       ValueError: the width differs from that at `init`, or a size is not a positive integer.
       TypeError: inputs that are not floats of the parameters' dtype.
     """
-    units = size_of("dense: units", units)
-    label = f"dense({units})"
+    features = size_of("dense: features", features)
+    label = f"dense({features})"
 
     def init(key, x):
         check_input(label, x)
-        params = {"kernel": kernel_init(key, (x.shape[-1], units), x.dtype)}
+        params = {"kernel": kernel_init(key, (x.shape[-1], features), x.dtype)}
         return (
-            params | {"bias": initializers.bias(bias_init, key, (units,), x.dtype)}
+            params | {"bias": initializers.bias(bias_init, key, (features,), x.dtype)}
             if bias
             else params
         )

@@ -92,7 +92,7 @@ def global_avg_pool(rank: int = 2) -> Layer:
 
 
 def _pool(name: str, pool: Callable, kind, window, strides, padding) -> Layer:
-    window, size = spatial_window(name, window)
+    window, size = spatial_window(name, "window", window)
     rank, label = len(window), f"{name}({size})"
     strides = window if strides is None else sizes_along(f"{label}: strides", strides, rank)
     padding = pads_along(f"{label}: padding", padding, rank)

@@ -29,8 +29,12 @@ __all__ = [
 ENDLESS = 2**30
 
 
-def spatial_window(name: str, window: int | Sequence[int]) -> tuple[tuple[int, ...], str]:
-    """The window along each spatial axis (an int is for images), and its text in labels."""
+def spatial_window(
+    name: str, what: str, window: int | Sequence[int]
+) -> tuple[tuple[int, ...], str]:
+    """The window along each spatial axis (an int is for images), and its text in labels. Errors
+    name the argument `what`.
+    """
     try:
         if np.ndim(window) == 0:
             sizes = (size_of(name, window),) * 2
@@ -40,7 +44,7 @@ def spatial_window(name: str, window: int | Sequence[int]) -> tuple[tuple[int, .
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError(
-            f"{name}: window must be a positive int, or one for each spatial axis as in (3,), "
+            f"{name}: {what} must be a positive int, or one for each spatial axis as in (3,), "
             f"got {window!r}"
         ) from None
     return sizes, str(sizes[0] if sizes == sizes[:1] * 2 else sizes)

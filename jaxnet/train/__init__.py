@@ -5,16 +5,16 @@ usable alone.
 from jaxnet.train.batch import Weighted
 from jaxnet.train.cache import compile_cache
 from jaxnet.train.diagnose import NonFiniteError
-from jaxnet.train.evaluate import evaluate
-from jaxnet.train.fit import Best, Result, fit
+from jaxnet.train.evaluation import evaluate
+from jaxnet.train.fitting import Best, Result, fit
 from jaxnet.train.loop import train_epoch, train_steps
-from jaxnet.train.many import many
-from jaxnet.train.optimizers import average, averaged, by_path, freeze, guarded
+from jaxnet.train.members import many
+from jaxnet.train.optimizers import averaged, averaged_params, by_path, freeze, guarded
 from jaxnet.train.order import balanced, shuffle, shuffled
 from jaxnet.train.pairs import all_pairs
 from jaxnet.train.plot import plot_history
 from jaxnet.train.rules import early_stopping, time_budget
-from jaxnet.train.step import TrainState, augmented, sgd, train_state, train_step
+from jaxnet.train.step import TrainState, augmented, sgd, train_step
 from jaxnet.train.writers import write_csv, write_jsonl
 
 __all__ = [
@@ -25,8 +25,8 @@ __all__ = [
     "Weighted",
     "all_pairs",
     "augmented",
-    "average",
     "averaged",
+    "averaged_params",
     "balanced",
     "by_path",
     "compile_cache",
@@ -42,7 +42,6 @@ __all__ = [
     "shuffled",
     "time_budget",
     "train_epoch",
-    "train_state",
     "train_step",
     "train_steps",
     "write_csv",

@@ -25,7 +25,7 @@ __all__ = [
     "check_iterable",
     "check_length",
     "check_names",
-    "check_save_every",
+    "check_save_seconds",
     "check_start",
     "check_stop",
     "evaluated",
@@ -38,20 +38,20 @@ def check_start(step: Any, train_state: Any) -> None:
     if isinstance(step, TrainState) or not callable(step):
         text = "fit: step must be a function (train_state, batch) -> (train_state, metrics)"
         raise TypeError(f"{text}, as train_step(loss, optimizer) makes it; got {_describe(step)}")
-    if isinstance(train_state, TrainState) or all(
+    if train_state is not TrainState and all(
         hasattr(train_state, name) for name in TrainState._fields
     ):
         return
     hint = ""
     if callable(train_state):
-        hint = "; call it: train_state(params, optimizer, key)"
+        hint = "; call it: TrainState.create(params, optimizer, key)"
     elif isinstance(train_state, Mapping):
         hint = (
-            "; these look like parameters: train_state(params, optimizer, jax.random.key(0)) "
+            "; these look like parameters: TrainState.create(params, optimizer, jax.random.key(0)) "
             "makes a train state of them"
         )
     raise TypeError(
-        "fit: train_state must be what train_state(params, optimizer, key) returns, got "
+        "fit: train_state must be what TrainState.create(params, optimizer, key) returns, got "
         f"{_describe(train_state)}{hint}"
     )
 
@@ -64,12 +64,14 @@ def check_length(total: int | None) -> None:
         )
 
 
-def check_functions(evaluate: Any, best: str | None, stop: Any, callbacks: Any) -> None:
+def check_functions(evaluate: Any, best_rule: str | None, stop: Any, callbacks: Any) -> None:
     """Raise unless these arguments of `fit` can be called as `fit` calls them."""
-    if best is not None:
-        best_of(best)
+    if best_rule is not None:
+        best_of(best_rule)
         if evaluate is None:
-            raise ValueError(f"fit: best={best!r} looks at what `evaluate` returns; pass that, too")
+            raise ValueError(
+                f"fit: best_rule={best_rule!r} looks at what `evaluate` returns; pass that, too"
+            )
     if evaluate is not None:
         _check_call("evaluate", evaluate, "a function (train_state) -> dict of numbers", _OF_BATCH)
     if stop is not None:
@@ -102,12 +104,12 @@ def check_functions(evaluate: Any, best: str | None, stop: Any, callbacks: Any) 
 _OF_BATCH = "; evaluate(test, data) makes it of a function test(params, batch)"
 
 
-def check_save_every(seconds: Any) -> None:
+def check_save_seconds(seconds: Any) -> None:
     """Raise unless this is a number of seconds, at least 0."""
     number = isinstance(seconds, int | float | np.number) and not isinstance(seconds, bool)
     if not number or not seconds >= 0:
         raise ValueError(
-            f"fit: save_every must be a number of seconds of at least 0, got {seconds!r}"
+            f"fit: save_seconds must be a number of seconds of at least 0, got {seconds!r}"
         )
 
 
@@ -184,7 +186,7 @@ def check_names(
 
 
 def evaluated(
-    evaluate: Callable, train_state: TrainState, best: str | None
+    evaluate: Callable, train_state: TrainState, best_rule: str | None
 ) -> tuple[str, ...] | None:
     """The names of the values that `evaluate` returns, after checking the values; None if they are
     unknown.
@@ -213,7 +215,7 @@ def evaluated(
     except LookupError:
         # For instance, a table of values by step may have no entry for the start.
         return None
-    return tuple(check_evaluation(values, best))
+    return tuple(check_evaluation(values, best_rule))
 
 
 def takes_params(error: Exception) -> bool:
@@ -232,14 +234,14 @@ def maybe_takes_params(error: Exception) -> bool:
     return str(error).startswith("tuple indices must be")
 
 
-def check_evaluation(values: Any, best: str | None) -> Mapping[str, Any]:
+def check_evaluation(values: Any, best_rule: str | None) -> Mapping[str, Any]:
     """Return the values from `evaluate` if they are a dict of numbers that includes the metric of
-    `best`.
+    `best_rule`.
 
     Raises:
       TypeError: they are not a dict of numbers by name.
       ValueError: a value is not a scalar.
-      KeyError: the metric of `best` is missing.
+      KeyError: the metric of `best_rule` is missing.
     """
     if not isinstance(values, Mapping):
         raise TypeError(
@@ -261,8 +263,8 @@ def check_evaluation(values: Any, best: str | None) -> Mapping[str, Any]:
             raise TypeError(
                 f"fit: what evaluate returns as '{name}' must be a number, got {_describe(value)}"
             )
-    if best is not None and (name := best_of(best)[0]) not in values:
-        raise KeyError(f"fit: best={best!r}, but `evaluate` returns {sorted(values)}")
+    if best_rule is not None and (name := best_of(best_rule)[0]) not in values:
+        raise KeyError(f"fit: best_rule={best_rule!r}, but `evaluate` returns {sorted(values)}")
     return values
 
 

@@ -55,8 +55,8 @@ class Keeper:
         """The metric by which a store keeps the best steps."""
         return (
             None
-            if self.store is None or self.store.metric is None
-            else self.store.metric.partition(" ")[2]
+            if self.store is None or self.store.best_rule is None
+            else self.store.best_rule.partition(" ")[2]
         )
 
     def check(self) -> None:

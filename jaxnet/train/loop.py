@@ -139,7 +139,7 @@ def _check_counter(start: Any, steps: int) -> None:
         raise ValueError(
             "train_steps: steps are counted in int32, so the last one must be less than 2**31, "
             f"got {int(start)} done + {steps} = {last}; start again with step 0, as "
-            "train_state(params, optimizer, key) makes it"
+            "TrainState.create(params, optimizer, key) makes it"
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxnet import tree
 from jaxnet.checks import size_of
 
-__all__ = ["Averaged", "Guarded", "average", "averaged", "by_path", "freeze", "guarded"]
+__all__ = ["Averaged", "Guarded", "averaged", "averaged_params", "by_path", "freeze", "guarded"]
 
 
 def by_path(groups: Mapping[str, Any]) -> Any:
@@ -73,8 +73,8 @@ def averaged(optimizer: Any, decay: float = 0.999) -> Any:
     """Keep a moving average of the parameters beside them, a <- d a + (1 - d) w with d = min(decay,
     (1 + t) / (10 + t)).
 
-    The ramp lets the start be forgotten. `average(train_state)` reads it; training itself is
-    unchanged. Half-precision parameters are averaged in float32.
+    The ramp lets the start be forgotten. `averaged_params(train_state)` reads it; training itself
+    is unchanged. Half-precision parameters are averaged in float32.
 
     Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; the
     ramp is that of tf.train.ExponentialMovingAverage(num_updates).
@@ -106,7 +106,7 @@ def averaged(optimizer: Any, decay: float = 0.999) -> Any:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def average(train_state: Any) -> Any:
+def averaged_params(train_state: Any) -> Any:
     """The averaged parameters of a run whose optimizer is `averaged`, in the dtypes of the
     parameters.
 
@@ -114,7 +114,7 @@ def average(train_state: Any) -> Any:
     """
     found = find(train_state.opt, Averaged)
     if found is None:
-        raise ValueError("average: the optimizer keeps no average; wrap it in `averaged`")
+        raise ValueError("averaged_params: the optimizer keeps no average; wrap it in `averaged`")
     return jax.tree.map(lambda a, w: a.astype(w.dtype), found.params, train_state.params)
 
 
@@ -262,7 +262,7 @@ def check_state(what: str, optimizer: Any, params: Any, opt: Any) -> None:
             f"{what}: the train state was made with another optimizer, or for other parameters: "
             f"its `opt` is {_describe(opt)}, this optimizer's is {_describe(wanted)}; {differs}; "
             "give the same optimizer to train_state and train_step, or begin anew with "
-            "train_state(params, optimizer, key)"
+            "TrainState.create(params, optimizer, key)"
         )
     for path, a, b in zip(
         tree.paths(wanted), jax.tree.leaves(wanted), jax.tree.leaves(opt), strict=True
@@ -271,7 +271,7 @@ def check_state(what: str, optimizer: Any, params: Any, opt: Any) -> None:
             raise ValueError(
                 f"{what}: the optimizer's state was made for other parameters: 'opt/{path}' has "
                 f"the shape {list(jnp.shape(b))}, these parameters need {list(a.shape)}; begin "
-                "anew with train_state(params, optimizer, key)"
+                "anew with TrainState.create(params, optimizer, key)"
             )
 
 

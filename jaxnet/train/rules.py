@@ -41,24 +41,25 @@ def best_of(rule: str) -> tuple[str, Callable[[float, float], bool]]:
 
 
 def early_stopping(
-    rule: str, patience: int
+    best_rule: str, patience: int
 ) -> Callable[[Sequence[Mapping[str, float]]], str | None]:
     """Make a condition for `fit(stop=...)`: the metric has not improved for `patience` values. NaN
     is not an improvement.
 
     Args:
-      rule: 'min' or 'max' and the name of a metric, such as 'min test_loss' or 'max test_accuracy'.
+      best_rule: 'min' or 'max' and the name of a metric, such as 'min test_loss' or 'max
+        test_accuracy'.
       patience: the number of values without an improvement after which the run stops.
 
     Returns:
       The condition, a function of the history.
 
     Raises:
-      ValueError: the rule is malformed, or `patience` is below 1.
+      ValueError: `best_rule` is malformed, or `patience` is below 1.
 
     Source: Prechelt, "Early Stopping - But When?", 1998.
     """
-    name, better = best_of(rule)
+    name, better = best_of(best_rule)
     if patience < 1:
         raise ValueError(f"early_stopping: patience must be at least 1, got {patience}")
 
@@ -69,7 +70,7 @@ def early_stopping(
             if better(value, values[best]):
                 best = i
         since = len(values) - 1 - best
-        return f"{rule} has not improved for {since} values" if since >= patience else None
+        return f"{best_rule} has not improved for {since} values" if since >= patience else None
 
     # `fit` reads this attribute to check that there is such a metric.
     stop.metric = name  # pyright: ignore[reportFunctionMemberAccess]

@@ -43,7 +43,7 @@ class Looks(NamedTuple):
     """
 
     evaluate: Callable | None
-    best: str | None
+    best_rule: str | None
     stop: Callable | None
     callbacks: Sequence[Callable]
 
@@ -123,7 +123,7 @@ class Run:
 
     # The loop
 
-    def go(self, flag: Interrupted, show: Progress, save_every: float) -> None:
+    def go(self, flag: Interrupted, show: Progress, save_seconds: float) -> None:
         """Train to the end, or until something stops the run."""
         self._ask_to_stop()
         if self.stopped or self.done():
@@ -132,7 +132,7 @@ class Run:
         self.feeding = self.feed.stacks(
             self.current, self.history.step, self.position, self.schedule.next_look, abandoned
         )
-        saves = Saves(self.keeper, save_every, self.history.step, self.feed.epoch_steps)
+        saves = Saves(self.keeper, save_seconds, self.history.step, self.feed.epoch_steps)
         ahead = self.history.step
         while not (self.stopped or flag.name or self.passed() or ahead == self.feed.total):
             stack = next(self.feeding, None)
@@ -234,8 +234,8 @@ class Run:
             raise
 
     def _check(self) -> None:
-        evaluate, best, stop, _ = self.looks
-        names = None if evaluate is None else inputs.evaluated(evaluate, self.current, best)
+        evaluate, best_rule, stop, _ = self.looks
+        names = None if evaluate is None else inputs.evaluated(evaluate, self.current, best_rule)
         if evaluate is None or names is not None:
             metrics = self.programs.metrics or ()
             inputs.check_names(metrics, names or (), stop, self.keeper.metric)
@@ -329,7 +329,7 @@ class Run:
 
     def _evaluate(self, new: New) -> None:
         assert self.looks.evaluate is not None
-        evaluated = inputs.check_evaluation(self.looks.evaluate(self.current), self.looks.best)
+        evaluated = inputs.check_evaluation(self.looks.evaluate(self.current), self.looks.best_rule)
         values = {name: float(value) for name, value in evaluated.items()}
         inputs.check_names(new.record, values, None, None)
         new.record.update(values)
@@ -346,8 +346,8 @@ class Run:
                 f"fit: no record has '{name}', on which it is to stop; there are "
                 f"{sorted(new.record)}"
             )
-        if self.looks.best is not None:
-            name, better = best_of(self.looks.best)
+        if self.looks.best_rule is not None:
+            name, better = best_of(self.looks.best_rule)
             first = self.best is None and not math.isnan(values[name])
             if first or (self.best is not None and better(values[name], self.best.value)):
                 params, state = jax.tree.map(copied, (self.current.params, self.current.state))

@@ -38,7 +38,7 @@ def save(run: Run, keeper: Keeper) -> None:
         "facts": run.feed.facts,
         "start": run.start,
         "total": run.feed.total,
-        "best": run.looks.best,
+        "best": run.looks.best_rule,
         "step_digest": run.programs.digest,
     }
     step, records = run.history.step, run.history.records
@@ -163,7 +163,7 @@ def restore(run: Run, found: Found) -> list[str]:
     run.start = text.get("start")
     notes = []
     if found.tree["best"] is not None:
-        rule, before = run.looks.best, text.get("best")
+        rule, before = run.looks.best_rule, text.get("best")
         if rule and before and rule != before:
             notes.append(
                 f"the best so far was by '{before}' and is now by '{rule}': it is looked for anew"

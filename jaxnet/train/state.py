@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxnet import tree
 from jaxnet.train.optimizers import check_optimizer
 
-__all__ = ["TrainState", "check_params", "check_train_state", "sgd", "train_state"]
+__all__ = ["TrainState", "check_params", "check_train_state", "sgd"]
 
 
 class TrainState(NamedTuple):
@@ -30,6 +30,38 @@ class TrainState(NamedTuple):
     opt: Any
     key: jax.Array
     step: jax.Array
+
+    @classmethod
+    def create(
+        cls, params: Any, optimizer: Any, key: jax.Array, *, state: Any = None
+    ) -> TrainState:
+        """Start a run.
+
+        Args:
+          params: the network's parameters, a pytree of float arrays.
+          optimizer: an optax transformation, or a learning rate (a number, or an optax schedule of
+            the step) for plain SGD.
+          key: PRNG key; the order of the data and the noise in training follow from it.
+          state: the state of a stateful network, `net.init_state(*inputs)`.
+
+        Returns:
+          The train state before step 0.
+
+        Raises:
+          TypeError: parameters that are not real floats, something that is not an optimizer, or no
+            PRNG key.
+        """
+        check_optimizer("TrainState.create", optimizer)
+        check_params("TrainState.create", params)
+        if not _is_key(key):
+            raise TypeError(
+                "TrainState.create: key must be a PRNG key such as jax.random.key(0), got "
+                f"{_brief(key)}"
+            )
+        # The counters of the optimizer and of the steps are copied to the device.
+        with jax.transfer_guard("allow"):
+            opt = optimizer.init(params) if hasattr(optimizer, "init") else ()
+            return cls(params, {} if state is None else state, opt, key, jnp.int32(0))
 
 
 def sgd(params: Any, grads: Any, lr: Any) -> Any:
@@ -58,41 +90,14 @@ def sgd(params: Any, grads: Any, lr: Any) -> Any:
     return jax.tree.map(lambda w, g: w - _like(lr, w) * g, params, grads)
 
 
-def train_state(params: Any, optimizer: Any, key: jax.Array, *, state: Any = None) -> TrainState:
-    """Start a run.
-
-    Args:
-      params: the network's parameters, a pytree of float arrays.
-      optimizer: an optax transformation, or a learning rate (a number, or an optax schedule of the
-        step) for plain SGD.
-      key: PRNG key; the order of the data and the noise in training follow from it.
-      state: the state of a stateful network, `net.init_state(*inputs)`.
-
-    Returns:
-      The train state before step 0.
-
-    Raises:
-      TypeError: parameters that are not real floats, something that is not an optimizer, or no PRNG
-        key.
-    """
-    check_optimizer("train_state", optimizer)
-    check_params("train_state", params)
-    if not _is_key(key):
-        raise TypeError(
-            f"train_state: key must be a PRNG key such as jax.random.key(0), got {_brief(key)}"
-        )
-    # The counters of the optimizer and of the steps are copied to the device.
-    with jax.transfer_guard("allow"):
-        opt = optimizer.init(params) if hasattr(optimizer, "init") else ()
-        return TrainState(params, {} if state is None else state, opt, key, jnp.int32(0))
-
-
 def check_train_state(what: str, train_state: Any) -> None:
     """Raise TypeError unless this is a train state."""
-    if not all(hasattr(train_state, name) for name in TrainState._fields):
+    if train_state is TrainState or not all(
+        hasattr(train_state, name) for name in TrainState._fields
+    ):
         raise TypeError(
-            f"{what}: needs a train state, as train_state(params, optimizer, key) makes it, got "
-            f"{_brief(train_state)}"
+            f"{what}: needs a train state, as TrainState.create(params, optimizer, key) makes "
+            f"it, got {_brief(train_state)}"
         )
 
 

@@ -15,7 +15,7 @@ from jaxnet.train.batch import Weighted, check_shape, examples, unweighted
 from jaxnet.train.optimizers import Guarded, check_optimizer, check_state, find, keep
 from jaxnet.train.pairs import refuse_pairs
 from jaxnet.train.sharding import in_parts, zeros_like_spec
-from jaxnet.train.state import TrainState, check_params, check_train_state, sgd, train_state
+from jaxnet.train.state import TrainState, check_params, check_train_state, sgd
 from jaxnet.train.told import explained
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "check_train_state",
     "examples",
     "sgd",
-    "train_state",
     "train_step",
 ]
 
@@ -48,7 +47,7 @@ def train_step(
         in, and the value must be [B]. A loss that draws random numbers has a parameter `key`. The
         loss of a stateful network has a parameter `state` and returns (value, new_state) or (value,
         new_state, metrics).
-      optimizer: the optimizer that was passed to `train_state`.
+      optimizer: the optimizer that was passed to `TrainState.create`.
       accumulate: compute the gradient in this number of equal parts of the batch, one after the
         other, which needs the memory of one part. The step is the same up to rounding if the loss
         returns one number per example, or `Weighted`. If the loss itself takes a mean, for instance

@@ -31,8 +31,8 @@ def explained(batch: Any, state: Any) -> Iterator[None]:
         if "state" in text and not jax.tree.leaves(state) and isinstance(error, ValueError):
             where = "the function takes no `state`, and the" if state is None else "the"
             error.args = (
-                f"{text}; {where} state of a network comes from train_state(params, optimizer, "
-                "key, state=net.init_state(x))",
+                f"{text}; {where} state of a network comes from TrainState.create(params, "
+                "optimizer, key, state=net.init_state(x))",
             )
         elif isinstance(error, LookupError) or any(look in text for look in LOOKS):
             error.add_note(f"the batch is {batch_in_words(batch)}; it has the form of the data")

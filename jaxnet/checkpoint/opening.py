@@ -28,7 +28,7 @@ def lazy(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
     opened.
 
     A leaf is not checked twice, and a program that cuts the file short in place, instead of
-    replacing it as `save` does, would crash its readers: `load(path, only=...)` makes copies and
+    replacing it as `save` does, would crash its readers: `load(path, pattern=...)` makes copies and
     has neither weakness. Of a checkpoint that several processes or Orbax have written, each look-up
     reads a copy.
 

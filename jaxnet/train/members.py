@@ -22,7 +22,7 @@ def many(run: Callable, *, how: str | int | None = None) -> Callable:
 
         def run(key, lr):
             optimizer = optax.adam(lr)
-            state = train_state(net.init(key, images), optimizer, key)
+            state = TrainState.create(net.init(key, images), optimizer, key)
             return train_steps(train_step(loss, optimizer), batch_size, steps)(state, data)
 
         states, metrics = many(run)(jax.random.split(key, 256), jnp.geomspace(1e-4, 1e-1, 256))

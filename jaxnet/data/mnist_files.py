@@ -13,7 +13,7 @@ import numpy as np
 from .batching import Dataset, Split
 from .idx import read_idx, replacing
 
-MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
+_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 
 # name: sha256 of the published .gz, sha256 of what is in it. Taken from files whose md5 are those
 # that torchvision publishes (tests/test_data.py holds the two together).
@@ -41,7 +41,7 @@ def mnist(
     folder: str | os.PathLike[str],
     *,
     download: bool = False,
-    mirrors: Sequence[str] = MIRRORS,
+    mirrors: Sequence[str] = _MIRRORS,
     timeout: float = 30.0,
     time_limit: float = 300.0,
 ) -> Dataset:
@@ -74,7 +74,7 @@ def mnist(
         raise FileNotFoundError(
             f"{folder}: expected the four MNIST files (.gz or unpacked), missing "
             f"{', '.join(missing)}; pass download=True, or put them there by hand, e.g. from "
-            f"{MIRRORS[0]}"
+            f"{_MIRRORS[0]}"
         )
     for name in missing:
         paths[name] = _download(folder, name, mirrors, timeout, time_limit)

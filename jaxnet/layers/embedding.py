@@ -19,7 +19,7 @@ __all__ = ["embed"]
 
 @interned
 def embed(
-    vocabulary: int,
+    num_embeddings: int,
     features: int,
     *,
     embedding_init: Callable = initializers.fan_in_normal,
@@ -27,11 +27,11 @@ def embed(
 ) -> Layer:
     """Look up a learned vector for each integer, y = E[ids].   ids [...] -> y [..., features].
 
-    Parameters: embedding [vocabulary, features].
-    An id that is not in 0 .. vocabulary - 1 gives NaN, so that it cannot pass for another.
+    Parameters: embedding [num_embeddings, features].
+    An id that is not in 0 .. num_embeddings - 1 gives NaN, so that it cannot pass for another.
 
     Args:
-      vocabulary: how many integers have a vector.
+      num_embeddings: how many integers have a vector.
       features: the length of a vector.
       embedding_init: (key, shape, dtype) -> array; by default normal with deviation 1 /
         sqrt(features).
@@ -41,11 +41,11 @@ def embed(
       ValueError: a size is not a positive integer.
       TypeError: ids that are not integers, or a dtype that is not a float.
     """
-    vocabulary, features = (
-        size_of("embed: vocabulary", vocabulary),
+    num_embeddings, features = (
+        size_of("embed: num_embeddings", num_embeddings),
         size_of("embed: features", features),
     )
-    label = f"embed({vocabulary}, {features})"
+    label = f"embed({num_embeddings}, {features})"
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{label}: the dtype of the embedding must be a float, got {jnp.dtype(dtype).name}"
@@ -55,7 +55,7 @@ def embed(
         check_input(label, ids, rank=0, kind=jnp.integer)
         return {
             "embedding": embedding_init(
-                key, (vocabulary, features), dtype or jnp.result_type(float)
+                key, (num_embeddings, features), dtype or jnp.result_type(float)
             )
         }
 

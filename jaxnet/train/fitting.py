@@ -48,7 +48,7 @@ class Result(_Result):
     Attributes:
       train_state: after the last step.
       history: a list of records, dicts of plain numbers, about one per 100 steps.
-      best: the best evaluation, None unless `best` was given.
+      best: the best evaluation, None unless `best_rule` was given.
       stopped: why the run ended before the last step: 'SIGINT', 'SIGTERM', the reason from the
         condition, or 'the data ended'; None if the run was completed.
       compiled: one line per compilation, with its reason; more than one line means that shapes or
@@ -94,11 +94,11 @@ def fit(
     evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
     evaluate_every: int | None = None,
     record_every: int | None = None,
-    best: str | None = None,
+    best_rule: str | None = None,
     stop: Callable[[Sequence[Record]], Any] | None = None,
     callbacks: Iterable[Callable[[Record], Any]] = (),
     checkpoint: str | os.PathLike | Checkpoints | None = None,
-    save_every: float = 60.0,
+    save_seconds: float = 60.0,
     check_finite: bool = True,
     progress: bool | None = None,
 ) -> Result:
@@ -111,8 +111,8 @@ def fit(
     Args:
       step: (train_state, batch) -> (train_state, metrics), from `train_step` or your own function;
         not jitted.
-      train_state: the start, as from `train_state(params, optimizer, key)`. It is copied, never
-        donated.
+      train_state: the start, as from `TrainState.create(params, optimizer, key)`. It is copied,
+        never donated.
       data: with `batch_size`, a pytree of arrays with a leading axis of examples. Arrays in memory
         are copied to the device as a whole; memory maps and other arrays with `array[rows]` are
         read by rows, as needed. Without `batch_size`, an iterable of batches, or a function (number
@@ -129,7 +129,8 @@ def fit(
       evaluate_every: steps per evaluation.
       record_every: steps per record; the default is about 100, an equal part of an epoch if
         possible, and at most 1,000 records in all.
-      best: 'min test_loss', 'max test_accuracy', ...: keep the parameters of the best evaluation.
+      best_rule: 'min test_loss', 'max test_accuracy', ...: keep the parameters of the best
+        evaluation.
       stop: a condition (history) -> bool or a reason, called after each record: `early_stopping`,
         `time_budget`. It is also called once before the first step, with a record of NaN, so its
         errors come early.
@@ -138,9 +139,9 @@ def fit(
       checkpoint: a file, or a `jaxnet.checkpoint.Checkpoints`, a folder with one file per step. If
         it exists, the run resumes from it; data, batch size, order, key and the parameters at the
         start must then be the same. It is written after the first epoch, evaluation or 5 seconds of
-        training, every `save_every` seconds, at the end, on a signal, and before an error is
-        raised. A store with a metric is also written after each evaluation.
-      save_every: seconds between two saves.
+        training, every `save_seconds` seconds, at the end, on a signal, and before an error is
+        raised. A store with a `best_rule` is also written after each evaluation.
+      save_seconds: seconds between two saves.
       check_finite: stop when a loss, parameter or state is no longer finite, and return the last
         finite values. This needs a second copy of the train state on the device.
       progress: a line on stderr, rewritten in place on a terminal; elsewhere one line per epoch and
@@ -173,9 +174,9 @@ def fit(
     for name, value in sizes.items():
         sizes[name] = None if value is None else _size(name, value)
     inputs.check_start(step, train_state)
-    inputs.check_save_every(save_every)
-    inputs.check_functions(evaluate, best, stop, callbacks)
-    looks = Looks(evaluate, best, stop, list(callbacks))
+    inputs.check_save_seconds(save_seconds)
+    inputs.check_functions(evaluate, best_rule, stop, callbacks)
+    looks = Looks(evaluate, best_rule, stop, list(callbacks))
     keeper = Keeper(checkpoint)
     keeper.check()
     check_finite = check_finite or _debugging()
@@ -209,10 +210,10 @@ def fit(
             step=run.history.step,
             show=progress,
             evaluations=schedule.evaluations,
-            metric=None if best is None else best_of(best)[0],
+            metric=None if best_rule is None else best_of(best_rule)[0],
         )
         _say_where(run, int(train_state.step), found, notes, show)
-        _run(run, keeper, show, save_every)
+        _run(run, keeper, show, save_seconds)
     return Result(
         run.current,
         run.history.records,
@@ -223,7 +224,7 @@ def fit(
     )
 
 
-def _run(run: Run, keeper: Keeper, show: Progress, save_every: float) -> None:
+def _run(run: Run, keeper: Keeper, show: Progress, save_seconds: float) -> None:
     """Train, and save the state before an error leaves."""
 
     def tell(name: str) -> None:
@@ -232,7 +233,7 @@ def _run(run: Run, keeper: Keeper, show: Progress, save_every: float) -> None:
 
     with interruptible(tell) as flag:
         try:
-            run.go(flag, show, save_every)
+            run.go(flag, show, save_seconds)
             if run.stopped:
                 _say_why(run, keeper, show)
         except Exception as error:
@@ -321,7 +322,7 @@ def _say_where(run: Run, start: int, found: Any, notes: Sequence[str], show: Pro
         if total is not None and step >= total:
             raise ValueError(
                 f"fit: the train state has done {step} steps, and {total} are asked for in all; "
-                "ask for more, or begin anew with train_state(params, ...)"
+                "ask for more, or begin anew with TrainState.create(params, ...)"
             )
     elif run.done():
         _say_done(run, found, show)
@@ -344,10 +345,10 @@ def _say_done(run: Run, found: saved.Found, show: Progress) -> None:
         f"{found.path} is {at}: nothing left to train. To begin anew, delete it or name another "
         "file"
     )
-    if run.looks.best and run.best is None:
+    if run.looks.best_rule and run.best is None:
         text += (
-            f". run.best stays None: no step is left in which best={run.looks.best!r} could be "
-            "found"
+            f". run.best stays None: no step is left in which best_rule={run.looks.best_rule!r} "
+            "could be found"
         )
     if beyond:
         raise ValueError(f"fit: {text}; to go on, ask for more")

@@ -14,7 +14,6 @@ from jaxnet.core.contract import (
     Carried,
     Layer,
     as_layer,
-    call,
     name_of,
     no_params,
     run,
@@ -339,7 +338,7 @@ def output_specs(layer: Layer, train: bool, /, *inputs: Any, **named: Any) -> An
         init_key, state_key, key = jax.random.split(jax.random.key(0), 3)
         params = layer.init(init_key, *inputs, **named)
         state = start_state(layer, state_key, inputs, named) if layer.init_state else None
-        return call(layer, params, state, key, train, inputs, named)[0]
+        return run(layer, params, state, key, train, inputs, named)[0]
 
     return memoised(
         layer, "outputs", lambda: abstractly(evaluate)(*inputs, **named), train, inputs, named

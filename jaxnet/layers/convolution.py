@@ -29,7 +29,7 @@ __all__ = ["conv"]
 @interned
 def conv(
     features: int,
-    window: int | Sequence[int],
+    kernel_size: int | Sequence[int],
     *,
     strides: int | Sequence[int] = 1,
     padding: str | int | Sequence[tuple[int, int]] = "SAME",
@@ -50,8 +50,8 @@ def conv(
 
     Args:
       features: F, features of the output.
-      window: an int for images (two spatial axes), or its size along each spatial axis: (3,) for
-        sequences, (3, 3, 3) for volumes.
+      kernel_size: an int for images (two spatial axes), or its size along each spatial axis: (3,)
+        for sequences, (3, 3, 3) for volumes.
       strides: s, the step between windows; one int for all spatial axes or one for each, as is
         `dilation`.
       padding: "SAME" (ceil(size / stride) outputs, the odd zero at the end), "VALID" (no zeros), an
@@ -67,7 +67,7 @@ def conv(
     missing axis, or where no window fits; TypeError for inputs that are not floats of the
     parameters' dtype.
     """
-    window, size = spatial_window("conv", window)
+    window, size = spatial_window("conv", "kernel_size", kernel_size)
     features = size_of(f"conv({features}, {size}): features", features)
     rank, label = len(window), f"conv({features}, {size})"
     groups = size_of(f"{label}: groups", groups)
