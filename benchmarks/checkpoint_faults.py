@@ -79,7 +79,9 @@ def jaxnet_file(engine: Literal["orbax"] | None = None) -> System:
     from jaxnet.checkpoint import CheckpointError, load, save
 
     return System(
-        lambda path, tree, step: save(path, tree, engine=engine), load, (CheckpointError,)
+        lambda path, tree, step: save(path, tree, engine=engine),
+        lambda path, like: load(path, like=like),
+        (CheckpointError,),
     )
 
 

@@ -119,15 +119,15 @@ def save_work(name: str, tree: Any, folder: str):
     save, load = FORMATS[plain]()
     save = save if name == plain else functools.partial(save_durably, save)
     save(path, tree)
-    check(load(path, like=shapes(tree)), tree)
+    check(load(path, shapes(tree)), tree)
     return lambda: save(path, tree), lambda: None
 
 
 def load_work(name: str, tree: Any, folder: str):
     path, (save, load) = file_of(name, folder), FORMATS[name]()
     save(path, tree)
-    check(load(path, like=shapes(tree)), tree)
-    return lambda: jax.block_until_ready(load(path, like=shapes(tree))), lambda: None
+    check(load(path, shapes(tree)), tree)
+    return lambda: jax.block_until_ready(load(path, shapes(tree))), lambda: None
 
 
 def asynchronous_work(name: str, tree: Any, folder: str):
@@ -216,16 +216,14 @@ def print_peak(what: str, name: str, leaves: int, size: int, folder: str) -> Non
     save, load = FORMATS[name]()
     path, small = file_of(f"{name} small", folder), make_tree(2, 1000)
     save(path, small)
-    load(path, like=shapes(small))
+    load(path, shapes(small))
     tree = make_tree(leaves, size if what == "save" else 1)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size,), x.dtype, sharding=x.sharding), tree)
     # The peak begins again, at the memory in use now.
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
     result = (
-        save(file_of(name, folder), tree)
-        if what == "save"
-        else load(file_of(name, folder), like=like)
+        save(file_of(name, folder), tree) if what == "save" else load(file_of(name, folder), like)
     )
     jax.block_until_ready(result)
     print((what == "save") + (memory("VmHWM") - before) / (4 * leaves * size))
@@ -256,13 +254,13 @@ def unflat(arrays: Any, like: Any) -> Any:
 def jaxnet():
     from jaxnet.checkpoint import load, save
 
-    return Format(save, load)
+    return Format(save, lambda path, like: load(path, like=like))
 
 
 def jaxnet_by_orbax():
     from jaxnet.checkpoint import load, save
 
-    return Format(functools.partial(save, engine="orbax"), load)
+    return Format(functools.partial(save, engine="orbax"), lambda path, like: load(path, like=like))
 
 
 def disk():
@@ -312,7 +310,7 @@ def torch():
         tensors = torch.load(path, weights_only=True)
         return jax.tree.unflatten(jax.tree.structure(like), [tensors[name] for name in flat(like)])
 
-    return Format(save, load)
+    return Format(save, lambda path, like: load(path, like=like))
 
 
 def equinox():
@@ -326,7 +324,7 @@ def equinox():
         with open(path, "rb") as file:
             return eqx.tree_deserialise_leaves(file, like)
 
-    return Format(save, load)
+    return Format(save, lambda path, like: load(path, like=like))
 
 
 def flax():
@@ -351,7 +349,7 @@ def orbax():
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(os.path.abspath(path), like)
 
-    return Format(save, load)
+    return Format(save, lambda path, like: load(path, like=like))
 
 
 FORMATS = {

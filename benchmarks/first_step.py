@@ -224,9 +224,9 @@ def equinox(images, labels):
 
     keys = jax.random.split(jax.random.key(0), len(SIZES) - 1)
     linears = [
-        eqx.nn.Linear(*sizes, key=key)
+        eqx.nn.Linear(*sizes, key=key)  # pyright: ignore
         for *sizes, key in zip(SIZES[:-1], SIZES[1:], keys, strict=True)
-    ]  # pyright: ignore
+    ]
     relu = eqx.nn.Lambda(jax.nn.relu)
     model = eqx.nn.Sequential([linears[0], relu, linears[1], relu, linears[2]])
     feed = peers.Feed(images[:BATCH], labels[:BATCH], BATCH)

@@ -466,10 +466,10 @@ def test_init_without_inputs_says_what_to_pass():
             r"got a .*Foreign; convert it, as in np.asarray",
         ),
         (
-            lambda: layer_norm().apply(X, {"scale": X}),
+            lambda: layer_norm().apply(X, {"scale": X}),  # pyright: ignore
             TypeError,
             "the parameters come first|params must be a dict",
-        ),  # pyright: ignore
+        ),
         (lambda: wire(a=dense(3)).init(key(), X), TypeError, "is no layer before it has a body"),  # pyright: ignore
         (
             lambda: wire(a=dense(3))(dense(2)),
@@ -479,31 +479,31 @@ def test_init_without_inputs_says_what_to_pass():
         (lambda: wire(dense(3)), TypeError, "give each child a name"),
         (lambda: chain([dense(3), dense(2)]), TypeError, r"unpack it, as in chain\(\*layers\)"),
         (
-            lambda: vmap(dense(3), 2, in_axes="x"),
+            lambda: vmap(dense(3), 2, in_axes="x"),  # pyright: ignore
             TypeError,
             "in_axes is an int or None, or a tuple",
-        ),  # pyright: ignore
+        ),
         (lambda: vmap(dense(3), 2, in_axes=((0, None),)), TypeError, "in_axes is an int or None"),  # pyright: ignore
         (
-            lambda: remat(dense(3), policy="dots"),
+            lambda: remat(dense(3), policy="dots"),  # pyright: ignore
             TypeError,
             "policy must be one of jax.checkpoint_policies",
-        ),  # pyright: ignore
+        ),
         (
             lambda: residual(dense(3)).init(key(), X),
             ValueError,
             "residual: the layer must return what it receives",
         ),
         (
-            lambda: param(3, jax.nn.initializers.ones),
+            lambda: param(3, jax.nn.initializers.ones),  # pyright: ignore
             TypeError,
             r"the shape must be a tuple of sizes, such as \(3,\)",
-        ),  # pyright: ignore
+        ),
         (
             lambda: chain(a=dense(3), b=dense(2)) and replace(chain(a=dense(3)), "a", 3),  # pyright: ignore
             TypeError,
             "new must be a Layer or",
-        ),  # pyright: ignore
+        ),
     ],
 )
 def test_wrong_uses_are_answered_in_words(run, error, message):

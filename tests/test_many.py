@@ -208,9 +208,8 @@ def test_arguments_without_a_common_leading_axis_are_named():
 
 
 def test_a_size_of_numpy_is_a_how():
-    np.testing.assert_array_equal(
-        many(lambda x: x + 1, how=np.int64(2))(jnp.arange(5)), np.arange(5) + 1
-    )  # pyright: ignore[reportArgumentType]
+    added = many(lambda x: x + 1, how=np.int64(2))  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(added(jnp.arange(5)), np.arange(5) + 1)
 
 
 @pytest.mark.parametrize("how", ["pmap", 0, -1, 2.0, True, np.bool_(True)])

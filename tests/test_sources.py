@@ -715,6 +715,6 @@ def test_a_nan_in_the_data_is_named_by_leaf_and_row(kind):
             data,
             epochs=1,
             progress=False,
-            **settings,
-        )  # pyright: ignore[reportArgumentType]
+            **settings,  # pyright: ignore[reportArgumentType]
+        )
     assert "learning rate" not in str(caught.value)
