@@ -17,12 +17,12 @@ from jaxnet.core import (
     as_layer,
     check_state,
     describe,
-    memoised,
     run,
     specs_of,
     start_state,
     tap,
 )
+from jaxnet.flops import flops_of
 
 __all__ = ["capture", "replace", "summary", "walk"]
 
@@ -212,7 +212,7 @@ def summary(net: Layer, *inputs: Any, train: bool = False, **named: Any) -> Summ
         # There are no notes if it is called inside a raw transform: its parent counts the FLOPs.
         known = notes.get(path, ())
         flops = sum(
-            math.prod(turns.shape) * _flops(note.layer, note.args, train) for note, turns in known
+            math.prod(turns.shape) * flops_of(note.layer, note.args, train) for note, turns in known
         )
         output = next((describe(note.outputs) for note, _ in known), "")
         try:
@@ -335,68 +335,3 @@ def _patterns(net: Layer, pattern: str | Sequence[str]) -> tuple[str, ...]:
 
 
 # FLOPs of a program as it is written
-
-
-def _flops(layer: Layer, args: Any, train: bool) -> int:
-    inputs, named = args
-
-    def start(key, *inputs, **named):
-        params_key, state_key = jax.random.split(key)
-        state = start_state(layer, state_key, inputs, named) if layer.init_state else None
-        return layer.init(params_key, *inputs, **named), state
-
-    def evaluate(params, state, key, *inputs, **named):
-        return run(layer, params, state, key if train else None, train, inputs, named)[0]
-
-    def compute():
-        params, state = abstractly(start)(jax.random.key(0), *inputs, **named)
-        trace = abstractly(evaluate, lambda fn, arrays: jax.make_jaxpr(fn)(arrays))
-        return _count_flops(trace(params, state, jax.random.key(0), *inputs, **named).jaxpr)
-
-    return memoised(layer, "flops", compute, train, inputs, named)
-
-
-def _count_flops(jaxpr) -> int:
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
-
-
-def _equation_flops(equation) -> int:
-    name = equation.primitive.name
-    size = sum(math.prod(v.aval.shape) for v in equation.outvars)
-    if name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        return 2 * size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-    if name == "conv_general_dilated":
-        kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
-        return 2 * size * math.prod(kernel) // kernel[spec[0]]
-    if name in _CONVOLUTIONS:
-        operands = [v.aval.shape for v in (*equation.invars, *equation.outvars)]
-        kernel, output = (operands[i] for i in _CONVOLUTIONS[name])
-        return 2 * math.prod(output) * math.prod(kernel) // kernel[-1]
-    if name.startswith("reduce_window"):
-        return size * math.prod(equation.params["window_dimensions"])
-    if name in _ARITHMETIC:
-        return size
-    if name in _REDUCTIONS:
-        return math.prod(equation.invars[0].aval.shape)
-    import jax.extend.core  # not above: it takes 16 ms
-
-    inner = [
-        _count_flops(getattr(j, "jaxpr", j))
-        for j in jax.extend.core.jaxprs_in_params(equation.params)
-    ]
-    if not inner:
-        return 0
-    return max(inner) if name == "cond" else sum(inner) * equation.params.get("length", 1)
-
-
-# The primitives of jaxnet.ops: where kernel and output are among their operands, and last, their
-# result.
-_CONVOLUTIONS = {"convolve": (1, 2), "convolve_input": (0, 1), "convolve_kernel": (2, 1)}
-_ARITHMETIC = frozenset(
-    "add sub mul div rem max min neg abs sign pow integer_pow sqrt rsqrt cbrt exp exp2 expm1 log "
-    "log1p tanh logistic sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc "
-    "erf_inv square floor ceil round lgamma digamma cumsum cumprod cummax cummin cumlogsumexp "
-    "add_any".split()
-)
-_REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod argmax argmin".split())

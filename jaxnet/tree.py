@@ -9,7 +9,6 @@ head, `**/bias` every bias.
 
 from __future__ import annotations
 
-import collections
 import difflib
 import fnmatch
 import functools
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnet.nodes import children_of, is_dict, is_leaf, level, like_node, names_of, path_of
 from jaxnet.numerics import euclidean
 
 __all__ = [
@@ -53,7 +53,7 @@ def flatten(tree: Any) -> dict[str, Any]:
     """
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = _join(path)
+        name = path_of(path)
         if name in leaves:
             raise ValueError(f"two leaves have the path '{name}'; a key must not hold a '/'")
         leaves[name] = leaf
@@ -87,7 +87,7 @@ def unflatten(leaves: Mapping[str, Any]) -> Any:
 
 def paths(tree: Any) -> list[str]:
     """The paths of all leaves, in JAX's order."""
-    return [_join(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def matches(path: str, *patterns: str, below: bool = True) -> bool:
@@ -98,7 +98,7 @@ def matches(path: str, *patterns: str, below: bool = True) -> bool:
     >>> matches("head/bias", "*/kernel")
     False
     """
-    return any(_matches(_names(path), _names(pattern), below) for pattern in patterns)
+    return any(_matches(names_of(path), names_of(pattern), below) for pattern in patterns)
 
 
 def select(tree: Any, *patterns: str) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def split(tree: Any, *patterns: str) -> tuple[Any, Any]:
     """
     _check_patterns(paths(tree), patterns)
     parts = _split(tree, "", lambda path: matches(path, *patterns))
-    empty = _like(tree, []) if _is_dict(tree) else None
+    empty = like_node(tree, []) if is_dict(tree) else None
     return tuple(empty if part is _MISSING else part for part in parts)  # pyright: ignore[reportReturnType]
 
 
@@ -152,7 +152,7 @@ def merge(*trees: Any) -> Any:
 def map_with_path(fn: Callable, tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` with the path: fn(path, leaf, *leaves of rest)."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: fn(_join(path), *leaves), tree, *rest
+        lambda path, *leaves: fn(path_of(path), *leaves), tree, *rest
     )
 
 
@@ -161,8 +161,8 @@ def get(tree: Any, path: str) -> Any:
     names.
     """
     node = tree
-    for depth, name in enumerate(_names(path)):
-        children = _children(node)
+    for depth, name in enumerate(names_of(path)):
+        children = children_of(node)
         if name not in children:
             raise KeyError(_no_child(path, depth, name, children))
         node = children[name]
@@ -174,7 +174,7 @@ def put(tree: Any, path: str, value: Any) -> Any:
 
     Raises: KeyError if the path leads through what is not there.
     """
-    return _put(tree, _names(path), value, path)
+    return _put(tree, names_of(path), value, path)
 
 
 def count(tree: Any) -> int:
@@ -266,51 +266,10 @@ def _check_patterns(known: Iterable[str], patterns: tuple[str, ...]) -> None:
             raise KeyError(f"no path matches '{pattern}'; the nearest of {len(known)} are {close}")
 
 
-def _join(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _names(path: str) -> list[str]:
-    return path.split("/") if path else []
-
-
-def _level(node: Any) -> tuple[list[str], list[Any], Any]:
-    """One level of a tree: names of the children, the children, and what puts them together
-    again.
-    """
-    pairs, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-    return [_join(path) for path, _ in pairs], [child for _, child in pairs], structure
-
-
-def _is_dict(node: Any) -> bool:
-    """Whether it is a node whose children have names and no order: JAX sorts the keys of these, not
-    of an OrderedDict.
-    """
-    return isinstance(node, dict) and not isinstance(node, collections.OrderedDict)
-
-
-def _like(node: dict, items: Iterable[tuple[Any, Any]]) -> dict:
-    """A dict of these items, of the type of `node`."""
-    if isinstance(node, collections.defaultdict):
-        return collections.defaultdict(node.default_factory, items)
-    return type(node)(items)
-
-
-def _is_leaf(node: Any) -> bool:
-    return jax.tree_util.all_leaves([node])  # None and empty nodes are no leaves
-
-
-def _children(node: Any) -> dict[str, Any]:
-    if _is_leaf(node):
-        return {}
-    names, children, _ = _level(node)
-    return dict(zip(names, children, strict=True))
-
-
 def _split(node: Any, path: str, chosen: Callable[[str], bool]) -> tuple[Any, Any]:
-    if _is_leaf(node):
+    if is_leaf(node):
         return (node, _MISSING) if chosen(path) else (_MISSING, node)
-    names, children, structure = _level(node)
+    names, children, structure = level(node)
     if not children:
         return _MISSING, node
     parts = [
@@ -321,13 +280,13 @@ def _split(node: Any, path: str, chosen: Callable[[str], bool]) -> tuple[Any, An
     for side in zip(*parts, strict=True):
         if all(part is _MISSING for part in side):
             sides.append(_MISSING)
-        elif _is_dict(node):
+        elif is_dict(node):
             kept = [
                 (key, part)
                 for key, part in zip(sorted(node), side, strict=True)
                 if part is not _MISSING
             ]
-            sides.append(_like(node, kept))
+            sides.append(like_node(node, kept))
         else:
             filled = [None if part is _MISSING else part for part in side]
             sides.append(jax.tree.unflatten(structure, filled))
@@ -335,16 +294,16 @@ def _split(node: Any, path: str, chosen: Callable[[str], bool]) -> tuple[Any, An
 
 
 def _merge(a: Any, b: Any, path: str) -> Any:
-    if _is_dict(a) and _is_dict(b):
+    if is_dict(a) and is_dict(b):
         both = {k: _merge(a[k], b[k], f"{path}/{k}") for k in a.keys() & b.keys()}
-        return _like(a, sorted({**a, **b, **both}.items(), key=lambda item: item[0]))
+        return like_node(a, sorted({**a, **b, **both}.items(), key=lambda item: item[0]))
     if a is None or b is None:
         return b if a is None else a
-    if _is_leaf(a) or _is_leaf(b):
+    if is_leaf(a) or is_leaf(b):
         raise ValueError(
             f"both trees hold '{path.strip('/')}'; the parts of a split have no leaf in common"
         )
-    (names, left, structure), (others, right, _) = _level(a), _level(b)
+    (names, left, structure), (others, right, _) = level(a), level(b)
     if type(a) is not type(b) or names != others:
         kinds = f"{type(a).__name__} and {type(b).__name__}"
         raise ValueError(f"cannot merge {kinds} at '{path.strip('/')}': other children")
@@ -356,19 +315,19 @@ def _put(node: Any, names: list[str], value: Any, path: str) -> Any:
     if not names:
         return value
     name, *rest = names
-    children = _children(node)
-    depth = len(_names(path)) - len(names)
+    children = children_of(node)
+    depth = len(names_of(path)) - len(names)
     if name not in children:
         if isinstance(node, dict) and not rest:
-            return _like(node, [*node.items(), (name, value)])
+            return like_node(node, [*node.items(), (name, value)])
         raise KeyError(_no_child(path, depth, name, children))
-    known, nodes, structure = _level(node)
+    known, nodes, structure = level(node)
     nodes[known.index(name)] = _put(children[name], rest, value, path)
     return jax.tree.unflatten(structure, nodes)
 
 
 def _no_child(path: str, depth: int, name: str, children: Mapping[str, Any]) -> str:
-    where = "/".join(_names(path)[:depth]) or "the top of the tree"
+    where = "/".join(names_of(path)[:depth]) or "the top of the tree"
     close = difflib.get_close_matches(name, children, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return (

@@ -122,7 +122,7 @@ def sum_again(entries: dict[str, Any], manifest: Any, data: bytes) -> None:
                 return
             sums.append(
                 fmt.crcs(
-                    fmt.Tensor(name, entry["dtype"], tuple(entry["shape"]), start, stop),
+                    entries.Tensor(name, entry["dtype"], tuple(entry["shape"]), start, stop),
                     data[start:stop],
                 )
             )

@@ -38,7 +38,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxnet.checkpoint import CheckpointError, Leaf, inspect, load, save, verify
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint.structure import CODES, WIDENED
+from jaxnet.checkpoint.dtypes import CODES, WIDENED
 
 HERE = pathlib.Path(__file__).parent
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in CODES | WIDENED}

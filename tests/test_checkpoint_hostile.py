@@ -18,7 +18,16 @@ import pytest
 from forgeries import forge_file
 from test_checkpoint import forge
 
-from jaxnet.checkpoint import CheckpointError, Checkpoints, inspect, lazy, load, save, verify
+from jaxnet.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    entries,
+    inspect,
+    lazy,
+    load,
+    save,
+    verify,
+)
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.words import printable
 
@@ -71,8 +80,8 @@ def zarr_bomb(path, shape, chunks, *, data=None, compressor=None, cuts=None):
             {"driver": "zarr", "kvstore": base | {"path": "w/"}}, open=True
         ).result()
         array[...].write(data).result()
-    whole = fmt.Tensor("w", "F32", tuple(shape), 0, 4 * int(np.prod(shape)))
-    blocks = fmt.Grid(
+    whole = entries.Tensor("w", "F32", tuple(shape), 0, 4 * int(np.prod(shape)))
+    blocks = entries.Grid(
         cuts or [[0] for _ in shape], ["0"] * int(np.prod([len(cut) for cut in cuts or [[0]]]))
     ).blocks(whole)
     crcs = ["0" * 8 * block.chunks for _, block, _ in blocks]

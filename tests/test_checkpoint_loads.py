@@ -29,7 +29,8 @@ from jaxnet import train
 from jaxnet import tree as trees
 from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint.structure import WIDENED, leaf_name, leaf_path
+from jaxnet.checkpoint.dtypes import WIDENED
+from jaxnet.checkpoint.structure import leaf_name, leaf_path
 
 
 def block(i):

@@ -134,7 +134,7 @@ PAIRS = [(np.zeros((8, 8), np.float32), 3)] * 60
         (
             None,
             {"start": TrainState.create},
-            r"got the function create; call it: TrainState.create\(params, optimizer, key\)",
+            r"got the function TrainState.create; call it: TrainState.create\(params, optimizer",
         ),
         (None, {"start": 3.0}, "must be what TrainState.* returns, got float 3.0"),
         (
@@ -597,7 +597,7 @@ def test_ctrl_c_twice_ends_a_script_with_a_sweep():
     """
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from linear_regression import *;from "
-        "jaxnet.train import fit, train_state, train_step; import time, jax.numpy as jnp\n"
+        "jaxnet.train import fit, TrainState, train_step; import time, jax.numpy as jnp\n"
         "for i in range(3):\n"
         "    fit(train_step(mean_square, .1), TrainState.create(params_of(), .1, key0()), "
         "regression(), batch_size=4,\n"

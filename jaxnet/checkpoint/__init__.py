@@ -13,8 +13,9 @@ docs/checkpoint_format.md describes them. Linux and macOS (it takes `flock`).
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxnet.checkpoint.file import Info, Leaf, inspect, load, save, verify
+from jaxnet.checkpoint.file import load, save, verify
 from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.inspection import Info, Leaf, inspect
 from jaxnet.checkpoint.opening import lazy
 from jaxnet.checkpoint.store import Checkpoint, Checkpoints
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxnet.checkpoint import structure
-from jaxnet.checkpoint.file import Info, inspect
+from jaxnet.checkpoint.inspection import Info, inspect
 from jaxnet.checkpoint.opening import lazy
 from jaxnet.checkpoint.structure import Spec
 

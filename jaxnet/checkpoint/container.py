@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from jaxnet.checkpoint import atomic, places, structure
+from jaxnet.checkpoint import atomic, entries, places, structure, tree_json
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint.format import CheckpointError, Header, Misfit, Tensor
+from jaxnet.checkpoint.dtypes import DTYPES
+from jaxnet.checkpoint.entries import Header, Tensor
+from jaxnet.checkpoint.format import CheckpointError, Misfit
 from jaxnet.checkpoint.structure import Node
 
 # Bytes that are read and summed at a time, few enough to be in the processor's cache when they are
 # summed.
 READ = 1 << 20
-# Bytes that are written and summed at a time; it divides format.CHUNK.
+# Bytes that are written and summed at a time; it divides entries.CHUNK.
 WRITE = 4 << 20
 # Tensors up to this number of bytes are written together with others.
 SMALL = 64 << 10
@@ -67,7 +69,7 @@ def write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any]
                     with contextlib.suppress(RuntimeError):
                         sync = pool.submit(os.fsync, fd)
                     unsynced = 0
-                sums[start // fmt.CHUNK] = zlib.crc32(block, sums[start // fmt.CHUNK])
+                sums[start // entries.CHUNK] = zlib.crc32(block, sums[start // entries.CHUNK])
             crcs.append("".join(f"{crc:08x}" for crc in sums))
         atomic.write(fd, memoryview(waiting))
         if sync:
@@ -207,13 +209,13 @@ def read_content(file: str, fd: int, size: int) -> Content:
     header = fmt.read_header(file, bytes(raw), size)
     if header.manifest is None:
         paths = structure.foreign_paths([t.name for t in header.tensors])
-        dtypes = [Node("jax", structure.DTYPES.get(t.code, t.code)) for t in header.tensors]
+        dtypes = [Node("jax", DTYPES.get(t.code, t.code)) for t in header.tensors]
         tensors = {
             structure.leaf_name(path): t for path, t in zip(paths, header.tensors, strict=True)
         }
         node = structure.nest(dict(zip(paths, dtypes, strict=True)))
         return Content(header, node, structure.leaves(node), tensors, False)
-    node = structure.from_json(file, header.manifest.get("tree"))
+    node = tree_json.from_json(file, header.manifest.get("tree"))
     try:
         leaves = structure.leaves(node, longest_names(header.data))
     except ValueError as e:
@@ -259,9 +261,9 @@ def read_tensors(
 
     def check(job):
         tensor, i, expected = job
-        start = tensor.start + i * fmt.CHUNK
-        stop = min(start + fmt.CHUNK, tensor.stop)
-        data = memoryview(out[tensor.name])[i * fmt.CHUNK :] if out else None
+        start = tensor.start + i * entries.CHUNK
+        stop = min(start + entries.CHUNK, tensor.stop)
+        data = memoryview(out[tensor.name])[i * entries.CHUNK :] if out else None
         crc = _read_chunk(
             file, fd, header.data + start, stop - start, data, fmt.crc_start(tensor, i)
         )

@@ -6,34 +6,15 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from jaxnet.checkpoint import atomic, container, match, places, structure
+from jaxnet.checkpoint import atomic, container, entries, match, places, structure, tree_json
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint import template as template_of
-from jaxnet.checkpoint.container import Content, opened, read_content, steadily
-from jaxnet.checkpoint.format import Header, Tensor
+from jaxnet.checkpoint.container import read_content, steadily
+from jaxnet.checkpoint.entries import Header, Tensor
+from jaxnet.checkpoint.inspection import Info, info_of
 from jaxnet.checkpoint.metadata import exact_json
-
-
-class Leaf(NamedTuple):
-    """One array of a file; `nbytes` is the space it takes there."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-
-
-class Info(NamedTuple):
-    """The header of a file. `version` is None if another program wrote the safetensors file."""
-
-    path: str
-    version: int | None
-    metadata: dict[str, Any]
-    leaves: tuple[Leaf, ...]
-    scalars: dict[str, Any]  # Python scalars and strings by path
-    nbytes: int  # of the whole file and of its parts; for those of Orbax, of the arrays
 
 
 def save(
@@ -120,9 +101,9 @@ def prepare(
         [(name, *structure.stored_as(nodes[name], shape)) for name, shape in shapes.items()]
     )
     manifest = {
-        "version": fmt.VERSION,
+        "version": entries.VERSION,
         "metadata": exact_json(file, metadata or {}),
-        "tree": structure.to_json(node),
+        "tree": tree_json.to_json(node),
     }
     if engine or parts.is_spread(leaves):
         container.check_names(file, nodes, len(json.dumps(manifest)))
@@ -243,7 +224,7 @@ def _load(
     cast: bool,
     template: Callable[[Info], Any] | None = None,
 ) -> tuple[Any, Callable[[], Info]]:
-    from jaxnet.checkpoint import arrays
+    from jaxnet.checkpoint import arrays, casting
 
     if like is None and template is None and (cast or not strict):
         raise ValueError(
@@ -253,7 +234,7 @@ def _load(
 
     def read(file, fd, size):
         content = read_content(file, fd, size)
-        info, kept = functools.partial(_info, file, size, content), {}
+        info, kept = functools.partial(info_of, file, size, content), {}
         wanted = like if template is None else template(info())
         old = {}
         if rename is not None:
@@ -261,7 +242,7 @@ def _load(
         if patterns is not None:
             content = match.select_part(file, content, patterns, old)
         header, node, nodes, tensors = content[:4]
-        targets = {name: arrays.Target(nodes[name].kind, nodes[name].value) for name in tensors}
+        targets = {name: casting.Target(nodes[name].kind, nodes[name].value) for name in tensors}
         if wanted is not None:
             what = "it" if pattern is None else "what `pattern` selects"
             part = patterns is not None
@@ -286,32 +267,12 @@ def _load(
         for n in targets
     }
     if cast:
-        stored = arrays.cast(file, stored, targets)
+        stored = casting.cast(file, stored, targets)
     values = arrays.place(file, nodes, stored, targets)
     if wanted is None:
         return structure.build(node, values), info
     scalars = {name: n.value for name, n in nodes.items() if name not in tensors}
     return structure.refill(wanted, scalars | values | kept), info
-
-
-def inspect(path: str | os.PathLike[str]) -> Info:
-    """Read the header of a checkpoint or of any other safetensors file: as fast for 10 GB as for 10
-    kB.
-
-    Of a file at a URL, the whole object is fetched.
-
-    Args:
-      path: the file.
-
-    Returns:
-      Paths, shapes and dtypes of the arrays, the Python values, and the metadata.
-
-    Raises:
-      CheckpointError: the header is damaged (the arrays' bytes are not read: `verify` does that).
-      OSError: the file is missing or cannot be opened.
-    """
-    with opened(path) as (file, fd, size):
-        return _info(file, size, read_content(file, fd, size))
 
 
 def verify(path: str | os.PathLike[str]) -> Info:
@@ -335,26 +296,9 @@ def verify(path: str | os.PathLike[str]) -> Info:
     def read(file, fd, size):
         content = read_content(file, fd, size)
         read_tensors(file, fd, content.header, content.header.tensors, None)
-        return _info(file, size, content)
+        return info_of(file, size, content)
 
     return steadily(path, read)
-
-
-def _info(file: str, size: int, content: Content) -> Info:
-    header, nodes, tensors = content.header, content.leaves, content.tensors
-    specs = structure.specs_in_file(nodes, tensors)
-    scalars = {name: n.value for name, n in nodes.items() if name not in tensors}
-    sizes = {name: tensors[name].stop - tensors[name].start for name in nodes if name in tensors}
-    leaves = tuple(
-        Leaf(name, specs[name].shape or (), specs[name].dtype, size) for name, size in sizes.items()
-    )
-    if header.manifest is None:
-        return Info(file, None, header.metadata, leaves, scalars, size)
-    size += sum(nbytes for _, nbytes in header.parts.files) if header.parts else 0
-    size += sum(t.stop - t.start for t in header.tensors) if header.orbax else 0
-    return Info(
-        file, header.manifest["version"], header.manifest["metadata"], leaves, scalars, size
-    )
 
 
 def read_tensors(

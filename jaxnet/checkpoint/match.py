@@ -17,7 +17,7 @@ from jaxnet.checkpoint.structure import DICTS, Node, Path, Spec, leaf_name
 from jaxnet.checkpoint.words import shown
 
 if TYPE_CHECKING:
-    from jaxnet.checkpoint.arrays import Target
+    from jaxnet.checkpoint.casting import Target
 
 
 def select(file: str, names: Iterable[str], patterns: Iterable[str]) -> set[str]:

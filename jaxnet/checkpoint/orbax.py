@@ -16,13 +16,14 @@ import functools
 import json
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxnet.checkpoint import atomic, container, outside, parts, places, structure, zarr
+from jaxnet.checkpoint import atomic, container, outside, parts, places, zarr
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint.format import CheckpointError, Tensor
+from jaxnet.checkpoint.dtypes import DTYPES
+from jaxnet.checkpoint.entries import Tensor
+from jaxnet.checkpoint.format import CheckpointError
 from jaxnet.checkpoint.outside import orbax_path
 from jaxnet.checkpoint.parts import Piece
 from jaxnet.checkpoint.structure import Node
@@ -91,7 +92,7 @@ def start(
         arrays = {t.name: arrays[t.name] for t in tensors if t.stop > t.start}
         orbax = {"id": number, "tensors": entries}
         header = fmt.write_header(
-            file, [], manifest | {"version": fmt.ORBAX, "crc32": [], "orbax": orbax}
+            file, [], manifest | {"version": entries.ORBAX, "crc32": [], "orbax": orbax}
         )
         blocks = {name: len(crcs) for name, *_, crcs in entries if name in arrays}
         watch = Watch(file, number)
@@ -220,9 +221,9 @@ def _as_stored(file: str, node: Node, x: Any, t: Tensor, beside: bool) -> Any:
     import jax
     import numpy as np
 
-    from jaxnet.checkpoint import arrays
+    from jaxnet.checkpoint import arrays, casting
 
-    dtype = arrays.dtype_of("uint8" if t.code in zarr.BYTES else structure.DTYPES[t.code])
+    dtype = casting.dtype_of("uint8" if t.code in zarr.BYTES else DTYPES[t.code])
     # The first process writes an array that other processes cannot see.
     everyones = jax.process_count() == 1 or parts.is_spread(x)
     if parts.is_spread(x) and all(device.process_index for device in x.sharding.device_set):
@@ -341,24 +342,3 @@ def _writing(folder: str) -> Iterator[None]:
 
 # Two Orbax saves that begin at the same time in two threads receive each other's signals.
 _one_at_a_time = threading.Lock()
-_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
-
-
-def outlive(thread: threading.Thread) -> None:
-    """Make the interpreter wait for a thread at exit, before it closes the thread pools that Orbax
-    needs.
-    """
-    _threads.add(thread)
-    _join_at_the_end()
-
-
-@functools.cache
-def _join_at_the_end() -> None:
-    def join():
-        for thread in list(_threads):
-            thread.join()
-
-    # The function is not public (AttributeError), and it is too late while the program ends
-    # (RuntimeError).
-    with contextlib.suppress(AttributeError, RuntimeError):
-        threading._register_atexit(join)  # type: ignore

@@ -16,7 +16,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from jaxnet.checkpoint import atomic, container, places
-from jaxnet.checkpoint.format import CheckpointError, Orbax, Parts
+from jaxnet.checkpoint.entries import Orbax, Parts
+from jaxnet.checkpoint.format import CheckpointError
 
 
 def path_of(target: str, identity: str, number: int) -> str:

@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from jaxnet.checkpoint.file import Info
+from jaxnet.checkpoint.inspection import Info
 
 __all__ = ["about_run"]
 

@@ -3,7 +3,6 @@ newest and the best.
 """
 
 import errno
-import math
 import operator
 import os
 import re
@@ -15,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
 from jaxnet.checkpoint import orbax, outside, parts, places
-from jaxnet.checkpoint.file import Info, inspect, load_with_info, prepare
+from jaxnet.checkpoint.file import load_with_info, prepare
 from jaxnet.checkpoint.format import CheckpointError, Misfit
+from jaxnet.checkpoint.ranking import metrics_of, numbers_of, ranked
 from jaxnet.checkpoint.words import shown
 from jaxnet.checks import size_of
 
@@ -121,7 +121,7 @@ class Checkpoints:
         """
         self.wait()
         places.check_engine(self.folder, self.engine)
-        step, numbers = operator.index(step), self._numbers(metrics)
+        step, numbers = operator.index(step), numbers_of(metrics, self.best_rule)
         if step >= 10**18:
             raise ValueError(f"step must have at most 18 digits, got {step}")
         if self._closed:
@@ -334,60 +334,11 @@ class Checkpoints:
         written = info.metadata.get("step", step)
         if info.version is not None and written != step:
             raise CheckpointError(path, None, f"it was saved as step {written}: rename it back")
-        return Checkpoint(step, tree, _metrics(info), metadata, path, {})
-
-    def _numbers(self, metrics: Mapping[str, Any] | None) -> dict[str, float | str]:
-        """Metrics as JSON can hold them."""
-        name = self.best_rule and self.best_rule[4:]
-        if metrics and name and name not in metrics:
-            raise ValueError(
-                f"metrics must have '{name}', by which the best step is chosen; they have "
-                f"{list(metrics)}"
-            )
-        numbers = {}
-        for key, x in (metrics or {}).items():
-            try:
-                # float() would accept text.
-                if isinstance(x, str | bytes):
-                    raise TypeError
-                numbers[key] = float(x) if math.isfinite(float(x)) else str(float(x))
-            except (TypeError, ValueError, OverflowError) as e:
-                raise ValueError(
-                    f"metric '{shown(key)}' must be a number, got {shown(repr(x))}"
-                ) from e
-        return numbers
+        return Checkpoint(step, tree, metrics_of(info), metadata, path, {})
 
     def _ranked(self, steps: Iterable[int]) -> tuple[list[int], dict[int, str], dict[int, OSError]]:
-        """Rank steps by the metric, best first; also return the damaged files and those that cannot
-        be opened, by step.
-        """
         assert self.best_rule
-        sign, name = {"min": 1, "max": -1}[self.best_rule[:3]], self.best_rule[4:]
-        values, skipped, closed = [], {}, {}
-        for step in steps:
-            try:
-                value = _metrics(inspect(self._path(step))).get(name, math.nan)
-            except FileNotFoundError:
-                continue
-            except OSError as e:
-                closed[step] = e
-            except CheckpointError as e:
-                skipped[step] = str(e)
-            else:
-                if not math.isnan(value):
-                    values.append((sign * value, step))
-        return [step for _, step in sorted(values)], skipped, closed
-
-
-def _metrics(info: Info) -> dict[str, float]:
-    stored = info.metadata.get("metrics")
-    stored = stored if isinstance(stored, dict) else {}
-    numbers = {
-        name: x
-        for name, x in stored.items()
-        if isinstance(x, int | float) or x in ("nan", "inf", "-inf")
-    }
-    return {name: float(x) for name, x in numbers.items()}
+        return ranked({step: self._path(step) for step in steps}, self.best_rule)
 
 
 def _report(failures: list[BaseException]) -> None:

@@ -11,58 +11,22 @@ In JSON a node is [kind, content]:
     ["key", "threefry2x32"]             a tensor that holds random keys
 """
 
-import base64
 import collections
 import math
 import re
-import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxnet.checkpoint.format import RESTORE, CheckpointError, Tensor
+from jaxnet.checkpoint.dtypes import CODES, WIDENED
+from jaxnet.checkpoint.entries import Tensor
+from jaxnet.checkpoint.format import RESTORE, CheckpointError
+from jaxnet.checkpoint.scalars import KINDS, SCALARS, collisions
 from jaxnet.checkpoint.words import shown
 
 MAX_DEPTH = 100
-# Keys of one dict that have the same hash: the time grows with the square of their number.
-MAX_ALIKE = 100
 DICTS = {"dict": dict, "ordered_dict": collections.OrderedDict}
 LISTS = {"list": list, "tuple": tuple}
 ARRAYS = ("jax", "numpy", "numpy_scalar", "key")
-CODES = {  # dtype -> the name of the same type in safetensors
-    **{
-        "bool": "BOOL",
-        "uint8": "U8",
-        "int8": "I8",
-        "uint16": "U16",
-        "int16": "I16",
-        "uint32": "U32",
-        "int32": "I32",
-    },
-    **{
-        "uint64": "U64",
-        "int64": "I64",
-        "float16": "F16",
-        "bfloat16": "BF16",
-        "float32": "F32",
-        "float64": "F64",
-    },
-    **{
-        "complex64": "C64",
-        "float8_e4m3fn": "F8_E4M3",
-        "float8_e5m2": "F8_E5M2",
-        "float8_e8m0fnu": "F8_E8M0",
-    },
-    **{"float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ"},
-}
-WIDENED = {  # dtype without such a name -> what is stored
-    # These are stored as the same numbers.
-    **{"int1": "I8", "int2": "I8", "int4": "I8", "uint1": "U8", "uint2": "U8", "uint4": "U8"},
-    **{"float8_e3m4": "U8", "float8_e4m3": "U8", "float8_e4m3b11fnuz": "U8"},  # the bits
-    # These are stored as bits, one element in a byte.
-    **{"float6_e2m3fn": "U8", "float6_e3m2fn": "U8", "float4_e2m1fn": "U8"},
-    "complex128": "F64",  # the real and the imaginary part, along one more axis
-}
-DTYPES = {code: dtype for dtype, code in CODES.items()}
 Path = tuple[str, ...]
 
 
@@ -78,7 +42,7 @@ class Node(NamedTuple):
 
     @property
     def is_leaf(self) -> bool:
-        return self.kind in ARRAYS or self.kind in _SCALARS and self.kind != "none"
+        return self.kind in ARRAYS or self.kind in SCALARS and self.kind != "none"
 
 
 class Spec(NamedTuple):
@@ -132,8 +96,8 @@ def encode(
         if len(path) > MAX_DEPTH:
             text = f"the tree is nested deeper than {MAX_DEPTH} levels: does it contain itself?"
             raise CheckpointError(file, leaf_name(path[:8]) + "/...", text)
-        kind = _KINDS.get(type(x))
-        if kind in _SCALARS:
+        kind = KINDS.get(type(x))
+        if kind in SCALARS:
             return Node(kind, x)
         if kind in DICTS:
             return visit_all(kind, list(x.keys()), x.values(), path)
@@ -151,7 +115,7 @@ def encode(
     def visit_all(kind, keys, children, path):
         for key in keys if kind in DICTS else ():
             _check_key(file, path, key)
-        if kind in DICTS and (text := _collisions(keys)):
+        if kind in DICTS and (text := collisions(keys)):
             raise CheckpointError(file, leaf_name(path), f"{text}: use strings")
         steps = [str(key) for key in keys]
         if len(set(steps)) < len(steps):
@@ -167,60 +131,6 @@ def encode(
         )
 
     return visit(tree, ()), arrays
-
-
-def to_json(node: Node) -> list[Any]:
-    kind, value, keys, children = node
-    if kind in DICTS or kind == "record":
-        return [
-            kind,
-            [
-                [_key_to_json(key), to_json(child)]
-                for key, child in zip(keys, children, strict=True)
-            ],
-        ]
-    if kind in LISTS:
-        return [kind, [to_json(child) for child in children]]
-    return [kind, value if kind in ARRAYS else _SCALARS[kind][0](value)]
-
-
-def from_json(file: str, json: Any, path: Path = ()) -> Node:
-    """The node that `to_json` wrote; CheckpointError for anything else."""
-    try:
-        kind, content = json
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        if kind in ARRAYS and isinstance(content, str):
-            return Node(kind, content)
-        if kind in _SCALARS:
-            return Node(kind, _scalar(kind, content))
-        if not isinstance(content, list) or kind not in (*DICTS, *LISTS, "record"):
-            raise ValueError(f"unknown kind {reprlib.repr(kind)}, or the wrong content")
-        pairs = (
-            enumerate(content)
-            if kind in LISTS
-            else ((_key_from_json(key), child) for key, child in content)
-        )
-        keys, children = zip(*pairs, strict=True) if content else ((), ())
-        steps = [str(key) for key in keys]
-        if kind in DICTS and (text := _collisions(keys)):
-            raise ValueError(text)
-        if len(set(steps)) < len(steps) or len(set(keys)) < len(steps):
-            raise ValueError("two keys are alike")
-        if kind == "record" and not all(isinstance(key, str) for key in keys):
-            raise ValueError("the names of fields are strings")
-    except (ValueError, TypeError, OverflowError, LookupError) as e:
-        text = (
-            f"the manifest's tree is not well-formed at '{shown(leaf_name(path))}' "
-            f"({shown(e, 3000)}); {RESTORE}"
-        )
-        raise CheckpointError(file, None, text) from e
-    return Node(
-        kind,
-        None,
-        keys,
-        [from_json(file, x, (*path, step)) for step, x in zip(steps, children, strict=True)],
-    )
 
 
 def walk(node: Node) -> Iterator[tuple[Path, Node]]:
@@ -329,7 +239,7 @@ def build(node: Node, arrays: dict[str, Any], path: Path = ()) -> Any:
     """
     if node.kind in ARRAYS:
         return arrays[leaf_name(path)]
-    if node.kind in _SCALARS:
+    if node.kind in SCALARS:
         return node.value
     children = [
         build(child, arrays, (*path, str(key)))
@@ -395,7 +305,7 @@ def _fields(x: Any) -> list[tuple[str, Any]]:
 def _check_key(file: str, path: Path, key: Any):
     for part in key if type(key) is tuple else [key]:
         if (
-            _KINDS.get(type(part)) not in _SCALARS
+            KINDS.get(type(part)) not in SCALARS
             or isinstance(part, int)
             and part.bit_length() > 10_000
         ):
@@ -409,60 +319,5 @@ def _check_key(file: str, path: Path, key: Any):
             raise CheckpointError(file, leaf_name(path), text)
 
 
-def _collisions(keys: Sequence[Any]) -> str | None:
-    """What is wrong with keys that a dict could only hold slowly: numbers whose hash is the same
-    (those of text are random).
-    """
-    if all(type(key) is str for key in keys):
-        return None
-    hashes = collections.Counter(map(hash, keys))
-    value, count = hashes.most_common(1)[0]
-    return (
-        f"{count} of its keys have the hash {value}, at most {MAX_ALIKE} may"
-        if count > MAX_ALIKE
-        else None
-    )
-
-
-def _key_to_json(key: Any) -> Any:
-    if isinstance(key, tuple):
-        return ["tuple", [_key_to_json(part) for part in key]]
-    kind = _KINDS[type(key)]
-    return key if kind == "str" else [kind, _SCALARS[kind][0](key)]
-
-
-def _key_from_json(json: Any) -> Any:
-    if isinstance(json, list) and json[:1] == ["tuple"]:
-        return tuple(part if isinstance(part, str) else _scalar(*part) for part in json[1])
-    return json if isinstance(json, str) else _scalar(*json)
-
-
 def types(keys: Sequence[Any]) -> str:
     return " and ".join(sorted({type(key).__name__ for key in keys}))
-
-
-def _scalar(kind: str, content: Any) -> Any:
-    if kind not in _SCALARS:
-        raise ValueError(f"unknown kind {reprlib.repr(kind)} of a key")
-    to_json, from_json = _SCALARS[kind]
-    value = from_json(content)
-    if (back := to_json(value)) != content or type(back) is not type(content):
-        raise ValueError(f"{reprlib.repr(content)} is not the form of a {kind}")
-    return value
-
-
-# Each pair of functions converts to JSON and back, exactly.
-_SCALARS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "none": (lambda x: None, lambda x: None),
-    "bool": (lambda x: x, bool),
-    "int": (hex, lambda x: int(x, 16)),
-    "float": (float.hex, float.fromhex),
-    "complex": (lambda x: [x.real.hex(), x.imag.hex()], lambda x: complex(*map(float.fromhex, x))),
-    "str": (lambda x: x, str),
-    "bytes": (lambda x: base64.b64encode(x).decode(), lambda x: base64.b64decode(x, validate=True)),
-}
-_KINDS = {
-    type(None): "none",
-    **{t: t.__name__ for t in (bool, int, float, complex, str, bytes, list, tuple, dict)},
-}
-_KINDS |= {collections.OrderedDict: "ordered_dict", collections.defaultdict: "dict"}

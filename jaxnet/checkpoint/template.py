@@ -15,7 +15,7 @@ from jaxnet.checkpoint.format import Misfit
 from jaxnet.checkpoint.words import shown
 
 if TYPE_CHECKING:
-    from jaxnet.checkpoint.arrays import Target
+    from jaxnet.checkpoint.casting import Target
 
 # The nodes of a file of `jaxnet.train.fit` that users ask for, in the order of preference.
 PLACES = ("train_state/params", "train_state", "best/params", "best")

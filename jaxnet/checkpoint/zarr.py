@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxnet.checkpoint import container, parts, places, structure
+from jaxnet.checkpoint import container, entries, parts, places, structure
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint.format import RESTORE, CheckpointError, Grid, Header, Tensor
+from jaxnet.checkpoint.dtypes import DTYPES
+from jaxnet.checkpoint.entries import Grid, Header, Tensor
+from jaxnet.checkpoint.format import RESTORE, CheckpointError
 from jaxnet.checkpoint.outside import orbax_path
 from jaxnet.checkpoint.words import shown
 
@@ -66,7 +68,7 @@ def read_tensors(
             )
             raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
         if out and raw.size:
-            itemsize = fmt.BITS[t.code] // 8
+            itemsize = entries.BITS[t.code] // 8
             out[t.name].reshape(*t.shape, itemsize)[place] = raw.reshape(*block.shape, itemsize)
 
     container.each(read, jobs)
@@ -107,10 +109,10 @@ def _open(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid])
             array = found[t.name] = found[t.name].result()
         code = "U8" if t.code in BYTES else t.code
         dtype, chunk = array.dtype.name, math.prod(array.chunk_layout.read_chunk.shape or ())
-        if dtype != structure.DTYPES[code] or array.shape != t.shape or chunk > math.prod(t.shape):
+        if dtype != DTYPES[code] or array.shape != t.shape or chunk > math.prod(t.shape):
             text = (
                 f"it is {dtype}{list(array.shape)} in {shown(folder, 5000)}, expected "
-                f"{structure.DTYPES[code]}{list(t.shape)}"
+                f"{DTYPES[code]}{list(t.shape)}"
             )
             raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
         # Otherwise, a few bytes could decompress to many, or each of many blocks could read all
@@ -118,7 +120,7 @@ def _open(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid])
         compressor, blocks = array.codec.to_json().get("compressor"), len(grids[t.name].crcs)
         if (
             compressor is not None
-            or blocks * chunk * fmt.BITS[t.code] // 8 > 2 * (t.stop - t.start) + MARGIN
+            or blocks * chunk * entries.BITS[t.code] // 8 > 2 * (t.stop - t.start) + MARGIN
         ):
             text = (
                 f"it is stored in chunks of {chunk} elements with {compressor}, expected "

@@ -10,6 +10,7 @@ import jax
 
 from jaxnet.core.calls import Calls, Child
 from jaxnet.core.checks import check_key, check_mode, check_names, check_state, is_empty, scope
+from jaxnet.core.child_checks import check_no_params, check_parameters_fit, check_stateless
 from jaxnet.core.contract import (
     Carried,
     Layer,
@@ -19,7 +20,7 @@ from jaxnet.core.contract import (
     run,
     start_state,
 )
-from jaxnet.core.definition import explain_call, param_specs
+from jaxnet.core.definition import explain_call
 from jaxnet.core.keys import SharedKey, fold, fold_all
 from jaxnet.core.specs import (
     abstractly,
@@ -178,13 +179,13 @@ def compose(
 
         def call_child(name, /, *inputs, key=None, train=train, **named):
             with scope(name):
-                _check_parameters_fit(
+                check_parameters_fit(
                     children[name],
                     calls.setdefault(name, specs_of((inputs, named))),
                     (inputs, named),
                 )
                 if trace_state() != context:
-                    _check_stateless(children[name])
+                    check_stateless(children[name])
                 outputs = output_specs(children[name], train, *inputs, **named)
             return jax.tree.map(stand_in, outputs) if computes else outputs
 
@@ -274,7 +275,7 @@ def compose(
         check_state(label, state, stateful=bool(stateful))
         check_names(f"{label}: params", params, children)
         check_names(f"{label}: state", {} if state is None else state, stateful)
-        _check_no_params(label, params, children)
+        check_no_params(label, params, children)
         check_mode(label, key, train)
         inputs, named = as_jax((inputs, named))
         new_state, counts, seen = dict(state or {}), {}, {}
@@ -296,7 +297,7 @@ def compose(
             counts[name] = counts.get(name, 0) + 1
             with scope(name):
                 if inside_transform:
-                    _check_stateless(child)
+                    check_stateless(child)
                 own = params.get(name, {}), new_state.get(name, {})
                 outputs, updated, below = run(child, *own, key, train, inputs, named)
             if child.init_state is not None:
@@ -343,43 +344,3 @@ def output_specs(layer: Layer, train: bool, /, *inputs: Any, **named: Any) -> An
     return memoised(
         layer, "outputs", lambda: abstractly(evaluate)(*inputs, **named), train, inputs, named
     )
-
-
-def _check_parameters_fit(child: Layer, first: tuple[Any, Any], now: tuple[Any, Any]) -> None:
-    """Raise ValueError if a call of a child needs parameters of other shapes than its first
-    call.
-    """
-    now = specs_of(now)
-    if child.init is no_params or jax.tree.flatten(first) == jax.tree.flatten(now):
-        return
-    specs = [
-        jax.tree.map(lambda leaf: leaf.shape, param_specs(child, *inputs))
-        for inputs in (first, now)
-    ]
-    if specs[0] != specs[1]:
-        calls = [
-            describe(inputs if not named else (inputs, named)) for inputs, named in (first, now)
-        ]
-        raise ValueError(
-            f"{child.label}: it is called with {calls[0]} and with {calls[1]}, for which its "
-            f"parameters have the shapes {specs[0]} and {specs[1]}; one set of parameters cannot "
-            "serve both: use two children"
-        )
-
-
-def _check_no_params(label: str, params: Mapping[str, Any], children: Mapping[str, Layer]) -> None:
-    for name, given in params.items():
-        if children[name].init is no_params and not is_empty(given):
-            raise ValueError(
-                f"{label}: params must have no '{name}', got {describe(given)}; "
-                f"{children[name].label} has no parameters"
-            )
-
-
-def _check_stateless(child: Layer) -> None:
-    if child.init_state is not None:
-        raise RuntimeError(
-            f"{child.label}: a layer with state cannot be called inside a raw JAX transform "
-            "(scan, vmap, jit, checkpoint, ...), its new state could not come out; use "
-            "jaxnet.scan, vmap, repeat or remat around it"
-        )

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from jaxnet.checkpoint.dtypes import CODES
 from jaxnet.checkpoint.format import CheckpointError
-from jaxnet.checkpoint.structure import CODES, MAX_DEPTH
+from jaxnet.checkpoint.structure import MAX_DEPTH
 from jaxnet.checkpoint.words import shown
 
 __all__ = ["Refused", "by_path", "collect", "flat", "to_numpy"]

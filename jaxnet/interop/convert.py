@@ -163,7 +163,7 @@ def _template(file: str, like: Any) -> tuple[dict[str, Node], dict[str, Any], di
 
 def _variables(file: str, found: dict[str, Any]) -> dict[str, Any]:
     """Nested dicts of the arrays under the names of the source, if there is no template."""
-    from jaxnet.checkpoint import arrays
+    from jaxnet.checkpoint import arrays, casting
 
     if not found:
         text = (
@@ -173,7 +173,7 @@ def _variables(file: str, found: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(file, None, f"{text}; integers need variables `like` that have them")
     kinds = {name: Node("jax", x.dtype.name) for name, x in found.items()}
     values = arrays.place(
-        file, kinds, found, {name: arrays.Target("jax", n.value) for name, n in kinds.items()}
+        file, kinds, found, {name: casting.Target("jax", n.value) for name, n in kinds.items()}
     )
     paths = {name: structure.leaf_path(_whole(name)) for name in found}
     tree = structure.nest({path: kinds[name] for name, path in paths.items()})
@@ -195,7 +195,7 @@ def _filled(
     """The variables `like` with the values that were found. Raises Misfit if values are missing or
     do not fit.
     """
-    from jaxnet.checkpoint import arrays
+    from jaxnet.checkpoint import arrays, casting
 
     # A network with only some of its trained parameters would train without any sign of the error.
     # So strict=False ignores only arrays that `like` lacks. The error lists these as well, because
@@ -216,7 +216,7 @@ def _filled(
         text += " jaxnet.tree.split what shall keep its values, and merge it again"
         raise Misfit(file, error.leaf, f"{error.reason}\n  {text}") from None
     values = arrays.place(
-        file, kinds, arrays.cast(file, found, targets) if cast else found, targets
+        file, kinds, casting.cast(file, found, targets) if cast else found, targets
     )
     return structure.refill(like, {whole[name]: x for name, x in values.items()})
 

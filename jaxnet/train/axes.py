@@ -6,58 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jaxnet.train.origin import added_by, by_vmap, calls, name_of, place_of
+from jaxnet.train.roles import ASKED, EXAMPLES, FILLED, GIVEN, MARK, ORDER, OTHER, Found, Value
 
-__all__ = ["MARK", "Found", "pairs_in"]
-
-MARK = "all_pairs"
-
-# The roles of an axis. The values vary along the first two and are constant along the others.
-EXAMPLES, OTHER = "examples", "other"
-# Size one in the data or by a computation, added by the user's code, and added by JAX.
-GIVEN, ASKED, FILLED = "given", "asked", "filled"
-_ORDER = (EXAMPLES, OTHER, GIVEN, ASKED, FILLED)
-Roles = tuple[str, ...]
-
-
-class Found(NamedTuple):
-    """An operation that pairs examples.
-
-    Attributes:
-      operation: its name.
-      where: file and line of the call, "" if unknown.
-      shapes: of the two operands that are paired.
-    """
-
-    operation: str
-    where: str
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
-
-
-class Value(NamedTuple):
-    """A value of the program.
-
-    Attributes:
-      shape: its shape.
-      roles: one per axis.
-      number: equal for equal expressions, whatever axes of size one they have.
-      norm: equal for sums over the same axes of different values, None for other values.
-      reduced: whether a reduction made it.
-      batched: whether a broadcast of `vmap` made it.
-      squeezed: its shape before JAX took out axes of size one, None if JAX took none out.
-    """
-
-    shape: tuple[int, ...]
-    roles: Roles
-    number: Hashable
-    norm: Hashable = None
-    reduced: bool = False
-    batched: bool = False
-    squeezed: tuple[int, ...] | None = None
+__all__ = ["pairs_in"]
 
 
 def pairs_in(program: Any, batch_leaves: int, stretched: frozenset[int]) -> list[Found]:
@@ -275,7 +231,7 @@ def _roles(
         (summed_a, summed_b), (each_a, each_b) = params["dimension_numbers"]
         a, b = operands[:2]
         roles = [
-            min(a.roles[i], b.roles[j], key=_ORDER.index)
+            min(a.roles[i], b.roles[j], key=ORDER.index)
             for i, j in zip(each_a, each_b, strict=True)
         ]
         roles += [role for i, role in enumerate(a.roles) if i not in (*summed_a, *each_a)]
@@ -299,7 +255,7 @@ def _joined(axis: int, n: int, operands: list[Value]) -> str:
     # An axis of a parameter says nothing about the axis that the user's code added to the examples.
     if asked and not any(v.roles[axis] == GIVEN and EXAMPLES in v.roles for v in operands):
         roles.discard(GIVEN)
-    role = min(roles, key=_ORDER.index)
+    role = min(roles, key=ORDER.index)
     return role if role in (EXAMPLES, OTHER) or any(v.shape[axis] == n for v in operands) else OTHER
 
 

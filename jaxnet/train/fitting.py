@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +14,9 @@ from jaxnet.checks import size_of
 from jaxnet.train import identity, inputs, saved
 from jaxnet.train.feed import Feed, StreamFeed, arrays_of
 from jaxnet.train.history import Record
-from jaxnet.train.interrupt import AGAIN, handled, interruptible
+from jaxnet.train.interrupt import handled, interruptible
 from jaxnet.train.keeper import Keeper
+from jaxnet.train.notes import say_where, say_why
 from jaxnet.train.order import Order, order_digest, shuffle
 from jaxnet.train.programs import Programs, ordinary
 from jaxnet.train.progress import Progress
@@ -212,7 +212,7 @@ def fit(
             evaluations=schedule.evaluations,
             metric=None if best_rule is None else best_of(best_rule)[0],
         )
-        _say_where(run, int(train_state.step), found, notes, show)
+        say_where(run, int(train_state.step), found, notes, show)
         _run(run, keeper, show, save_seconds)
     return Result(
         run.current,
@@ -235,7 +235,7 @@ def _run(run: Run, keeper: Keeper, show: Progress, save_seconds: float) -> None:
         try:
             run.go(flag, show, save_seconds)
             if run.stopped:
-                _say_why(run, keeper, show)
+                say_why(run, keeper, show)
         except Exception as error:
             if (
                 keeper
@@ -313,63 +313,3 @@ def _feed(
 def _debugging() -> bool:
     """Whether JAX is configured to check for NaN or infinity. `fit` then checks for them itself."""
     return bool(jax.config.jax_debug_nans or jax.config.jax_debug_infs)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _say_where(run: Run, start: int, found: Any, notes: Sequence[str], show: Progress) -> None:
-    """Print where the run begins. Raises ValueError if it is already beyond its last step."""
-    step, total = run.history.step, run.feed.total
-    if found is None:
-        if total is not None and step >= total:
-            raise ValueError(
-                f"fit: the train state has done {step} steps, and {total} are asked for in all; "
-                "ask for more, or begin anew with TrainState.create(params, ...)"
-            )
-    elif run.done():
-        _say_done(run, found, show)
-    elif step > start:
-        show.note(f"goes on from step {step:,}, saved in {found.path}")
-    for note in notes:
-        show.note(note)
-    if text := getattr(run.feed, "left_out", None):
-        show.note(text)
-
-
-def _say_done(run: Run, found: saved.Found, show: Progress) -> None:
-    """Print that nothing is left to train, and what has changed."""
-    step, total, epochs = run.history.step, run.feed.total, run.feed.epochs
-    if total is None:
-        at, beyond = f"after pass {run.passes} of {epochs}", run.passes > (epochs or 0)
-    else:
-        at, beyond = f"at step {step:,} of {total:,}", step > total
-    text = (
-        f"{found.path} is {at}: nothing left to train. To begin anew, delete it or name another "
-        "file"
-    )
-    if run.looks.best_rule and run.best is None:
-        text += (
-            f". run.best stays None: no step is left in which best_rule={run.looks.best_rule!r} "
-            "could be found"
-        )
-    if beyond:
-        raise ValueError(f"fit: {text}; to go on, ask for more")
-    if saved.step_changed(run, found):
-        # Without a warning, the old result would look like that of the new settings.
-        text = (
-            f"fit: {text}. Its step was another one (learning rate, loss or network): this is "
-            "the result of that run"
-        )
-        warnings.warn(text, stacklevel=4)
-    else:
-        show.note(text)
-
-
-def _say_why(run: Run, keeper: Keeper, show: Progress) -> None:
-    """Print why the run has stopped before its last step, and where the state is saved."""
-    of = "" if run.feed.total is None else f" of {run.feed.total:,}"
-    by = f"by {run.stopped} " if run.stopped in ("SIGINT", "SIGTERM") else ""
-    text = f"stopped {by}at step {run.history.step:,}{of}" + ("" if by else f": {run.stopped}")
-    if keeper and run.started:
-        text += f", saved in {keeper}"
-    if run.stopped == "SIGINT":
-        text += f"; Ctrl-C again within {AGAIN:.0f} s ends the program"
-    show.note(text)

@@ -4,14 +4,13 @@ and the remedy.
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxnet.train.data_checks import check_call, describe
 from jaxnet.train.feed import LIMIT
 from jaxnet.train.history import FIXED
 from jaxnet.train.rules import best_of, time_budget
@@ -19,10 +18,8 @@ from jaxnet.train.step import TrainState
 from jaxnet.train.writers import write_csv, write_jsonl
 
 __all__ = [
-    "check_arrays",
     "check_evaluation",
     "check_functions",
-    "check_iterable",
     "check_length",
     "check_names",
     "check_save_seconds",
@@ -37,7 +34,7 @@ def check_start(step: Any, train_state: Any) -> None:
     """Raise TypeError unless these are a step and a train state."""
     if isinstance(step, TrainState) or not callable(step):
         text = "fit: step must be a function (train_state, batch) -> (train_state, metrics)"
-        raise TypeError(f"{text}, as train_step(loss, optimizer) makes it; got {_describe(step)}")
+        raise TypeError(f"{text}, as train_step(loss, optimizer) makes it; got {describe(step)}")
     if train_state is not TrainState and all(
         hasattr(train_state, name) for name in TrainState._fields
     ):
@@ -52,7 +49,7 @@ def check_start(step: Any, train_state: Any) -> None:
         )
     raise TypeError(
         "fit: train_state must be what TrainState.create(params, optimizer, key) returns, got "
-        f"{_describe(train_state)}{hint}"
+        f"{describe(train_state)}{hint}"
     )
 
 
@@ -73,11 +70,11 @@ def check_functions(evaluate: Any, best_rule: str | None, stop: Any, callbacks: 
                 f"fit: best_rule={best_rule!r} looks at what `evaluate` returns; pass that, too"
             )
     if evaluate is not None:
-        _check_call("evaluate", evaluate, "a function (train_state) -> dict of numbers", _OF_BATCH)
+        check_call("evaluate", evaluate, "a function (train_state) -> dict of numbers", _OF_BATCH)
     if stop is not None:
         if stop is time_budget:
             raise TypeError("fit: stop is time_budget itself; call it first: time_budget(seconds)")
-        _check_call(
+        check_call(
             "stop",
             stop,
             "a function (history) -> bool or a reason, as early_stopping(...) makes it",
@@ -88,7 +85,7 @@ def check_functions(evaluate: Any, best_rule: str | None, stop: Any, callbacks: 
         or not isinstance(callbacks, Iterable)
     ):
         raise TypeError(
-            f"fit: callbacks must be a list of functions, got {_describe(callbacks)}; write "
+            f"fit: callbacks must be a list of functions, got {describe(callbacks)}; write "
             "callbacks=[...]"
         )
     for i, callback in enumerate(callbacks):
@@ -98,7 +95,7 @@ def check_functions(evaluate: Any, best_rule: str | None, stop: Any, callbacks: 
                 f"fit: callbacks[{i}] is {name} itself; call it first, with the path: "
                 f"{name}('history')"
             )
-        _check_call(f"callbacks[{i}]", callback, "a function (record)")
+        check_call(f"callbacks[{i}]", callback, "a function (record)")
 
 
 _OF_BATCH = "; evaluate(test, data) makes it of a function test(params, batch)"
@@ -146,7 +143,7 @@ def reason_of(result: Any) -> str | None:
         return result or None
     if np.ndim(result):
         raise TypeError(
-            f"fit: stop must return a bool or a reason, got {_describe(result)}; reduce it to "
+            f"fit: stop must return a bool or a reason, got {describe(result)}; reduce it to "
             "one number"
         )
     return "the condition held" if result else None
@@ -245,7 +242,7 @@ def check_evaluation(values: Any, best_rule: str | None) -> Mapping[str, Any]:
     """
     if not isinstance(values, Mapping):
         raise TypeError(
-            f"fit: evaluate must return a dict of numbers by name, got {_describe(values)}; "
+            f"fit: evaluate must return a dict of numbers by name, got {describe(values)}; "
             "write for instance {'test_accuracy': value}"
         )
     for name, value in values.items():
@@ -261,134 +258,8 @@ def check_evaluation(values: Any, best_rule: str | None) -> Mapping[str, Any]:
         dtype = getattr(value, "dtype", None) or np.result_type(type(value))
         if not (jax.numpy.issubdtype(dtype, np.number) or jax.numpy.issubdtype(dtype, np.bool_)):
             raise TypeError(
-                f"fit: what evaluate returns as '{name}' must be a number, got {_describe(value)}"
+                f"fit: what evaluate returns as '{name}' must be a number, got {describe(value)}"
             )
     if best_rule is not None and (name := best_of(best_rule)[0]) not in values:
         raise KeyError(f"fit: best_rule={best_rule!r}, but `evaluate` returns {sorted(values)}")
     return values
-
-
-def check_arrays(data: Any) -> None:
-    """Raise TypeError for data passed with `batch_size` that is not a pytree of arrays."""
-    if isinstance(data, Iterator):
-        raise TypeError(
-            f"fit: with batch_size the data is arrays, got a {type(data).__name__}, which is "
-            "used up as it is read; without batch_size its items are the batches, or collect its "
-            "examples first: np.stack(list(data))"
-        )
-    if callable(data) and not hasattr(data, "shape") or _is_loader(data):
-        raise TypeError(
-            f"fit: with batch_size the data is arrays, got {_describe(data)}; without batch_size "
-            "it is taken as an iterable of batches"
-        )
-    _check_lists("", data)
-
-
-def _check_lists(path: str, data: Any) -> None:
-    where = f" in '{path}'" if path else ""
-    if isinstance(data, list) and data:
-        if (
-            all(isinstance(x, tuple | dict) and len(x) == len(data[0]) for x in data)
-            and len(data) > 1
-        ):
-            raise TypeError(
-                f"fit: the data{where} is a list of {len(data)} examples, each "
-                f"{_describe(data[0])}; fit takes one array per part: tuple(np.stack(part) for "
-                "part in zip(*data))"
-            )
-        if all(
-            np.ndim(x) == 0 for x in data if not isinstance(x, list | tuple | dict)
-        ) and not isinstance(data[0], list | tuple | dict):
-            raise TypeError(
-                f"fit: the data{where} is a list of {len(data)} numbers; make it an array: "
-                "np.asarray(data)"
-            )
-        shapes = {np.shape(x) for x in data} if all(hasattr(x, "shape") for x in data) else set()
-        if len(data) > 2 and len(shapes) == 1:
-            raise TypeError(
-                f"fit: the data{where} is a list of {len(data)} arrays of shape {shapes.pop()}; "
-                f"make it one array of {len(data)} examples: np.stack(data)"
-            )
-        if isinstance(data[0], list):
-            raise TypeError(
-                f"fit: the data{where} is a list of lists; make it an array: np.asarray(data)"
-            )
-    if isinstance(data, Mapping):
-        parts = data.items()
-    elif isinstance(data, list | tuple):
-        parts = zip(getattr(data, "_fields", range(len(data))), data, strict=True)
-    else:
-        return
-    for name, part in parts:
-        _check_lists(f"{path}/{name}" if path else str(name), part)
-
-
-def check_iterable(data: Any) -> None:
-    """Raise TypeError for data passed without `batch_size` that is not an iterable of batches."""
-    arrays = isinstance(data, dict | tuple) or hasattr(data, "shape")
-    if (
-        arrays
-        or isinstance(data, str | bytes)
-        or not (isinstance(data, Iterable) or callable(data))
-    ):
-        raise TypeError(
-            "fit: without batch_size the data is an iterable of batches, got "
-            f"{type(data).__name__}; for arrays say batch_size"
-        )
-    if callable(data) and not isinstance(data, Iterable):
-        hint = "; fit calls it with the number of the pass: write lambda number: ..."
-        _check_call(
-            "data",
-            data,
-            "an iterable of batches or a function (number of the pass) -> iterable",
-            hint,
-        )
-    if isinstance(data, list) and data and isinstance(data[0], tuple) and len(data[0]) > 1:
-        if np.ndim(data[0][-1]) == 0 and not isinstance(data[0][-1], str | Mapping | tuple | list):
-            raise TypeError(
-                f"fit: without batch_size each item is a batch, and this list of {len(data)} "
-                f"holds single examples: {_describe(data[0])}; make it arrays, "
-                "tuple(np.stack(part) for part in zip(*data)), and say batch_size"
-            )
-
-
-def _is_loader(data: Any) -> bool:
-    """Whether an object yields batches and is neither a container nor an array for JAX."""
-    leaf = (
-        jax.tree.leaves(data)[:1] == [data] if not isinstance(data, list | tuple | dict) else False
-    )
-    return (
-        leaf
-        and not hasattr(data, "shape")
-        and hasattr(data, "__iter__")
-        and not isinstance(data, str)
-    )
-
-
-def _check_call(name: str, function: Any, what: str, hint: str = "") -> None:
-    if not callable(function):
-        raise TypeError(f"fit: {name} must be {what}, got {_describe(function)}")
-    # Some built-in functions have no signature.
-    with contextlib.suppress(ValueError):
-        signature = inspect.signature(function)
-        try:
-            signature.bind(None)
-        except TypeError:
-            text = f"fit: {name} must be {what}, got {_describe(function)}{signature}"
-            raise TypeError(f"{text}, which cannot be called with one argument{hint}") from None
-
-
-def _describe(x: Any) -> str:
-    """A value in a few words."""
-    if isinstance(x, Mapping):
-        return f"a dict with {', '.join(map(repr, list(x)[:4]))}" + (" ..." if len(x) > 4 else "")
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"{x.dtype}{list(x.shape)}"
-    if type(x) is tuple:
-        return f"({', '.join(_describe(part) for part in x[:4])})"
-    if callable(x) and hasattr(x, "__qualname__"):
-        return f"the function {x.__qualname__}"
-    if isinstance(x, Sequence) and not isinstance(x, str):
-        return f"a {type(x).__name__} of {len(x)}"
-    text = repr(x)
-    return f"{type(x).__name__} {text if len(text) < 60 else text[:57] + '...'}"

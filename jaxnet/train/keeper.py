@@ -166,7 +166,7 @@ def _identity(path: str) -> tuple[int, int, int] | None:
 def _text(path: str) -> str | None:
     """What `fit` says of its run in a file; None if the file says nothing or cannot be read."""
     from jaxnet.checkpoint.errors import CheckpointError
-    from jaxnet.checkpoint.file import inspect
+    from jaxnet.checkpoint.inspection import inspect
 
     try:
         return inspect(path).metadata.get("fit")

@@ -18,6 +18,7 @@ from jaxnet.train.batch import Uneven, examples
 from jaxnet.train.order import Order, check_order, shuffle
 from jaxnet.train.sharding import gathered, on_mesh_of, zeros_like_spec
 from jaxnet.train.step import TrainState, check_train_state
+from jaxnet.train.step_checks import check_metrics, check_same, spec_of
 
 __all__ = ["train_epoch", "train_steps"]
 
@@ -203,7 +204,7 @@ def on_uneven(step: Callable) -> Callable:
                 f"with drop_last=False an epoch ends with a batch of {batch.rest} examples"
             )
             raise
-        if jax.tree.map(_spec, shapes[0]) != jax.tree.map(_spec, shapes[1]):
+        if jax.tree.map(spec_of, shapes[0]) != jax.tree.map(spec_of, shapes[1]):
             changed = [
                 path
                 for path, leaf in tree.flatten(shapes[0]).items()
@@ -220,7 +221,7 @@ def on_uneven(step: Callable) -> Callable:
 
 def _differs(leaf: Any, others: Any, path: str) -> bool:
     other = tree.flatten(others).get(path)
-    return other is None or _spec(other) != _spec(leaf)
+    return other is None or spec_of(other) != spec_of(leaf)
 
 
 def _threefry(key: jax.Array) -> jax.Array:
@@ -341,48 +342,3 @@ def _breaks(old: TrainState, new: TrainState) -> jax.Array:
     # This sum compiles faster than a count.
     zeros = [jnp.sum(jnp.where(jnp.isfinite(a), b * 0, 0)) for a, b in floats]
     return sum((zero != 0 for zero in zeros), jnp.bool_(False))  # inf * 0 and nan * 0 are nan
-
-
-def check_same(old: Any, new: Any) -> None:
-    """Raise TypeError unless a step gives back what it was given, in structure, shapes and
-    dtypes.
-    """
-    if jax.tree.structure(old) != jax.tree.structure(new):
-        before, after = set(tree.paths(old)), set(tree.paths(new))
-        raise TypeError(
-            "the step changes the structure of the train state: it adds "
-            f"{sorted(after - before)} and drops {sorted(before - after)} "
-            f"({jax.tree.structure(old)} becomes {jax.tree.structure(new)})"
-        )
-    found = zip(tree.paths(old), jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
-    spec = {path: (_spec(a), _spec(b)) for path, a, b in found}
-    if changed := [f"'{path}' from {a} to {b}" for path, (a, b) in spec.items() if a != b]:
-        raise TypeError(
-            f"the step changes the type of the train state: {', '.join(changed[:5])}; cast what "
-            "it returns with .astype, or start with the other type"
-        )
-
-
-def check_metrics(metrics: Any) -> None:
-    """Raise unless the metrics of a step are a dict of scalars."""
-    if not isinstance(metrics, dict):
-        raise TypeError(
-            "a step returns (train_state, metrics) with a dict of metrics, got "
-            f"{type(metrics).__name__}"
-        )
-    for name, metric in metrics.items():
-        if name in ("step", "epoch", "seconds", "samples_per_second"):
-            raise ValueError(
-                f"metric '{name}' has a name that every record has already; use another"
-            )
-        if getattr(metric, "shape", None) != ():
-            raise ValueError(
-                f"metric '{name}' must be a scalar, got "
-                f"{_spec(metric) if hasattr(metric, 'shape') else metric}; reduce it, or give "
-                "its parts names of their own"
-            )
-
-
-def _spec(leaf: Any) -> str:
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    return f"{dtype}{list(jnp.shape(leaf))}"

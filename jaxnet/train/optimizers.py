@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxnet import tree
 from jaxnet.checks import size_of
+from jaxnet.train.finite import all_finite, keep
 
 __all__ = ["Averaged", "Guarded", "averaged", "averaged_params", "by_path", "freeze", "guarded"]
 
@@ -339,25 +340,3 @@ def find(opt: Any, kind: type) -> Any:
     """The first node of this type in an optimizer's state, or None."""
     nodes = jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, kind))
     return next((node for node in nodes if isinstance(node, kind)), None)
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Whether all float leaves are finite, bool []."""
-    flags = [
-        jnp.isfinite(x).all()
-        for x in jax.tree.leaves(tree)
-        if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-    ]
-    return jnp.all(jnp.stack(flags)) if flags else jnp.bool_(True)
-
-
-def keep(good: jax.Array, new: Any, old: Any) -> Any:
-    """The new tree where `good`, else the old one."""
-
-    def choose(a, b):
-        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            return jnp.where(good, a, b)
-        data = jnp.where(good, jax.random.key_data(a), jax.random.key_data(b))
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
-
-    return jax.tree.map(choose, new, old)

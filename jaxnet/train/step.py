@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet.checks import size_of
+from jaxnet.train.accumulation import one_part, parts_of
 from jaxnet.train.batch import Weighted, check_shape, examples, unweighted
-from jaxnet.train.optimizers import Guarded, check_optimizer, check_state, find, keep
+from jaxnet.train.finite import keep
+from jaxnet.train.optimizers import Guarded, check_optimizer, check_state, find
 from jaxnet.train.pairs import refuse_pairs
-from jaxnet.train.sharding import in_parts, zeros_like_spec
+from jaxnet.train.sharding import zeros_like_spec
 from jaxnet.train.state import TrainState, check_params, check_train_state, sgd
 from jaxnet.train.told import explained
 
@@ -100,7 +102,7 @@ def train_step(
                 params, batch, weights, state, key, scale
             )
             return grads, state, metrics
-        parts = jax.tree.map(lambda leaf: _in_parts(leaf, accumulate), (batch, weights))
+        parts = jax.tree.map(lambda leaf: parts_of(leaf, accumulate), (batch, weights))
 
         def add(carry, part):
             (state, total, sums), (i, part) = carry, part
@@ -177,7 +179,7 @@ def train_step(
         sizes = _sizes(batch)
         if weights is not None:
             check_shape("train_step: the weights of a batch", weights, max(sizes, default=0))
-        part = jax.tree.map(lambda leaf: _one_part(leaf, accumulate), batch)
+        part = jax.tree.map(lambda leaf: one_part(leaf, accumulate), batch)
         refuse_pairs("train_step: the loss", call_loss, part, params, state, key)
         checked.add(kind)
 
@@ -342,24 +344,3 @@ def _mean(name: str, value: Any, batch: Any, weights: jax.Array | None) -> jax.A
 def _sizes(batch: Any) -> set[int]:
     """The lengths of the leading axes in a batch."""
     return {leaf.shape[0] for leaf in jax.tree.leaves(batch) if getattr(leaf, "ndim", 0)}
-
-
-def _in_parts(leaf: jax.Array, parts: int) -> jax.Array:
-    _part(leaf, parts)
-    return in_parts(leaf, parts)
-
-
-def _one_part(leaf: Any, parts: int) -> Any:
-    """The spec of one part of a batch. A leaf without a leading axis is returned unchanged."""
-    if not getattr(leaf, "ndim", 0):
-        return leaf
-    return jax.ShapeDtypeStruct((_part(leaf, parts), *leaf.shape[1:]), leaf.dtype)
-
-
-def _part(leaf: Any, parts: int) -> int:
-    if leaf.shape[0] % parts:
-        raise ValueError(
-            f"train_step: a batch of {leaf.shape[0]} does not divide into accumulate={parts} "
-            "equal parts"
-        )
-    return leaf.shape[0] // parts

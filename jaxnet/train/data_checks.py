@@ -1,0 +1,140 @@
+"""Checks of the data that `fit` receives."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__ = ["check_arrays", "check_iterable", "describe", "check_call"]
+
+
+def check_arrays(data: Any) -> None:
+    """Raise TypeError for data passed with `batch_size` that is not a pytree of arrays."""
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"fit: with batch_size the data is arrays, got a {type(data).__name__}, which is "
+            "used up as it is read; without batch_size its items are the batches, or collect its "
+            "examples first: np.stack(list(data))"
+        )
+    if callable(data) and not hasattr(data, "shape") or _is_loader(data):
+        raise TypeError(
+            f"fit: with batch_size the data is arrays, got {describe(data)}; without batch_size "
+            "it is taken as an iterable of batches"
+        )
+    _check_lists("", data)
+
+
+def _check_lists(path: str, data: Any) -> None:
+    where = f" in '{path}'" if path else ""
+    if isinstance(data, list) and data:
+        if (
+            all(isinstance(x, tuple | dict) and len(x) == len(data[0]) for x in data)
+            and len(data) > 1
+        ):
+            raise TypeError(
+                f"fit: the data{where} is a list of {len(data)} examples, each "
+                f"{describe(data[0])}; fit takes one array per part: tuple(np.stack(part) for "
+                "part in zip(*data))"
+            )
+        if all(
+            np.ndim(x) == 0 for x in data if not isinstance(x, list | tuple | dict)
+        ) and not isinstance(data[0], list | tuple | dict):
+            raise TypeError(
+                f"fit: the data{where} is a list of {len(data)} numbers; make it an array: "
+                "np.asarray(data)"
+            )
+        shapes = {np.shape(x) for x in data} if all(hasattr(x, "shape") for x in data) else set()
+        if len(data) > 2 and len(shapes) == 1:
+            raise TypeError(
+                f"fit: the data{where} is a list of {len(data)} arrays of shape {shapes.pop()}; "
+                f"make it one array of {len(data)} examples: np.stack(data)"
+            )
+        if isinstance(data[0], list):
+            raise TypeError(
+                f"fit: the data{where} is a list of lists; make it an array: np.asarray(data)"
+            )
+    if isinstance(data, Mapping):
+        parts = data.items()
+    elif isinstance(data, list | tuple):
+        parts = zip(getattr(data, "_fields", range(len(data))), data, strict=True)
+    else:
+        return
+    for name, part in parts:
+        _check_lists(f"{path}/{name}" if path else str(name), part)
+
+
+def check_iterable(data: Any) -> None:
+    """Raise TypeError for data passed without `batch_size` that is not an iterable of batches."""
+    arrays = isinstance(data, dict | tuple) or hasattr(data, "shape")
+    if (
+        arrays
+        or isinstance(data, str | bytes)
+        or not (isinstance(data, Iterable) or callable(data))
+    ):
+        raise TypeError(
+            "fit: without batch_size the data is an iterable of batches, got "
+            f"{type(data).__name__}; for arrays say batch_size"
+        )
+    if callable(data) and not isinstance(data, Iterable):
+        hint = "; fit calls it with the number of the pass: write lambda number: ..."
+        check_call(
+            "data",
+            data,
+            "an iterable of batches or a function (number of the pass) -> iterable",
+            hint,
+        )
+    if isinstance(data, list) and data and isinstance(data[0], tuple) and len(data[0]) > 1:
+        if np.ndim(data[0][-1]) == 0 and not isinstance(data[0][-1], str | Mapping | tuple | list):
+            raise TypeError(
+                f"fit: without batch_size each item is a batch, and this list of {len(data)} "
+                f"holds single examples: {describe(data[0])}; make it arrays, "
+                "tuple(np.stack(part) for part in zip(*data)), and say batch_size"
+            )
+
+
+def _is_loader(data: Any) -> bool:
+    """Whether an object yields batches and is neither a container nor an array for JAX."""
+    leaf = (
+        jax.tree.leaves(data)[:1] == [data] if not isinstance(data, list | tuple | dict) else False
+    )
+    return (
+        leaf
+        and not hasattr(data, "shape")
+        and hasattr(data, "__iter__")
+        and not isinstance(data, str)
+    )
+
+
+def describe(x: Any) -> str:
+    """A value in a few words."""
+    if isinstance(x, Mapping):
+        return f"a dict with {', '.join(map(repr, list(x)[:4]))}" + (" ..." if len(x) > 4 else "")
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
+    if type(x) is tuple:
+        return f"({', '.join(describe(part) for part in x[:4])})"
+    if callable(x) and hasattr(x, "__qualname__"):
+        return f"the function {x.__qualname__}"
+    if isinstance(x, Sequence) and not isinstance(x, str):
+        return f"a {type(x).__name__} of {len(x)}"
+    text = repr(x)
+    return f"{type(x).__name__} {text if len(text) < 60 else text[:57] + '...'}"
+
+
+def check_call(name: str, function: Any, what: str, hint: str = "") -> None:
+    """Raise TypeError unless a function can be called with one argument."""
+    if not callable(function):
+        raise TypeError(f"fit: {name} must be {what}, got {describe(function)}")
+    # Some built-in functions have no signature.
+    with contextlib.suppress(ValueError):
+        signature = inspect.signature(function)
+        try:
+            signature.bind(None)
+        except TypeError:
+            text = f"fit: {name} must be {what}, got {describe(function)}{signature}"
+            raise TypeError(f"{text}, which cannot be called with one argument{hint}") from None
