@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxnet.checkpoint import format as fmt
+from jaxnet.checkpoint import header_types
 
 ODD: list[Any] = [
     None,
@@ -122,7 +123,7 @@ def sum_again(entries: dict[str, Any], manifest: Any, data: bytes) -> None:
                 return
             sums.append(
                 fmt.crcs(
-                    entries.Tensor(name, entry["dtype"], tuple(entry["shape"]), start, stop),
+                    header_types.Tensor(name, entry["dtype"], tuple(entry["shape"]), start, stop),
                     data[start:stop],
                 )
             )

@@ -21,7 +21,7 @@ from test_checkpoint import forge
 from jaxnet.checkpoint import (
     CheckpointError,
     Checkpoints,
-    entries,
+    header_types,
     inspect,
     lazy,
     load,
@@ -80,8 +80,8 @@ def zarr_bomb(path, shape, chunks, *, data=None, compressor=None, cuts=None):
             {"driver": "zarr", "kvstore": base | {"path": "w/"}}, open=True
         ).result()
         array[...].write(data).result()
-    whole = entries.Tensor("w", "F32", tuple(shape), 0, 4 * int(np.prod(shape)))
-    blocks = entries.Grid(
+    whole = header_types.Tensor("w", "F32", tuple(shape), 0, 4 * int(np.prod(shape)))
+    blocks = header_types.Grid(
         cuts or [[0] for _ in shape], ["0"] * int(np.prod([len(cut) for cut in cuts or [[0]]]))
     ).blocks(whole)
     crcs = ["0" * 8 * block.chunks for _, block, _ in blocks]

@@ -23,8 +23,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from run_in_processes import SCENARIOS, values
 
 from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save, verify
-from jaxnet.checkpoint.entries import Header
 from jaxnet.checkpoint.format import layout, read_header, write_header
+from jaxnet.checkpoint.header_types import Header
 from jaxnet.checkpoint.parts import pieces
 from jaxnet.cli import main
 

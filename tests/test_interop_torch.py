@@ -291,7 +291,7 @@ def test_only_must_match_something(training):
         CheckpointError, match="pattern: no path matches 'modle'; the nearest of .*'model/"
     ):
         from_torch(training[0], pattern=["model", "modle"])
-    with pytest.raises(ValueError, match="only must be a pattern of paths or several, got none"):
+    with pytest.raises(ValueError, match="pattern must be a pattern of paths or several, got none"):
         from_torch(training[0], pattern=[])
 
 

@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from jaxnet.checkpoint import atomic, entries, places, structure, tree_json
+from jaxnet.checkpoint import atomic, header_types, places, structure, tree_json
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.dtypes import DTYPES
-from jaxnet.checkpoint.entries import Header, Tensor
 from jaxnet.checkpoint.format import CheckpointError, Misfit
+from jaxnet.checkpoint.header_types import Header, Tensor
 from jaxnet.checkpoint.structure import Node
 
 # Bytes that are read and summed at a time, few enough to be in the processor's cache when they are
 # summed.
 READ = 1 << 20
-# Bytes that are written and summed at a time; it divides entries.CHUNK.
+# Bytes that are written and summed at a time; it divides header_types.CHUNK.
 WRITE = 4 << 20
 # Tensors up to this number of bytes are written together with others.
 SMALL = 64 << 10
@@ -69,7 +69,9 @@ def write_tensors(fd: int, tensors: list[Tensor], to_bytes: Callable[[str], Any]
                     with contextlib.suppress(RuntimeError):
                         sync = pool.submit(os.fsync, fd)
                     unsynced = 0
-                sums[start // entries.CHUNK] = zlib.crc32(block, sums[start // entries.CHUNK])
+                sums[start // header_types.CHUNK] = zlib.crc32(
+                    block, sums[start // header_types.CHUNK]
+                )
             crcs.append("".join(f"{crc:08x}" for crc in sums))
         atomic.write(fd, memoryview(waiting))
         if sync:
@@ -261,9 +263,9 @@ def read_tensors(
 
     def check(job):
         tensor, i, expected = job
-        start = tensor.start + i * entries.CHUNK
-        stop = min(start + entries.CHUNK, tensor.stop)
-        data = memoryview(out[tensor.name])[i * entries.CHUNK :] if out else None
+        start = tensor.start + i * header_types.CHUNK
+        stop = min(start + header_types.CHUNK, tensor.stop)
+        data = memoryview(out[tensor.name])[i * header_types.CHUNK :] if out else None
         crc = _read_chunk(
             file, fd, header.data + start, stop - start, data, fmt.crc_start(tensor, i)
         )

@@ -8,11 +8,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from jaxnet.checkpoint import atomic, container, entries, match, places, structure, tree_json
+from jaxnet.checkpoint import atomic, container, header_types, match, places, structure, tree_json
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint import template as template_of
 from jaxnet.checkpoint.container import read_content, steadily
-from jaxnet.checkpoint.entries import Header, Tensor
+from jaxnet.checkpoint.header_types import Header, Tensor
 from jaxnet.checkpoint.inspection import Info, info_of
 from jaxnet.checkpoint.metadata import exact_json
 
@@ -101,7 +101,7 @@ def prepare(
         [(name, *structure.stored_as(nodes[name], shape)) for name, shape in shapes.items()]
     )
     manifest = {
-        "version": entries.VERSION,
+        "version": header_types.VERSION,
         "metadata": exact_json(file, metadata or {}),
         "tree": tree_json.to_json(node),
     }

@@ -12,7 +12,6 @@ worked example, is written down in docs/checkpoint_format.md; the tests hold the
 import contextlib
 import hashlib
 import itertools
-import json
 import math
 import re
 import reprlib
@@ -20,19 +19,10 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from jaxnet.checkpoint.entries import (
-    ALIGNMENT,
-    BITS,
-    CHUNK,
-    ORBAX,
-    PARTS,
-    Grid,
-    Header,
-    Orbax,
-    Parts,
-    Tensor,
-)
+from jaxnet.checkpoint import header_types
 from jaxnet.checkpoint.errors import RESTORE, CheckpointError, Misfit
+from jaxnet.checkpoint.header_types import Grid, Header, Orbax, Parts, Tensor
+from jaxnet.checkpoint.strict_json import dumps, parse_json
 from jaxnet.checkpoint.words import shown
 
 MAX_HEADER = 100_000_000  # the official reader's limit
@@ -45,8 +35,8 @@ def layout(tensors: list[tuple[str, str, tuple[int, ...]]]) -> list[Tensor]:
     to its elements.
     """
     placed, start = [], 0
-    for name, code, shape in sorted(tensors, key=lambda t: -BITS[t[1]]):
-        stop = start + math.prod(shape) * BITS[code] // 8
+    for name, code, shape in sorted(tensors, key=lambda t: -header_types.BITS[t[1]]):
+        stop = start + math.prod(shape) * header_types.BITS[code] // 8
         placed.append(Tensor(name, code, shape, start, stop))
         start = stop
     return placed
@@ -57,12 +47,12 @@ def write_header(file: str, tensors: list[Tensor], manifest: dict[str, Any]) -> 
     strings alone.
     """
     header: dict[str, Any] = {
-        "__metadata__": {"jaxnet_sha256": "0" * 64, "jaxnet": _dumps(manifest)}
+        "__metadata__": {"jaxnet_sha256": "0" * 64, "jaxnet": dumps(manifest)}
     }
     for name, code, shape, start, stop in tensors:
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, stop]}
-    raw = _dumps(header).encode("ascii")
-    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    raw = dumps(header).encode("ascii")
+    raw += b" " * (-(8 + len(raw)) % header_types.ALIGNMENT)
     if len(raw) > MAX_HEADER:
         text = (
             f"the header needs {len(raw)} bytes, the format allows {MAX_HEADER}: save fewer "
@@ -74,7 +64,7 @@ def write_header(file: str, tensors: list[Tensor], manifest: dict[str, Any]) -> 
 
 def with_manifest(header: bytes, manifest: dict[str, Any]) -> bytes:
     """What `write_header` gave, with another manifest of the same length."""
-    raw, text = header[8:], _dumps(_dumps(manifest)).encode("ascii")
+    raw, text = header[8:], dumps(dumps(manifest)).encode("ascii")
     start = len(PREFIX) + 64 + len(',"jaxnet":') + 1
     raw = raw[:start] + text + raw[start + len(text) :]
     return header[:8] + _with_digest(raw, _digest(raw))
@@ -121,9 +111,9 @@ def read_header(file: str, raw: bytes, size: int) -> Header:
     tensors = _tensors(file, header, size - 8 - len(raw))
     _check_manifest(file, manifest, tensors)
     parts, orbax = None, None
-    if manifest["version"] == PARTS:
+    if manifest["version"] == header_types.PARTS:
         parts, tensors = _read_parts(file, manifest, tensors)
-    elif manifest["version"] == ORBAX:
+    elif manifest["version"] == header_types.ORBAX:
         orbax, tensors = _read_orbax(file, manifest, tensors)
     return Header(tensors, metadata, manifest, 8 + len(raw), parts, orbax)
 
@@ -138,25 +128,10 @@ def crc_start(tensor: Tensor, chunk: int) -> int:
 
 def crcs(tensor: Tensor, data: Any) -> str:
     """The CRC-32s of the chunks of a tensor whose bytes these are, as a manifest has them."""
-    parts = [data[i * CHUNK : (i + 1) * CHUNK] for i in range(tensor.chunks)]
+    parts = [
+        data[i * header_types.CHUNK : (i + 1) * header_types.CHUNK] for i in range(tensor.chunks)
+    ]
     return "".join(f"{zlib.crc32(part, crc_start(tensor, i)):08x}" for i, part in enumerate(parts))
-
-
-def parse_json(file: str, raw: bytes, what: str) -> dict[str, Any]:
-    """A JSON object without double names, NaN or infinities."""
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(
-            file,
-            None,
-            f"{what} is not the JSON of a safetensors file ({shown(e, 3000)}); {RESTORE}",
-        ) from e
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            file, None, f"{what} must be a JSON object, got {type(value).__name__}; {RESTORE}"
-        )
-    return value
 
 
 def _tensors(file: str, header: dict[str, Any], size: int) -> list[Tensor]:
@@ -189,13 +164,15 @@ def _tensor(file: str, name: str, entry: Any) -> Tensor:
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not name.isascii() and re.search("[\ud800-\udfff]", name):
         reason = "its name is not Unicode text"
-    elif not isinstance(code, str) or code not in BITS:
-        reason = f"unknown dtype {reprlib.repr(code)}, expected one of {', '.join(BITS)}"
+    elif not isinstance(code, str) or code not in header_types.BITS:
+        reason = (
+            f"unknown dtype {reprlib.repr(code)}, expected one of {', '.join(header_types.BITS)}"
+        )
     elif not _sizes(shape) or len(shape) > 64:
         reason = f"shape {reprlib.repr(shape)} is not a list of at most 64 sizes"
     elif not _sizes(offsets) or len(offsets) != 2:
         reason = f"data_offsets {reprlib.repr(offsets)} are not two positions"
-    elif math.prod(shape) * BITS[code] != 8 * (offsets[1] - offsets[0]):
+    elif math.prod(shape) * header_types.BITS[code] != 8 * (offsets[1] - offsets[0]):
         reason = (
             f"{code}{shape} does not take {offsets[1] - offsets[0]} bytes, as its data_offsets "
             f"{offsets} say"
@@ -232,10 +209,10 @@ def _check_version(file: str, version: Any):
             None,
             f"the manifest's version is {reprlib.repr(version)}, expected a number; {RESTORE}",
         )
-    if version > ORBAX:
+    if version > header_types.ORBAX:
         text = (
             f"it has format version {reprlib.repr(version)}, this jaxnet reads versions up to "
-            f"{ORBAX}: install a newer jaxnet"
+            f"{header_types.ORBAX}: install a newer jaxnet"
         )
         raise Misfit(file, None, text)
 
@@ -331,7 +308,8 @@ def _placed(
     ):
         raise ValueError("a tensor is not a name, a dtype and a shape")
     if any(
-        BITS.get(code, 0) % 8 or code not in BITS or len(shape) > 64 for _, code, shape in entries
+        header_types.BITS.get(code, 0) % 8 or code not in header_types.BITS or len(shape) > 64
+        for _, code, shape in entries
     ):
         raise ValueError("a tensor has an unknown dtype or more than 64 axes")
     return layout([(name, code, tuple(shape)) for name, code, shape in entries])
@@ -343,20 +321,3 @@ def _digest(raw: bytes) -> str:
 
 def _with_digest(raw: bytes, digest: str) -> bytes:
     return raw[: len(PREFIX)] + digest.encode() + raw[len(PREFIX) + 64 :]
-
-
-def _dumps(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-def _unique(pairs):
-    result = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"two entries are called {reprlib.repr(name)}")
-        result[name] = value
-    return result
-
-
-def _refuse(constant):
-    raise ValueError(f"{constant} is no JSON number")

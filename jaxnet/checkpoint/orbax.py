@@ -19,11 +19,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxnet.checkpoint import atomic, container, outside, parts, places, zarr
+from jaxnet.checkpoint import atomic, container, header_types, outside, parts, places, zarr
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.dtypes import DTYPES
-from jaxnet.checkpoint.entries import Tensor
 from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.header_types import Tensor
 from jaxnet.checkpoint.outside import orbax_path
 from jaxnet.checkpoint.parts import Piece
 from jaxnet.checkpoint.structure import Node
@@ -92,7 +92,7 @@ def start(
         arrays = {t.name: arrays[t.name] for t in tensors if t.stop > t.start}
         orbax = {"id": number, "tensors": entries}
         header = fmt.write_header(
-            file, [], manifest | {"version": entries.ORBAX, "crc32": [], "orbax": orbax}
+            file, [], manifest | {"version": header_types.ORBAX, "crc32": [], "orbax": orbax}
         )
         blocks = {name: len(crcs) for name, *_, crcs in entries if name in arrays}
         watch = Watch(file, number)

@@ -18,10 +18,10 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxnet.checkpoint import container, entries, outside, places, structure
+from jaxnet.checkpoint import container, header_types, outside, places, structure
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint.entries import Header, Tensor
 from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.header_types import Header, Tensor
 from jaxnet.checkpoint.watch import Gone
 from jaxnet.checkpoint.words import shown
 
@@ -195,7 +195,7 @@ def read_tensors(
                     slice(first, first + size)
                     for first, size in zip(start, tensor.shape, strict=True)
                 )
-                place = out[t.name].reshape(*t.shape, entries.BITS[t.code] // 8)[block]
+                place = out[t.name].reshape(*t.shape, header_types.BITS[t.code] // 8)[block]
                 # A contiguous piece is read in place, without a copy.
                 if place.flags.c_contiguous:
                     container.read_tensors(

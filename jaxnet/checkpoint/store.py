@@ -13,10 +13,11 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
-from jaxnet.checkpoint import orbax, outside, parts, places
+from jaxnet.checkpoint import outside, parts, places
 from jaxnet.checkpoint.file import load_with_info, prepare
 from jaxnet.checkpoint.format import CheckpointError, Misfit
 from jaxnet.checkpoint.ranking import metrics_of, numbers_of, ranked
+from jaxnet.checkpoint.threads import outlive
 from jaxnet.checkpoint.words import shown
 from jaxnet.checks import size_of
 
@@ -159,7 +160,7 @@ class Checkpoints:
             self._thread = None
             return self._write(step, write)
         if self.engine == "orbax":
-            orbax.outlive(self._thread)
+            outlive(self._thread)
 
     def latest(self, *, like: Any = None, **options: Any) -> Checkpoint | None:
         """Load the newest good step.

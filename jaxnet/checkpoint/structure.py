@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxnet.checkpoint.dtypes import CODES, WIDENED
-from jaxnet.checkpoint.entries import Tensor
 from jaxnet.checkpoint.format import RESTORE, CheckpointError
+from jaxnet.checkpoint.header_types import Tensor
 from jaxnet.checkpoint.scalars import KINDS, SCALARS, collisions
 from jaxnet.checkpoint.words import shown
 

@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxnet.checkpoint import container, entries, parts, places, structure
+from jaxnet.checkpoint import container, header_types, parts, places, structure
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.dtypes import DTYPES
-from jaxnet.checkpoint.entries import Grid, Header, Tensor
 from jaxnet.checkpoint.format import RESTORE, CheckpointError
+from jaxnet.checkpoint.header_types import Grid, Header, Tensor
 from jaxnet.checkpoint.outside import orbax_path
 from jaxnet.checkpoint.words import shown
 
@@ -68,7 +68,7 @@ def read_tensors(
             )
             raise CheckpointError(file, t.name, f"{text}; {RESTORE}")
         if out and raw.size:
-            itemsize = entries.BITS[t.code] // 8
+            itemsize = header_types.BITS[t.code] // 8
             out[t.name].reshape(*t.shape, itemsize)[place] = raw.reshape(*block.shape, itemsize)
 
     container.each(read, jobs)
@@ -120,7 +120,7 @@ def _open(file: str, folder: str, tensors: list[Tensor], grids: dict[str, Grid])
         compressor, blocks = array.codec.to_json().get("compressor"), len(grids[t.name].crcs)
         if (
             compressor is not None
-            or blocks * chunk * entries.BITS[t.code] // 8 > 2 * (t.stop - t.start) + MARGIN
+            or blocks * chunk * header_types.BITS[t.code] // 8 > 2 * (t.stop - t.start) + MARGIN
         ):
             text = (
                 f"it is stored in chunks of {chunk} elements with {compressor}, expected "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from jaxnet.checks import size_of
-from jaxnet.train import identity, inputs, saved
+from jaxnet.train import data_checks, identity, inputs, saved
 from jaxnet.train.feed import Feed, StreamFeed, arrays_of
 from jaxnet.train.history import Record
 from jaxnet.train.interrupt import handled, interruptible
@@ -296,10 +296,10 @@ def _feed(
     the data and the key.
     """
     if batch_size is None:
-        inputs.check_iterable(data)
+        data_checks.check_iterable(data)
         feed: Feed = StreamFeed(data, epochs, steps)
     else:
-        inputs.check_arrays(data)
+        data_checks.check_arrays(data)
         feed = rows = arrays_of(data, batch_size, epochs, steps, order, drop_last)
         if digest:
             feed.facts["data"] = identity.data_digest(data)
