@@ -721,17 +721,17 @@ def test_batches_keep_the_structure():
         (np.zeros((0, 3)), {}, r"at least one row, got leaves of length 0"),
         ({}, {}, r"at least one row, got no arrays at all"),
         ((np.zeros(3), 1.0), {}, r"'1' must be an array \[N, ...\], got array\(1\.\)"),
-        (np.zeros(3), {"size": 4}, r"size must be at most the 3 rows of the data, got 4"),
-        (np.zeros(3), {"size": 4, "drop_last": True}, r"size must be at most the 3 rows"),
-        (np.zeros(3), {"size": 0}, r"size must be a positive int, got 0"),
-        (np.zeros(3), {"size": 2.0}, r"size must be a positive int, got 2\.0"),
+        (np.zeros(3), {"batch_size": 4}, r"size must be at most the 3 rows of the data, got 4"),
+        (np.zeros(3), {"batch_size": 4, "drop_last": True}, r"size must be at most the 3 rows"),
+        (np.zeros(3), {"batch_size": 0}, r"size must be a positive int, got 0"),
+        (np.zeros(3), {"batch_size": 2.0}, r"size must be a positive int, got 2\.0"),
         (np.zeros(3), {"epochs": 0}, r"epochs must be a positive int, got 0"),
         (np.zeros(3), {"seed": -1}, r"seed must be an int of at least 0, got -1"),
     ],
 )
 def test_batches_refuse_at_the_call(data, kwargs, message):
     with pytest.raises(ValueError, match="batches: .*" + message):
-        batches(data, **{"size": 1, **kwargs})  # not iterated
+        batches(data, **{"batch_size": 1, **kwargs})  # not iterated
 
 
 @pytest.mark.parametrize("labels", [[], [0, 9, 3], [[0], [9]], np.uint8(9), jax.numpy.arange(10)])
