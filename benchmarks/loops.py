@@ -197,8 +197,9 @@ def convnet_problem(rows):
         100,
         convnet.biases,
         others,
-        # In every step a few of the 1.6 million inputs of a ReLU are zero up to rounding. Each that changes its sign moves
-        # the gradient of conv2 by 2e-3, and the runs drift apart. Other batches would give another result altogether.
+        # In every step a few of the 1.6 million inputs of a ReLU are zero up to rounding. Each that
+        # changes its sign moves the gradient of conv2 by 2e-3, and the runs drift apart. Other
+        # batches would give another result altogether.
         rtol=0.1,
     )
 
