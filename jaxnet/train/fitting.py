@@ -139,7 +139,7 @@ def fit(
       checkpoint: a file, or a `jaxnet.checkpoint.Checkpoints`, a folder with one file per step. If
         it exists, the run resumes from it; data, batch size, order, key and the parameters at the
         start must then be the same. It is written after the first epoch, evaluation or 5 seconds of
-        training, every `save_seconds` seconds, at the end, on a signal, and before an error is
+        training, every `save_seconds`, at the end, on a signal, and before an error is
         raised. A store with a `best_rule` is also written after each evaluation.
       save_seconds: seconds between two saves.
       check_finite: stop when a loss, parameter or state is no longer finite, and return the last
