@@ -117,7 +117,9 @@ def table(title, samples, per, unit, reference, options) -> Table:
 
 
 def command_seconds(command: list[str], wall: bool) -> float:
-    """Seconds of a whole process: CPU seconds, those of the interpreter and of the kernel included, or wall-clock time."""
+    """Seconds of a whole process: wall-clock time, or CPU seconds with those of the interpreter and
+    of the kernel.
+    """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(
         [sys.executable, *command], check=True, stdout=subprocess.DEVNULL, env=surroundings()
@@ -176,7 +178,7 @@ def child(code: str, **environment: str) -> str:
 
 
 def surroundings() -> dict[str, str]:
-    """The variables of a new process. It may keep compiled modules, as every installed package does."""
+    """The variables of a new process. It may keep compiled modules, as an installed package does."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return kept | {"KERAS_BACKEND": "jax"}
 

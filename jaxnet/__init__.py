@@ -6,15 +6,27 @@ function over that dict.
 
 from jaxnet.first_use import resolver
 
-# Type checkers take this name as true. Importing it from `typing` would take longer than the rest of
-# this file.
+# Type checkers take this name as true. Importing it from `typing` would take longer than the rest
+# of this file.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
-    from jaxnet import checkpoint, data, interop, train, tree
+    from jaxnet import (
+        checkpoint,
+        combinators,
+        core,
+        data,
+        interop,
+        layers,
+        mixed,
+        ops,
+        train,
+        transform,
+        tree,
+    )
     from jaxnet.checkpoint import load, save
     from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual, scan, vmap
-    from jaxnet.core import Layer, around, call, layer, param, wire
+    from jaxnet.core import Children, Layer, around, call, layer, param, wire
     from jaxnet.layers import (
         avg_pool,
         batch_norm,
@@ -34,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Children",
     "Layer",
     "around",
     "avg_pool",
@@ -73,8 +86,11 @@ __all__ = [
     "wire",
 ]
 
-# Name -> module. The names above agree with this table; a test holds them together.
+# Name -> module. A test holds this table, the imports for type checkers and `__all__` together. The
+# packages that are not in `__all__` are for authors of layers. They are here so that `jaxnet.core`
+# is found when only `jaxnet` has been imported.
 _HOMES = {
+    "Children": "jaxnet.core",
     "Layer": "jaxnet.core",
     "around": "jaxnet.core",
     "avg_pool": "jaxnet.layers",
@@ -84,7 +100,9 @@ _HOMES = {
     "cast": "jaxnet.combinators",
     "chain": "jaxnet.combinators",
     "checkpoint": "jaxnet.checkpoint",
+    "combinators": "jaxnet.combinators",
     "conv": "jaxnet.layers",
+    "core": "jaxnet.core",
     "data": "jaxnet.data",
     "dense": "jaxnet.layers",
     "dropout": "jaxnet.layers",
@@ -95,8 +113,11 @@ _HOMES = {
     "interop": "jaxnet.interop",
     "layer": "jaxnet.core",
     "layer_norm": "jaxnet.layers",
+    "layers": "jaxnet.layers",
     "load": "jaxnet.checkpoint",
     "max_pool": "jaxnet.layers",
+    "mixed": "jaxnet.mixed",
+    "ops": "jaxnet.ops",
     "parallel": "jaxnet.combinators",
     "param": "jaxnet.core",
     "remat": "jaxnet.combinators",
@@ -108,6 +129,7 @@ _HOMES = {
     "sgd": "jaxnet.train",
     "summary": "jaxnet.transform",
     "train": "jaxnet.train",
+    "transform": "jaxnet.transform",
     "tree": "jaxnet.tree",
     "vmap": "jaxnet.combinators",
     "walk": "jaxnet.transform",

@@ -1,4 +1,4 @@
-"""Import the public names of a package on first use, so that `import jaxnet` costs next to nothing."""
+"""Import the public names of a package on first use: `import jaxnet` costs next to nothing."""
 
 import importlib
 import sys
@@ -8,7 +8,8 @@ __all__ = ["resolver"]
 
 
 def resolver(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
-    """Make the `__getattr__` of a package. It imports a name once; later accesses find the name in the package itself.
+    """Make the `__getattr__` of a package. It imports a name once; later accesses find the name in
+    the package itself.
 
     Args:
       package: the full name of the package, its `__name__`.

@@ -1,4 +1,4 @@
-"""The front door: what `import jaxnet` and the command line load, and how public names are found."""
+"""The front door: what `import jaxnet` and the command line load; how public names are found."""
 
 import ast
 import importlib
@@ -15,6 +15,8 @@ import jaxnet
 from jaxnet.first_use import resolver
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+# Packages that are found as attributes of jaxnet without `from jaxnet import *` giving them.
+FOR_AUTHORS = {"combinators", "core", "layers", "mixed", "ops", "transform"}
 PACKAGES = ["jaxnet", "jaxnet.checkpoint", "jaxnet.ops"]
 
 
@@ -90,19 +92,18 @@ def test_the_table_the_imports_for_type_checkers_and_all_agree(name):
                 checked |= homes_of(inner)
     assert package._HOMES == checked
     assert list(package._HOMES) == sorted(package._HOMES)
-    public = [
+    public = {
         public
         for public, home in at_once.items()
         if home.startswith(f"{name}.") and public != "resolver"
-    ]
-    assert package.__all__ == sorted(
-        [*public, *package._HOMES], key=lambda x: (not x[0].isupper(), x)
-    )
+    }
+    public |= set(package._HOMES) - (FOR_AUTHORS if name == "jaxnet" else set())
+    assert package.__all__ == sorted(public, key=lambda name: (not name[0].isupper(), name))
     assert dir(package) == sorted(package.__all__)
 
 
 def homes_of(node: ast.ImportFrom) -> dict[str, str]:
-    """The module of each imported name. `from jaxnet import tree` imports the module jaxnet.tree."""
+    """The module of each imported name: `from jaxnet import tree` imports jaxnet.tree."""
     names = [alias.name for alias in node.names]
     return {
         name: f"jaxnet.{name}" if node.module == "jaxnet" else str(node.module) for name in names
@@ -111,21 +112,45 @@ def homes_of(node: ast.ImportFrom) -> dict[str, str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_name_is_resolved_once(package):
-    """It is the object of its home, and afterwards an ordinary attribute, so `__getattr__` is not called again."""
+    """It is the object of its home, and afterwards an ordinary attribute: `__getattr__` is not called
+    again.
+    """
     code = f"""
 import {package} as package, sys, json
 before = sorted(set(package._HOMES) & set(vars(package)))
-found = {{name: getattr(package, name) for name in package.__all__}}
+found = {{name: getattr(package, name) for name in package._HOMES}}
 homes = {{name: sys.modules[home] for name, home in package._HOMES.items()}}
 same = all(found[name] is getattr(home, name, home) for name, home in homes.items())
-print(json.dumps([before, same, set(package.__all__) <= set(vars(package))]))
+print(json.dumps([before, same, found.keys() <= vars(package).keys()]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert json.loads(done.stdout) == [[], True, True], done.stderr
 
 
+def test_every_room_is_an_attribute():
+    """`import jaxnet; jaxnet.mixed.add_bias` needs no import of jaxnet.mixed."""
+    rooms = {
+        path.stem
+        for path in pathlib.Path(str(jaxnet.__file__)).parent.iterdir()
+        if not path.stem.startswith("_")
+    }
+    inner = {"checks", "cli", "first_use", "numerics", "py"}
+    assert rooms - inner == {
+        name for name, home in jaxnet._HOMES.items() if home == f"jaxnet.{name}"
+    }
+    code = (
+        "import jaxnet; assert all(getattr(jaxnet, room).__name__ == f'jaxnet.{room}' for room in "
+        + f"{rooms - inner})"
+    )
+    assert "jaxnet.mixed" in loaded_by(code)
+
+
 def test_a_star_import_gives_every_public_name():
-    code = "import jaxnet\nfrom jaxnet import *\nassert all(globals()[n] is getattr(jaxnet, n) for n in jaxnet.__all__)"
+    code = """
+import jaxnet
+from jaxnet import *
+assert all(globals()[name] is getattr(jaxnet, name) for name in jaxnet.__all__)
+"""
     loaded = loaded_by(code)
     assert "jaxnet.train" in loaded and "optax" not in loaded
 

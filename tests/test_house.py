@@ -92,6 +92,8 @@ def imports(path: pathlib.Path) -> list[tuple[str, bool]]:
                 (f"{base}.{alias.name}" if base == "jaxnet" else base, top) for alias in node.names
             )
         top = top and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        # Only type checkers read these imports.
+        top = top and not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         for child in ast.iter_child_nodes(node):
             visit(child, top)
 
@@ -157,7 +159,7 @@ def test_the_imports_of_a_file_are_found_wherever_they_are(tmp_path, monkeypatch
         "import os, jax.numpy as jnp\nfrom jaxnet import tree, core\nfrom ..core import "
         "Layer\nfrom . import norm\n"
         "try:\n    import optax\nexcept ImportError: pass\nclass A:\n    import sys\n"
-        "def f():\n    import matplotlib.pyplot\n    return lambda: __import__('x')\n"
+        "def f():\n    import matplotlib.pyplot\n    return lambda: __import__('x')\nif TYPE_CHECKING:\n    import chex\n"
     )
     top = [
         "os",
@@ -169,7 +171,11 @@ def test_the_imports_of_a_file_are_found_wherever_they_are(tmp_path, monkeypatch
         "optax",
         "sys",
     ]
-    assert imports(file) == [*((name, True) for name in top), ("matplotlib.pyplot", False)]
+    assert imports(file) == [
+        *((name, True) for name in top),
+        ("matplotlib.pyplot", False),
+        ("chex", False),
+    ]
 
 
 def test_importing_the_package_loads_nothing_heavy_and_warns_of_nothing():
