@@ -2,16 +2,19 @@
 combinators.
 """
 
+from jaxnet.core.calls import Children
 from jaxnet.core.checks import check_input, check_key, check_mode, check_names, check_state, scope
 from jaxnet.core.contract import Layer, as_layer, call, layer, no_params, param, run, start_state
 from jaxnet.core.intern import interned
 from jaxnet.core.keys import SharedKey, fold, fold_all, fold_copies, is_threefry
+from jaxnet.core.signature import show_inputs
 from jaxnet.core.specs import abstractly, describe, is_array, memoised, specs_of
 from jaxnet.core.taps import tap
 from jaxnet.core.wiring import compose, output_specs, wire
 from jaxnet.core.wrapping import around
 
 __all__ = [
+    "Children",
     "Layer",
     "SharedKey",
     "abstractly",
@@ -38,6 +41,7 @@ __all__ = [
     "param",
     "run",
     "scope",
+    "show_inputs",
     "specs_of",
     "start_state",
     "tap",

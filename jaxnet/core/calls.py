@@ -10,13 +10,23 @@ from jaxnet.core.checks import closest
 from jaxnet.core.contract import Layer
 from jaxnet.core.keys import SharedKey, fold
 
-__all__ = ["Calls", "Child"]
+__all__ = ["Child", "Children"]
 
 
-class Calls:
-    """The children of a network as functions: the `f` in the body of `wire`."""
+class Children:
+    """The children of a network as functions: the type of `f` in the body of `wire`.
+
+        @wire(up=dense(64), down=dense(16))
+        def block(f: Children, x: jax.Array) -> jax.Array:
+            return x + f.down(jax.nn.gelu(f.up(x)))
+
+    Attributes:
+      train: True in training.
+    """
 
     __slots__ = ("_call", "_children", "_key", "_label", "train")
+
+    train: bool
 
     def __init__(
         self,
@@ -67,7 +77,7 @@ class Child:
     def __init__(self, call: Callable[..., Any], name: str, layer: Layer):
         self._call, self._name, self._layer = call, name, layer
         self.__name__ = name
-        self.memo = "child", weakref.ref(layer)
+        self.memo: tuple[str, Any] = ("child", weakref.ref(layer))
 
     def __call__(self, /, *inputs: Any, **named: Any) -> Any:
         return self._call(self._name, *inputs, **named)

@@ -23,6 +23,7 @@ from jaxnet.core.checks import check_key, check_mode, check_state, is_empty
 from jaxnet.core.definition import Definition, explain_call
 from jaxnet.core.intern import Same, interned
 from jaxnet.core.keys import fold
+from jaxnet.core.signature import show_inputs
 from jaxnet.core.specs import abstractly, as_jax, describe, is_array, shared, specs_of
 
 __all__ = [
@@ -248,6 +249,7 @@ def layer(
         return specs_of(outputs(*inputs, **named, **told))  # pyright: ignore[reportOptionalCall]
 
     definition = Definition(name, make_params if init else None, make_state if init_state else None)
+    show_inputs(apply, fn)
     return Layer(
         no_params if init in (None, no_params) else initialise,
         apply,
@@ -334,6 +336,7 @@ def _plain(function: Callable[..., Any], name: str, remedy: str) -> Layer:
         return outputs
 
     self = dataclasses.replace(layer(no_params, fn, label=name), outputs=outputs)
+    show_inputs(self.apply, function, after=0, body=True)
     return self
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, Protocol, overload
+from typing import Any, NoReturn, Protocol, TypeAlias, overload
 
 import jax
 
-from jaxnet.core.calls import Calls, Child
+from jaxnet.core.calls import Child, Children
 from jaxnet.core.checks import check_key, check_mode, check_names, check_state, is_empty, scope
 from jaxnet.core.child_checks import check_no_params, check_parameters_fit, check_stateless
 from jaxnet.core.contract import (
@@ -22,6 +22,7 @@ from jaxnet.core.contract import (
 )
 from jaxnet.core.definition import explain_call
 from jaxnet.core.keys import SharedKey, fold, fold_all
+from jaxnet.core.signature import show_inputs
 from jaxnet.core.specs import (
     abstractly,
     as_jax,
@@ -41,29 +42,33 @@ __all__ = ["compose", "output_specs", "wire"]
 RESERVED = ("train", "key", "state", "params")
 
 
+# Any function is a body. The first forms tell type checkers what `f` and `x` are in a lambda.
+Body: TypeAlias = (
+    Callable[[Children, Any], Any] | Callable[[Children, Any, Any], Any] | Callable[..., Any]
+)
+
+
 class Wiring(Protocol):
     """The type of the result of `wire(...)`: one body makes a Layer, several bodies make a tuple of
     Layers.
     """
 
     @overload
-    def __call__(self, body: Callable[..., Any], /) -> Layer: ...
+    def __call__(self, body: Body, /) -> Layer: ...
 
     @overload
-    def __call__(
-        self, body: Callable[..., Any], /, *bodies: Callable[..., Any]
-    ) -> tuple[Layer, ...]: ...
+    def __call__(self, body: Body, /, *bodies: Body) -> tuple[Layer, ...]: ...
 
 
-def wire(*unnamed: Any, **children: Any) -> Wiring:
+def wire(*unnamed: Any, **children: Layer | Callable[..., Any]) -> Wiring:
     """Compose layers by an ordinary function, written once: `wire(a=..., b=...)(body)`, also as a
     decorator.
 
-    `body(f, *inputs)` calls a child as `f.a(x)`; `f["a"]` is `f.a`. If a child is called twice, the
-    calls share its weights and draw different random numbers; a stateful child passes its state
-    from the first call to the second. `f.train` is True in training. `f.key` is a key for random
-    numbers that the body itself draws. `f.a(x, key=..., train=...)` overrides the key and the mode
-    of the child.
+    `body(f, *inputs)` calls a child as `f.a(x)`; `f["a"]` is `f.a`, and the type of `f` is
+    `jaxnet.Children`. If a child is called twice, the calls share its weights and draw different
+    random numbers; a stateful child passes its state from the first call to the second. `f.train`
+    is True in training. `f.key` is a key for random numbers that the body itself draws. `f.a(x,
+    key=..., train=...)` overrides the key and the mode of the child.
 
     `init` traces the body once, abstractly, and records the shapes of the inputs of each child. The
     body may use `jax.lax.scan`, `jax.vmap` and other raw JAX transforms around children that
@@ -193,7 +198,7 @@ def compose(
             nonlocal context
             context = trace_state()
             return call_body(
-                Calls(label, children, call_child, train, jax.random.key(0)), inputs, named
+                Children(label, children, call_child, train, jax.random.key(0)), inputs, named
             )
 
         return calls, abstractly(run_body)(*inputs, **named) if computes else run_body(
@@ -307,7 +312,7 @@ def compose(
                 seen[path] = (*seen.get(path, ()), *taken)
             return outputs
 
-        outputs = call_body(Calls(label, children, call_child, train, key), inputs, named)
+        outputs = call_body(Children(label, children, call_child, train, key), inputs, named)
         if tapped:
             return outputs, Carried(new_state if stateful else None, seen)
         return (outputs, new_state) if stateful else outputs
@@ -323,7 +328,10 @@ def compose(
         outputs=lambda train, *inputs, **named: recorded(train, inputs, named)[1],
         tapped=tapped,
     )
-    object.__setattr__(self, "__doc__", getattr(body, "__doc__", None) or Layer.__doc__)
+    # A decorated body stays recognizable in notebooks and in `help`.
+    self.__dict__["__name__"] = label
+    self.__dict__["__doc__"] = getattr(body, "__doc__", None) or Layer.__doc__
+    show_inputs(apply, body, body=True)
     return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,14 @@ from jaxnet.core.checks import check_mode, check_state
 from jaxnet.core.contract import Carried, Layer, as_layer, run
 from jaxnet.core.definition import Definition
 from jaxnet.core.keys import SharedKey
+from jaxnet.core.signature import show_inputs
 from jaxnet.core.specs import as_jax
 
 __all__ = ["around"]
 
 
 def around(
-    inner: Any,
+    inner: Layer | Callable[..., Any],
     call: Callable[..., Any],
     *,
     label: str,
@@ -103,6 +105,9 @@ def around(
         start if checked and init_state and inner.init_state else None,
     )
     definition = Definition(label, *makers)
+    # A `call` without `*inputs` may take other inputs than `inner`.
+    passed_on = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(call).parameters.values())
+    show_inputs(apply, *((inner.apply, 1) if passed_on else (call, 4)))
     return Layer(
         init or inner.init,
         apply,

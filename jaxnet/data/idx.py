@@ -22,7 +22,7 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -63,7 +63,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
             ) from error
 
 
-def write_idx(path: str | os.PathLike[str], array) -> None:
+def write_idx(path: str | os.PathLike[str], array: Any) -> None:
     """Write an array as an IDX file, gzipped if the name ends in `.gz`.
 
     The file appears whole or not at all, and one it replaces stays until then. Equal arrays give
