@@ -178,7 +178,7 @@ def child(code: str, **environment: str) -> str:
 
 
 def surroundings() -> dict[str, str]:
-    """The variables of a new process. It may keep compiled modules, as an installed package does."""
+    """The variables of a new process, which may keep compiled modules, as a package does."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return kept | {"KERAS_BACKEND": "jax"}
 

@@ -174,7 +174,7 @@ def test_mnist_learns_the_small_digits(tmp_path, capsys):
     accuracy, right = run_mnist(None, 5, tmp_path / "net.safetensors", capsys)
     assert accuracy > 80 and right >= 7
     info = jaxnet.checkpoint.inspect(tmp_path / "net.safetensors")
-    assert round(100 * info.metadata["test_accuracy"], 1) == accuracy
+    assert round(100 * info.metadata["accuracy"], 1) == accuracy
     assert [leaf.path for leaf in info.leaves if leaf.path.startswith("out/")] == [
         "out/bias",
         "out/kernel",

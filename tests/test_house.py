@@ -159,7 +159,8 @@ def test_the_imports_of_a_file_are_found_wherever_they_are(tmp_path, monkeypatch
         "import os, jax.numpy as jnp\nfrom jaxnet import tree, core\nfrom ..core import "
         "Layer\nfrom . import norm\n"
         "try:\n    import optax\nexcept ImportError: pass\nclass A:\n    import sys\n"
-        "def f():\n    import matplotlib.pyplot\n    return lambda: __import__('x')\nif TYPE_CHECKING:\n    import chex\n"
+        "def f():\n    import matplotlib.pyplot\n    return lambda: __import__('x')\n"
+        "if TYPE_CHECKING:\n    import chex\n"
     )
     top = [
         "os",

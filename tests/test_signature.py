@@ -1,4 +1,6 @@
-"""What `help`, notebooks and editors show of a network: the inputs of `apply`, the name and the docstring of a body."""
+"""What `help`, notebooks and editors show: the inputs of `apply`, the name and the docstring of a
+body.
+"""
 
 import functools
 import inspect
@@ -104,7 +106,7 @@ def test_capture_shows_the_inputs_of_the_network():
 
 
 def test_apply_accepts_what_its_signature_shows():
-    """`bind` follows the signature, and the call itself accepts the same arguments, also under jit."""
+    """`bind` follows the signature, and the call accepts the same arguments, also under jit."""
     x = jnp.ones((2, 4))
     params = block.init(jax.random.key(0), x)
     arguments = inspect.signature(block.apply).bind(params, x=x, mask=None, train=False)

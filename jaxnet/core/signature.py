@@ -20,7 +20,8 @@ _LAST = [
 def show_inputs(
     apply: Callable[..., Any], function: Callable[..., Any], after: int = 1, *, body: bool = False
 ) -> None:
-    """Let `inspect.signature(apply)` name the inputs: (params, x, *, state=None, key=None, train=False).
+    """Let `inspect.signature(apply)` name the inputs: (params, x, *, state=None, key=None,
+    train=False).
 
     What `apply` accepts does not change. If `function` has no signature that fits, `apply` shows
     the one it is written with, (params, *inputs, state=None, key=None, train=False, **named).
