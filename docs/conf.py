@@ -25,6 +25,7 @@ html_theme = "sphinx_book_theme"
 html_title = "jaxnet"
 html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "home_page_in_toc": False}
 html_show_sourcelink = False
+html_copy_source = False
 pygments_style = "friendly"
 
 autodoc_member_order = "bysource"
@@ -39,9 +40,7 @@ default_role = "code"  # docstrings quote code in single backticks, as Markdown 
 toc_object_entries_show_parents = "hide"
 
 # These pages show a file outside of this folder. On GitHub they are a link to it.
-SHOWN = {"benchmarks": "benchmarks/README.md", "changelog": "CHANGELOG.md"}
-# A page may be added later; until then the pattern in the index matches nothing.
-suppress_warnings = ["toc.empty_glob"]
+SHOWN = {"benchmarks": "benchmarks/README.md", "contributing": "CONTRIBUTING.md"}
 
 
 def read_page(app, docname, source):
