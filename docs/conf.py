@@ -4,6 +4,8 @@ import pathlib
 import re
 import sys
 
+from sphinx.ext import autosummary
+
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the reference is that of this checkout
 
@@ -24,6 +26,8 @@ myst_heading_anchors = 3  # links to headings, as on GitHub
 html_theme = "sphinx_book_theme"
 html_title = "jaxnet"
 html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "home_page_in_toc": False}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 pygments_style = "friendly"
@@ -35,7 +39,9 @@ autodoc_typehints = "none"  # the docstrings tell them, with shapes
 autosummary_generate = False  # the tables link to the entries below them
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
+smartquotes = False
 default_role = "code"  # docstrings quote code in single backticks, as Markdown does
 toc_object_entries_show_parents = "hide"
 
@@ -66,12 +72,19 @@ def read_docstring(app, what, name, obj, options, lines):
             )
 
 
+def first_paragraph(lines, settings):
+    """What the tables of the reference say. Sphinx's own function stops at the dots of f(...)."""
+    text = "\n".join(lines).strip()
+    return " ".join(text.partition("\n\n")[0].split())
+
+
 def skip_member(app, what, name, obj, skip, options):
     """Leave out what Python writes itself, such as "Alias for field number 0"."""
     return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field") else None
 
 
 def setup(app):
+    autosummary.extract_summary = first_paragraph
     app.connect("source-read", read_page)
     app.connect("autodoc-process-docstring", read_docstring, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", skip_member)
