@@ -102,7 +102,7 @@ _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def message(error: BaseException) -> str:
-    """The last lines of a traceback, without the module of the class and without JAX's own notes."""
+    """The last lines of a traceback, without the module of the class and JAX's own notes."""
     lines = traceback.format_exception_only(error)
     text = "".join(lines).partition("--------------------")[0]
     return re.sub(r"^(?:\w+\.)+(?=\w+:)", "", text)
