@@ -41,7 +41,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
 napoleon_use_rtype = False
-smartquotes = False
+smartquotes_action = "D"  # dashes; quotes in docstrings are those of Python
 default_role = "code"  # docstrings quote code in single backticks, as Markdown does
 toc_object_entries_show_parents = "hide"
 
