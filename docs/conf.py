@@ -46,7 +46,11 @@ default_role = "code"  # docstrings quote code in single backticks, as Markdown 
 toc_object_entries_show_parents = "hide"
 
 # These pages show a file outside of this folder. On GitHub they are a link to it.
-SHOWN = {"benchmarks": "benchmarks/README.md", "contributing": "CONTRIBUTING.md"}
+SHOWN = {
+    "benchmarks": "benchmarks/README.md",
+    "changelog": "CHANGELOG.md",
+    "contributing": "CONTRIBUTING.md",
+}
 
 
 def read_page(app, docname, source):
