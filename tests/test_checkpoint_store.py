@@ -10,8 +10,6 @@ import errno
 import fcntl
 import functools
 import os
-import pathlib
-import re
 import stat
 import subprocess
 import sys
@@ -655,16 +653,3 @@ def test_a_save_at_the_very_end_is_waited_for_too(tmp_path):
     done = run(SLOW + code, tmp_path)
     assert done.stderr == ""
     verify(tmp_path / "step_00000001.safetensors")
-
-
-# --------------------------------------------------------------------------------------------- docs
-
-
-def test_the_guide_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (pathlib.Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
-    names = {}
-    for code in re.findall(r"```python\n(.*?)```", text, re.S):
-        exec(compile(code, "checkpoints.md", "exec"), names)
-    assert sorted(os.listdir("run")) == [f"step_{step:08d}.safetensors" for step in (2, 4, 5)]
-    assert names["tuned"]["body"]["bias"].shape == (3,)

@@ -36,8 +36,9 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """A folder with one file per step, `step_00000100.safetensors`, of which the newest and the
-    best are kept.
+    """A folder of steps, `step_00000100.safetensors`, of which the newest and the best are kept.
+
+    A loop that resumes::
 
         with Checkpoints("run", best_rule="min loss", asynchronous=True) as checkpoints:
             if found := checkpoints.latest(like=state):

@@ -16,6 +16,8 @@ __all__ = ["Child", "Children"]
 class Children:
     """The children of a network as functions: the type of `f` in the body of `wire`.
 
+    A body with types::
+
         @wire(up=dense(64), down=dense(16))
         def block(f: Children, x: jax.Array) -> jax.Array:
             return x + f.down(jax.nn.gelu(f.up(x)))
