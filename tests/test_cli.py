@@ -424,7 +424,7 @@ def test_json_is_json_whatever_a_file_holds(tmp_path, capsys):
     )
     raw = header[8:].replace(b"123456", b"-1e999")
     (tmp_path / "x").write_bytes(
-        len(raw).to_bytes(8, "little") + fmt._with_digest(raw, fmt._digest(raw))
+        len(raw).to_bytes(8, "little") + fmt.with_digest(raw, fmt.digest_of(raw))
     )
     assert main(["inspect", "--json", str(tmp_path / "x")]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(word))

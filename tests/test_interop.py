@@ -367,7 +367,7 @@ def test_what_is_no_variables_or_has_no_template():
         to_torch({"params": {"a": jax.ShapeDtypeStruct((1,), jnp.float32)}})
     with pytest.raises(ValueError, match="'a/mean' in params and in batch_stats"):
         from_flax({"params": {"a": {"mean": arange(1)}}, "batch_stats": {"a": {"mean": arange(1)}}})
-    with pytest.raises(ValueError, match="need variables `like`"):
+    with pytest.raises(ValueError, match="need a tree `like`"):
         from_torch({}, cast=True)
     with pytest.raises(
         CheckpointError,

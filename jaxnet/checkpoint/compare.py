@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxnet.checkpoint import structure
+from jaxnet.checkpoint import scalars
 from jaxnet.checkpoint.inspection import Info, inspect
 from jaxnet.checkpoint.opening import lazy
 from jaxnet.checkpoint.structure import Spec
 
-BLOCK = 1 << 20  # elements that are looked at at a time, in float64
+# Elements that are compared at a time, in float64.
+BLOCK = 1 << 20
 
 
 class Statistics(NamedTuple):
@@ -94,7 +95,7 @@ def _difference(path: str, a: Spec, b: Spec, x: Any, y: Any) -> Difference | Non
     what = "shape" if a.shape != b.shape else "dtype" if a != b else "values"
     if a.shape is None and what == "values":
         # The texts tell -0.0 from 0.0 and show NaN as equal to NaN.
-        texts = structure.show(x), structure.show(y)
+        texts = scalars.show(x), scalars.show(y)
         return Difference(path, what, *texts) if texts[0] != texts[1] else None
     if a.shape is None or what == "shape":
         return Difference(path, what, str(a), str(b))

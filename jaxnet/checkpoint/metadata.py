@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.errors import CheckpointError
 
 
 def exact_json(file: str, metadata: dict[str, Any]) -> dict[str, Any]:

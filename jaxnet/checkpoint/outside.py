@@ -16,8 +16,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from jaxnet.checkpoint import atomic, container, places
-from jaxnet.checkpoint.format import CheckpointError
-from jaxnet.checkpoint.header_types import Orbax, Parts
+from jaxnet.checkpoint.errors import CheckpointError
+from jaxnet.checkpoint.manifests import Orbax, Parts
 
 
 def path_of(target: str, identity: str, number: int) -> str:

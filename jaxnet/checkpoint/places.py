@@ -110,9 +110,11 @@ def remove(path: str, *, folder_too: bool = False) -> None:
 def size(folder: str) -> int:
     """The total size in bytes of all files in and below a folder."""
     if is_url(folder):
-        from etils import epath
+        with _as_os_errors(folder):
+            from etils import epath
 
-        return sum(file.stat().length for file in epath.Path(folder).rglob("*") if file.is_file())
+            files = [file for file in epath.Path(folder).rglob("*") if file.is_file()]
+            return sum(file.stat().length for file in files)
     places = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
     return sum(os.lstat(path).st_size for path in places)
 

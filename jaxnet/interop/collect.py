@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxnet.checkpoint.dtypes import CODES
-from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.errors import CheckpointError
 from jaxnet.checkpoint.structure import MAX_DEPTH
 from jaxnet.checkpoint.words import shown
 

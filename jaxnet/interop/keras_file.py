@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxnet.checkpoint.container import opened
-from jaxnet.checkpoint.format import RESTORE, CheckpointError
+from jaxnet.checkpoint.errors import RESTORE, CheckpointError
 from jaxnet.checkpoint.structure import MAX_DEPTH
 from jaxnet.checkpoint.words import shown
 from jaxnet.interop.keras_layers import Weights, kind_of_class, named

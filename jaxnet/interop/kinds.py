@@ -9,7 +9,7 @@ import zipfile
 from typing import BinaryIO, Literal
 
 from jaxnet.checkpoint.container import opened
-from jaxnet.checkpoint.format import RESTORE, CheckpointError
+from jaxnet.checkpoint.errors import RESTORE, CheckpointError
 
 __all__ = ["check_archive", "kind_of", "kind_of_file", "refused_kind"]
 
