@@ -276,6 +276,11 @@ def test_collisions_and_unknown_names_are_errors(path):
     )
     with pytest.raises(CheckpointError, match=text):
         load(path, rename={"key": "params/scale/key"})
+    # The root cannot be a leaf if there are other leaves, which would be lost.
+    with pytest.raises(
+        CheckpointError, match="leaf '': rename makes 'key' of the file a leaf here"
+    ):
+        load(path, rename={"key": ""})
     with pytest.raises(
         CheckpointError,
         match="no path matches 'params/heads'; the nearest of 18 are .*params/head/",

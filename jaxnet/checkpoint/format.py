@@ -4,9 +4,8 @@
     N bytes      the header: JSON, padded with spaces
     the rest     the bytes of the tensors, one after the other, without holes
 
-The module needs only the standard library, so that `inspect` starts fast.
-docs/checkpoint_format.md describes the whole format, with a worked example; the tests hold the two
-together.
+The module needs only the standard library, so `inspect` starts fast. docs/checkpoint_format.md
+describes the whole format, with a worked example; the tests hold the two together.
 """
 
 import hashlib

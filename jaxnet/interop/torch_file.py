@@ -21,11 +21,21 @@ REPEATED = 64
 
 
 def read_state_dict(path: str | os.PathLike[str] | bytes) -> dict[str, Any]:
-    """All arrays of a state dict in a file by name, in the order of the file. `from_torch` lists
-    the kinds of files.
+    """Read all arrays of a state dict in a file.
+
+    Args:
+      path: the file; `from_torch` lists the kinds.
+
+    Returns:
+      The arrays by name, in the order of the file.
+
+    Raises:
+      CheckpointError: as `from_torch`.
+      ImportError: as `from_torch`.
+      OSError: as `from_torch`.
     """
-    with opened(path) as (file, fd, size):  # pyright: ignore[reportArgumentType]
-        kind = kind_of_file(file, fd, size)
+    with opened(os.fsdecode(path)) as (file, fd, size):
+        kind = kind_of_file(file, fd)
         if kind == "torch":
             return _collected(file, _loaded(file, fd, size), size)
         if kind == "keras":
@@ -39,7 +49,7 @@ def _loaded(file: str, fd: int, size: int) -> Any:
     torch = _torch(file)
     with os.fdopen(os.dup(fd), "rb") as source:
         if os.pread(fd, 2, 0) == b"PK":
-            check_archive(file, source, size)
+            check_archive(file, "torch", source, size)
         source.seek(0)
         try:
             return torch.load(source, map_location="cpu", weights_only=True)
@@ -55,8 +65,8 @@ def _torch(file: str) -> Any:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         text = (
-            "needs torch to be opened: pip install 'jaxnet[torch]', or save it as safetensors "
-            "where torch is"
+            "needs torch to be opened: pip install 'jaxnet[torch]', or save it as safetensors on a "
+            "machine that has torch"
         )
         raise ImportError(f"{shown(file, 5000)}: {text}") from e
     # CVE-2025-32434: before 2.6, files could run code despite weights_only=True.
@@ -86,8 +96,9 @@ def _refusal(error: Exception) -> str:
 
 
 def _collected(file: str, content: Any, size: int) -> dict[str, Any]:
-    """The tensors of a file. Raises CheckpointError if they need far more memory than the size of
-    the file.
+    """The tensors of a file.
+
+    Raises CheckpointError if they need far more memory than the size of the file.
     """
     tensors = collect(file, content)
     sizes = {name: x.nbytes for name, x in tensors.items() if not isinstance(x, Refused)}

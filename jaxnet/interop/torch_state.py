@@ -159,8 +159,19 @@ def to_torch(
 
 
 def renamed_state_dict(path: str | os.PathLike[str], rename: Rename | None) -> dict[str, Any]:
-    """All arrays of a state dict in a file, unchanged, by their new names with '.' between
-    steps.
+    """Rename the arrays of a state dict in a file.
+
+    Args:
+      path: the file; `from_torch` lists the kinds.
+      rename: as in `from_torch`.
+
+    Returns:
+      The unchanged arrays by their new names, with '.' between the steps.
+
+    Raises:
+      CheckpointError: as `from_torch`.
+      ImportError: as `from_torch`.
+      OSError: as `from_torch`.
     """
     file = os.fsdecode(path)
     tensors, rename = _slashed(file, read_state_dict(path), rename)
@@ -174,9 +185,7 @@ def renamed_state_dict(path: str | os.PathLike[str], rename: Rename | None) -> d
 def _slashed(
     file: str, tensors: dict[str, Any], rename: Rename | None
 ) -> tuple[dict[str, Any], Rename | None]:
-    """The tensors of a state dict by path, and `rename` with '/' between the steps of its old
-    names.
-    """
+    """The tensors of a state dict by path, and `rename` with '/' between the steps of old names."""
     if isinstance(rename, dict):
         rename = {old.replace(".", "/"): new for old, new in rename.items()}
     return by_path(file, tensors.items(), lambda name: name.replace(".", "/")), rename
