@@ -133,7 +133,7 @@ def _kind_of_archive(file: str, fd: int) -> Kind:
         raise CheckpointError(file, None, f"{text}; {RESTORE}") from e
     if "constants.pkl" in names:
         text = (
-            "it is a TorchScript program: if you trust it, open it with torch.jit.load and save "
+            "it is a TorchScript program: open it with torch.jit.load if you trust it, and save "
             "its state_dict()"
         )
         raise CheckpointError(file, None, text)
