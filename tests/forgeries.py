@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint import header_types
+from jaxnet.checkpoint.tensors import Tensor, crcs
 
 ODD: list[Any] = [
     None,
@@ -93,7 +93,7 @@ def sealed(entries: Any, manifest: Any, data: bytes) -> bytes:
     header = {"__metadata__": {"jaxnet_sha256": "0" * 64, "jaxnet": json.dumps(manifest)}} | entries
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-(8 + len(raw)) % 64)
-    return len(raw).to_bytes(8, "little") + fmt._with_digest(raw, fmt._digest(raw)) + data
+    return len(raw).to_bytes(8, "little") + fmt.with_digest(raw, fmt.digest_of(raw)) + data
 
 
 def forgeries(data: bytes, count: int, seed: int) -> Iterator[bytes]:
@@ -122,8 +122,8 @@ def sum_again(entries: dict[str, Any], manifest: Any, data: bytes) -> None:
             if not 0 <= start <= stop <= len(data):
                 return
             sums.append(
-                fmt.crcs(
-                    header_types.Tensor(name, entry["dtype"], tuple(entry["shape"]), start, stop),
+                crcs(
+                    Tensor(name, entry["dtype"], tuple(entry["shape"]), start, stop),
                     data[start:stop],
                 )
             )

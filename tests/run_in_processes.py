@@ -300,7 +300,7 @@ def orbax_fails_in_one_process(folder, mesh, me):
     """At the beginning, where the other one waits for it, and at the end."""
     import orbax.checkpoint as ocp
 
-    from jaxnet.checkpoint import orbax
+    from jaxnet.checkpoint import orbax, orbax_library
 
     path = folder / "x.safetensors"
     save(path, make_tree(mesh, 1), engine="orbax")
@@ -311,7 +311,8 @@ def orbax_fails_in_one_process(folder, mesh, me):
     def full_now(*_):
         raise OSError(28, "No space left on device")
 
-    assert orbax.TIMEOUT > 600  # so long Orbax would wait for one that does not come
+    # Orbax would wait so long for a process that does not come.
+    assert orbax_library.TIMEOUT > 600
     for where, name, broken in [
         (ocp.PyTreeCheckpointHandler, "async_save", full_later),
         (orbax, "_sums", full_now),

@@ -39,6 +39,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxnet.checkpoint import CheckpointError, Leaf, inspect, load, save, verify
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.dtypes import CODES, WIDENED
+from jaxnet.checkpoint.tensors import crc_start, layout
 
 HERE = pathlib.Path(__file__).parent
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in CODES | WIDENED}
@@ -1001,7 +1002,7 @@ HOSTILE = {
     "not JSON": (container(b"{a}"), "the header is not the JSON of a safetensors file"),
     "cut JSON": (container(b'{"a'), "the header is not the JSON"),
     "two objects": (container(b"{}{}"), "the header is not the JSON .*Extra data"),
-    "NaN": (container(b'{"a": NaN}'), "NaN is no JSON number"),
+    "NaN": (container(b'{"a": NaN}'), "NaN is not a JSON number"),
     "double name": (container(b'{"a": 1, "a": 1}'), "two entries are called 'a'"),
     "deep": (
         container(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
@@ -1100,11 +1101,11 @@ def test_hostile_files_are_refused_with_a_reason(name, tmp_path):
 
 def forge(tree, tensors=(), crcs=None, **more):
     """A file with a right digest and a wrong manifest."""
-    layout = fmt.layout([(name, code, tuple(shape)) for name, code, shape in tensors])
-    size = layout[-1].stop if layout else 0
-    crcs = [f"{fmt.crc_start(t, 0):08x}" for t in layout] if crcs is None else crcs
+    placed = layout([(name, code, tuple(shape)) for name, code, shape in tensors])
+    size = placed[-1].stop if placed else 0
+    crcs = [f"{crc_start(t, 0):08x}" for t in placed] if crcs is None else crcs
     manifest = {"version": 1, "metadata": {}, "tree": tree, "crc32": crcs} | more
-    return fmt.write_header("", layout, manifest) + bytes(size)
+    return fmt.write_header("", placed, manifest) + bytes(size)
 
 
 def nested(depth, node):
@@ -1470,10 +1471,10 @@ def test_the_mode_of_the_old_file_is_kept(tmp_path):
 
 def test_inspect_reads_only_the_header(tmp_path):
     size = 10 * 1000**3
-    layout = fmt.layout([("w", "F32", (size // 4,))])
+    placed = layout([("w", "F32", (size // 4,))])
     manifest = {"version": 1, "metadata": {}, "tree": ["dict", [["w", ["jax", "float32"]]]]}
     (tmp_path / "t").write_bytes(
-        fmt.write_header("", layout, manifest | {"crc32": ["0" * 8 * layout[0].chunks]})
+        fmt.write_header("", placed, manifest | {"crc32": ["0" * 8 * placed[0].chunks]})
     )
     # 10 GB that take no space on the disk.
     os.truncate(tmp_path / "t", os.path.getsize(tmp_path / "t") + size)

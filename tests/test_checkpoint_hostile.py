@@ -21,14 +21,17 @@ from test_checkpoint import forge
 from jaxnet.checkpoint import (
     CheckpointError,
     Checkpoints,
-    header_types,
+    engines,
     inspect,
     lazy,
     load,
+    manifests,
     save,
     verify,
 )
 from jaxnet.checkpoint import format as fmt
+from jaxnet.checkpoint.grids import Grid
+from jaxnet.checkpoint.tensors import Tensor, crcs, layout
 from jaxnet.checkpoint.words import printable
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -80,8 +83,8 @@ def zarr_bomb(path, shape, chunks, *, data=None, compressor=None, cuts=None):
             {"driver": "zarr", "kvstore": base | {"path": "w/"}}, open=True
         ).result()
         array[...].write(data).result()
-    whole = header_types.Tensor("w", "F32", tuple(shape), 0, 4 * int(np.prod(shape)))
-    blocks = header_types.Grid(
+    whole = Tensor("w", "F32", tuple(shape), 0, 4 * int(np.prod(shape)))
+    blocks = Grid(
         cuts or [[0] for _ in shape], ["0"] * int(np.prod([len(cut) for cut in cuts or [[0]]]))
     ).blocks(whole)
     crcs = ["0" * 8 * block.chunks for _, block, _ in blocks]
@@ -184,15 +187,15 @@ def diagonal(path, axes, count):
     count^axes cells.
     """
     pieces = [[",".join([str(i)] * axes), ["numpy", "uint8"]] for i in range(count)]
-    layout = fmt.layout([(f"w/{start}", "U8", (1,) * axes) for start, _ in pieces])
-    sums = [fmt.crcs(t, bytes(1)) for t in layout]
+    placed = layout([(f"w/{start}", "U8", (1,) * axes) for start, _ in pieces])
+    sums = [crcs(t, bytes(1)) for t in placed]
     part = {
         "version": 1,
         "metadata": {},
         "tree": ["dict", [["w", ["dict", pieces]]]],
         "crc32": sums,
     }
-    data = fmt.write_header("", layout, part) + bytes(count)
+    data = fmt.write_header("", placed, part) + bytes(count)
     path.with_name(f"{path.name}.part-{NUMBER}-00000").write_bytes(data)
     shape = [count] * axes
     files = [[data[42:106].decode(), 1 << 62]]
@@ -452,18 +455,17 @@ def test_readers_beside_a_writer_get_one_save_or_the_next(engine, seconds, tmp_p
 def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
     """The moment at which it is replaced is chosen here: after the manifest, before the arrays."""
     pytest.importorskip("orbax")
-    from jaxnet.checkpoint import zarr
-
-    path, real, saves = tmp_path / "x", zarr.read_tensors, []
+    orbax = engines.ENGINES[manifests.ORBAX]
+    path, saves = tmp_path / "x", []
     save(path, {"x": np.zeros(3)}, engine="orbax")
 
     def late(*args):
         if len(saves) < 2:
             saves.append(1)
             save(path, {"x": np.full(3, len(saves))}, engine="orbax")
-        return real(*args)
+        return orbax.reader(*args)
 
-    monkeypatch.setattr(zarr, "read_tensors", late)
+    monkeypatch.setitem(engines.ENGINES, manifests.ORBAX, orbax._replace(reader=late))
     np.testing.assert_array_equal(load(path)["x"], np.full(3, 2))
     saves.clear()
     assert verify(path).leaves[0].shape == (3,) and len(saves) == 2

@@ -31,6 +31,7 @@ from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.dtypes import WIDENED
 from jaxnet.checkpoint.structure import leaf_name, leaf_path
+from jaxnet.checkpoint.tensors import crc_start, layout
 
 
 def block(i):
@@ -168,7 +169,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(path):
         "no path matches 'params/block/*/kernel'; the nearest of 18 are ["
     )
     assert "params/blocks/0/kernel" in caught.value.reason
-    with pytest.raises(ValueError, match="only must be a pattern of paths or several, got none"):
+    with pytest.raises(ValueError, match="pattern must be a pattern of paths or several, got none"):
         load(path, pattern=[])
 
 
@@ -275,6 +276,11 @@ def test_collisions_and_unknown_names_are_errors(path):
     )
     with pytest.raises(CheckpointError, match=text):
         load(path, rename={"key": "params/scale/key"})
+    # The root cannot be a leaf if there are other leaves, which would be lost.
+    with pytest.raises(
+        CheckpointError, match="leaf '': rename makes 'key' of the file a leaf here"
+    ):
+        load(path, rename={"key": ""})
     with pytest.raises(
         CheckpointError,
         match="no path matches 'params/heads'; the nearest of 18 are .*params/head/",
@@ -731,17 +737,17 @@ def test_a_part_of_a_damaged_file_is_right_or_refused(path):
 
 def test_one_leaf_of_ten_gigabytes_costs_that_leaf(tmp_path, monkeypatch):
     size = 10 * 1000**3
-    layout = fmt.layout([("big", "F32", (size // 4,)), ("small", "F32", (1000,))])
-    sums = [f"{fmt.crc_start(t, 0):08x}" * t.chunks for t in layout]
+    placed = layout([("big", "F32", (size // 4,)), ("small", "F32", (1000,))])
+    sums = [f"{crc_start(t, 0):08x}" * t.chunks for t in placed]
     tree = ["dict", [[name, ["jax", "float32"]] for name in ("big", "small")]]
     x = np.arange(1000, dtype=np.float32)
-    sums[1] = f"{zlib.crc32(x.tobytes(), fmt.crc_start(layout[1], 0)):08x}"
+    sums[1] = f"{zlib.crc32(x.tobytes(), crc_start(placed[1], 0)):08x}"
     header = fmt.write_header(
-        "", layout, {"version": 1, "metadata": {}, "tree": tree, "crc32": sums}
+        "", placed, {"version": 1, "metadata": {}, "tree": tree, "crc32": sums}
     )
     with open(tmp_path / "t", "wb") as f:  # sparse: the big leaf takes no space on the disk
         f.write(header)
-        f.seek(len(header) + layout[1].start)
+        f.seek(len(header) + placed[1].start)
         f.write(x.tobytes())
     for read in (
         lambda: load(tmp_path / "t", pattern="small")["small"],

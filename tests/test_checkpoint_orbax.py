@@ -28,7 +28,16 @@ from test_checkpoint import DTYPES, NOT_IN_JAX, TREES, assert_same, plain, value
 from test_faults import KINDS
 
 import jaxnet.checkpoint.orbax as engine
-from jaxnet.checkpoint import CheckpointError, Checkpoints, inspect, lazy, load, save, verify
+from jaxnet.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    inspect,
+    lazy,
+    load,
+    places,
+    save,
+    verify,
+)
 from jaxnet.checkpoint.format import write_header
 from jaxnet.cli import main
 
@@ -359,6 +368,19 @@ def test_wrong_calls(tmp_path, monkeypatch):
         ImportError, match=r"object stores need Orbax: pip install 'jaxnet\[orbax\]'"
     ):
         load("gs://b/t")
+
+
+def test_without_etils_an_object_store_is_not_damaged(tmp_path, monkeypatch):
+    """The size of the folder is the first question to the store that needs etils."""
+    pytest.importorskip("tensorstore")
+    save(tmp_path / "t", {"a": np.ones(2)}, engine="orbax")
+    content = (tmp_path / "t").read_bytes()
+    monkeypatch.setattr(places, "fetch", lambda url: content)
+    monkeypatch.setitem(sys.modules, "etils", None)
+    text = r"gs://b/t.orbax-.*: object stores need Orbax: pip install 'jaxnet\[orbax\]'"
+    for read in (load, verify):
+        with pytest.raises(ImportError, match=text):
+            read("gs://b/t")
 
 
 # --------------------------------------------------------------------------------------- durability

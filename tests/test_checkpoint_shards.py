@@ -22,10 +22,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from run_in_processes import SCENARIOS, values
 
-from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save, verify
-from jaxnet.checkpoint.format import layout, read_header, write_header
-from jaxnet.checkpoint.header_types import Header
+from jaxnet.checkpoint import CheckpointError, engines, inspect, lazy, load, manifests, save, verify
+from jaxnet.checkpoint.format import Header, read_header, write_header
 from jaxnet.checkpoint.parts import pieces
+from jaxnet.checkpoint.tensors import layout
 from jaxnet.cli import main
 
 HERE = pathlib.Path(__file__).parent
@@ -176,16 +176,14 @@ def test_parts_that_are_replaced_while_they_are_read_are_no_damage(parts, monkey
     """The manifest has been read when another save takes its place and deletes the parts: the new
     tree is loaded.
     """
-    from jaxnet.checkpoint import parts as module
-
     path, files = parts
-    real = module.read_tensors
+    engine = engines.ENGINES[manifests.PARTS]
 
     def late(*args):
         save(path, {"w": np.arange(3)})
-        return real(*args)
+        return engine.reader(*args)
 
-    monkeypatch.setattr(module, "read_tensors", late)
+    monkeypatch.setitem(engines.ENGINES, manifests.PARTS, engine._replace(reader=late))
     np.testing.assert_array_equal(load(path)["w"], np.arange(3))
     assert not any(file.exists() for file in files)
 

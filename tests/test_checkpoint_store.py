@@ -553,7 +553,8 @@ def test_a_failure_is_raised_and_leaves_what_was_there(
             if fail_expected := n <= times:
                 with pytest.raises(OSError) as caught:
                     store.save(step, tree_of(step))
-                    store._thread.join() if store._thread else None
+                    if thread := store._background._thread:
+                        thread.join()
                     assert beside  # in the foreground it has been raised
                     after()
                 assert caught.value is error

@@ -5,6 +5,7 @@ codes.
 import contextlib
 import json
 import os
+import pathlib
 import subprocess
 import sys
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import jaxnet
 from jaxnet import __version__
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint import places, save, verify
@@ -424,7 +426,7 @@ def test_json_is_json_whatever_a_file_holds(tmp_path, capsys):
     )
     raw = header[8:].replace(b"123456", b"-1e999")
     (tmp_path / "x").write_bytes(
-        len(raw).to_bytes(8, "little") + fmt._with_digest(raw, fmt._digest(raw))
+        len(raw).to_bytes(8, "little") + fmt.with_digest(raw, fmt.digest_of(raw))
     )
     assert main(["inspect", "--json", str(tmp_path / "x")]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(word))
@@ -446,3 +448,22 @@ def test_what_nobody_has_foreseen_is_no_damage(path, monkeypatch, capsys):
     monkeypatch.setattr(commands, "as_text", broken)
     assert main(["inspect", path]) == 2
     assert "ZeroDivisionError: by zero" in capsys.readouterr().err
+
+
+def test_inspect_and_verify_need_only_the_standard_library(tmp_path):
+    """The front door of the package is left out, and JAX and NumPy cannot be imported."""
+    save(tmp_path / "a", {"w": np.ones(3), "step": 1})
+    code = """
+import sys, types
+front = types.ModuleType("jaxnet")
+front.__path__, front.__version__ = [sys.argv[1]], "0"
+sys.modules |= {"jaxnet": front, "jax": None, "numpy": None, "ml_dtypes": None}
+from jaxnet.cli import main
+sys.exit(main(["inspect", sys.argv[2]]) or main(["verify", sys.argv[2]]))
+"""
+    room = pathlib.Path(jaxnet.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(room), str(tmp_path / "a")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "float64" in done.stdout and f"{tmp_path / 'a'}: good" in done.stdout
