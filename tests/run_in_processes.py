@@ -132,7 +132,8 @@ def only_what_is_needed_is_read(folder, mesh, me):
     if me == 1:
         (part,) = folder.glob("*-00001")
         data = bytearray(part.read_bytes())
-        row = data.index(values()["blocks"][2, :4].tobytes())  # rows 2 and 3 are those of process 1
+        # Rows 2 and 3 are those of process 1.
+        row = data.index(values()["blocks"][2, :4].tobytes())
         data[row] ^= 1
         part.write_bytes(data)
     multihost_utils.sync_global_devices("damaged")
@@ -161,7 +162,8 @@ def a_disk_fails_in_one_process(folder, mesh, me):
         os.write = real
     assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 1))
     multihost_utils.sync_global_devices("looked")
-    assert len(names(folder)) == 3  # nothing is left of the one that failed
+    # Nothing is left of the save that failed.
+    assert len(names(folder)) == 3
 
 
 def the_manifest_cannot_be_written(folder, mesh, me):
@@ -266,7 +268,8 @@ def orbax_saves_and_all_load(folder, mesh, me):
         # Also what the other process has.
         np.testing.assert_array_equal(leaves["columns"], values(2)["columns"])
     multihost_utils.sync_global_devices("loaded")
-    assert len(names(folder)) == 4  # each file and one folder
+    # These are the files and one folder.
+    assert len(names(folder)) == 4
 
 
 def of_orbax_only_what_is_needed_is_read(folder, mesh, me):
@@ -331,7 +334,8 @@ def orbax_fails_in_one_process(folder, mesh, me):
         assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 1))
         multihost_utils.sync_global_devices("looked")
         assert len(names(folder)) == 2
-    save(path, make_tree(mesh, 3), engine="orbax")  # and the next save works
+    # The next save works.
+    save(path, make_tree(mesh, 3), engine="orbax")
     assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 3))
 
 
@@ -361,7 +365,8 @@ def a_store_of_orbax_beside_the_training(folder, mesh, me):
     with Checkpoints(folder, keep=2, asynchronous=True, engine="orbax") as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, make_tree(mesh, step))
-            assert checkpoints.steps()[-1] == step  # which waits until it is in place for all
+            # `steps` waits until the file is in place for all processes.
+            assert checkpoints.steps()[-1] == step
         multihost_utils.sync_global_devices("all deleted")
         assert checkpoints.steps() == [2, 3]
         found = checkpoints.latest(like=make_tree(mesh))

@@ -37,7 +37,8 @@ def save_over(root, returned):
 
 def save_steps(root, returned, beside=False):
     with Checkpoints(root, keep=2, best_rule="min loss", asynchronous=beside) as store:
-        for step in (4, 5):  # keeps 1, the best; deletes 2 and then 3
+        # The store keeps step 1, the best, and deletes 2 and then 3.
+        for step in (4, 5):
             store.save(step, tree_of(step), {"loss": step})
             store.wait()
             returned(step)

@@ -180,7 +180,8 @@ def test_every_tree_comes_back(tree, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "property.safetensors"
     save(path, tree)
     assert_same(load(path), plain(tree))
-    expected = jax.tree.map(lambda x: x, tree)  # JAX sorts the keys of dicts
+    # JAX sorts the keys of dicts.
+    expected = jax.tree.map(lambda x: x, tree)
     assert_same(load(path, like=tree), expected)
     verify(path)
     manifest, tensors = documented_reader()(path)
@@ -202,9 +203,8 @@ def test_every_dtype_comes_back_bit_for_bit(name, shape, tmp_path):
 
 
 def test_nan_payloads_and_negative_zero_survive(tmp_path):
-    bits = np.array(
-        [0x7FC12345, 0xFF800001, 0x80000000, 0x00000001], np.uint32
-    )  # two NaNs, -0.0, a denormal (IEEE 754)
+    # The bits of two NaNs, of -0.0 and of a denormal (IEEE 754).
+    bits = np.array([0x7FC12345, 0xFF800001, 0x80000000, 0x00000001], np.uint32)
     got = round_trip(jax.device_put(bits.view(np.float32)), tmp_path)
     assert np.asarray(got).view(np.uint32).tolist() == bits.tolist()
 
@@ -378,7 +378,8 @@ def test_shardings_are_gathered_and_honoured(tmp_path):
         and got["k"].sharding == rows
         and got["n"].devices() == {jax.devices()[3]}
     )
-    assert not got["y"].committed  # as in the template: free to follow other arrays
+    # As in the template, it may follow other arrays.
+    assert not got["y"].committed
     assert_same(got, dict(sorted(tree.items())))
     like = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows)
@@ -397,7 +398,8 @@ def test_shardings_are_gathered_and_honoured(tmp_path):
 
 
 def test_loaded_arrays_can_be_donated(tmp_path):
-    x = jnp.arange(1024.0)  # 4 KiB, aligned: JAX on a CPU takes over the memory that was read into
+    # It has 4 KiB and is aligned, so JAX on a CPU takes over the memory that was read into.
+    x = jnp.arange(1024.0)
     got = round_trip({"x": x}, tmp_path)["x"]
     assert_same(jax.jit(lambda x: 2 * x, donate_argnums=0)(got), 2 * x)
 
@@ -421,7 +423,8 @@ def test_names_are_paths_and_never_collide(tmp_path):
     }
     assert_same(round_trip(tree, tmp_path), tree)
     names = [leaf.path for leaf in inspect(tmp_path / "t.safetensors").leaves]
-    assert names == ["a~1b", "a/b", "~0/~1", "~__metadata__"]  # RFC 6901, section 4
+    # The names follow RFC 6901, section 4.
+    assert names == ["a~1b", "a/b", "~0/~1", "~__metadata__"]
 
 
 # ------------------------------------------------------------------------ what is refused at saving
@@ -636,7 +639,8 @@ def test_a_template_that_does_not_fit_is_refused(name, tmp_path):
     tree, like, match = MISFITS[name]
     with pytest.raises(CheckpointError, match=match):
         round_trip(tree, tmp_path, like=like)
-    assert_same(load(tmp_path / "t.safetensors"), plain(tree))  # and the file is fine
+    # The file itself is fine.
+    assert_same(load(tmp_path / "t.safetensors"), plain(tree))
 
 
 def test_all_differences_are_listed_in_one_error(tmp_path):
@@ -786,7 +790,8 @@ def test_the_official_package_reads_our_files(tmp_path):
     for name, dtype in DTYPES.items():
         expected = tree[name]
         if name in WIDENED and "int" in name:
-            expected = expected.astype(np.int8)  # documented: the same numbers in whole bytes
+            # The documentation says that the same numbers are stored in whole bytes.
+            expected = expected.astype(np.int8)
         shape = [2, 3, 2] if name == "complex128" else [2, 3]
         assert (raw[name]["dtype"], raw[name]["shape"]) == ((CODES | WIDENED)[name], shape)
         assert bytes(raw[name]["data"]) == expected.tobytes(), (name, dtype)
@@ -1284,7 +1289,8 @@ def test_a_failure_at_any_call_leaves_the_old_file_or_the_new_one(
                 save(path, NEW)
             except (OSError, KeyboardInterrupt) as e:
                 assert e is error
-        assert os.listdir(tmp_path) == [path.name]  # no litter
+        # No temporary file is left.
+        assert os.listdir(tmp_path) == [path.name]
         replaced = path.stat().st_ino != before
         assert_same(load(path), NEW if replaced else OLD)
         if fail.left > 0:
@@ -1453,7 +1459,8 @@ def test_paths(tmp_path, monkeypatch):
 def test_a_symbolic_link_stays_and_its_file_is_replaced(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real" / "t")
-    for tree in (OLD, NEW):  # first it points to nothing
+    # At first, the link points to nothing.
+    for tree in (OLD, NEW):
         save(tmp_path / "link", tree)
         assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "real") == ["t"]
         assert_same(load(tmp_path / "link"), tree)
@@ -1463,7 +1470,8 @@ def test_the_mode_of_the_old_file_is_kept(tmp_path):
     save(tmp_path / "t", OLD)
     umask = os.umask(0)
     os.umask(umask)
-    assert stat.S_IMODE(os.stat(tmp_path / "t").st_mode) == 0o666 & ~umask  # as open() does
+    # open() gives new files the same mode.
+    assert stat.S_IMODE(os.stat(tmp_path / "t").st_mode) == 0o666 & ~umask
     os.chmod(tmp_path / "t", 0o600)
     save(tmp_path / "t", NEW)
     assert stat.S_IMODE(os.stat(tmp_path / "t").st_mode) == 0o600
@@ -1480,7 +1488,8 @@ def test_inspect_reads_only_the_header(tmp_path):
     os.truncate(tmp_path / "t", os.path.getsize(tmp_path / "t") + size)
     start = time.perf_counter()
     info = inspect(tmp_path / "t")
-    assert time.perf_counter() - start < 0.5  # reading 10 GB takes seconds
+    # Reading 10 GB would take seconds.
+    assert time.perf_counter() - start < 0.5
     assert info.leaves == (Leaf("w", (size // 4,), "float32", size),)
 
 
@@ -1499,7 +1508,8 @@ def test_inspect_shows_all_leaves_in_the_order_of_the_tree(tmp_path):
 
 
 def test_memory(tmp_path):
-    tree = {str(i): np.zeros(2 << 20, np.uint8) for i in range(8)}  # 16 MiB
+    # The tree has 16 MiB.
+    tree = {str(i): np.zeros(2 << 20, np.uint8) for i in range(8)}
 
     def peak(f, *args):
         tracemalloc.start()
@@ -1513,7 +1523,8 @@ def test_memory(tmp_path):
     # Two leaves, not eight.
     assert peak(save, tmp_path / "t", {key: x[::-1] for key, x in tree.items()}) < 5 << 20
     assert peak(load, tmp_path / "t") < 18 << 20
-    assert peak(verify, tmp_path / "t") < 5 << 20  # one block for each thread
+    # Each thread holds one block.
+    assert peak(verify, tmp_path / "t") < 5 << 20
 
 
 def test_all_arrays_go_to_the_device_in_one_call(tmp_path, monkeypatch):

@@ -91,7 +91,8 @@ def zarr_bomb(path, shape, chunks, *, data=None, compressor=None, cuts=None):
     file_of(path, "orbax", {"tensors": [["w", "F32", shape, cuts or [[0] for _ in shape], crcs]]})
 
 
-ZEROS = np.zeros(1 << 25, np.float32)  # 128 MB, compressed to some hundred bytes
+# These 128 MB are compressed to a few hundred bytes.
+ZEROS = np.zeros(1 << 25, np.float32)
 ZARR = {
     "2^40 elements, none of them stored": ([1 << 40], [1 << 40], {}),
     "2^30 elements, none of them stored": ([1 << 30], [1 << 30], {}),
@@ -216,7 +217,8 @@ def test_small_files_that_ask_for_much_are_refused(name, tmp_path):
         start = time.process_time()
         with pytest.raises(CheckpointError) as caught:
             if read is inspect and "diagonal" in name:
-                verify(path)  # of the header alone nothing is wrong
+                # In the header alone, nothing is wrong.
+                verify(path)
             read(path)
         assert time.process_time() - start < 5
         tracemalloc.start()
@@ -384,7 +386,8 @@ def read():
 def no_more(self):
     raise RuntimeError("can't start new thread")
 
-threading._register_atexit(read)  # at this time no thread may start
+# At that time, no thread can be started.
+threading._register_atexit(read)
 if sys.version_info:
     load(sys.argv[1])
     real, threading.Thread.start = threading.Thread.start, no_more

@@ -67,7 +67,8 @@ def test_a_link_does_not_count_among_those_that_are_kept(outside, tmp_path):
     run = saved(tmp_path / "run", 1, 2).folder
     os.symlink(outside / "step_00000001.safetensors", f"{run}/step_00000003.safetensors")
     store = saved(run, 4, keep=2)
-    assert store.steps() == [2, 3, 4]  # 3 is a link and stays; 2 and 4 are the two newest
+    # Step 3 is a link and stays; 2 and 4 are the two newest steps.
+    assert store.steps() == [2, 3, 4]
     assert contents(outside).keys() == {"step_00000001.safetensors", "text", "inner/text"}
 
 
@@ -86,7 +87,8 @@ def test_a_step_is_saved_in_place_of_a_link_and_not_behind_it(
         if not os.path.lexists(link):
             link.symlink_to(outside / target)
 
-    if when == "before" and target == "new":  # a link to nothing is no step
+    # A link to nothing does not count as a step.
+    if when == "before" and target == "new":
         link.symlink_to(outside / target)
     elif when == "meanwhile":
         monkeypatch.setattr(os, "fsync", swap)

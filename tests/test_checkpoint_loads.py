@@ -156,7 +156,8 @@ def test_only_the_chosen_leaves_are_read_and_checked(path, monkeypatch):
         got = load(path, pattern="params/blocks/*/kernel")
     assert_equal(got, {"params": {"blocks": [{"kernel": block(i)["kernel"]} for i in (1, 2)]}})
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    assert [n for position, n in seen if position >= header] == [24, 24]  # two kernels of 6 float32
+    # The two kernels have 6 float32s each.
+    assert [n for position, n in seen if position >= header] == [24, 24]
     with pytest.raises(CheckpointError, match="leaf 'params/head/kernel': its bytes"):
         load(path, pattern=["params/blocks", "**/head"])
 
@@ -203,7 +204,8 @@ def test_a_dict_of_prefixes_renames_leaves_and_nodes(path):
     rename = {
         "params": "weights",
         "params/blocks": "weights/layers",
-        "params/blocks/1": "weights/layers/second",  # the longest that fits counts
+        # The longest path that fits counts.
+        "params/blocks/1": "weights/layers/second",
         "params/head": "out",
     }
     expected = {
@@ -287,7 +289,8 @@ def test_collisions_and_unknown_names_are_errors(path):
     ):
         load(path, rename={"params/heads": "out"})
     with pytest.raises(CheckpointError, match="no path matches"):
-        load(path, rename={"params/*": "out"})  # paths, not patterns
+        # The keys are paths, not patterns.
+        load(path, rename={"params/*": "out"})
 
 
 def test_a_renamed_leaf_must_still_fit(path):
@@ -343,7 +346,8 @@ def test_missing_leaves_keep_their_values_and_others_are_ignored(path, monkeypat
         "params": {"blocks": [block(8), block(9)], "adapter": block(5), "scale": 0.0},
         "note": "new",
     }
-    damage(path, "params/head/kernel")  # ignored leaves are not even read
+    # Ignored leaves are not even read.
+    damage(path, "params/head/kernel")
     got = load(path, like=like, strict=False)
     expected = {
         "params": {"blocks": [block(1), block(2)], "adapter": block(5), "scale": 2.5},
@@ -421,9 +425,11 @@ def cast_to(path, x, dtype):
 @pytest.mark.parametrize(
     "source, values, target, refused",
     [
-        ("float32", [1 / 3, -0.0, 1e-30], "bfloat16", None),  # rounding
+        # These are rounded.
+        ("float32", [1 / 3, -0.0, 1e-30], "bfloat16", None),
         ("float32", [np.nan, np.inf, -np.inf], "float16", None),
-        ("float32", [1e-30], "float16", None),  # too small: rounded to the nearest, which is 0
+        # This number is too small, and the nearest number is 0.
+        ("float32", [1e-30], "float16", None),
         ("float32", [1.0, 70000.0, -1e9], "float16", ("2 of 3", "70000.0")),  # > 65504
         ("float32", [3.4e38], "bfloat16", ("1 of 1", "3.4e+38")),
         ("float64", [1e39], "float32", ("1 of 1", "1e+39")),
@@ -432,7 +438,8 @@ def cast_to(path, x, dtype):
         ("float32", [1.0, np.inf], "float8_e4m3fn", ("1 of 2", "inf")),
         ("float32", [7.0], "float4_e2m1fn", ("1 of 1", "7.0")),  # > 6: it would be silently 6
         ("float32", [np.nan], "float4_e2m1fn", ("1 of 1", "nan")),
-        ("float32", [-2.0], "float8_e8m0fnu", ("1 of 1", "-2.0")),  # no sign
+        # The format has no sign.
+        ("float32", [-2.0], "float8_e8m0fnu", ("1 of 1", "-2.0")),
         ("bfloat16", [1.5, -3e38], "float64", None),
         ("float32", [2.0, -0.0, -128.0], "int8", None),
         ("float32", [0.7], "int32", ("1 of 1", "0.7")),
@@ -445,12 +452,14 @@ def cast_to(path, x, dtype):
         ("float32", [7.0, -8.0], "int4", None),
         ("float32", [8.0], "int4", ("1 of 1", "8.0")),
         ("int32", [16777216], "float32", None),
-        ("int32", [16777217], "float32", ("1 of 1", "16777217")),  # 2^24 + 1
+        # The number is 2^24 + 1.
+        ("int32", [16777217], "float32", ("1 of 1", "16777217")),
         ("int64", [2**53 + 1], "float64", ("1 of 1", "9007199254740993")),
         ("int64", [2**63 - 1], "float64", ("1 of 1", "9223372036854775807")),
         ("uint64", [2**64 - 1, 2**63], "float64", ("1 of 2", "18446744073709551615")),
         ("int32", [100000], "float16", ("1 of 1", "100000")),
-        ("int32", [0], "float8_e8m0fnu", ("1 of 1", "0")),  # it has no zero
+        # The format has no zero.
+        ("int32", [0], "float8_e8m0fnu", ("1 of 1", "0")),
         ("int32", [-1, 300], "uint8", ("2 of 2", "-1")),
         ("int8", [127, -128], "int64", None),
         ("uint64", [2**63], "int64", ("1 of 1", "9223372036854775808")),
@@ -578,7 +587,8 @@ def test_a_cast_gives_the_nearest_of_all_numbers(target, source, tmp_path):
         [below, above, np.nextafter(below, -infinity), np.nextafter(above, infinity)]
     )
     expected = np.concatenate([low, high, low, high])
-    if target != "float8_e8m0fnu":  # it has no bit that could be even
+    # The format has no bit that could be even.
+    if target != "float8_e8m0fnu":
         x, expected = (
             np.concatenate([x, middle]),
             np.concatenate([expected, np.where(even, low, high)]),
@@ -674,7 +684,8 @@ def test_a_lazy_file_is_a_mapping_of_its_leaves(path):
             [2.5, "four", np.float64(2)],
         )
         assert_equal(leaves["key"], jax.random.key(7))
-    assert_equal(kernel, np.full((2, 3), 2, np.float32))  # arrays outlive the block
+    # Arrays outlive the block.
+    assert_equal(kernel, np.full((2, 3), 2, np.float32))
     with pytest.raises(ValueError, match="has been closed: look leaves up inside the `with` block"):
         leaves["key"]
 
@@ -711,7 +722,8 @@ def test_lazy_leaves_are_checked_when_they_are_first_looked_up(path, monkeypatch
         assert_equal(leaves["params/head/bias"], np.full(3, 3, np.int32))
         assert [n for _, n in seen[opened:]] == [12]
         leaves["params/head/bias"]
-        assert len(seen) == opened + 1  # once
+        # The leaf was read once.
+        assert len(seen) == opened + 1
         for _ in range(2):
             with pytest.raises(CheckpointError, match="leaf 'params/head/kernel': its bytes"):
                 leaves["params/head/kernel"]
@@ -732,7 +744,8 @@ def test_a_part_of_a_damaged_file_is_right_or_refused(path):
             assert_equal(got, expected)
         with pytest.raises(CheckpointError), lazy(bad) as leaves:
             dict(leaves)
-    assert 300 < noticed < 400  # most damage is in the header, which is always read
+    # Most damage is in the header, which is always read.
+    assert 300 < noticed < 400
 
 
 def test_one_leaf_of_ten_gigabytes_costs_that_leaf(tmp_path, monkeypatch):
@@ -745,7 +758,8 @@ def test_one_leaf_of_ten_gigabytes_costs_that_leaf(tmp_path, monkeypatch):
     header = fmt.write_header(
         "", placed, {"version": 1, "metadata": {}, "tree": tree, "crc32": sums}
     )
-    with open(tmp_path / "t", "wb") as f:  # sparse: the big leaf takes no space on the disk
+    # The file is sparse: the big leaf takes no space on the disk.
+    with open(tmp_path / "t", "wb") as f:
         f.write(header)
         f.seek(len(header) + placed[1].start)
         f.write(x.tobytes())

@@ -100,7 +100,8 @@ def test_every_dtype_comes_back_from_several_devices(tmp_path):
 
 def test_random_trees_come_back(tmp_path):
     for i in range(5):
-        with warnings.catch_warnings(action="ignore"):  # that examples are drawn outside a test
+        # Hypothesis warns that examples are drawn outside a test.
+        with warnings.catch_warnings(action="ignore"):
             tree = {str(j): TREES.example() for j in range(20)}
         save(tmp_path / f"{i}", tree, engine="orbax")
         assert_same(load(tmp_path / f"{i}"), plain(tree))
@@ -395,7 +396,8 @@ def test_the_new_takes_the_place_of_the_old(tmp_path):
         tmp_path / folders(tmp_path)[0], tmp_path / "t.orbax-0123456789abcdef.orbax-checkpoint-tmp"
     )
     shutil.copytree(tmp_path / folders(tmp_path)[0], tmp_path / "t.orbax-of-somebody-else")
-    save(path, tree_of(3), engine="orbax")  # sweeps what a killed save has left
+    # This save sweeps the leftovers of the killed one.
+    save(path, tree_of(3), engine="orbax")
     assert len(folders(tmp_path)) == 2
     save(path, tree_of(4))
     assert folders(tmp_path) == ["t.orbax-of-somebody-else"] and load(path)["step"] == 4
@@ -658,7 +660,8 @@ def test_the_bytes_of_arrays_are_checked(tmp_path):
                 match=r"leaf 'bits': its block \[64, 64\] at \[0, 0\] is not what was",
             ):
                 check(path)
-        assert_same(load(path, pattern="x"), {"x": X})  # of which nothing else is read
+        # Nothing else of the file is read.
+        assert_same(load(path, pattern="x"), {"x": X})
 
 
 def test_a_folder_that_is_missing_or_of_another_save_is_named(tmp_path):
@@ -743,7 +746,8 @@ def test_a_store_of_steps(beside, tmp_path):
         for step in range(1, 6):
             store.save(step, tree_of(step), {"loss": abs(step - 2)})
         assert store.steps() == [2, 4, 5]
-    assert len(folders(tmp_path)) == 3  # deleted with their steps
+    # The folders were deleted with their steps.
+    assert len(folders(tmp_path)) == 3
     found = store.latest(like=tree_of(0))
     assert found and found.step == 5 and found.metrics == {"loss": 3}
     assert_same(found.tree, dict(sorted(tree_of(5).items())))
@@ -799,7 +803,8 @@ def test_what_went_wrong_beside_is_raised_by_the_next_call(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         store.save(3, tree_of(3))
     monkeypatch.undo()
-    assert store.steps() == [1] and len(folders(tmp_path)) == 1  # nothing is left of step 2
+    # Nothing is left of step 2.
+    assert store.steps() == [1] and len(folders(tmp_path)) == 1
     store.save(3, tree_of(3))
     assert store.steps() == [1, 3]
 
@@ -947,8 +952,11 @@ def test_an_object_store(object_store):
         "0 0",
         "['x.safetensors', 'x.safetensors.orbax']",
         "[]",
-        "[2, 3] 3",  # of the store
-        "2",  # when the newest is damaged
-        "4 2",  # steps and records of a run, and of one that goes on from it
+        # These are the steps of the store.
+        "[2, 3] 3",
+        # This is the step that is found if the newest is damaged.
+        "2",
+        # The steps and records are those of a run, and of another that goes on from it.
+        "4 2",
         "8 4",
     ]

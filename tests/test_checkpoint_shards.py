@@ -74,12 +74,14 @@ def test_saved_on_n_devices_and_loaded_on_m(tmp_path):
 
 def test_sharded_leaves_are_gathered_one_at_a_time(tmp_path):
     rows = sharding(4, PartitionSpec("x"))
-    tree = {str(i): jax.device_put(jnp.zeros((4, 1 << 17)), rows) for i in range(8)}  # 2 MiB each
+    # Each leaf has 2 MiB.
+    tree = {str(i): jax.device_put(jnp.zeros((4, 1 << 17)), rows) for i in range(8)}
     tracemalloc.start()
     save(tmp_path / "t", tree)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5 << 20  # the leaf that is written and the next one, not 16 MiB
+    # Memory holds the leaf that is written and the next one, not 16 MiB.
+    assert peak < 5 << 20
 
 
 def sharding(n, spec):
@@ -270,7 +272,8 @@ def test_parts_that_are_missing_or_of_another_save_are_named(parts, pair):
     with pytest.raises(CheckpointError, match=f"its part {second} is missing"):
         load(path)
     other = next((pair[1] / "replaced").glob("*-00001"))
-    shutil.copy(other, second)  # a sound file
+    # The other file is not damaged.
+    shutil.copy(other, second)
     with pytest.raises(CheckpointError, match=f"its part {second} is that of another checkpoint"):
         load(path)
     second.write_bytes(data)
@@ -312,7 +315,8 @@ def test_forged_parts_are_refused(name, tmp_path):
             check(tmp_path / "x")
 
 
-GRIDS = {  # pieces (dtype, start, shape) of a F32[4, 6], and whether they fill it
+# Pieces (dtype, start, shape) of an F32[4, 6], and whether they fill it.
+GRIDS = {
     "the whole": ([("F32", "", (4, 6))], True),
     "rows": ([("F32", "0", (2, 6)), ("F32", "2", (2, 6))], True),
     "uneven": ([("F32", "0,0", (1, 6)), ("F32", "1,0", (3, 6))], True),
@@ -374,7 +378,8 @@ def test_a_killed_process_leaves_the_old_checkpoint_or_the_new_one(name, tmp_pat
     assert done[int(process)][0] == -9 and done[1 - int(process)][0] != 0
     assert_values(load(tmp_path / "x.safetensors"), scale)
     verify(tmp_path / "x.safetensors")
-    assert len(list(tmp_path.glob("*.part-*"))) > 2  # what the dead have left
+    # The killed processes left files behind.
+    assert len(list(tmp_path.glob("*.part-*"))) > 2
     save(tmp_path / "x.safetensors", {"w": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 

@@ -64,13 +64,15 @@ def killed_until_it_ends(
     for kill in range(kills):
         process = start(folder)
         assert process.stdout is not None
-        if kill % 4:  # most kills while it trains, some while it starts
+        # Most kills come while it trains, some while it starts.
+        if kill % 4:
             process.stdout.readline()
         time.sleep(rng.uniform(0, 1.5 * seconds / kills))
         number = signals[kill % len(signals)]
         process.send_signal(number)
         if rng.random() < 0.3:
-            process.send_signal(number)  # twice: the second ends it at once
+            # The second signal ends it at once.
+            process.send_signal(number)
         code = finish(process)
         hits += code != 0
         if code == 0:
