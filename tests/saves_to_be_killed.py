@@ -24,7 +24,7 @@ def tree_of(step):
 
 
 def save_fresh(root, returned):
-    """Save where nothing is yet, not even the folder; `returned(step)` is told what is safe."""
+    """Save to a folder that does not exist; `returned(step)` reports the steps that are safe."""
     save(os.path.join(root, "new", "t"), tree_of(1))
     returned(1)
 
@@ -58,7 +58,7 @@ CALLS = ("open", "write", "lseek", "fchmod", "fsync", "replace", "unlink", "mkdi
 
 
 def before(mode, root):
-    """What is there before the saves of a mode."""
+    """Make the files that exist before the saves of a mode."""
     os.mkdir(root)
     if mode == "overwrite":
         save(os.path.join(root, "t"), tree_of(0))

@@ -1,5 +1,4 @@
-"""Checkpoints: what comes back, what is refused, and what is left after a failure.
-
+"""Checkpoints: the trees that come back, the files that are refused, and the state after a failure.
 Expected values come from the trees themselves (a round trip is the identity, bit for bit), from the
 official safetensors package, from the reader printed in docs/checkpoint_format.md, and from files
 written once and kept in tests/golden.
@@ -98,7 +97,7 @@ def from_bits(dtype, raw):
 
 
 def plain(tree):
-    """What `load` without a template makes of a tree: records become dicts."""
+    """The result of `load` without a template: records become dicts."""
     if isinstance(tree, Pair):
         return {"first": plain(tree.first), "second": plain(tree.second)}
     if isinstance(tree, list | tuple):
@@ -107,7 +106,7 @@ def plain(tree):
 
 
 def assert_same(got, expected, path=""):
-    """Same types, same structure, same order of keys, same bits."""
+    """Assert the same types, structure, order of keys and bits."""
     if isinstance(expected, jax.Array):
         assert isinstance(got, jax.Array), path
         assert got.dtype == expected.dtype and got.shape == expected.shape, path
@@ -717,8 +716,9 @@ def golden_trees():
 
 @pytest.mark.parametrize("name", ["v1_structure", "v1_dtypes", "v1_array", "v1_empty"])
 def test_golden_files(name, tmp_path):
-    """Files of version 1, written once: never regenerate them; a new version gets new ones beside
-    them.
+    """The files of version 1 were written once.
+
+    Never regenerate them: a new version gets new files beside them.
     """
     golden, tree = HERE / "golden" / f"{name}.safetensors", golden_trees()[name]
     got = load(golden, like=tree)
@@ -885,8 +885,8 @@ def test_foreign_types(tmp_path):
 
 
 def damages(data, count, seed):
-    """Copies of `data` with one kind of damage each (those of checkpoints in the field, and some
-    more).
+    """Copies of `data` with one kind of damage each: those of checkpoints in the field, and some
+    more.
     """
     rng = random.Random(seed)
     for i in range(count):
@@ -1275,8 +1275,9 @@ class Fail:
 def test_a_failure_at_any_call_leaves_the_old_file_or_the_new_one(
     name, error, tmp_path, monkeypatch
 ):
-    """SQLite's way: fail the n-th call, for n = 1, 2, ... until the save succeeds
-    (sqlite.org/testing.html).
+    """Fail the n-th call, for n = 1, 2, ...
+
+    until the save succeeds, as SQLite does (sqlite.org/testing.html).
     """
     path, failures = tmp_path / "t.safetensors", 0
     for n in range(1, 30):
@@ -1317,7 +1318,7 @@ def test_an_error_says_that_nothing_was_replaced(tmp_path, monkeypatch):
 
 
 def test_a_failed_sync_in_the_background_is_not_lost(tmp_path, monkeypatch):
-    """The disk reports an error to one fsync only: the one in the background may be it."""
+    """The disk reports an error to one fsync only, which may be the one in the background."""
     monkeypatch.setattr(os, "fsync", Fail("fsync", 1, OSError(errno.EIO, "bad disk")))
     with pytest.raises(OSError, match="bad disk"):
         save(tmp_path / "t", np.zeros(40 << 20, np.uint8))
@@ -1346,9 +1347,7 @@ def test_a_read_error_is_a_checkpoint_error(tmp_path, monkeypatch):
 
 
 def test_bytes_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
-    """The order that ALICE (Pillai et al., OSDI 2014) found broken most often: data, name,
-    folder.
-    """
+    """ALICE (Pillai et al., OSDI 2014) found this order broken most often: data, name, folder."""
     calls = []
 
     def recording(name, real):

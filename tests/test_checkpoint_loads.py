@@ -1,8 +1,6 @@
-"""Loading a part of a file: chosen leaves, other names, other dtypes, templates that share only
-some leaves, one leaf.
-
-Expected values come from `jaxnet.tree.split` (what a part of a tree is), from the IEEE 754 formats
-(what a dtype can hold) and from exact integer arithmetic in Python.
+"""Load a part of a file: chosen leaves, other names, other dtypes, templates that share only some
+leaves, one leaf. Expected values come from `jaxnet.tree.split` (the part of a tree), from the IEEE
+754 formats (the numbers that a dtype can hold) and from exact integer arithmetic in Python.
 """
 
 import collections
@@ -56,7 +54,7 @@ def path(tmp_path):
 
 
 def assert_equal(got, expected):
-    """Same structure (of dicts without order), same types, same bits."""
+    """Assert the same structure (of dicts without order), types and bits."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert type(x) is type(y) and np.shape(x) == np.shape(y)
@@ -68,7 +66,7 @@ def assert_equal(got, expected):
 
 @contextlib.contextmanager
 def reads(monkeypatch):
-    """Which bytes of files are read: a list of (position, length)."""
+    """Record the bytes of files that are read: a list of (position, length)."""
     real, seen = os.preadv, []
 
     def preadv(fd, buffers, position):
@@ -107,9 +105,7 @@ def damage(path, leaf):
     ids=str,
 )
 def test_a_part_of_a_file_is_the_part_of_the_tree(only, path):
-    """Of a list whose elements are only partly chosen, and the like, `jaxnet.tree.split` says what
-    remains.
-    """
+    """`jaxnet.tree.split` defines the remainder of a list whose elements are only partly chosen."""
     patterns = [only] if isinstance(only, str) else only
     like, _ = trees.split(STATE, *patterns)
     got = load(path, like=like, pattern=only)
@@ -241,7 +237,7 @@ def test_the_top_of_the_tree_is_the_empty_path(tmp_path):
 
 
 def test_a_function_renames_every_leaf(tmp_path):
-    """The usual import: names with dots of another program."""
+    """The usual case: a file of another program whose names have dots."""
     flat = {
         "encoder.layer.0.weight": np.ones((2, 3), np.float32),
         "encoder.bias": np.zeros(3, np.float32),
@@ -507,7 +503,7 @@ def test_a_cast_rounds_floats_and_is_exact_for_all_else(source, values, target, 
     ),
 )
 def test_an_integer_comes_through_if_the_target_has_it(x, target, tmp_path_factory):
-    """By the definition of the formats: an odd part of at most p bits, and no more than the largest
+    """A number of a format has an odd part of at most p bits, and is not greater than the largest
     number.
     """
     source = "int64" if x < 2**63 else "uint64"
@@ -562,11 +558,9 @@ NARROW = [
 @pytest.mark.parametrize("source", ["float64", "float32"])
 @pytest.mark.parametrize("target", NARROW)
 def test_a_cast_gives_the_nearest_of_all_numbers(target, source, tmp_path):
-    """Around every midpoint of two neighbors: it goes to the even one, and the next numbers to
-    their own side.
-
-    The midpoints are exact in float64, and those of all 13 types in float32. Each target is decoded
-    from all its bits.
+    """Every midpoint of two neighbors goes to the even one, and the next numbers go to their own
+    side. The midpoints are exact in float64, and those of all 13 types in float32. Each target is
+    decoded from all its bits.
     """
     dtype, wide = DTYPES[target], np.dtype(source)
     bits = {"float4_e2m1fn": 4, "float6_e2m3fn": 6, "float6_e3m2fn": 6}.get(
@@ -730,7 +724,10 @@ def test_lazy_leaves_are_checked_when_they_are_first_looked_up(path, monkeypatch
 
 
 def test_a_part_of_a_damaged_file_is_right_or_refused(path):
-    """Damage elsewhere may go unnoticed, since it is not read; in the part that is read, never."""
+    """Damage to the part that is read is always noticed.
+
+    Damage elsewhere may go unnoticed, because it is not read.
+    """
     expected, noticed = load(path, pattern="params"), 0
     bad = path.with_name("bad")
     for _, data in damages(path.read_bytes(), 400, seed=0):
@@ -819,7 +816,9 @@ def test_lazy_reads_other_programs_files(tmp_path):
 
 @pytest.mark.parametrize("only", ["a", "a/**", ["a"], ["a/w"]])
 def test_a_part_with_empty_containers_fits_its_template(tmp_path, only):
-    """Every train state has some: `state={}` of a stateless network, the EmptyState of optax."""
+    """Every train state has empty containers: `state={}` of a stateless network, the EmptyState of
+    optax.
+    """
     file = tmp_path / "a.safetensors"
     jaxnet.save(file, {"a": {"w": jnp.ones(2), "s": {}, "t": ()}, "b": 1})
     like = {"a": {"w": jnp.zeros(2), "s": {}, "t": ()}}

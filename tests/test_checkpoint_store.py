@@ -1,7 +1,5 @@
-"""The store: what it keeps, what it finds again, and what is left after failures, kills and the
-program's end.
-
-Every step's tree is made from its number, so that a tree that comes back shows which step was
+"""The store: the steps that it keeps and finds again, and its state after failures, kills and the
+program's end. Every step's tree is made from its number, so a loaded tree shows which step was
 saved, bit for bit.
 """
 
@@ -286,8 +284,9 @@ def test_if_nothing_is_good_it_is_an_error_and_not_a_fresh_start(tmp_path):
 
 @pytest.fixture
 def closed(monkeypatch):
-    """A function that takes the right to open a file; root has every right, so that the system is
-    asked in vain.
+    """A function that removes the permission to open a file.
+
+    Root has every permission, so the system's answer is replaced as well.
     """
     names, real = set(), os.open
 
@@ -301,8 +300,8 @@ def closed(monkeypatch):
 
 
 def test_a_file_that_may_not_be_opened_is_no_damaged_one(closed, tmp_path):
-    """To go on from an older step would waste a run: no later save is newer than the file that
-    stands there.
+    """Going on from an older step would waste a run: no later save would be newer than the existing
+    file.
     """
     fill(tmp_path, 10, 20, 30, losses=[3, 2, 1])
     store = Checkpoints(tmp_path, best_rule="min loss")
@@ -340,7 +339,9 @@ def test_a_step_that_may_not_be_opened_now_is_kept_as_if_it_were_the_best(closed
 
 
 def test_looking_if_a_folder_is_writable_disturbs_no_save(tmp_path):
-    """And no save disturbs it: whoever sweeps leaves its file alone, since that is locked."""
+    """A save does not disturb the check either: it does not sweep the file of the check, which is
+    locked.
+    """
     with places_checked_while_swept(tmp_path) as errors:
         for step in range(1, 30):
             Checkpoints(tmp_path, keep=1).save(step, tree_of(step))
@@ -380,7 +381,7 @@ def test_the_best_good_one_is_found(tmp_path):
 
 
 def test_a_template_that_does_not_fit_is_no_damage(tmp_path):
-    """An older file might fit, but to take it would hide the mistake."""
+    """An older file might fit, but loading it would hide the mistake."""
     store = Checkpoints(tmp_path)
     store.save(1, {"a": np.zeros(2)})
     store.save(2, {"a": np.zeros(3)})
@@ -545,8 +546,9 @@ ERRORS = [
 def test_a_failure_is_raised_and_leaves_what_was_there(
     call, times, error, beside, tmp_path, monkeypatch
 ):
-    """In the foreground by `save` itself, asynchronously by whatever is called next; at every n-th
-    call of the system.
+    """In the foreground, `save` raises the error; asynchronously, the next call does.
+
+    The n-th call of the system fails.
     """
     store, failures = fill(tmp_path, 1, keep=1), 0
     for n in range(1, 10):
@@ -641,7 +643,7 @@ os.write = lambda fd, data: time.sleep(0.05) or real(fd, data)
 
 
 def test_a_program_that_ends_waits_for_its_last_save(tmp_path):
-    """40 MiB: so much that the writer's own thread pool is asked for when the interpreter has
+    """The tree has 40 MiB, so the writer asks for its own thread pool after the interpreter has
     closed all pools.
     """
     code = (

@@ -1,4 +1,4 @@
-"""The command line: what it prints (compared whole, since people and scripts read it) and its exit
+"""The command line: its output (compared whole, because people and scripts read it) and its exit
 codes.
 """
 
@@ -383,7 +383,7 @@ def test_the_exit_code_outlives_the_reader(command, code, tmp_path):
 
 
 def test_a_closed_stream_is_not_the_file_that_is_written(tmp_path):
-    """The system gives the number of a closed stream to the next file: what is printed must not end
+    """The system gives the number of a closed stream to the next file, and the output must not end
     up there.
     """
     save(tmp_path / "a", {"x": np.arange(3)})
@@ -425,8 +425,8 @@ def test_nothing_raw_reaches_the_terminal(arguments, tmp_path, monkeypatch, caps
 
 
 def test_json_is_json_whatever_a_file_holds(tmp_path, capsys):
-    """1e999 is a number in JSON, and infinity in Python, whose json would write a word that is
-    none.
+    """1e999 is a number in JSON and infinity in Python, whose json would write a word that JSON
+    does not have.
     """
     header = fmt.write_header(
         "", [], {"version": 1, "metadata": {"x": [123456]}, "tree": ["dict", []], "crc32": []}

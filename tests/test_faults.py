@@ -62,7 +62,7 @@ def spread(x):
 
 
 def fields_of(tree):
-    """What comes back without a template: dicts of fields in place of NamedTuples."""
+    """The result without a template: dicts of fields in place of NamedTuples."""
     if hasattr(tree, "_asdict"):
         return {name: fields_of(x) for name, x in tree._asdict().items()}
     return tuple(map(fields_of, tree)) if isinstance(tree, tuple) else tree
@@ -77,7 +77,7 @@ def fields_of(tree):
 
 
 class Recorder:
-    """Stands in for the functions of os that change a disk; notes what they do to the files and
+    """Replaces the functions of os that change a disk, and records their effects on the files and
     folders below `root`.
     """
 
@@ -97,7 +97,7 @@ class Recorder:
             patch.setattr(os, name, getattr(self, name))
 
     def returned(self, step):
-        """Say that from here on the tree of this step, or a later one, must be found."""
+        """Record that from here on, the tree of this step or of a later one must be found."""
         self.calls.append(("returned", step))
 
     def open(self, path, flags, *mode):
@@ -181,8 +181,8 @@ def disks(
 
 
 def contents(writes: list[tuple[int, bytes]], certain: int) -> list[bytes]:
-    """What a file may hold if its first `certain` writes are on the disk: none of the rest, all,
-    the last, or half of it.
+    """The contents that a file may have if its first `certain` writes are on the disk: none of the
+    rest, all, the last, or half of it.
     """
     done, rest = writes[:certain], writes[certain:]
     if not rest:
@@ -271,8 +271,9 @@ def test_a_power_cut_at_any_moment_loses_nothing(mode, tmp_path):
 @pytest.mark.parametrize("mode", SAVES)
 @pytest.mark.parametrize("call", ["fsync", "fsync folder"])
 def test_the_model_notices_a_missing_fsync(call, mode, tmp_path):
-    """The same saves lose something if their fsyncs are ignored: else the test above would prove
-    nothing.
+    """The same saves lose something if their fsyncs are ignored.
+
+    Otherwise, the test above would prove nothing.
     """
     assert power_cuts(mode, tmp_path, forget=call)[3] > 0
 
@@ -394,7 +395,7 @@ for mode in ("overwrite", "store", "asynchronous"):
 
 
 def test_at_a_limit_of_the_system_saving_is_an_error_and_the_old_stays(tmp_path):
-    """The kernel itself refuses to write on (RLIMIT_FSIZE), in the middle of a call too."""
+    """The kernel itself refuses further writes (RLIMIT_FSIZE), also in the middle of a call."""
     (tmp_path / "before").mkdir()
     for mode in SAVES:
         before(mode, tmp_path / "before" / mode)
@@ -426,8 +427,9 @@ def peak(read: Callable[[], Any]) -> int:
 
 
 def damaged(path: pathlib.Path, tree: Any, count: int, seed: int) -> dict[str, float]:
-    """Load a tree's file after random damages: each must be a CheckpointError. Returns how many,
-    and the worst costs.
+    """Load a tree's file after random damage, each of which must be a CheckpointError.
+
+    Return their number, and the worst costs.
     """
     save(path, tree, metadata={"a": 1})
     data, bad = path.read_bytes(), path.with_name("bad")
@@ -516,9 +518,7 @@ LARGE: dict[str, Callable[[], bytes]] = {
 
 
 def test_hostile_files_are_refused_within_a_second_and_100_megabytes(tmp_path):
-    """Seconds of the CPU, since the machine may be busy; what a reader needs grows with the
-    file.
-    """
+    """CPU seconds count, because the machine may be busy; a reader's needs grow with the file."""
     files = {name: data for name, (data, _) in (HOSTILE | FORGED).items()} | LARGE
     costs = {}
     for name, data in files.items():

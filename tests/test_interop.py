@@ -1,6 +1,7 @@
-"""Parameters of other libraries. What a layer computes there is the expectation for what it
-computes here: the tests that need a library skip where it is missing; the rules themselves are
-tested without.
+"""Parameters of other libraries.
+
+The output of the other library is the expectation for the output of jaxnet. The tests that need a
+library are skipped if it is missing; the rules themselves are tested without.
 """
 
 import json
@@ -67,14 +68,14 @@ def outputs(variables):
 
 
 def noisy(x):
-    """Other numbers than those that layers start with, which zeros and ones could be mistaken for;
-    positive ones stay so.
+    """Numbers that layers do not start with, because zeros and ones could be mistaken for those;
+    positive numbers stay positive.
     """
     return (x + RNG.uniform(0.1, 0.5, np.shape(x))).astype(x.dtype)
 
 
 def library(name):
-    """Import it or skip; what it warns of is its own affair."""
+    """Import a module or skip the test; its warnings do not count."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip(
