@@ -83,7 +83,7 @@ def test_a_safetensors_file_is_told_by_its_first_bytes(name, tmp_path):
 
 @pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
 def test_a_header_whose_length_looks_like_a_pickle_is_one_of_safetensors(length, tmp_path):
-    """The bytes 80 02 to 80 05 begin a pickle; they also are the lengths 640, 896, 1152 and 1408."""
+    """80 02 to 80 05 begin a pickle; they are the lengths 640, 896, 1152 and 1408, too."""
     content = safetensors.numpy.save(STATE_DICT)
     size = int.from_bytes(content[:8], "little")
     content = (
