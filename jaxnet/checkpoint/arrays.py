@@ -14,6 +14,17 @@ from jaxnet.checkpoint.errors import CheckpointError
 from jaxnet.checkpoint.structure import Node, Spec
 from jaxnet.checkpoint.words import shown
 
+__all__ = [
+    "describe",
+    "describe_template",
+    "dtype_of",
+    "empty",
+    "fetch",
+    "from_bytes",
+    "shape_in_file",
+    "to_bytes",
+]
+
 
 def describe(file: str, name: str, x: Any) -> Node:
     """The node of a leaf to save. Raises CheckpointError if its values cannot be stored."""

@@ -7,6 +7,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
+__all__ = ["Background"]
+
 
 class Background:
     """Does one piece of work at a time in a thread, and keeps its error for the next call.

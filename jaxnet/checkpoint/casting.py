@@ -10,6 +10,8 @@ from jaxnet.checkpoint.placement import Target
 from jaxnet.checkpoint.structure import Spec
 from jaxnet.checkpoint.words import shown
 
+__all__ = ["cast"]
+
 # Arrays are cast in blocks of this number of elements, because the check needs float64s.
 BLOCK = 1 << 20
 

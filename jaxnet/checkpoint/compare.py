@@ -16,6 +16,8 @@ from jaxnet.checkpoint.inspection import Info, inspect
 from jaxnet.checkpoint.opening import lazy
 from jaxnet.checkpoint.structure import Spec
 
+__all__ = ["Difference", "Statistics", "differences", "statistics"]
+
 # Elements that are compared at a time, in float64.
 BLOCK = 1 << 20
 

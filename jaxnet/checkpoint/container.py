@@ -16,6 +16,17 @@ from jaxnet.checkpoint.format import Header
 from jaxnet.checkpoint.structure import Node
 from jaxnet.checkpoint.tensors import Tensor
 
+__all__ = [
+    "Content",
+    "check_names",
+    "opened",
+    "read_content",
+    "read_into",
+    "replace",
+    "replaced",
+    "steadily",
+]
+
 # The most times that a file may be replaced while it is read.
 TRIES = 100
 

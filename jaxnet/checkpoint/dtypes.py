@@ -1,5 +1,7 @@
 """The names of dtypes, in jaxnet and in safetensors."""
 
+__all__ = ["BITS", "CODES", "DTYPES", "WIDENED"]
+
 # dtype -> the name of the same type in safetensors
 CODES = {
     "bool": "BOOL",

@@ -26,6 +26,8 @@ from jaxnet.checkpoint.structure import (
 )
 from jaxnet.checkpoint.words import shown
 
+__all__ = ["from_json", "to_json"]
+
 
 def to_json(node: Node) -> list[Any]:
     """The JSON of a node and of all nodes below it."""

@@ -6,6 +6,8 @@ from jaxnet.checkpoint import manifests, orbax, parts, processes, single
 from jaxnet.checkpoint.format import Header
 from jaxnet.checkpoint.protocol import Engine
 
+__all__ = ["ENGINES", "engine_for", "engine_of"]
+
 # By the version of the format that an engine writes.
 ENGINES: dict[int, Engine] = {
     manifests.VERSION: single.ENGINE,

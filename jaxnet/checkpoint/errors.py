@@ -2,6 +2,8 @@
 
 from jaxnet.checkpoint.words import bounded, shown
 
+__all__ = ["RESTORE", "CheckpointError", "Misfit"]
+
 RESTORE = "the file is damaged or was changed after it was written: restore it from a copy"
 
 

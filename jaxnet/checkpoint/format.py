@@ -22,6 +22,17 @@ from jaxnet.checkpoint.manifests import Orbax, Parts
 from jaxnet.checkpoint.tensors import Tensor, are_sizes
 from jaxnet.checkpoint.words import shown
 
+__all__ = [
+    "PREFIX",
+    "Header",
+    "digest_of",
+    "header_length",
+    "read_header",
+    "with_digest",
+    "with_manifest",
+    "write_header",
+]
+
 # The official reader has the same limit.
 MAX_HEADER = 100_000_000
 # The position of the first tensor in the file is a multiple of this number.

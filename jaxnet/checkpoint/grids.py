@@ -9,6 +9,8 @@ from jaxnet.checkpoint.dtypes import BITS
 from jaxnet.checkpoint.errors import CheckpointError
 from jaxnet.checkpoint.tensors import Tensor
 
+__all__ = ["Grid", "Piece", "cuts_of", "overlap", "place_of"]
+
 
 class Grid(NamedTuple):
     """The blocks of a tensor that Orbax has written.

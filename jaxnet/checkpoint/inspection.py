@@ -8,6 +8,8 @@ from jaxnet.checkpoint.container import Content, opened, read_content, steadily
 from jaxnet.checkpoint.engines import engine_of
 from jaxnet.checkpoint.protocol import Source
 
+__all__ = ["Info", "Leaf", "info_of", "inspect", "verify"]
+
 
 class Leaf(NamedTuple):
     """One array of a file.

@@ -9,6 +9,8 @@ from jaxnet.checkpoint.metadata import exact_json
 from jaxnet.checkpoint.protocol import Job
 from jaxnet.checkpoint.tensors import layout
 
+__all__ = ["job_of"]
+
 
 def job_of(
     path: str | os.PathLike[str], tree: Any, metadata: dict[str, Any], *, follow: bool

@@ -14,6 +14,8 @@ from jaxnet.checkpoint.protocol import Source
 from jaxnet.checkpoint.renaming import Rename
 from jaxnet.checkpoint.request import Request, checked_request
 
+__all__ = ["load", "load_with_info"]
+
 
 def load(
     path: str | os.PathLike[str],

@@ -14,6 +14,18 @@ from jaxnet.checkpoint.grids import Grid
 from jaxnet.checkpoint.tensors import Tensor, are_crcs, are_sizes, layout
 from jaxnet.checkpoint.words import shown
 
+__all__ = [
+    "ORBAX",
+    "PARTS",
+    "VERSION",
+    "Orbax",
+    "Parts",
+    "check_manifest",
+    "check_version",
+    "read_orbax_entry",
+    "read_parts_entry",
+]
+
 # The version of a file that holds its tensors.
 VERSION = 1
 # The version of a file whose tensors are in parts, which are files of version 1.

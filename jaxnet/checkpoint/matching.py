@@ -17,6 +17,8 @@ from jaxnet.checkpoint.words import shown
 if TYPE_CHECKING:
     from jaxnet.checkpoint.placement import Target
 
+__all__ = ["differences", "match"]
+
 # The most leaves whose new names are guessed, because each is compared with all candidates.
 GUESSES = 50
 # The least similarity of two names, between 0 and 1, for a guess.

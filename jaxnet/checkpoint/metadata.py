@@ -5,6 +5,8 @@ from typing import Any
 
 from jaxnet.checkpoint.errors import CheckpointError
 
+__all__ = ["exact_json"]
+
 MAX_DEPTH = 100
 
 

@@ -13,6 +13,8 @@ from jaxnet.checkpoint.errors import CheckpointError
 from jaxnet.checkpoint.protocol import Source
 from jaxnet.checkpoint.words import shown
 
+__all__ = ["lazy"]
+
 
 @contextlib.contextmanager
 def lazy(path: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:

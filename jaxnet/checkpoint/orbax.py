@@ -39,6 +39,8 @@ from jaxnet.checkpoint.tensors import Tensor, crcs
 from jaxnet.checkpoint.watch import Elsewhere, Watch
 from jaxnet.checkpoint.words import shown
 
+__all__ = ["ENGINE", "write_to_orbax"]
+
 
 def write_to_orbax(job: Job, *, snapshot: bool) -> Callable[[], None]:
     """`protocol.Writer` for Orbax. With `snapshot`, Orbax starts to write before this returns.

@@ -8,6 +8,8 @@ from typing import Any
 
 from jaxnet.checkpoint.errors import CheckpointError
 
+__all__ = ["TIMEOUT", "begin", "check_installed", "finish", "meet", "writing"]
+
 # Seconds for which processes wait for each other in Orbax.
 TIMEOUT = 1200
 

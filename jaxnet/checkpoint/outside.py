@@ -19,6 +19,8 @@ from jaxnet.checkpoint import atomic, container, places
 from jaxnet.checkpoint.errors import CheckpointError
 from jaxnet.checkpoint.manifests import Orbax, Parts
 
+__all__ = ["lock_path", "orbax_path", "owners", "path_of", "remove", "reserved", "sweep", "undo"]
+
 
 def path_of(target: str, identity: str, number: int) -> str:
     """The path of one part of a save."""

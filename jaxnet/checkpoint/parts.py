@@ -27,6 +27,8 @@ from jaxnet.checkpoint.protocol import Allocate, Engine, Job, Needed, Source
 from jaxnet.checkpoint.tensors import Tensor
 from jaxnet.checkpoint.words import shown
 
+__all__ = ["ENGINE", "pieces", "read_from_parts", "write_to_parts"]
+
 
 def write_to_parts(job: Job, *, snapshot: bool) -> Callable[[], None]:
     """`protocol.Writer` for parts.

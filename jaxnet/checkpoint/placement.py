@@ -13,6 +13,8 @@ from jaxnet.checkpoint.errors import RESTORE, CheckpointError, Misfit
 from jaxnet.checkpoint.structure import Node, Spec
 from jaxnet.checkpoint.words import shown
 
+__all__ = ["Target", "is_abstract", "local_blocks", "place", "sharding_of"]
+
 
 class Target(NamedTuple):
     """How an array shall come back.

@@ -18,6 +18,21 @@ from typing import Any
 from jaxnet.checkpoint import atomic
 from jaxnet.checkpoint.words import shown
 
+__all__ = [
+    "absolute",
+    "base",
+    "check_engine",
+    "check_url",
+    "check_writable",
+    "entries",
+    "fetch",
+    "is_url",
+    "put",
+    "real",
+    "remove",
+    "size",
+]
+
 DRIVERS = {"gs": "gcs", "s3": "s3"}
 # Seconds until the first answer of an object store.
 ANSWER = 30

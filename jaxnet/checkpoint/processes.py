@@ -10,6 +10,8 @@ from jaxnet.checkpoint import outside
 from jaxnet.checkpoint.errors import CheckpointError
 from jaxnet.checkpoint.watch import Gone
 
+__all__ = ["gather", "is_spread", "new_number", "together"]
+
 
 def is_spread(tree: Any) -> bool:
     """Whether some array of a tree lies on devices of several processes."""

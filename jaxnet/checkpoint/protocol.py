@@ -16,6 +16,8 @@ from jaxnet.checkpoint.format import Header
 from jaxnet.checkpoint.structure import Node
 from jaxnet.checkpoint.tensors import Tensor
 
+__all__ = ["Allocate", "Engine", "Job", "Needed", "Reader", "Source", "Writer"]
+
 
 class Job(NamedTuple):
     """A checked tree that is ready to be written.

@@ -19,6 +19,8 @@ from jaxnet.checkpoint.structure import (
     type_names,
 )
 
+__all__ = ["build", "encode", "refill"]
+
 # The kinds of the containers that are restored as they were.
 _CONTAINERS = {
     dict: "dict",

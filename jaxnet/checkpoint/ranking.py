@@ -9,6 +9,8 @@ from jaxnet.checkpoint.errors import CheckpointError
 from jaxnet.checkpoint.inspection import Info, inspect
 from jaxnet.checkpoint.words import shown
 
+__all__ = ["Ranking", "Rule", "metrics_as_json", "metrics_of", "rank", "rule_of"]
+
 
 class Rule(NamedTuple):
     """Which steps are better, parsed from a text like 'min loss'.

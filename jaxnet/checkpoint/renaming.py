@@ -10,6 +10,8 @@ from jaxnet.checkpoint.selection import select
 from jaxnet.checkpoint.structure import Path, leaf_name
 from jaxnet.checkpoint.words import shown
 
+__all__ = ["Rename", "rename_all", "renamed", "with_prefix"]
+
 Rename = dict[str, str] | Callable[[str], str]
 
 

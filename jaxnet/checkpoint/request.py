@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from jaxnet.checkpoint.renaming import Rename
 
+__all__ = ["Request", "checked_request"]
+
 
 class Request(NamedTuple):
     """What a user asks for.

@@ -8,6 +8,8 @@ from jaxnet.checkpoint import places
 from jaxnet.checkpoint.engines import engine_for
 from jaxnet.checkpoint.jobs import job_of
 
+__all__ = ["save", "writer_of"]
+
 
 def save(
     path: str | os.PathLike[str],

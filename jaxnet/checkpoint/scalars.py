@@ -5,6 +5,8 @@ import reprlib
 from collections.abc import Callable
 from typing import Any
 
+__all__ = ["KINDS", "NAMES", "from_json", "show", "to_json"]
+
 # The name of each kind by its type.
 KINDS = {
     type(None): "none",

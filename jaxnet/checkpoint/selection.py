@@ -7,6 +7,8 @@ from jaxnet.checkpoint.errors import Misfit
 from jaxnet.checkpoint.structure import Node, Path, leaf_name
 from jaxnet.checkpoint.words import shown
 
+__all__ = ["prune", "select", "select_part"]
+
 
 def select(file: str, names: Iterable[str], patterns: Iterable[str]) -> set[str]:
     """The names that match one of the patterns, as in `jaxnet.tree`.

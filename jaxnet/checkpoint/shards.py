@@ -10,6 +10,8 @@ import numpy as np
 from jaxnet.checkpoint.arrays import to_bytes
 from jaxnet.checkpoint.structure import Node
 
+__all__ = ["as_stored", "copy_on_host"]
+
 
 def as_stored(node: Node, x: jax.Array, dtype: np.dtype) -> jax.Array:
     """The content of `to_bytes` as an array of this dtype, with the sharding of `x`.

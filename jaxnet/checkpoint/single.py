@@ -13,6 +13,8 @@ from jaxnet.checkpoint.errors import RESTORE, CheckpointError
 from jaxnet.checkpoint.protocol import Allocate, Engine, Job, Needed, Source
 from jaxnet.checkpoint.tensors import CHUNK, Tensor, crc_start
 
+__all__ = ["ENGINE", "each", "read_from_file", "write_to_file"]
+
 # Bytes that are read and summed at a time, few enough to be in the processor's cache when they are
 # summed.
 READ = 1 << 20

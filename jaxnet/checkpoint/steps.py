@@ -10,6 +10,8 @@ from jaxnet.checkpoint.errors import CheckpointError
 from jaxnet.checkpoint.loading import load_with_info
 from jaxnet.checkpoint.ranking import metrics_of
 
+__all__ = ["Checkpoint", "load_step", "path_of", "steps_in", "unfinished"]
+
 
 class Checkpoint(NamedTuple):
     """The content of the file of a step.

@@ -18,6 +18,8 @@ from jaxnet.checkpoint.steps import Checkpoint, load_step, path_of, steps_in, un
 from jaxnet.checkpoint.words import shown
 from jaxnet.checks import size_of
 
+__all__ = ["Checkpoints"]
+
 
 class Checkpoints:
     """A folder with one file per step, `step_00000100.safetensors`.

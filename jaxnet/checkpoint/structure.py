@@ -11,6 +11,29 @@ from jaxnet.checkpoint.errors import RESTORE, CheckpointError
 from jaxnet.checkpoint.tensors import Tensor
 from jaxnet.checkpoint.words import shown
 
+__all__ = [
+    "ARRAYS",
+    "DICTS",
+    "LISTS",
+    "MAX_DEPTH",
+    "Node",
+    "Path",
+    "Spec",
+    "check_arrays",
+    "collisions",
+    "foreign_paths",
+    "has_more_axes",
+    "leaf_name",
+    "leaf_path",
+    "leaves",
+    "nest",
+    "spec",
+    "specs_in_file",
+    "stored_as",
+    "type_names",
+    "walk",
+]
+
 MAX_DEPTH = 100
 # Keys of one dict that have the same hash: the time grows with the square of their number.
 MAX_ALIKE = 100

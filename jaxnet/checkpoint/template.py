@@ -18,6 +18,8 @@ from jaxnet.checkpoint.words import shown
 if TYPE_CHECKING:
     from jaxnet.checkpoint.placement import Target
 
+__all__ = ["match_file"]
+
 # The nodes of a file of `jaxnet.train.fit` that users ask for, in the order of preference.
 PLACES = ("train_state/params", "train_state", "best/params", "best")
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from jaxnet.checkpoint.dtypes import BITS
 
+__all__ = ["CHUNK", "Tensor", "are_crcs", "are_sizes", "crc_start", "crcs", "layout"]
+
 # Bytes under one CRC-32, which finds every burst up to 32 bits and misses one other damage in 2^32.
 CHUNK = 64 << 20
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from jaxnet.checkpoint.errors import CheckpointError
 
+__all__ = ["Elsewhere", "Gone", "Watch"]
+
 # Seconds without a new status after which a process counts as dead.
 SILENCE = 40
 

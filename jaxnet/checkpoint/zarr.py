@@ -19,6 +19,8 @@ from jaxnet.checkpoint.protocol import Allocate, Needed, Source
 from jaxnet.checkpoint.tensors import Tensor, crcs
 from jaxnet.checkpoint.words import shown
 
+__all__ = ["BYTES", "database", "keys", "read_from_orbax", "readable"]
+
 # OCDBT may put blocks of up to this number of bytes into a node, which is compressed.
 INLINE = 1024
 # Reading chunks repeatedly may cost this number of bytes beyond twice the size of a tensor.
