@@ -45,7 +45,7 @@ from measure import Work, carried
 from peers import Feed
 
 from jaxnet import train
-from jaxnet.train.loop import planned
+from jaxnet.train.plan import planned
 
 CHUNK = 100  # steps of a call of `train_steps`, at most
 REFERENCE = "JAX, whole epoch: scan, rows from NumPy"
@@ -237,9 +237,8 @@ def after_own_rows(problem, steps):
     if feed.whole:
         return after(problem, steps)
     state = train.TrainState.create(problem.start, problem.optimizer, jax.random.key(0))
-    plan = jax.jit(
-        lambda: planned(state, len(feed.x), steps, feed.batch_size, train.shuffle, True)
-    )()
+    batching = Batching(len(feed.x), feed.batch_size, train.shuffle, True)
+    plan = jax.jit(lambda: planned(state.key, state.step, steps, batching))()
     return after(problem, steps, np.asarray(plan))
 
 

@@ -178,7 +178,7 @@ def test_two_programs_do_not_replace_the_checkpoint_of_each_other(tmp_path):
 
     taken = []
     with pytest.raises(
-        CheckpointError, match="another program writes this checkpoint.*a file of its own"
+        CheckpointError, match="another program writes this checkpoint.*each run a separate file"
     ) as error:
         fitted(
             checkpoint=file, epochs=4, record_every=1, save_seconds=1e-9, callbacks=[other_program]

@@ -22,7 +22,7 @@ from linear_regression import key0, mean_square, params_of, regression
 import jaxnet
 from jaxnet.checkpoint import CheckpointError, Checkpoints
 from jaxnet.train import TrainState, balanced, fit, train_step
-from jaxnet.train.history import columns_of, records_of
+from jaxnet.train.records import columns_of, records_of
 
 
 def fitted(
@@ -295,7 +295,7 @@ def test_the_first_save_comes_with_the_first_evaluation(file):
 
 
 def test_the_first_save_comes_soon_in_a_long_epoch(file, monkeypatch):
-    monkeypatch.setattr(sys.modules["jaxnet.train.saves"], "SOON", 0.0)
+    monkeypatch.setattr(sys.modules["jaxnet.train.save_times"], "SOON", 0.0)
     seen = []
     fitted(
         file,

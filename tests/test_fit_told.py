@@ -365,7 +365,7 @@ def test_a_pass_that_ends_with_the_run_has_ended(tmp_path):
 
 
 def test_slow_batches_are_trained_on_as_they_come(monkeypatch):
-    monkeypatch.setattr("jaxnet.train.source.HELD", 0.02)
+    monkeypatch.setattr("jaxnet.train.iterables.HELD", 0.02)
     sizes = []
 
     def source():
@@ -373,7 +373,7 @@ def test_slow_batches_are_trained_on_as_they_come(monkeypatch):
             time.sleep(0.05)
             yield np.ones(2, np.float32)
 
-    from jaxnet.train import source as module
+    from jaxnet.train import iterables as module
 
     stacked = module._stacked
     monkeypatch.setattr(

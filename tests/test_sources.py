@@ -29,9 +29,9 @@ from jaxnet.train import (
     shuffle,
     train_step,
 )
+from jaxnet.train.iterables import stacks_of_iterable
 from jaxnet.train.iterator_state import from_json, to_json
 from jaxnet.train.prefetch import Prefetch
-from jaxnet.train.source import stacks_of_iterable
 
 
 def squares(params, batch):
@@ -83,7 +83,7 @@ def on_disk(tmp_path):
     "settings", [{}, {"drop_last": False}, {"order": None}, {"order": balanced([0] * 20 + [1] * 2)}]
 )
 def test_a_memory_map_gives_what_memory_gives(on_disk, settings, monkeypatch):
-    monkeypatch.setattr("jaxnet.train.source.STACK", 300)  # bytes: a few batches at a time
+    monkeypatch.setattr("jaxnet.train.stacks.STACK", 300)  # bytes: a few batches at a time
     inside = fitted(regression(22), batch_size=4, epochs=3, **settings)
     outside = fitted(on_disk, batch_size=4, epochs=3, **settings)
     chex.assert_trees_all_close(inside.train_state.params, outside.train_state.params, rtol=1e-5)
@@ -161,7 +161,7 @@ def test_batches_of_an_iterable_train_as_arrays_do(monkeypatch):
     stream = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 20, 4)]
     arrays = fitted((x, y), batch_size=4, epochs=3, order=None)
     for size in (1 << 25, 100):  # all batches of a pass at once, and one by one
-        monkeypatch.setattr("jaxnet.train.source.STACK", size)
+        monkeypatch.setattr("jaxnet.train.stacks.STACK", size)
         for run in (fitted(stream, epochs=3), fitted(stream, steps=15)):
             chex.assert_trees_all_close(
                 run.train_state.params, arrays.train_state.params, rtol=1e-5
@@ -363,7 +363,7 @@ class Plain:
 @pytest.mark.parametrize("stop", [1, 4, 9, 11])
 def test_an_iterable_goes_on_where_it_stood(source, stack, stop, tmp_path, monkeypatch):
     # One, three and 64 batches on the device at once.
-    monkeypatch.setattr("jaxnet.train.source.STACK", stack)
+    monkeypatch.setattr("jaxnet.train.stacks.STACK", stack)
     file = tmp_path / "run.safetensors"
     whole, _ = watched(source(), steps=14)
     watched(source(), steps=stop, checkpoint=file)
@@ -636,7 +636,7 @@ def test_rows_out_of_range_are_refused_on_disk_too(on_disk):
 
 
 def test_short_batches_from_disk_and_memory_have_the_same_records(on_disk, monkeypatch):
-    monkeypatch.setattr("jaxnet.train.source.STACK", 300)
+    monkeypatch.setattr("jaxnet.train.stacks.STACK", 300)
     settings = {"batch_size": 4, "epochs": 2, "drop_last": False, "order": None}
     inside, outside = fitted(regression(22), **settings), fitted(on_disk, **settings)
     losses = [record["loss"] for record in inside.history]

@@ -1,4 +1,4 @@
-"""Arrays of any library: read some lazily, by rows, and convert the others."""
+"""Arrays of any library, which are converted as a whole or read by rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
-from jaxnet.train.batch import check_weights
+from jaxnet.train.weighted import check_weights
 
 __all__ = ["fitting", "is_lazy", "on_device", "rows_of"]
 
@@ -52,8 +52,15 @@ def on_device(data: Any) -> Any:
 
 
 def rows_of(path: str, leaf: Any, rows: np.ndarray) -> np.ndarray:
-    """Rows of an array that is read lazily, in any order and with repetitions. They are read in
-    increasing order.
+    """Read rows of an array that is read lazily.
+
+    Args:
+      path: the path of the array in the data, for errors.
+      leaf: the array, [N, ...].
+      rows: integers [B], in any order and with repetitions. They are read in increasing order.
+
+    Returns:
+      The rows, [B, ...].
     """
     wanted, inverse = np.unique(rows, return_inverse=True)
     values = leaf.oindex[wanted] if hasattr(leaf, "oindex") else leaf[wanted]
@@ -69,8 +76,8 @@ def rows_of(path: str, leaf: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def fitting(path: str, leaf: Any) -> Any:
-    """The leaf in the dtype that JAX gives it. 64-bit integers are checked before they are cut to
-    32 bits.
+    """Convert a leaf to the dtype that JAX gives it. 64-bit integers are checked before they are
+    cut to 32 bits.
     """
     if isinstance(leaf, jax.Array):
         return leaf

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-__all__ = ["check_arrays", "check_iterable", "describe", "check_call"]
+from jaxnet.train.words import describe
+
+__all__ = ["check_arrays", "check_call", "check_iterable"]
 
 
 def check_arrays(data: Any) -> None:
@@ -108,22 +110,6 @@ def _is_loader(data: Any) -> bool:
         and hasattr(data, "__iter__")
         and not isinstance(data, str)
     )
-
-
-def describe(x: Any) -> str:
-    """A value in a few words."""
-    if isinstance(x, Mapping):
-        return f"a dict with {', '.join(map(repr, list(x)[:4]))}" + (" ..." if len(x) > 4 else "")
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"{x.dtype}{list(x.shape)}"
-    if type(x) is tuple:
-        return f"({', '.join(describe(part) for part in x[:4])})"
-    if callable(x) and hasattr(x, "__qualname__"):
-        return f"the function {x.__qualname__}"
-    if isinstance(x, Sequence) and not isinstance(x, str):
-        return f"a {type(x).__name__} of {len(x)}"
-    text = repr(x)
-    return f"{type(x).__name__} {text if len(text) < 60 else text[:57] + '...'}"
 
 
 def check_call(name: str, function: Any, what: str, hint: str = "") -> None:

@@ -1,8 +1,8 @@
-"""Where numbers ceased to be finite: which step, which parameters, which operation."""
+"""Find out where numbers ceased to be finite: which step, which parameters, which operation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,22 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
-from jaxnet.train.batch import Uneven
-from jaxnet.train.history import Record
-from jaxnet.train.step import TrainState
+from jaxnet.train.records import Record
+from jaxnet.train.state import TrainState
+from jaxnet.train.step import Step
+from jaxnet.train.uneven import Uneven
 
 __all__ = ["NonFiniteError", "explain"]
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient is NaN or infinite.
+    """A loss, a gradient, a parameter or the state is NaN or infinite.
+
+    Args:
+      text: the message.
+      step: the number of steps done before the one that failed.
+      paths: the parameters whose gradients are not finite. If the gradients are unknown, because
+        the step is a user's function, those whose new values are not finite.
+      train_state: the last good state, before that step.
+      history: the records until then.
 
     Attributes:
-      step: the number of steps done before the one that failed.
-      paths: the parameters whose gradients (or, with a step of one's own, new values) are not
-        finite.
-      train_state: the last good one, before that step.
-      history: the records until then.
+      step: as the argument.
+      paths: as the argument.
+      train_state: as the argument.
+      history: as the argument.
     """
 
     def __init__(
@@ -46,7 +54,7 @@ class NonFiniteError(FloatingPointError):
 def explain(
     step: Callable[..., Any],
     train_state: TrainState,
-    batches: Iterable[Callable[..., Any]],
+    batches: Iterable[Callable[[TrainState], Any]],
     history: list[Record],
     data: Any = None,
 ) -> NonFiniteError:
@@ -68,76 +76,63 @@ def explain(
         batch = batch.true() if isinstance(batch, Uneven) else batch
         new, metrics = one(train_state, batch)
         loss = metrics.get("loss", jnp.float32(0))
-        lost = _lost(
-            (new.params, new.state, new.opt),
-            (train_state.params, train_state.state, train_state.opt),
-        )
-        if (np.isfinite(loss) or metrics.get("skipped", 0)) and not lost:
-            train_state = new
-            continue
-        number = int(train_state.step)
-        paths = tuple(tree.paths(_only_lost(new.params)))
-        what = (
-            f"the loss is {float(loss)}"
-            if not np.isfinite(loss)
-            else "the loss is finite, the update is not"
-        )
-        if gradients := getattr(step, "parts", {}).get("gradients"):
-            paths = tuple(tree.paths(_only_lost(jax.jit(gradients)(train_state, batch))))
-            what += (
-                f"; gradients that are not finite: {_brief(paths)}"
-                if paths
-                else "; all gradients are finite"
-            )
-        elif paths:
-            what += f"; parameters that are no longer finite: {_brief(paths)}"
-        if held := tuple(
-            tree.paths(_only_nan({"params": train_state.params, "state": train_state.state}))
-        ):
-            before = "the first step" if number == 0 else f"step {number}"
-            text = (
-                f"fit: {_brief(held)}: NaN before {before}; start with finite numbers, as "
-                "net.init makes them"
-            )
-            return NonFiniteError(text, number, paths, train_state, history)
-        if cause := _cause(step, train_state, batch):
-            what += f"; it begins with: {cause}"
-        if wrong := wrong_input(batch, data):
-            return NonFiniteError(
-                (
-                    f"fit: at step {number} {what}. The cause is in the data: {wrong}; mend or "
-                    "leave out these rows"
-                ),
-                number,
-                paths,
-                train_state,
-                history,
-            )
-        if cause and "out-of-bounds" in cause:
-            return NonFiniteError(
-                f"fit: at step {number} {what}. An index in the data is out of range: "
-                "jaxnet.data.check_labels(labels, classes) finds labels outside 0 .. classes - 1",
-                number,
-                paths,
-                train_state,
-                history,
-            )
-        return NonFiniteError(
-            f"fit: at step {number} {what}. A smaller learning rate or clipped gradients may "
-            "help; labels outside 0 .. classes - 1 also give nan (jaxnet.data.check_labels finds "
-            "them)",
-            number,
-            paths,
-            train_state,
-            history,
-        )
-    return NonFiniteError(
+        good = bool(np.isfinite(loss) or metrics.get("skipped", 0))
+        if not good or _lost(_values(new), _values(train_state)):
+            text, paths = _told(step, train_state, batch, loss, new.params, data)
+            number = int(train_state.step)
+            return NonFiniteError(f"fit: {text}", number, paths, train_state, history)
+        train_state = new
+    text = (
         f"fit: the loss, parameters or state cease to be finite between steps {first} and "
-        f"{int(train_state.step)}, in the compiled loop only: step by step they do not",
-        first,
-        (),
-        train_state,
-        history,
+        f"{int(train_state.step)}, in the compiled loop only: step by step they do not"
+    )
+    return NonFiniteError(text, first, (), train_state, history)
+
+
+def _told(
+    step: Callable[..., Any],
+    train_state: TrainState,
+    batch: Any,
+    loss: Any,
+    new_params: Any,
+    data: Any,
+) -> tuple[str, tuple[str, ...]]:
+    """What went wrong in a step and what to do, and the parameters that are concerned."""
+    number = int(train_state.step)
+    what = "the loss is finite, the update is not"
+    if not np.isfinite(loss):
+        what = f"the loss is {float(loss)}"
+    gradients = step.gradients if isinstance(step, Step) else None
+    if gradients is None:
+        paths = _paths(new_params, _is_lost)
+        what += f"; parameters that are no longer finite: {_brief(paths)}" if paths else ""
+    else:
+        paths = _paths(jax.jit(gradients)(train_state, batch), _is_lost)
+        listed = f"; gradients that are not finite: {_brief(paths)}"
+        what += listed if paths else "; all gradients are finite"
+    if held := _paths({"params": train_state.params, "state": train_state.state}, _has_nan):
+        before = "the first step" if number == 0 else f"step {number}"
+        return (
+            f"{_brief(held)}: NaN before {before}; start with finite numbers, as net.init makes "
+            "them"
+        ), paths
+    cause = _cause(step, train_state, batch)
+    if cause:
+        what += f"; it begins with: {cause}"
+    return f"at step {number} {what}. {_remedy(cause, wrong_input(batch, data))}", paths
+
+
+def _remedy(cause: str | None, wrong: str | None) -> str:
+    if wrong:
+        return f"The cause is in the data: {wrong}; mend or leave out these rows"
+    if cause and "out-of-bounds" in cause:
+        return (
+            "An index in the data is out of range: jaxnet.data.check_labels(labels, classes) finds "
+            "labels outside 0 .. classes - 1"
+        )
+    return (
+        "A smaller learning rate or clipped gradients may help; labels outside 0 .. classes - 1 "
+        "also give nan (jaxnet.data.check_labels finds them)"
     )
 
 
@@ -157,15 +152,9 @@ def wrong_input(batch: Any, data: Any = None) -> str | None:
             continue
         what, row, count = found
         name, place = f"'{path}'" if path else "it", "of the batch"
-        whole = (
-            tree.flatten(data).get(path)
-            if isinstance(data, dict | list | tuple) or hasattr(data, "shape")
-            else None
-        )
-        if (
-            isinstance(whole, np.ndarray | jax.Array)
-            and (of_data := _wrong_row(path, whole)) is not None
-        ):
+        arrays = isinstance(data, dict | list | tuple) or hasattr(data, "shape")
+        whole = tree.flatten(data).get(path) if arrays else None
+        if isinstance(whole, np.ndarray | jax.Array) and (of_data := _wrong_row(path, whole)):
             (what, row, count), place = of_data, "of the data"
         more = f" and {count - 1} more" if count > 1 else ""
         return f"{name} holds {what} in row {row}{more} {place}"
@@ -173,7 +162,7 @@ def wrong_input(batch: Any, data: Any = None) -> str | None:
 
 
 def _wrong_row(path: str, leaf: Any) -> tuple[str, int, int] | None:
-    """(what is wrong, the first row, the number of such rows)."""
+    """(what is wrong, the first row, the number of such rows); None if nothing is wrong."""
     if not _is_float(leaf) or not np.ndim(leaf):
         return None
     values = np.asarray(leaf).astype(np.float64).reshape(len(leaf), -1)
@@ -188,13 +177,13 @@ def _wrong_row(path: str, leaf: Any) -> tuple[str, int, int] | None:
 
 
 def _cause(step: Callable[..., Any], train_state: TrainState, batch: Any) -> str | None:
-    """The first operation that makes a NaN or reads out of bounds, by JAX's `checkify`; None where
-    it finds none or fails.
+    """The first operation that makes a NaN or reads out of bounds, by JAX's `checkify`; None if it
+    finds none or fails.
     """
     from jax.experimental import checkify
 
     # Not every gradient can be checked for indices.
-    forward = getattr(step, "parts", {}).get("value", step)
+    forward = (step.value if isinstance(step, Step) else None) or step
     for errors, run in ((checkify.index_checks, forward), (checkify.float_checks, step)):
         try:
             error, _ = jax.jit(checkify.checkify(run, errors=errors))(train_state, batch)
@@ -209,16 +198,21 @@ def _is_float(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _only_lost(values: Any) -> Any:
-    """The leaves that are not all finite; None in place of the others."""
-    return jax.tree.map(
-        lambda x: x if _is_float(x) and not bool(jnp.isfinite(x).all()) else None, values
-    )
+def _paths(values: Any, holds: Callable[[Any], bool]) -> tuple[str, ...]:
+    """The paths of the leaves for which `holds` is true."""
+    return tuple(path for path, leaf in tree.flatten(values).items() if holds(leaf))
 
 
-def _only_nan(values: Any) -> Any:
-    """The tree with only its leaves that have NaN."""
-    return jax.tree.map(lambda x: x if _is_float(x) and bool(jnp.isnan(x).any()) else None, values)
+def _is_lost(leaf: Any) -> bool:
+    return _is_float(leaf) and not bool(jnp.isfinite(leaf).all())
+
+
+def _has_nan(leaf: Any) -> bool:
+    return _is_float(leaf) and bool(jnp.isnan(leaf).any())
+
+
+def _values(train_state: TrainState) -> Any:
+    return train_state.params, train_state.state, train_state.opt
 
 
 def _lost(new: Any, old: Any) -> bool:
@@ -229,7 +223,6 @@ def _lost(new: Any, old: Any) -> bool:
     )
 
 
-def _brief(paths: tuple[str, ...]) -> str:
-    return ", ".join(f"'{path}'" for path in paths[:5]) + (
-        f" and {len(paths) - 5} more" if len(paths) > 5 else ""
-    )
+def _brief(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return ", ".join(f"'{path}'" for path in paths[:5]) + more

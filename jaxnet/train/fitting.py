@@ -4,82 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxnet.checks import size_of
-from jaxnet.train import data_checks, identity, inputs, saved
-from jaxnet.train.feed import Feed, StreamFeed, arrays_of
-from jaxnet.train.history import Record
-from jaxnet.train.interrupt import handled, interruptible
+from jaxnet.train import data_checks, identity, inputs, snapshot
+from jaxnet.train.feed import Feed, RowFeed, StreamFeed, feed_of_arrays
+from jaxnet.train.interrupt import interruptible
 from jaxnet.train.keeper import Keeper
-from jaxnet.train.notes import say_where, say_why
+from jaxnet.train.looks import Looks
+from jaxnet.train.messages import say_where, say_why
 from jaxnet.train.order import Order, order_digest, shuffle
 from jaxnet.train.programs import Programs, ordinary
 from jaxnet.train.progress import Progress
-from jaxnet.train.rules import Best, best_of
-from jaxnet.train.run import Looks, Run
-from jaxnet.train.schedule import Schedule, default_record_every
+from jaxnet.train.records import Record
+from jaxnet.train.results import Result
+from jaxnet.train.run import Run
+from jaxnet.train.schedule import schedule_of
 from jaxnet.train.sharding import on_mesh_of
-from jaxnet.train.state import Step
-from jaxnet.train.step import TrainState
+from jaxnet.train.state import TrainState
 from jaxnet.train.writers import begin_all
 
 if TYPE_CHECKING:
     from jaxnet.checkpoint import Checkpoints
 
-__all__ = ["Best", "Result", "fit"]
-
-
-class _Result(NamedTuple):
-    train_state: TrainState
-    history: list[Record]
-    best: Best | None = None
-    stopped: str | None = None
-    compiled: tuple[str, ...] = ()
-    evaluations: Sequence[Record] = ()
-
-
-class Result(_Result):
-    """The outcome of `fit`.
-
-    Attributes:
-      train_state: after the last step.
-      history: a list of records, dicts of plain numbers, about one per 100 steps.
-      best: the best evaluation, None unless `best_rule` was given.
-      stopped: why the run ended before the last step: 'SIGINT', 'SIGTERM', the reason from the
-        condition, or 'the data ended'; None if the run was completed.
-      compiled: one line per compilation, with its reason; more than one line means that shapes or
-        dtypes of batches changed.
-      evaluations: a list of records, one per evaluation: the values that `evaluate` returned, and
-        the means of the training metrics since the evaluation before.
-    """
-
-    __slots__ = ()
-
-    @property
-    def stopped(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        # A program that reads this decides itself whether a signal ends more than this run.
-        handled()
-        return self[3]
-
-    def __repr__(self) -> str:
-        # The arrays of a train state would fill screens.
-        best = None if self.best is None else f"{self.best.value:.6g} at step {self.best.step}"
-        return (
-            f"Result(step={int(self.train_state.step)}, records={len(self.history)}, "
-            f"best={best}, stopped={self[3]!r})"
-        )
-
-    @property
-    def exit_code(self) -> int:
-        """For `sys.exit`: 128 + the number of the signal that ended the run (130, 143), 0 without
-        one.
-        """
-        return 128 + getattr(signal, self.stopped) if self.stopped in ("SIGINT", "SIGTERM") else 0
+__all__ = ["fit"]
 
 
 def fit(
@@ -109,19 +59,25 @@ def fit(
     the result is the same bit for bit wherever the chunks end, and whether or not the run was
     interrupted and resumed (on the same kind of device, with the same number of cores).
 
+    On the main thread the first SIGINT (Ctrl-C) or SIGTERM lets the chunk end, saves, and returns
+    the state so far. A second one raises KeyboardInterrupt or SystemExit, also in the next `fit` if
+    it comes within 10 seconds and the program has not read `stopped` or `exit_code` of the result.
+    A signal that the program ignores stays ignored.
+
     Args:
       step: (train_state, batch) -> (train_state, metrics), from `train_step` or your own function;
         not jitted.
       train_state: the start, as from `TrainState.create(params, optimizer, key)`. It is copied,
         never donated.
-      data: with `batch_size`, a pytree of arrays with a leading axis of examples. Arrays in memory
-        are copied to the device as a whole; memory maps and other arrays with `array[rows]` are
-        read by rows, as needed. Without `batch_size`, an iterable of batches, or a function (number
-        of the pass) -> iterable; a thread draws batches in advance.
+      data: with `batch_size`, a pytree of arrays with a leading axis of examples, [N, ...]. Arrays
+        in memory are copied to the device as a whole; memory maps and other arrays with
+        `array[rows]` are read by rows, as needed. Without `batch_size`, an iterable of batches, or
+        a function (number of the pass) -> iterable; a thread draws batches in advance.
       batch_size: examples per step, for arrays.
-      epochs, steps: the end of the run, as passes over the data or as steps, counted from step 0 of
-        the train state. Pass exactly one of them.
-      order, drop_last: as in `train_steps`; for arrays.
+      epochs: the end of the run, as passes over the data. Pass exactly one of `epochs` and `steps`.
+      steps: the end of the run, as steps counted from step 0 of the train state.
+      order: as in `train_steps`; for arrays.
+      drop_last: as in `train_steps`; for arrays.
       evaluate: (train_state) -> dict of numbers. It is called after each epoch, or every
         `evaluate_every` steps (for an iterable with `steps`, after each pass and at the end), and
         its values are added to the record. Before the first step, a function that is jitted or made
@@ -148,32 +104,28 @@ def fit(
       progress: a line on stderr, rewritten in place on a terminal; elsewhere one line per epoch and
         evaluation, and at least every 30 seconds. False is silent.
 
-    On the main thread the first SIGINT (Ctrl-C) or SIGTERM lets the chunk end, saves, and returns
-    the state so far. A second one raises KeyboardInterrupt or SystemExit, also in the next `fit` if
-    it comes within 10 seconds and the program has not read `stopped` or `exit_code` of the result.
-    A signal that the program ignores stays ignored.
-
     Returns:
-      A `Result`. A record has 'step', 'epoch', the mean of each metric since the record before, the
-      values of `evaluate`, 'samples_per_second', and 'seconds' of training since the start, without
-      compiling, evaluating and saving.
+      A `Result`. A record has 'step', 'epoch', the mean of each metric since the previous record,
+      the values of `evaluate`, 'samples_per_second', and 'seconds' of training since the start,
+      without compiling, evaluating and saving.
 
     Raises:
-      ValueError, TypeError, KeyError: an argument is wrong: data that is empty, of unequal lengths
-        or out of range; a batch larger than the data; a step that changes the type of the train
-        state; a metric that is not a scalar; a name that no record has; a checkpoint of a run with
-        other data, order, key or start, or beyond the last step. All before the first step is
-        taken.
-      NonFiniteError (a FloatingPointError): names the step, the parameters and the operation where
-      it began. CheckpointError, OSError: the checkpoint is damaged, of another network, or cannot
-      be written; or another program
-        writes the same file, which is then left as it is.
-      Every error that comes during the training has the state until then as its `train_state`.
+      ValueError: an argument is wrong: data that is empty, of unequal lengths or out of range; a
+        batch larger than the data; a metric that is not a scalar; a checkpoint of a run with other
+        data, order, key or start, or beyond the last step. It is raised before the first step.
+      TypeError: an argument has the wrong type, or the step changes the type of the train state. It
+        is raised before the first step.
+      KeyError: no record has a name that `best_rule`, `stop` or a store uses.
+      NonFiniteError: a FloatingPointError that names the step, the parameters and the operation
+        where it began. As with every error during the training, its `train_state` is the state
+        until then.
+      CheckpointError: the checkpoint is damaged or of another network, or another program writes
+        the same file, which is then left as it is.
+      OSError: the checkpoint cannot be read or written.
     """
-    epochs, steps = _length(epochs, steps)
-    sizes = {"evaluate_every": evaluate_every, "record_every": record_every}
-    for name, value in sizes.items():
-        sizes[name] = None if value is None else _size(name, value)
+    epochs, steps = inputs.length_of(epochs, steps)
+    evaluate_every = inputs.size_or_none("evaluate_every", evaluate_every)
+    record_every = inputs.size_or_none("record_every", record_every)
     inputs.check_start(step, train_state)
     inputs.check_save_seconds(save_seconds)
     inputs.check_functions(evaluate, best_rule, stop, callbacks)
@@ -182,27 +134,23 @@ def fit(
     keeper.check()
     check_finite = check_finite or _debugging()
     with ordinary():
-        feed = _feed(
-            train_state, data, batch_size, epochs, steps, order, drop_last, digest=bool(keeper)
-        )
+        feed = _feed(data, batch_size, epochs, steps, order, drop_last)
+        if keeper:
+            _identify(feed, data, train_state)
         inputs.check_length(feed.total)
-        evaluate_every = None if evaluate is None else sizes["evaluate_every"] or feed.epoch_steps
-        every = sizes["record_every"] or default_record_every(feed.epoch_steps, feed.total)
-        cut_epochs = record_every is None and (feed.epoch_steps or 0) >= every
-        schedule = Schedule(
-            feed.total, feed.epoch_steps, every, evaluate_every, cut_epochs, stop is not None
+        schedule = schedule_of(
+            feed.total,
+            feed.epoch_steps,
+            record_every=record_every,
+            evaluate_every=evaluate_every,
+            evaluates=evaluate is not None,
+            asked=stop is not None,
         )
         programs = Programs(step, feed, check_finite, digests=bool(keeper))
-        run = Run(
-            on_mesh_of(feed.data if batch_size else (), train_state),
-            feed,
-            programs,
-            looks,
-            schedule,
-            keeper,
-        )
-        found = saved.newest(run, keeper)
-        notes = [] if found is None else saved.restore(run, found)
+        start = on_mesh_of(feed.data if batch_size else (), train_state)
+        run = Run(start, feed, programs, looks, schedule, keeper, snapshot.save)
+        found = snapshot.newest(run, keeper)
+        notes = [] if found is None else snapshot.restore(run, found)
         writes = begin_all(looks.callbacks, run.history.step, resumed=found is not None)
         run.save_start = bool(keeper) and found is None and writes
         show = Progress(
@@ -211,14 +159,14 @@ def fit(
             step=run.history.step,
             show=progress,
             evaluations=schedule.evaluations,
-            metric=None if best_rule is None else best_of(best_rule)[0],
+            metric=None if looks.best_rule is None else looks.best_rule.metric,
         )
         say_where(run, int(train_state.step), found, notes, show)
         _run(run, keeper, show, save_seconds)
     return Result(
         run.current,
         run.history.records,
-        run.best,
+        looks.best,
         run.stopped,
         tuple(programs.compiled),
         run.history.evaluations,
@@ -238,77 +186,59 @@ def _run(run: Run, keeper: Keeper, show: Progress, save_seconds: float) -> None:
             if run.stopped:
                 say_why(run, keeper, show)
         except Exception as error:
-            if (
-                keeper
-                and run.started
-                and not (run.spoiled and keeper.has_some())
-                and not keeper.taken
-            ):
-                with contextlib.suppress(Exception):
-                    run.settle(error)
-                try:
-                    saved.save(run, keeper)
-                    keeper.wait()
-                    error.add_note(f"the state at step {run.history.step} is saved in {keeper}")
-                except Exception as failure:
-                    error.add_note(
-                        f"the state at step {run.history.step} could not be saved in {keeper}: "
-                        f"{failure!r}"
-                    )
-            if not hasattr(error, "train_state"):
-                with contextlib.suppress(Exception):
-                    error.train_state = run.current  # pyright: ignore[reportAttributeAccessIssue]
+            _save_after(error, run, keeper)
             raise
         finally:
             run.close()
             show.close()
 
 
-def _length(epochs: Any, steps: Any) -> tuple[int | None, int | None]:
-    if (epochs is None) == (steps is None):
-        raise ValueError(
-            f"fit: say how long, by one of epochs and steps; got epochs={epochs}, steps={steps}"
-        )
-    if epochs is None:
-        return None, _size("steps", steps)
-    return _size("epochs", epochs), None
-
-
-def _size(name: str, value: Any) -> int:
-    """A size as an int of at least 1."""
-    try:
-        return size_of(f"fit: {name}", value)
-    except ValueError:
-        raise ValueError(f"fit: {name} must be an int of at least 1, got {value!r}") from None
+def _save_after(error: Exception, run: Run, keeper: Keeper) -> None:
+    """Save the state after an error, unless the checkpoint is better or belongs to another program,
+    and give the error the state.
+    """
+    worse = run.spoiled and keeper.has_some()
+    if keeper and run.started and not worse and not keeper.taken:
+        with contextlib.suppress(Exception):
+            run.settle(error)
+        at = f"the state at step {run.history.step}"
+        try:
+            snapshot.save(run, keeper)
+            keeper.wait()
+            error.add_note(f"{at} is saved in {keeper}")
+        except Exception as failure:
+            error.add_note(f"{at} could not be saved in {keeper}: {failure!r}")
+    if not hasattr(error, "train_state"):
+        # Some exceptions do not take attributes.
+        with contextlib.suppress(Exception):
+            error.train_state = run.current  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _feed(
-    train_state: Any,
     data: Any,
     batch_size: Any,
-    epochs: Any,
-    steps: Any,
-    order: Any,
+    epochs: int | None,
+    steps: int | None,
+    order: Order | None,
     drop_last: bool,
-    *,
-    digest: bool,
 ) -> Feed:
-    """The feed of the run, with the facts that identify it. With `digest`, they include digests of
-    the data and the key.
-    """
+    """The feed of the run."""
     if batch_size is None:
         data_checks.check_iterable(data)
-        feed: Feed = StreamFeed(data, epochs, steps)
-    else:
-        data_checks.check_arrays(data)
-        feed = rows = arrays_of(data, batch_size, epochs, steps, order, drop_last)
-        if digest:
-            feed.facts["data"] = identity.data_digest(data)
-            if order_of := order_digest(order, rows.n, rows.batching["batch_size"]):
-                feed.facts["order_digest"] = order_of
-    if digest and (key := identity.key_text(train_state.key)):
+        return StreamFeed(data, epochs, steps)
+    data_checks.check_arrays(data)
+    return feed_of_arrays(data, batch_size, epochs, steps, order, drop_last)
+
+
+def _identify(feed: Feed, data: Any, train_state: TrainState) -> None:
+    """Add digests of the data, the order and the key to the facts of a feed."""
+    if isinstance(feed, RowFeed):
+        n, batch_size, order, _ = feed.batching
+        feed.facts["data"] = identity.data_digest(data)
+        if digest := order_digest(order, n, batch_size):
+            feed.facts["order_digest"] = digest
+    if key := identity.key_text(train_state.key):
         feed.facts["key"] = key
-    return feed
 
 
 def _debugging() -> bool:

@@ -1,23 +1,16 @@
-"""The history of a run: combine the metrics of single steps into records, and convert records to
-arrays.
-"""
+"""The history of a run: combine the metrics of single steps into records."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["History", "New", "Record", "columns_of", "records_of"]
+from jaxnet.train.records import Record, columns_of, records_of
 
-Record = dict[str, float]
-"""What is known at one step: 'step', 'epoch', the mean of each metric since the record before,
-'seconds' and more."""
-
-FIXED = ("step", "epoch", "samples_per_second", "seconds")
-"""The entries of every record that are not metrics."""
+__all__ = ["History", "New"]
 
 
 class New(NamedTuple):
@@ -227,31 +220,3 @@ class History:
         self.since = dict(
             numbers.get("since", {"step": self.step, "seconds": self.seconds, "samples": 0.0})
         )
-
-
-def columns_of(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Records as arrays, which need far less space in a file: {'columns': {name: [n]}, 'has':
-    {name: bool [n]}}.
-
-    'has' tells which records have an entry; names that all records have are left out of it.
-    """
-    names = list(dict.fromkeys(name for record in records for name in record))
-    columns, has = {}, {}
-    for name in names:
-        values = [record.get(name) for record in records]
-        dtype = np.int64 if name in ("step", "epoch") else np.float64
-        columns[name] = np.array([0 if value is None else value for value in values], dtype)
-        if None in values:
-            has[name] = np.array([value is not None for value in values])
-    return {"columns": columns, "has": has}
-
-
-def records_of(table: Mapping[str, Any]) -> list[Record]:
-    """The inverse of `columns_of`."""
-    columns = {name: np.asarray(column).tolist() for name, column in table["columns"].items()}
-    has = {name: np.asarray(column).tolist() for name, column in table["has"].items()}
-    rows = range(len(next(iter(columns.values()), ())))
-    return [
-        {name: column[i] for name, column in columns.items() if name not in has or has[name][i]}
-        for i in rows
-    ]

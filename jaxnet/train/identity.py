@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
-from jaxnet.train.source import is_lazy
+from jaxnet.train.arrays import is_lazy
 
 __all__ = [
     "begins_alike",

@@ -8,6 +8,8 @@ import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxnet.best_rule import BestRule
+
 if TYPE_CHECKING:
     from jaxnet.checkpoint import Checkpoints, Info
 
@@ -15,7 +17,13 @@ __all__ = ["Found", "Keeper"]
 
 
 class Found(NamedTuple):
-    """The content of a run's checkpoint."""
+    """The content of a run's checkpoint.
+
+    Attributes:
+      tree: the arrays.
+      metadata: the metadata.
+      path: the file.
+    """
 
     tree: Any
     metadata: dict[str, Any]
@@ -27,18 +35,35 @@ class Keeper:
 
     Args:
       checkpoint: the path of a file, a `Checkpoints`, or None.
+
+    Attributes:
+      place: the path of the file or folder; None for nothing.
+      store: the `Checkpoints`; None for a file.
+      metric: the metric by which a store keeps the best steps; None if there is none.
+      taken: whether another program has replaced the file.
     """
 
-    def __init__(self, checkpoint: str | os.PathLike | Checkpoints | None):
-        place: Any = None if checkpoint is None else getattr(checkpoint, "folder", checkpoint)
-        self.place = None if place is None else os.fsdecode(place)
-        self.store: Any = checkpoint if hasattr(checkpoint, "folder") else None
-        self.saved = -1
-        # Which file this run has read or written last, and whether another program has put its own
-        # in that place.
-        self.known: tuple[int, int, int] | None = None
-        self.text: str | None = None
+    def __init__(self, checkpoint: str | os.PathLike[str] | Checkpoints | None):
+        self.store: Checkpoints | None = None
+        self.place: str | None = None
+        self.metric: str | None = None
         self.taken = False
+        # The last step that was saved to the store.
+        self._saved = -1
+        # The file that this run has read or written last, and its text.
+        self._known: tuple[int, int, int] | None = None
+        self._text: str | None = None
+        if checkpoint is None:
+            return
+        from jaxnet.checkpoint import Checkpoints
+
+        if not isinstance(checkpoint, Checkpoints):
+            self.place = os.fsdecode(checkpoint)
+        else:
+            self.store, self.place = checkpoint, checkpoint.folder
+            if checkpoint.best_rule is not None:
+                rule = BestRule.parse("Checkpoints: best_rule", checkpoint.best_rule)
+                self.metric = rule.metric
         if self.place == "":
             raise ValueError(
                 "fit: checkpoint must be the name of a file, as in 'run.safetensors', got ''"
@@ -50,27 +75,19 @@ class Keeper:
     def __str__(self):
         return str(self.place)
 
-    @property
-    def metric(self) -> str | None:
-        """The metric by which a store keeps the best steps."""
-        return (
-            None
-            if self.store is None or self.store.best_rule is None
-            else self.store.best_rule.partition(" ")[2]
-        )
-
     def check(self) -> None:
         """Raise OSError if the place is not writable."""
         from jaxnet.checkpoint import places
 
         if self.place is None:
             return
-        places.check_engine(self.place, getattr(self.store, "engine", None))
         if self.store is None:
+            places.check_engine(self.place, None)
             _check_name(self.place)
-        folder = (
-            self.place if self.store is not None else os.path.dirname(os.path.abspath(self.place))
-        )
+            folder = os.path.dirname(os.path.abspath(self.place))
+        else:
+            places.check_engine(self.place, self.store.engine)
+            folder = self.place
         try:
             places.check_writable(folder)
         except OSError as error:
@@ -79,9 +96,9 @@ class Keeper:
 
     def has_some(self) -> bool:
         """Whether there is a checkpoint, good or not."""
-        return (
-            bool(self.store.steps()) if self.store is not None else os.path.exists(str(self.place))
-        )
+        if self.store is not None:
+            return bool(self.store.steps())
+        return os.path.exists(str(self.place))
 
     def newest(self, template: Callable[[Info], Any]) -> Found | None:
         """Load the newest good checkpoint, reading it once.
@@ -106,24 +123,36 @@ class Keeper:
             return Found(found.tree, found.metadata, found.path)
         if self.place is None or not os.path.exists(self.place):
             return None
-        self.known = _identity(self.place)
+        self._known = _identity(self.place)
         tree, info = load_with_info(self.place, template=template)
-        self.text = info.metadata["fit"]
+        self._text = info.metadata["fit"]
         return Found(tree, info.metadata, self.place)
 
     def save(
         self, step: int, tree: Any, record: dict[str, float] | None, metadata: dict[str, Any]
     ) -> None:
+        """Save a tree.
+
+        Args:
+          step: the number of steps done.
+          tree: the arrays.
+          record: the record of this step; None if no record ends with it.
+          metadata: the metadata.
+
+        Raises:
+          CheckpointError: another program has replaced the file, or the tree cannot be saved.
+          OSError: the file cannot be written.
+        """
         from jaxnet import checkpoint
 
         if self.store is None:
             self._check_own()
             checkpoint.save(str(self.place), tree, metadata=metadata)
-            self.known, self.text = _identity(str(self.place)), metadata["fit"]
-        elif step != self.saved:
+            self._known, self._text = _identity(str(self.place)), metadata["fit"]
+        elif step != self._saved:
             known = self.metric is None or self.metric in (record or {})
             self.store.save(step, tree, record if known else None, metadata)
-        self.saved = step
+        self._saved = step
 
     def _check_own(self) -> None:
         """Raise CheckpointError if the file is not the one that this run has read or written last.
@@ -135,27 +164,26 @@ class Keeper:
 
         place = str(self.place)
         found = _identity(place)
-        if (
-            found is None
-            or found == self.known
-            or (self.text is not None and _text(place) == self.text)
-        ):
+        if found is None or found == self._known:
+            return
+        if self._text is not None and _text(place) == self._text:
             return
         self.taken = True
         raise CheckpointError(
             place,
             None,
             "another program writes this checkpoint, too, so this run does not replace it: give "
-            "each run a file of its own. The state of this run is the `train_state` of this error",
+            "each run a separate file. The state of this run is the `train_state` of this error",
         )
 
     def wait(self) -> None:
+        """Wait for an asynchronous save. Raises its error."""
         if self.store is not None:
             self.store.wait()
 
 
 def _identity(path: str) -> tuple[int, int, int] | None:
-    """What a file is known by without reading it; None if there is none."""
+    """Numbers that identify the version of a file without reading it; None if there is none."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -164,7 +192,7 @@ def _identity(path: str) -> tuple[int, int, int] | None:
 
 
 def _text(path: str) -> str | None:
-    """What `fit` says of its run in a file; None if the file says nothing or cannot be read."""
+    """The text of `fit` in a file's metadata; None if there is none or the file cannot be read."""
     from jaxnet.checkpoint.errors import CheckpointError
     from jaxnet.checkpoint.inspection import inspect
 
@@ -188,9 +216,8 @@ def _check_name(path: str) -> None:
         return
     except OSError as error:
         text = f"fit: checkpoint: {error.strerror}"
-        raise OSError(
-            error.errno, text, path if len(path) < 200 else f"{path[:80]}...{path[-20:]}"
-        ) from None
+        shown = path if len(path) < 200 else f"{path[:80]}...{path[-20:]}"
+        raise OSError(error.errno, text, shown) from None
     if stat.S_ISDIR(mode):
         text = (
             "fit: a checkpoint is a file, this is a folder: add a file name, or give "

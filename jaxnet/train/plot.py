@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxnet.train.history import FIXED
+from jaxnet.train.records import RESERVED
 
 __all__ = ["plot_history"]
 
@@ -35,7 +35,8 @@ def plot_history(
     """
     if not history:
         raise ValueError("plot_history: the history is empty")
-    names = list(dict.fromkeys(name for record in history for name in record if name not in FIXED))
+    found = dict.fromkeys(name for record in history for name in record)
+    names = [name for name in found if name not in RESERVED]
     if not names:
         raise ValueError("plot_history: no record of the history has a metric")
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxnet.train.history import FIXED
+from jaxnet.train.records import RESERVED
 
 __all__ = ["Progress"]
 
@@ -133,7 +133,7 @@ class Progress:
             left = f"{_clock(seconds / max(step, 1) * (self.total - step))} left"
         of = "" if self.total is None else f"/{self.total:,}"
         epoch = f"epoch {int(record['epoch'])}" if record["epoch"] else ""
-        texts = {name: f"{value:.4g}" for name, value in record.items() if name not in FIXED}
+        texts = {name: f"{value:.4g}" for name, value in record.items() if name not in RESERVED}
         values = [_printable(f"{name} {text}", self.stream) for name, text in texts.items()]
         rate = f"{record['samples_per_second']:,.0f} samples/s"
         parts = [epoch, f"step {step:,}{of}", *values, rate, left]

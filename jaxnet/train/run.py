@@ -1,9 +1,8 @@
-"""The host loop over compiled calls, which evaluates, records, saves and stops in between."""
+"""A run: the host loop over compiled calls."""
 
 from __future__ import annotations
 
 import functools
-import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnet.train import inputs, source
 from jaxnet.train.clock import Clock
 from jaxnet.train.diagnose import NonFiniteError, explain
 from jaxnet.train.feed import Feed
@@ -21,46 +19,72 @@ from jaxnet.train.history import History, New
 from jaxnet.train.identity import start_of
 from jaxnet.train.interrupt import Interrupted
 from jaxnet.train.keeper import Keeper
-from jaxnet.train.optimizers import Guarded, find
+from jaxnet.train.looks import Looks
+from jaxnet.train.pace import Pace
 from jaxnet.train.programs import Programs
 from jaxnet.train.progress import Progress
-from jaxnet.train.rules import Best, best_of
-from jaxnet.train.saved import save
-from jaxnet.train.saves import Saves
+from jaxnet.train.save_times import SaveTimes
 from jaxnet.train.schedule import Schedule
-from jaxnet.train.step import TrainState
+from jaxnet.train.skips import Skips
+from jaxnet.train.stacks import Stack
+from jaxnet.train.state import TrainState, copied
 
-__all__ = ["Looks", "Run", "copied"]
-
-CALL = 0.3  # seconds that a compiled call should take at most: how long Ctrl-C waits
-# Seconds: the host waits for shorter calls, since it could not tell their ends apart.
-QUICK = 0.02
+__all__ = ["Run"]
 
 
-class Looks(NamedTuple):
-    """The arguments of `fit` that act between calls: evaluation, best rule, stop condition and
-    callbacks.
+class _Call(NamedTuple):
+    """A call that has been sent to the device.
+
+    Attributes:
+      stack: the data of its steps.
+      first: the steps of the stack that were done before.
+      n: the number of its steps.
+      good: whether all values are finite, bool [].
+      metrics: the metrics of its steps, by name [size].
+      fresh: whether it is the first call of its program.
     """
 
-    evaluate: Callable[..., Any] | None
-    best_rule: str | None
-    stop: Callable[..., Any] | None
-    callbacks: Sequence[Callable[..., Any]]
-
-
-class _Pending(NamedTuple):
-    """A call that has been sent to the device."""
-
-    stack: source.Stack
+    stack: Stack
     first: int
     n: int
-    outputs: tuple
+    good: Any
+    metrics: dict[str, jax.Array]
     fresh: bool
+
+    def is_finished(self) -> bool:
+        """Whether the device has finished the call."""
+        return self.good.is_ready()
+
+    @property
+    def ends_pass(self) -> bool:
+        """Whether a pass over the data ends with this call."""
+        return self.stack.end and self.first + self.n == self.stack.n
 
 
 class Run:
-    """A run in progress: its state, history and best evaluation, and the call that is on the
-    device.
+    """A run in progress.
+
+    Args:
+      train_state: the start, which is copied.
+      feed: the source of the batches.
+      programs: the compiled programs.
+      looks: what the host does between calls.
+      schedule: the steps at which the host acts.
+      keeper: the place where the run is saved.
+      save: a function (run, keeper) that saves the run.
+
+    Attributes:
+      current: the train state after the last call that was sent.
+      history: the records.
+      start: how the run began, which tells it from another run with other parameters; None without
+        a checkpoint.
+      stopped: why the run has stopped before its last step; None if it has not.
+      position: the position in an iterable.
+      passes: the number of finished passes over an iterable.
+      started: whether a step was taken.
+      spoiled: whether the state is worse than that in the checkpoint.
+      save_start: whether to save before the first step, too. If the run is killed soon, the next
+        run then finds that the records in a file are its own.
     """
 
     def __init__(
@@ -71,41 +95,23 @@ class Run:
         looks: Looks,
         schedule: Schedule,
         keeper: Keeper,
+        save: Callable[[Run, Keeper], None],
     ):
-        self.feed, self.programs, self.looks, self.schedule, self.keeper = (
-            feed,
-            programs,
-            looks,
-            schedule,
-            keeper,
-        )
+        self.feed, self.programs, self.looks = feed, programs, looks
+        self.schedule, self.keeper, self.save = schedule, keeper, save
         self.current: TrainState = jax.tree.map(copied, train_state)
-        # How the run began, which tells it from another one with other parameters; only a
-        # checkpoint needs it.
         self.start: dict[str, Any] | None = start_of(train_state) if keeper else None
         self.history = History(schedule.next_record, self.epoch, schedule.ends_between)
         self.history.begin(int(train_state.step))
-        self.best: Best | None = None
         self.stopped: str | None = None
-        # The position in an iterable, and the number of finished passes.
         self.position: dict[str, Any] = {}
         self.passes = 0
-        guard = find(train_state.opt, Guarded)
-        self.limit, self.in_a_row = None if guard is None else int(guard.limit), 0
+        self.skips = Skips(train_state.opt)
         self.good = jnp.bool_(True)
-        self.clock = Clock()
-        # `pace` counts steps per call; `quick` says whether calls are too short to be sent ahead.
-        self.pace, self.quick = 1, True
-        # Steps and seconds of the first call of a program, until the next call tells how much of it
-        # was training.
-        self.loading: tuple[int, float] | None = None
-        self.credit = 0.0  # seconds that belong to the pending call, and have passed already
-        self.started = self.spoiled = self.ended = False
-        # Whether the start is saved, too: a run that is killed soon finds then that its records are
-        # its own.
-        self.save_start = False
-        self.pending: _Pending | None = None
-        self.feeding: Any = None
+        self.clock, self.pace = Clock(), Pace()
+        self.started = self.spoiled = self.save_start = False
+        self._pending: _Call | None = None
+        self._stacks: Any = None
 
     def epoch(self, step: int) -> int:
         """The number of the epoch of a step, starting at 1."""
@@ -125,183 +131,151 @@ class Run:
 
     def go(self, flag: Interrupted, show: Progress, save_seconds: float) -> None:
         """Train to the end, or until something stops the run."""
-        self._ask_to_stop()
+        self.stopped = self.looks.reason_to_stop(self.history.records)
         if self.stopped or self.done():
             return
         abandoned = functools.partial(getattr, flag, "name")
-        self.feeding = self.feed.stacks(
-            self.current, self.history.step, self.position, self.schedule.next_look, abandoned
-        )
-        saves = Saves(self.keeper, save_seconds, self.history.step, self.feed.epoch_steps)
-        ahead = self.history.step
-        while not (self.stopped or flag.name or self.passed() or ahead == self.feed.total):
-            stack = next(self.feeding, None)
+        next_look, step = self.schedule.next_look, self.history.step
+        self._stacks = self.feed.stacks(self.current, step, self.position, next_look, abandoned)
+        saves = SaveTimes(self.keeper, save_seconds, step, self.feed.epoch_steps)
+        # The steps that have been sent, which may be ahead of the history by one call.
+        sent, ended = step, False
+        while not (self.stopped or flag.name or self.passed() or sent == self.feed.total):
+            stack = next(self._stacks, None)
             if stack is None:
-                self.ended = not flag.name
+                ended = not flag.name
                 break
             first = 0
             while first < stack.n and not self.stopped and not flag.name:
-                n = min(stack.n - first, stack.size, self.pace, saves.room(ahead))
-                self._train(stack, first, n, show)
-                first, ahead = first + n, ahead + n
-                looking = (stack.end and first == stack.n) or ahead == self.schedule.next_look(
-                    ahead - 1
-                )
-                due = saves.due(ahead, looking, looking and self.looks.evaluate is not None)
-                if looking or due or self.quick or self.looks.stop is not None:
+                n = min(stack.n - first, stack.size, self.pace.steps, saves.room(sent))
+                self._send(stack, first, n, show)
+                first, sent = first + n, sent + n
+                looking = (stack.end and first == stack.n) or sent == next_look(sent - 1)
+                due = saves.due(sent, looking, looking and self.looks.evaluate is not None)
+                if looking or due or self.pace.quick or self.looks.stop is not None:
                     self._receive_pending(show)
                 if due:
                     self._save()
                     saves.done()
         self._receive_pending(show)
-        self.stopped = (
-            self.stopped
-            or flag.name
-            or ("the data ended" if self.ended and not self.passed() else None)
-        )
+        self.stopped = self.stopped or flag.name
+        if ended and not self.passed():
+            self.stopped = self.stopped or "the data ended"
         if self.keeper and self.started:
             self._save()
             self.keeper.wait()
 
     def settle(self, error: Exception) -> None:
         """Receive the pending call after an error, so that the history agrees with the state."""
-        if self.pending is not None and not isinstance(error, NonFiniteError):
+        if not isinstance(error, NonFiniteError):
             self._receive_pending(None)
 
     def close(self) -> None:
         """Close the feed."""
-        if hasattr(self.feeding, "close"):
-            self.feeding.close()
+        if self._stacks is not None:
+            self._stacks.close()
 
     def _save(self) -> None:
         with self.clock.excluded():
-            save(self, self.keeper)
+            self.save(self, self.keeper)
 
-    def _train(self, stack: source.Stack, done: int, n: int, show: Progress) -> None:
+    def _send(self, stack: Stack, first: int, n: int, show: Progress) -> None:
         """Send n steps to the device, and receive the results of the previous call."""
-        program, first = self.programs.get(stack.size, stack.inputs), self.feed.first(done)
+        program = self.programs.get(stack.size, stack.inputs)
         fresh = program is None
         if program is None:
             self._receive_pending(show)
             with self.clock.excluded():
-                program = self._prepare(stack, show)
+                program = self._prepared(stack, show)
             if self.save_start and not self.started:
                 self._save()
         if not self.started:
             self.clock.lap()
-        self.current, self.good, *outputs = program(
+        self.current, self.good, metrics = program(
             self.current, self.good, np.int32(first), np.int32(n), *stack.inputs
         )
         self.started = True
-        # The call before is received while the device works on this one.
-        waiting, self.pending = self.pending, _Pending(stack, done, n, (self.good, *outputs), fresh)
+        # The previous call is received while the device works on this one.
+        waiting = self._pending
+        self._pending = _Call(stack, first, n, self.good, metrics, fresh)
         if waiting is not None:
             self._receive(waiting, show)
 
-    def _prepare(self, stack: source.Stack, show: Progress) -> Callable[..., Any]:
-        """Compile the program for stacks of this kind. Before the first one, check the names of the
-        metrics.
+    def _prepared(self, stack: Stack, show: Progress) -> Callable[..., Any]:
+        """Compile the program for stacks of this kind. Before the first one, check the functions
+        that look at the run.
         """
         begin = time.perf_counter()
         with show.busy("compiling"):
-            traced = self._traced(stack)
-            traced_in = time.perf_counter() - begin
+            traced = self.programs.trace(stack.size, stack.inputs, self.current, self.good)
+            seconds = time.perf_counter() - begin
             if not self.started:
-                self._check()
-            line = self.programs.compile(stack.size, stack.inputs, traced, traced_in)
+                metrics, fresh = self.programs.metrics or (), not self.history.records
+                self.looks.check(self.current, metrics, self.keeper.metric, fresh=fresh)
+            program, line = self.programs.compile(stack.size, stack.inputs, traced, seconds)
         show.note(line)
         if not self.started and self.programs.expected not in (None, self.programs.digest):
             _say_changed(show)
-        program = self.programs.get(stack.size, stack.inputs)
-        assert program is not None
         return program
 
-    def _traced(self, stack: source.Stack) -> Any:
-        try:
-            return self.programs.trace(stack.size, stack.inputs, self.current, self.good)
-        except (TypeError, AttributeError, ValueError) as error:
-            own = not hasattr(self.programs.step, "parts")
-            if own and inputs.maybe_takes_params(error):
-                error.add_note(
-                    "fit: step receives the train state; train_step(loss, optimizer) makes a "
-                    "step of a loss (params, batch)"
-                )
-            if own and inputs.takes_params(error):
-                raise TypeError(
-                    "fit: step receives the train state, and this one takes it for parameters: "
-                    "train_step(loss, optimizer) makes a step of a loss (params, batch)"
-                ) from None
-            raise
-
-    def _check(self) -> None:
-        evaluate, best_rule, stop, _ = self.looks
-        names = None if evaluate is None else inputs.evaluated(evaluate, self.current, best_rule)
-        if evaluate is None or names is not None:
-            metrics = self.programs.metrics or ()
-            inputs.check_names(metrics, names or (), stop, self.keeper.metric)
-            if stop is not None and not self.history.records:
-                inputs.check_stop(stop, {*metrics, *(names or ())} - {"weight"})
+    # What comes back
 
     def _receive_pending(self, show: Progress | None) -> None:
-        pending, self.pending = self.pending, None
+        pending, self._pending = self._pending, None
         if pending is not None:
             self._receive(pending, show)
 
-    def _receive(self, call: _Pending, show: Progress | None) -> None:
+    def _receive(self, call: _Call, show: Progress | None) -> None:
         """Wait for a call and receive its results. Without `show`, print nothing and call no
         callbacks.
         """
-        good, metrics = call.outputs
-        metrics = {name: np.asarray(values)[: call.n] for name, values in metrics.items()}
-        good, seconds = bool(good), self.clock.lap() + self.credit
-        self.credit = 0.0
-        if self.pending is not None and self.pending.outputs[0].is_ready():
-            # Both calls are finished, and the end of the first is unknown. Split the time in
-            # proportion to their steps.
-            self.credit = seconds * self.pending.n / (call.n + self.pending.n)
-            seconds -= self.credit
+        metrics = {name: np.asarray(values)[: call.n] for name, values in call.metrics.items()}
+        good = bool(call.good)
+        following = self._pending
+        n_next = following.n if following is not None and following.is_finished() else None
+        seconds = self.pace.seconds_of(call.n, self.clock.lap(), n_next)
         if not good:
             raise self._broken(call)
-        end = call.stack.end and call.first + call.n == call.stack.n
-        samples = call.stack.samples * call.n // call.stack.n
-        before = call.stack.before
+        new = self._record(call, metrics, seconds)
+        if self.looks.evaluate is not None and self._evaluation_is_due(call.ends_pass):
+            with self.clock.excluded():
+                self._evaluate(new[-1])
+        if show is not None:
+            self._tell(new, show)
+            self._check_skipped(metrics)
+
+    def _record(self, call: _Call, metrics: dict[str, np.ndarray], seconds: float) -> list[New]:
+        """Take a call into the history and the position; return the records that are complete."""
+        stack, before = call.stack, call.stack.before
         if before:
             # A resumed run may find its pass finished, so take the number of the pass from the
             # stack.
             self.passes = before["passes"]
-        self._forget_loading(call, seconds)
-        new = self.history.add(call.n, metrics, seconds, samples, cut=end)
-        # A record that is complete has been handed out, and is not changed any more.
-        self.loading = (call.n, seconds) if call.fresh and not new else None
+        self.history.seconds -= self.pace.loading(call.n, seconds, call.fresh)
+        samples = stack.samples * call.n // stack.n
+        new = self.history.add(call.n, metrics, seconds, samples, cut=call.ends_pass)
+        self.pace.received(call.n, seconds, call.fresh, bool(new))
         self.position = before and {**before, "skip": before["skip"] + call.first + call.n}
-        if end:
+        if call.ends_pass:
             self.passes += 1
-            self.position = call.stack.after
-        if self.looks.evaluate is not None and self._evaluation_is_due(end):
-            with self.clock.excluded():
-                self._evaluate(new[-1])
-        # Adapt the number of steps to the time of this call. A short call may be mostly overhead,
-        # so growth is limited.
-        self.pace = int(np.clip(CALL * call.n / max(seconds, 1e-9), 1, 8 * call.n))
-        self.quick = seconds < QUICK
-        if show is None:
-            return
-        self._tell(new, show)
-        self._check_skipped(metrics)
+            self.position = stack.after
+        return new
 
-    def _forget_loading(self, call: _Pending, seconds: float) -> None:
-        """Take the loading of a program, which its first execution did, out of the seconds of
-        training.
-        """
-        if self.loading is not None and not call.fresh:
-            n, first = self.loading
-            self.history.seconds -= max(0.0, first - n * seconds / call.n)
-
-    def _evaluation_is_due(self, end: bool) -> bool:
+    def _evaluation_is_due(self, ends_pass: bool) -> bool:
         every, step = self.schedule.evaluate_every, self.history.step
-        return step % every == 0 if every else end or step == self.feed.total
+        return step % every == 0 if every else ends_pass or step == self.feed.total
+
+    def _evaluate(self, new: New) -> None:
+        metrics = self.programs.metrics or ()
+        values = self.looks.evaluation(self.current, new.record, metrics)
+        # If a run ends within an epoch, its sums are kept, so the means cover the whole epoch when
+        # the run is extended.
+        summary = self.history.summary() if new.summary is None else new.summary
+        summary.update(values)
+        self.history.evaluations.append(summary)
 
     def _tell(self, new: Sequence[New], show: Progress) -> None:
+        """Show new records, call the callbacks with them, and ask whether to stop."""
         evaluated = self.history.evaluations[-1] if self.history.evaluations else None
         if evaluated is not None and evaluated["step"] != self.history.step:
             evaluated = None
@@ -312,79 +286,38 @@ class Run:
                 callback(dict(record))
         if not new or new[-1].summary is None:
             ended = self.history.step == self.feed.total
-            show(
-                evaluated or self.history.summary(),
-                partial=not ended,
-                evaluated=evaluated is not None,
-            )
+            shown = evaluated or self.history.summary()
+            show(shown, partial=not ended, evaluated=evaluated is not None)
         if new:
-            self._ask_to_stop()
-
-    def _ask_to_stop(self) -> None:
-        stop, records = self.looks.stop, self.history.records
-        if stop is None or not records:
-            return
-        if reason := inputs.reason_of(stop(records)):
-            self.stopped = reason
-
-    def _evaluate(self, new: New) -> None:
-        assert self.looks.evaluate is not None
-        evaluated = inputs.check_evaluation(self.looks.evaluate(self.current), self.looks.best_rule)
-        values = {name: float(value) for name, value in evaluated.items()}
-        inputs.check_names(new.record, values, None, None)
-        new.record.update(values)
-        # If a run ends within an epoch, its sums are kept, so the means cover the whole epoch when
-        # the run is extended.
-        summary = self.history.summary() if new.summary is None else new.summary
-        summary.update(values)
-        self.history.evaluations.append(summary)
-        if (name := getattr(self.looks.stop, "metric", None)) and name not in {
-            *new.record,
-            *(self.programs.metrics or ()),
-        }:
-            raise KeyError(
-                f"fit: no record has '{name}', on which it is to stop; there are "
-                f"{sorted(new.record)}"
-            )
-        if self.looks.best_rule is not None:
-            name, better = best_of(self.looks.best_rule)
-            first = self.best is None and not math.isnan(values[name])
-            if first or (self.best is not None and better(values[name], self.best.value)):
-                params, state = jax.tree.map(copied, (self.current.params, self.current.state))
-                self.best = Best(values[name], int(new.record["step"]), params, state)
+            self.stopped = self.looks.reason_to_stop(self.history.records) or self.stopped
 
     def _check_skipped(self, metrics: dict[str, np.ndarray]) -> None:
-        if self.limit is None:
+        skipped = metrics.get("skipped", np.zeros(0))
+        i = self.skips.first_beyond(skipped)
+        if i is None:
             return
-        for i, skipped in enumerate(metrics["skipped"]):
-            self.in_a_row = self.in_a_row + 1 if skipped else 0
-            if self.in_a_row > self.limit:
-                # The file has a better state than this one, which skips all steps.
-                self.spoiled = True
-                at = self.history.step - len(metrics["skipped"]) + i
-                raise NonFiniteError(
-                    f"fit: {self.in_a_row} steps in a row were not finite, up to step {at}, and "
-                    f"were skipped; the limit is {self.limit}. A smaller learning rate may help",
-                    at,
-                    (),
-                    self.current,
-                    self.history.records,
-                )
+        # The file has a better state than this one, which skips all steps.
+        self.spoiled = True
+        at = self.history.step - len(skipped) + i
+        raise NonFiniteError(
+            f"fit: {self.skips.in_a_row} steps in a row were not finite, up to step {at}, and were "
+            f"skipped; the limit is {self.skips.limit}. A smaller learning rate may help",
+            at,
+            (),
+            self.current,
+            self.history.records,
+        )
 
-    def _broken(self, call: _Pending) -> NonFiniteError:
+    def _broken(self, call: _Call) -> NonFiniteError:
         """Explain a call with values that are not finite, by repeating it one step at a time."""
-        batch_of = jax.jit(self.feed.batch_of)
+        plan, inputs = self.feed.plan, call.stack.inputs
+        one = jax.jit(lambda state, i, *inputs: plan(state, i, 1, 1, *inputs).batch(0))
         batches = (
-            lambda train_state, i=i: batch_of(train_state, jnp.int32(i), *call.stack.inputs)
+            lambda train_state, i=i: one(train_state, jnp.int32(i), *inputs)
             for i in range(call.first, call.first + call.n)
         )
-        return explain(
-            self.programs.step,
-            self.current,
-            batches,
-            self.history.records,
-            getattr(self.feed, "data", None),
-        )
+        records = self.history.records
+        return explain(self.programs.step, self.current, batches, records, self.feed.data)
 
 
 def _say_changed(show: Progress) -> None:
@@ -392,16 +325,5 @@ def _say_changed(show: Progress) -> None:
     if show.show:
         show.note(text)
     else:
-        # The numbers are those of neither run alone, so a silent run is told, too.
+        # The numbers are those of neither run alone, so a silent run warns.
         warnings.warn(f"fit: {text}", stacklevel=7)
-
-
-def copied(leaf: Any) -> jax.Array:
-    """A strongly typed copy of a leaf of a train state, on the same device."""
-    leaf = jnp.asarray(leaf, getattr(leaf, "dtype", None))
-    if getattr(leaf, "weak_type", False):
-        # A resumed run has no weak types, and must compute the same bits.
-        leaf = jax.lax.convert_element_type(leaf, leaf.dtype)
-    where = leaf.sharding if leaf.committed else None
-    # Unlike jnp.array(copy=True), this compiles nothing.
-    return jax.device_put(leaf, where, may_alias=False)

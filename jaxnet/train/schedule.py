@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Schedule", "default_record_every"]
+__all__ = ["Schedule", "default_record_every", "schedule_of"]
 
 
 class Schedule(NamedTuple):
@@ -57,17 +57,39 @@ class Schedule(NamedTuple):
         return self.total // self.evaluate_every if self.total and self.evaluate_every else 0
 
 
+def schedule_of(
+    total: int | None,
+    epoch_steps: int | None,
+    *,
+    record_every: int | None,
+    evaluate_every: int | None,
+    evaluates: bool,
+    asked: bool,
+) -> Schedule:
+    """Make the schedule of a run.
+
+    Args:
+      total: the last step, or None.
+      epoch_steps: steps per epoch, or None.
+      record_every: as in `fit`.
+      evaluate_every: as in `fit`.
+      evaluates: whether there are evaluations.
+      asked: whether there is a stop condition.
+    """
+    every = record_every or default_record_every(epoch_steps, total)
+    cut_epochs = record_every is None and (epoch_steps or 0) >= every
+    evaluate_every = (evaluate_every or epoch_steps) if evaluates else None
+    return Schedule(total, epoch_steps, every, evaluate_every, cut_epochs, asked)
+
+
 def default_record_every(epoch_steps: int | None, total: int | None) -> int:
     """About 100 steps per record, if possible a divisor of the epoch up to 1,000, and at most 1,000
     records in total.
     """
     every = 100
     if epoch_steps is not None:
-        divisors = [
-            d
-            for d in range(min(50, epoch_steps), min(1000, epoch_steps) + 1)
-            if epoch_steps % d == 0
-        ]
+        candidates = range(min(50, epoch_steps), min(1000, epoch_steps) + 1)
+        divisors = [d for d in candidates if epoch_steps % d == 0]
         every = min(divisors, key=lambda d: abs(d - 100), default=every)
     return every * max(1, -(-(total or 0) // (1000 * every)))
 

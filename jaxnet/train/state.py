@@ -10,23 +10,23 @@ import jax.numpy as jnp
 
 from jaxnet import tree
 from jaxnet.train.optimizers import check_optimizer
+from jaxnet.train.words import describe
 
-if TYPE_CHECKING:
-    from jaxnet.train.optimizers import Optimizer
-
-__all__ = ["TrainState", "check_params", "check_train_state", "sgd"]
+__all__ = ["TrainState", "check_params", "check_train_state", "copied", "sgd"]
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step: one pytree, to be saved, restored or mapped over
-    as a whole.
+    """All that training carries from step to step, as one pytree. It can be saved, restored or
+    mapped over as a whole.
 
     Attributes:
       params: the network's parameters.
       state: the network's state, {} if it has none.
       opt: the optimizer's state, () for plain SGD.
-      key: PRNG key of the run; it never changes, every random number is drawn from it and the step.
-      step: steps done, int32 []; the epoch and the position in its order follow from it.
+      key: the PRNG key of the run. It never changes; each random number is drawn from it and the
+        step.
+      step: the number of steps done, int32 []. The epoch and the position in its order follow from
+        it.
     """
 
     params: Any
@@ -45,22 +45,22 @@ class TrainState(NamedTuple):
           params: the network's parameters, a pytree of float arrays.
           optimizer: an optax transformation, or a learning rate (a number, or an optax schedule of
             the step) for plain SGD.
-          key: PRNG key; the order of the data and the noise in training follow from it.
+          key: the PRNG key; the order of the data and the noise in training follow from it.
           state: the state of a stateful network, `net.init_state(*inputs)`.
 
         Returns:
           The train state before step 0.
 
         Raises:
-          TypeError: parameters that are not real floats, something that is not an optimizer, or no
-            PRNG key.
+          TypeError: a parameter is not a real float, `optimizer` is not an optimizer, or `key` is
+            not a PRNG key.
         """
         check_optimizer("TrainState.create", optimizer)
         check_params("TrainState.create", params)
         if not _is_key(key):
             raise TypeError(
                 "TrainState.create: key must be a PRNG key such as jax.random.key(0), got "
-                f"{_brief(key)}"
+                f"{describe(key)}"
             )
         # The counters of the optimizer and of the steps are copied to the device.
         with jax.transfer_guard("allow"):
@@ -73,12 +73,12 @@ Step: TypeAlias = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
 def sgd(params: Any, grads: Any, lr: Any) -> Any:
-    """Take one step of plain gradient descent, w <- w - lr * dL/dw, for trees of equal structure.
+    """Take one step of plain gradient descent, w <- w - lr * dL/dw.
 
     Args:
       params: a pytree of float arrays.
       grads: the gradients, a pytree of the same structure.
-      lr: the learning rate.
+      lr: the learning rate, a scalar.
 
     Returns:
       The new parameters, in the dtypes of `params`.
@@ -90,9 +90,8 @@ def sgd(params: Any, grads: Any, lr: Any) -> Any:
       >>> sgd({"w": 1.0}, {"w": 0.5}, 0.1)
       {'w': 0.95}
     """
-    if any(
-        jnp.iscomplexobj(leaf) or not _is_float(leaf) for leaf in jax.tree.leaves((params, grads))
-    ):
+    leaves = jax.tree.leaves((params, grads))
+    if any(jnp.iscomplexobj(leaf) or not _is_float(leaf) for leaf in leaves):
         check_params("sgd", params)
         check_params("sgd: gradients", grads)
     return jax.tree.map(lambda w, g: w - _like(lr, w) * g, params, grads)
@@ -105,18 +104,15 @@ def check_train_state(what: str, train_state: Any) -> None:
     ):
         raise TypeError(
             f"{what}: needs a train state, as TrainState.create(params, optimizer, key) makes "
-            f"it, got {_brief(train_state)}"
+            f"it, got {describe(train_state)}"
         )
 
 
 def check_params(what: str, params: Any) -> None:
     """Raise TypeError for parameters that are not real floating-point numbers."""
     for path, leaf in tree.flatten(params).items():
-        dtype = (
-            jnp.result_type(leaf)
-            if isinstance(leaf, int | float | complex)
-            else getattr(leaf, "dtype", type(leaf))
-        )
+        number = isinstance(leaf, int | float | complex)
+        dtype = jnp.result_type(leaf) if number else getattr(leaf, "dtype", type(leaf))
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
                 f"{what}: '{path}' is {dtype}, parameters are real; keep the real and the "
@@ -124,9 +120,20 @@ def check_params(what: str, params: Any) -> None:
             )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"{what}: '{path}' is {_brief(leaf)}, parameters are floats; cast it, or keep it "
+                f"{what}: '{path}' is {describe(leaf)}, parameters are floats; cast it, or keep it "
                 "in the state"
             )
+
+
+def copied(leaf: Any) -> jax.Array:
+    """A strongly typed copy of a leaf of a train state, on the same device."""
+    leaf = jnp.asarray(leaf, getattr(leaf, "dtype", None))
+    if getattr(leaf, "weak_type", False):
+        # A resumed run has no weak types, and must compute the same bits.
+        leaf = jax.lax.convert_element_type(leaf, leaf.dtype)
+    where = leaf.sharding if leaf.committed else None
+    # Unlike jnp.array(copy=True), this compiles nothing.
+    return jax.device_put(leaf, where, may_alias=False)
 
 
 def _is_float(leaf: Any) -> bool:
@@ -140,15 +147,7 @@ def _is_key(key: Any) -> bool:
     return dtype is not None and (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32)
 
 
-def _brief(x: Any) -> str:
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"{x.dtype}{list(x.shape)}"
-    return (
-        f"{type(x).__name__} {x!r}" if isinstance(x, int | float | str) else f"a {type(x).__name__}"
-    )
-
-
-def _like(x, w):
+def _like(x: Any, w: Any) -> Any:
     """A learning rate in the dtype of the weight, so that float32 weights stay float32 beside a
     float64 rate.
     """

@@ -218,8 +218,8 @@ def _lines(
 
 
 def _replace(path: str, text: str) -> None:
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    """Replace a file of records, or leave it as it is if writing fails."""
+    from jaxnet.checkpoint.atomic import replacing, write
+
+    with replacing(path, os.path.abspath(path)) as fd:
+        write(fd, memoryview(text.encode()))

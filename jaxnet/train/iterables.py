@@ -1,113 +1,30 @@
-"""Sources of batches: arrays in memory, arrays that are read by rows, iterables of batches."""
+"""Stacks of the batches of an iterable, pass after pass."""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
-from jaxnet.train.arrays import fitting, is_lazy, on_device, rows_of
-from jaxnet.train.batch import Uneven, check_weights
+from jaxnet.train.arrays import fitting
 from jaxnet.train.iterator_state import from_json, to_json
-from jaxnet.train.loop import planned
+from jaxnet.train.stacks import Stack, stack_size
+from jaxnet.train.weighted import check_weights
 
-__all__ = ["Stack", "is_lazy", "on_device", "stacks_of_iterable", "stacks_of_rows"]
+__all__ = ["stacks_of_iterable"]
 
-# Bytes of batches that are copied to the device together.
-STACK = 32 << 20
 # Seconds for which a batch waits for others, to be copied to the device together.
 HELD = 0.1
-# The most rows in the plan of a compiled call: 2 MB.
-PLAN = 1 << 19
 
-
-class Stack(NamedTuple):
-    """The data of some steps: inputs of a compiled call, and their position in the data.
-
-    Attributes:
-      inputs: the inputs of the compiled call after the train state.
-      size: the most steps that the inputs can hold.
-      n: the steps in the inputs.
-      samples: examples in the n steps.
-      before: the position before the first step, for a checkpoint.
-      after: the position after the last step, if `end`.
-      end: whether a pass over the data ends with the stack.
-    """
-
-    inputs: tuple
-    size: int
-    n: int
-    samples: int
-    before: dict[str, Any]
-    after: dict[str, Any]
-    end: bool
-
-
-def plan_size(batch_size: int) -> int:
-    """The most steps in the plan of a compiled call."""
-    return int(np.clip(PLAN // batch_size, 16, 1 << 17))
-
-
-def stacks_of_rows(
-    data: Any,
-    n: int,
-    key: jax.Array,
-    step: int,
-    next_cut: Callable[[int], int],
-    total: int,
-    **batching,
-):
-    """Stacks of arrays that are read by rows, with the same batches as `train_steps`.
-
-    Args:
-      data: a pytree of arrays.
-      n: the number of examples.
-      key: the key of the run.
-      step: the step at which to begin.
-      next_cut: as in `stacks_of_iterable`.
-      total: the last step.
-      **batching: `batch_size`, `order` and `drop_last` as in `planned`.
-    """
-    check_weights(data)
-    size = _stack_size(
-        sum(_row_bytes(leaf) for leaf in jax.tree.leaves(data)) * batching["batch_size"]
-    )
-
-    class At(NamedTuple):
-        key: jax.Array
-        step: jax.Array
-
-    plan_from = jax.jit(lambda key, step: planned(At(key, step), n, size, **batching))  # pyright: ignore[reportArgumentType]
-    while step < total:
-        count = min(size, next_cut(step) - step)
-        plan = jax.tree.map(np.asarray, plan_from(key, jnp.int32(step)))
-        if plan is None:
-            plan = np.broadcast_to(np.arange(n, dtype=np.int32), (size, n))
-        rows = plan.batch if isinstance(plan, Uneven) else plan
-        if rows[:count].min() < 0 or rows[:count].max() >= n:
-            raise ValueError(
-                f"order: rows must be within 0 .. {n - 1}, got {rows[:count].min()} .. "
-                f"{rows[:count].max()}"
-            )
-
-        def read(path, leaf, rows=rows[:count], count=count):
-            values = fitting(path, rows_of(path, leaf, rows.reshape(-1)))
-            out = np.zeros((size, *rows.shape[1:], *values.shape[1:]), values.dtype)
-            out[:count] = values.reshape(*rows.shape, *values.shape[1:])
-            return out
-
-        batch, samples = tree.map_with_path(read, data), count * batching["batch_size"]
-        if isinstance(plan, Uneven):
-            batch = Uneven(batch, plan.last, plan.rest)
-            samples -= int(plan.last[:count].sum()) * (batching["batch_size"] - plan.rest)
-        yield Stack((jax.device_put(batch),), size, count, samples, {}, {}, False)
-        step += count
+# What an iterator returns at the end of a pass.
+_END = object()
+# The end of the run, whether or not the pass ends too.
+_STOP = object()
 
 
 def stacks_of_iterable(
@@ -119,8 +36,8 @@ def stacks_of_iterable(
     total: int | None = None,
     epochs: int | None = None,
 ) -> Iterator[Stack]:
-    """Stacks of batches from an iterable, pass after pass. Batches of one kind are copied to the
-    device together.
+    """Yield stacks of batches from an iterable, pass after pass. Batches of one kind are copied to
+    the device together.
 
     Args:
       data: an iterable of batches, or a function from the number of the pass to one. An iterator
@@ -137,11 +54,10 @@ def stacks_of_iterable(
     Raises:
       ValueError: a pass has no batches. Errors of the iterable are raised as well.
     """
-    passes, since, anchor = (
-        position.get("passes", 0),
-        position.get("skip", 0),
-        position.get("state"),
-    )
+    # The position is given by the number of passes, a state of the iterator (or None), and the
+    # number of batches since this state.
+    passes, anchor = position.get("passes", 0), position.get("state")
+    since = position.get("skip", 0)
     reach = 1
     while True:
         batches = _begun(data, position, passes, anchor, since)
@@ -172,7 +88,7 @@ def stacks_of_iterable(
                     after = {"passes": passes + 1, "skip": 0, "state": state}
                 # Slow batches are not held back until there are many.
                 full = len(held) == room or time.monotonic() - begun > HELD
-                if held and (batch is _END or batch is _STOP or full or _kind(batch) != kind):
+                if held and (batch is _END or batch is _STOP or full or _signature(batch) != kind):
                     yield _stacked(held, size, before, after)
                     step, held = step + len(held), []
                 if batch is _STOP or (batch is _END and step == total):
@@ -183,7 +99,7 @@ def stacks_of_iterable(
                     if anchor is None and since == 0:
                         first = _digest(batch)
                     before = {"passes": passes, "skip": since, "state": anchor, "first": first}
-                    kind, size = _kind(batch), _stack_size(_bytes(batch))
+                    kind, size = _signature(batch), stack_size(_bytes(batch))
                     room = min(size, reach, next_cut(step) - step)
                     # The first steps do not wait for many batches.
                     reach *= 2
@@ -200,7 +116,7 @@ def stacks_of_iterable(
             if batches is data:
                 text += (
                     "; an iterator can be used once, and this one is used up: make a new one, or "
-                    "give a list or a function"
+                    "pass a list or a function"
                 )
             raise ValueError(text)
         if batches is data or passes + 1 == epochs:
@@ -214,12 +130,6 @@ def _length_of(data: Any) -> int | None:
         return None if callable(data) else len(data)
     except (TypeError, NotImplementedError):
         return None
-
-
-# The end of a pass.
-_END = object()
-# The end of the run, whether or not the pass ends too.
-_STOP = object()
 
 
 def _stacked(batches: list, size: int, before: dict, after: dict) -> Stack:
@@ -238,21 +148,14 @@ def _stacked(batches: list, size: int, before: dict, after: dict) -> Stack:
     return Stack((inputs,), size, len(batches), len(batches) * samples, before, after, bool(after))
 
 
-def _kind(batch: Any) -> Any:
+def _signature(batch: Any) -> Any:
+    """The structure, shapes and dtypes of a batch. Only batches of one signature can be stacked."""
     leaves, structure = jax.tree.flatten(batch)
     return structure, [(np.shape(leaf), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves]
 
 
 def _bytes(batch: Any) -> int:
     return sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(batch))
-
-
-def _row_bytes(leaf: Any) -> int:
-    return int(np.prod(leaf.shape[1:], dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
-
-
-def _stack_size(batch_bytes: int) -> int:
-    return int(np.clip(STACK // max(batch_bytes, 1), 1, 64))
 
 
 def _begun(data: Any, position: dict[str, Any], passes: int, state: Any, skip: int) -> Iterator:
@@ -270,19 +173,15 @@ def _begun(data: Any, position: dict[str, Any], passes: int, state: Any, skip: i
     if state is not None and not hasattr(data, "load_state_dict"):
         batches.set_state(state)
     first = position.get("first") if state is None else None
-    plain = (
-        state is None
-        and not callable(data)
-        and batches is not data
-        and _saves_nothing(data, batches)
-    )
-    if plain and position and passes and skip == 0:
+    again = state is None and not callable(data) and batches is not data
+    if again and _saves_nothing(data, batches) and position and passes and skip == 0:
         return _checked_pass(data, batches, passes)
     for i in range(skip):
         batch = next(batches, _END)
         if batch is _END:
             raise ValueError(
-                f"data: the run had used {skip} batches of this pass, and now there are fewer"
+                f"data: the run had used {skip} batches of this pass, and now there are fewer; "
+                "resume with the data of the interrupted run"
             )
         if i == 0 and first is not None and _digest(batch) != first:
             raise ValueError(_OTHER_ORDER.format(passes + 1))
@@ -290,8 +189,8 @@ def _begun(data: Any, position: dict[str, Any], passes: int, state: Any, skip: i
 
 
 def _checked_pass(data: Any, batches: Iterator, passes: int) -> Iterator:
-    """The batches of a later pass. The run can resume only if all passes have one order, so two
-    first batches are compared.
+    """Yield the batches of a later pass. The run can resume only if all passes have one order, so
+    the first batches of two passes are compared.
     """
     batch, other = next(batches, _END), next(iter(data), _END)
     if batch is not _END and other is not _END and _digest(batch) != _digest(other):
@@ -324,7 +223,7 @@ def _digest(batch: Any) -> str:
 
 
 def _state_of(data: Any, batches: Any) -> Any:
-    """Where an iterator stands, as JSON can hold it; None if it does not say."""
+    """The position of an iterator, as JSON can hold it; None if the iterator does not tell it."""
     if hasattr(data, "state_dict") and hasattr(data, "load_state_dict"):
         state = data.state_dict()
     elif hasattr(batches, "get_state") and hasattr(batches, "set_state"):

@@ -1,24 +1,22 @@
-"""What `fit` says about a run beside its line of progress."""
+"""What `fit` prints about a run beside its line of progress."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-from jaxnet.train import saved
+from jaxnet.train import snapshot
 from jaxnet.train.interrupt import AGAIN
-from jaxnet.train.keeper import Keeper
+from jaxnet.train.keeper import Found, Keeper
 from jaxnet.train.progress import Progress
 from jaxnet.train.run import Run
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["say_done", "say_where", "say_why"]
 
 
-def say_where(run: Run, start: int, found: Any, notes: Sequence[str], show: Progress) -> None:
+def say_where(
+    run: Run, start: int, found: Found | None, notes: Sequence[str], show: Progress
+) -> None:
     """Print where the run begins. Raises ValueError if it is already beyond its last step."""
     step, total = run.history.step, run.feed.total
     if found is None:
@@ -33,11 +31,11 @@ def say_where(run: Run, start: int, found: Any, notes: Sequence[str], show: Prog
         show.note(f"goes on from step {step:,}, saved in {found.path}")
     for note in notes:
         show.note(note)
-    if text := getattr(run.feed, "left_out", None):
-        show.note(text)
+    if run.feed.left_out:
+        show.note(run.feed.left_out)
 
 
-def say_done(run: Run, found: saved.Found, show: Progress) -> None:
+def say_done(run: Run, found: Found, show: Progress) -> None:
     """Print that nothing is left to train, and what has changed."""
     step, total, epochs = run.history.step, run.feed.total, run.feed.epochs
     if total is None:
@@ -48,14 +46,12 @@ def say_done(run: Run, found: saved.Found, show: Progress) -> None:
         f"{found.path} is {at}: nothing left to train. To begin anew, delete it or name another "
         "file"
     )
-    if run.looks.best_rule and run.best is None:
-        text += (
-            f". run.best stays None: no step is left in which best_rule={run.looks.best_rule!r} "
-            "could be found"
-        )
+    rule = run.looks.best_rule
+    if rule is not None and run.looks.best is None:
+        text += f". run.best stays None: no step is left in which best_rule='{rule}' could be found"
     if beyond:
         raise ValueError(f"fit: {text}; to go on, ask for more")
-    if saved.step_changed(run, found):
+    if snapshot.step_changed(run):
         # Without a warning, the old result would look like that of the new settings.
         text = (
             f"fit: {text}. Its step was another one (learning rate, loss or network): this is "

@@ -1,6 +1,4 @@
-"""Save and restore a run: its state, history and position in the data, and the facts that identify
-it.
-"""
+"""The content of a run's checkpoint: its state, its history, and the facts that identify it."""
 
 from __future__ import annotations
 
@@ -13,13 +11,14 @@ import numpy as np
 
 from jaxnet.train import identity
 from jaxnet.train.keeper import Found, Keeper
-from jaxnet.train.rules import Best
+from jaxnet.train.results import Best
+from jaxnet.train.run import Run
+from jaxnet.train.state import copied
 
 if TYPE_CHECKING:
     from jaxnet.checkpoint import Info
-    from jaxnet.train.run import Run
 
-__all__ = ["Found", "newest", "restore", "save", "step_changed", "template_of"]
+__all__ = ["newest", "restore", "save", "step_changed"]
 
 REMEDY = "name another file, or delete this one to begin anew"
 
@@ -29,29 +28,52 @@ def save(run: Run, keeper: Keeper) -> None:
     meanwhile.
     """
     numbers, arrays = run.history.state()
-    best = None if run.best is None else run.best._asdict()
+    best, rule = run.looks.best, run.looks.best_rule
     text = {
         "history": numbers,
         "position": run.position,
         "passes": run.passes,
-        "in_a_row": run.in_a_row,
+        "in_a_row": run.skips.in_a_row,
         "facts": run.feed.facts,
         "start": run.start,
         "total": run.feed.total,
-        "best": run.looks.best_rule,
+        "best": None if rule is None else str(rule),
         "step_digest": run.programs.digest,
     }
     step, records = run.history.step, run.history.records
     record = records[-1] if records and records[-1]["step"] == step else None
-    keeper.save(
-        step,
-        {"train_state": run.current, "best": best, "history": arrays},
-        record,
-        {"fit": json.dumps(text)},
-    )
+    tree = {
+        "train_state": run.current,
+        "best": None if best is None else best._asdict(),
+        "history": arrays,
+    }
+    keeper.save(step, tree, record, {"fit": json.dumps(text)})
 
 
-def template_of(run: Run) -> Callable[[Info], Any]:
+def newest(run: Run, keeper: Keeper) -> Found | None:
+    """Load the newest checkpoint from which a run can resume; None if there is none. Raises if it
+    is of another run.
+    """
+    from jaxnet.checkpoint.errors import Misfit
+
+    try:
+        return keeper.newest(_template_of(run))
+    except Misfit as error:
+        text = str(error)
+        if "template `like`" not in text:
+            raise
+        # All leaves are the same and only their containers differ, so the optimizer is another one.
+        lines = [line.strip() for line in text.splitlines()[1:]]
+        differs = next((line for line in lines if line), "another structure")
+        differs = differs.replace("template ", "here ")
+        differs = differs.replace("container differs: train_state/", "container ")
+        raise Misfit(error.path, None, _OTHER.format(differs)) from None
+
+
+_OTHER = "of another network or optimizer: {}. For this one, " + REMEDY
+
+
+def _template_of(run: Run) -> Callable[[Info], Any]:
     """A function from a file's header to the tree for `restore`. It raises if the file belongs to
     another run.
     """
@@ -90,16 +112,14 @@ def _check_tree(run: Run, info: Info) -> None:
     """
     from jaxnet.checkpoint.errors import Misfit
 
-    leaves = {leaf.path: (leaf.dtype, leaf.shape) for leaf in info.leaves}
-    state = {
-        p.removeprefix("train_state/"): x for p, x in leaves.items() if p.startswith("train_state/")
+    prefix = "train_state/"
+    leaves = {
+        leaf.path.removeprefix(prefix): (leaf.dtype, leaf.shape)
+        for leaf in info.leaves
+        if leaf.path.startswith(prefix)
     }
-    if differences := identity.tree_differences(run.current, state):
-        raise Misfit(
-            info.path,
-            None,
-            f"of another network or optimizer: {differences}. For this one, {REMEDY}",
-        )
+    if differences := identity.tree_differences(run.current, leaves):
+        raise Misfit(info.path, None, _OTHER.format(differences))
 
 
 def _arrays(info: Info) -> Any:
@@ -108,16 +128,15 @@ def _arrays(info: Info) -> Any:
     """
     from jaxnet.checkpoint.structure import leaf_path
 
-    found = {
-        leaf_path(leaf.path)[1:]: leaf for leaf in info.leaves if leaf.path.startswith("history/")
-    }
     tree: Any = {
         "records": {"columns": {}, "has": {}},
         "evaluations": {"columns": {}, "has": {}},
         "pending": {},
     }
-    for path, leaf in found.items():
-        *nodes, name = path
+    for leaf in info.leaves:
+        if not leaf.path.startswith("history/"):
+            continue
+        _, *nodes, name = leaf_path(leaf.path)
         place = tree
         for node in nodes:
             place = place[node]
@@ -125,55 +144,26 @@ def _arrays(info: Info) -> Any:
     return tree
 
 
-def newest(run: Run, keeper: Keeper) -> Found | None:
-    """The newest checkpoint that a run can go on from; None if there is none. Raises if it is of
-    another run.
-    """
-    from jaxnet.checkpoint.errors import Misfit
-
-    try:
-        return keeper.newest(template_of(run))
-    except Misfit as error:
-        text = str(error)
-        if "template `like`" not in text:
-            raise
-        # All leaves are the same: only what holds them differs, which is the optimizer's matter.
-        lines = [line.strip() for line in text.splitlines()[1:]]
-        differs = next((line for line in lines if line), "another structure")
-        differs = differs.replace("template ", "here ").replace(
-            "container differs: train_state/", "container "
-        )
-        raise Misfit(
-            error.path,
-            None,
-            f"of another network or optimizer: {differs}. For this one, {REMEDY}",
-        ) from None
-
-
 def restore(run: Run, found: Found) -> list[str]:
     """Restore a run from a checkpoint, and return notes to print."""
-    from jaxnet.train.run import copied
-
     text = json.loads(found.metadata["fit"])
     run.current = jax.tree.map(copied, found.tree["train_state"])
     run.history.restore(text["history"], found.tree.get("history"))
-    run.position, run.passes, run.in_a_row = text["position"], text["passes"], text["in_a_row"]
+    run.position, run.passes = text["position"], text["passes"]
+    run.skips.in_a_row = text["in_a_row"]
     run.programs.expected = text.get("step_digest")
-    # The run began where its file says, which older files do not.
+    # The file tells where the run began. Older files do not.
     run.start = text.get("start")
-    notes = []
-    if found.tree["best"] is not None:
-        rule, before = run.looks.best_rule, text.get("best")
-        if rule and before and rule != before:
-            notes.append(
-                f"the best so far was by '{before}' and is now by '{rule}': it is looked for anew"
-            )
-        else:
-            run.best = Best(**found.tree["best"])
-    return notes
+    if found.tree["best"] is None:
+        return []
+    rule, before = run.looks.best_rule, text.get("best")
+    if rule is not None and before and before != str(rule):
+        return [f"the best so far was by '{before}' and is now by '{rule}': it is looked for anew"]
+    run.looks.best = Best(**found.tree["best"])
+    return []
 
 
-def step_changed(run: Run, found: Found) -> bool:
+def step_changed(run: Run) -> bool:
     """Whether the step differs from that of the run that wrote the checkpoint. False if this cannot
     be known without data.
     """
