@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxnet.train.optimizers import as_optax, find
+
+if TYPE_CHECKING:
+    import optax
+
+    from jaxnet.train.optimizers import Optimizer
 
 __all__ = ["Averaged", "averaged", "averaged_params"]
 
@@ -26,7 +31,7 @@ class Averaged(NamedTuple):
     updates: jax.Array
 
 
-def averaged(optimizer: Any, decay: float = 0.999) -> Any:
+def averaged(optimizer: Optimizer, decay: float = 0.999) -> optax.GradientTransformationExtraArgs:
     """Keep a moving average of the parameters in the optimizer's state.
 
     After update t, a <- d a + (1 - d) w with d = min(decay, (1 + t) / (10 + t)). With this ramp,

@@ -23,7 +23,7 @@ from jaxnet.train.results import Result
 from jaxnet.train.run import Run
 from jaxnet.train.schedule import schedule_of
 from jaxnet.train.sharding import on_mesh_of
-from jaxnet.train.state import TrainState
+from jaxnet.train.state import StepFunction, TrainState
 from jaxnet.train.writers import begin_all
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ __all__ = ["fit"]
 
 
 def fit(
-    step: Step,
+    step: StepFunction,
     train_state: TrainState,
     data: Any,
     *,

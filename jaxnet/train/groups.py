@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxnet import tree
 from jaxnet.train.optimizers import as_optax
 
+if TYPE_CHECKING:
+    import optax
+
+    from jaxnet.train.optimizers import Optimizer
+
 __all__ = ["by_path", "freeze"]
 
 
-def by_path(groups: Mapping[str, Any]) -> Any:
+def by_path(groups: Mapping[str, Optimizer | None]) -> optax.GradientTransformation:
     """Give groups of parameters separate optimizers. The first pattern that matches a path decides.
 
         decayed = optax.adamw(1e-3, weight_decay=0.1)
@@ -54,7 +59,7 @@ def by_path(groups: Mapping[str, Any]) -> Any:
     return optax.partition(transforms, labels)
 
 
-def freeze(optimizer: Any, *patterns: str) -> Any:
+def freeze(optimizer: Optimizer, *patterns: str) -> optax.GradientTransformation:
     """Keep the parameters whose path matches one of the patterns as they are.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from jaxnet.checks import size_of
 from jaxnet.train.finite import all_finite, keep
 from jaxnet.train.optimizers import as_optax
+
+if TYPE_CHECKING:
+
+    pass
 
 __all__ = ["Guarded", "guarded"]
 
@@ -38,8 +42,8 @@ class Guarded(NamedTuple):
 
 
 def guarded(
-    optimizer: Any, *, limit: int = 10, loss_scale: float | None = None, interval: int = 2000
-) -> Any:
+    optimizer: Optimizer, *, limit: int = 10, loss_scale: float | None = None, interval: int = 2000
+) -> optax.GradientTransformationExtraArgs:
     """Skip each step whose loss or gradients are not finite.
 
     Such a step leaves parameters, state and optimizer as they were, so no NaN is ever applied.

@@ -104,7 +104,7 @@ def check_functions(evaluate: Any, best_rule: Any, stop: Any, callbacks: Any) ->
         )
     for i, callback in enumerate(callbacks):
         if callback in (write_csv, write_jsonl):
-            name = callback.__name__
+            name = callback.__name__  # pyright: ignore[reportAttributeAccessIssue]
             raise TypeError(
                 f"fit: callbacks[{i}] is {name} itself; call it first, with the path: "
                 f"{name}('history')"

@@ -17,7 +17,7 @@ from jaxnet.train.leading import count_examples
 from jaxnet.train.order import Order, shuffle
 from jaxnet.train.plan import Batching, planned, take
 from jaxnet.train.sharding import on_mesh_of
-from jaxnet.train.state import TrainState, check_train_state
+from jaxnet.train.state import StepFunction, TrainState, check_train_state
 from jaxnet.train.step_checks import check_same
 from jaxnet.train.uneven import on_uneven
 
@@ -31,7 +31,7 @@ def train_steps(
     *,
     order: Order | None = shuffle,
     drop_last: bool = True,
-) -> Step:
+) -> StepFunction:
     """Make one pure function (train_state, data) -> (train_state, metrics [steps]) of many steps
     over data in memory.
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxnet import tree
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    import optax
+
+    Optimizer: TypeAlias = (
+        optax.GradientTransformation
+        | optax.MultiSteps
+        | optax.Schedule
+        | float
+        | np.number[Any]
+        | jax.Array
+    )
+    """An optax transformation, or a learning rate or schedule of the step for plain SGD."""
 
 __all__ = ["as_optax", "check_optimizer", "check_state", "find"]
 

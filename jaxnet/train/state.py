@@ -12,7 +12,10 @@ from jaxnet import tree
 from jaxnet.train.optimizers import check_optimizer
 from jaxnet.train.words import describe
 
-__all__ = ["TrainState", "check_params", "check_train_state", "copied", "sgd"]
+if TYPE_CHECKING:
+    from jaxnet.train.optimizers import Optimizer
+
+__all__ = ["TrainState", "check_params", "check_train_state", "StepFunction", "copied", "sgd"]
 
 
 class TrainState(NamedTuple):
@@ -68,7 +71,7 @@ class TrainState(NamedTuple):
             return cls(params, {} if state is None else state, opt, key, jnp.int32(0))
 
 
-Step: TypeAlias = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+StepFunction: TypeAlias = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 """One step of training, (train_state, batch) -> (train_state, metrics)."""
 
 

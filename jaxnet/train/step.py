@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from jaxnet.train.pairs import refuse_pairs
 from jaxnet.train.state import TrainState, check_params, check_train_state, sgd
 from jaxnet.train.weighted import Weighted, check_shape, unweighted
 
+if TYPE_CHECKING:
+    from jaxnet.train.optimizers import Optimizer
+
 __all__ = ["Step", "augmented", "train_step"]
 
 
@@ -34,11 +37,11 @@ class Step:
         unknown.
     """
 
-    run: Callable[[TrainState, Any], tuple[TrainState, dict]]
+    run: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
     value: Callable[[TrainState, Any], jax.Array] | None = None
     gradients: Callable[[TrainState, Any], Any] | None = None
 
-    def __call__(self, train_state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+    def __call__(self, train_state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Take the step."""
         return self.run(train_state, batch)
 
@@ -48,7 +51,7 @@ class Step:
         return getattr(self.run, "__name__", "step")
 
 
-def train_step(loss: Callable[..., Any], optimizer: Any, *, accumulate: int = 1) -> Step:
+def train_step(loss: Callable[..., Any], optimizer: Optimizer, *, accumulate: int = 1) -> Step:
     """Make a pure step (train_state, batch) -> (train_state, metrics) from a loss and an optimizer.
 
     The step works under `jax.jit`, `jax.lax.scan` and `jax.vmap`. Its metrics are those of the
