@@ -12,8 +12,12 @@ from jaxnet.train.finite import all_finite, keep
 from jaxnet.train.optimizers import as_optax
 
 if TYPE_CHECKING:
-
     pass
+
+if TYPE_CHECKING:
+    import optax
+
+    from jaxnet.train.optimizers import Optimizer
 
 __all__ = ["Guarded", "guarded"]
 
