@@ -16,7 +16,7 @@ from jaxnet.checkpoint.format import Header
 from jaxnet.checkpoint.structure import Node
 from jaxnet.checkpoint.tensors import Tensor
 
-__all__ = ["Allocate", "Engine", "Job", "Needed", "Reader", "Source", "Writer"]
+__all__ = ["Engine", "Job", "Reader", "Source", "Writer"]
 
 
 class Job(NamedTuple):
