@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from jaxnet.core.checks import closest
 from jaxnet.core.contract import Layer
 from jaxnet.core.keys import SharedKey, fold
+from jaxnet.core.memo import Remembered
 
 __all__ = ["Calls", "Child"]
 
@@ -26,13 +27,8 @@ class Calls:
         train: bool,
         key: Any,
     ):
-        self._label, self._children, self._call, self.train, self._key = (
-            label,
-            children,
-            call_child,
-            train,
-            key,
-        )
+        self._label, self._children, self._call = label, children, call_child
+        self.train, self._key = train, key
 
     @property
     def key(self) -> Any:
@@ -61,12 +57,13 @@ class Calls:
         return f"the children of {self._label}: {', '.join(self._children) or 'none'}"
 
 
-class Child:
+class Child(Remembered):
     """A child as a function of its inputs, `f.a`."""
 
     def __init__(self, call: Callable[..., Any], name: str, layer: Layer):
         self._call, self._name, self._layer = call, name, layer
         self.__name__ = name
+        # As an input, a child stands for its layer, not for the parameters of this call.
         self.memo = "child", weakref.ref(layer)
 
     def __call__(self, /, *inputs: Any, **named: Any) -> Any:
@@ -76,9 +73,8 @@ class Child:
         return f"f.{self._name}: {self._layer!r}"
 
     def _refuse(self, *_: Any) -> NoReturn:
-        raise TypeError(f"f.{self._name} is a layer and no array: call it, f.{self._name}(...)")
+        raise TypeError(f"f.{self._name} is a layer, not an array: call it, f.{self._name}(...)")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = (
-        _refuse
-    )
-    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = __getitem__ = __iter__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = _refuse
+    __pow__ = __rpow__ = __neg__ = __getitem__ = __iter__ = _refuse
