@@ -10,7 +10,7 @@ import jax
 from jaxnet.core import (
     Layer,
     abstractly,
-    memoised,
+    memoized,
     run,
     start_state,
 )
@@ -35,7 +35,7 @@ def flops_of(layer: Layer, args: Any, train: bool) -> int:
         trace = abstractly(evaluate, lambda fn, arrays: jax.make_jaxpr(fn)(arrays))
         return _count_flops(trace(params, state, jax.random.key(0), *inputs, **named).jaxpr)
 
-    return memoised(layer, "flops", compute, train, inputs, named)
+    return memoized(layer, "flops", compute, train, inputs, named)
 
 
 def _count_flops(jaxpr) -> int:

@@ -1,4 +1,4 @@
-"""The contract: `wire`, `layer`, `param`, plain functions, keys, state, abstract initialisation,
+"""The contract: `wire`, `layer`, `param`, plain functions, keys, state, abstract initialization,
 errors.
 """
 

@@ -292,7 +292,7 @@ def test_init_never_allocates_what_flows_through_the_network(case):
 
 
 @each_case
-def test_a_sibling_does_not_change_how_a_layer_is_initialised(case):
+def test_a_sibling_does_not_change_how_a_layer_is_initialized(case):
     sibling = layer(
         lambda key, *xs: {"w": jax.random.normal(key, (2,))}, lambda params, *xs: params["w"]
     )

@@ -51,7 +51,7 @@ def repeat(
 
     One `jax.lax.scan` runs over stacked parameters (leaves [n, ...]), so compile time does not grow
     with n. The first input is carried from copy to copy. All copies receive the same further
-    inputs, except those named in `each`. Copy i is initialised with `fold_in(key, i)`, and has its
+    inputs, except those named in `each`. Copy i is initialized with `fold_in(key, i)`, and has its
     own key and state (leaves [n, ...]).
 
     Args:

@@ -30,7 +30,7 @@ def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) 
     f(params_i, x_i).
 
     One `jax.vmap` over stacked parameters and state (leaves [n, ...]): experts, ensembles inside a
-    network, heads. Copy i is initialised with `fold_in(key, i)`.
+    network, heads. Copy i is initialized with `fold_in(key, i)`.
 
     Args:
       inner: a layer or a plain function.

@@ -9,7 +9,7 @@ from jaxnet.core.functions import as_layer, layer, param
 from jaxnet.core.intern import interned
 from jaxnet.core.keys import SharedKey, fold, fold_all, fold_copies, is_threefry
 from jaxnet.core.layer_specs import output_specs
-from jaxnet.core.memo import memoised
+from jaxnet.core.memo import memoized
 from jaxnet.core.specs import abstractly, describe, is_array, specs_of
 from jaxnet.core.taps import tap
 from jaxnet.core.wiring import wire
@@ -36,7 +36,7 @@ __all__ = [
     "is_array",
     "is_threefry",
     "layer",
-    "memoised",
+    "memoized",
     "no_params",
     "output_specs",
     "param",

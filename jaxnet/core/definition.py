@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxnet.core.memo import memoised, remember
+from jaxnet.core.memo import memoized, remember
 from jaxnet.core.specs import abstractly, describe, is_array, key_spec, specs_of
 
 __all__ = ["Definition"]
@@ -78,7 +78,7 @@ class Definition:
             return make(key_spec(), *specs_of(inputs), **specs_of(named))
 
         try:
-            return memoised(self, subject, compute, False, inputs, named)
+            return memoized(self, subject, compute, False, inputs, named)
         except Exception:
             return self.last.get(subject)
 

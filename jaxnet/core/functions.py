@@ -71,11 +71,11 @@ def layer(
     named_of_init, named_of_state = _named_by(init), _named_by(init_state)
     draws = init_state is not None and "key" in inspect.signature(init_state).parameters
 
-    def initialise(key, *inputs, **named):
+    def initialize(key, *inputs, **named):
         check_key(name, key)
         return definition.make("params", key, inputs, named)
 
-    def initialise_state(*inputs, key=None, **named):
+    def initialize_state(*inputs, key=None, **named):
         if draws and key is None:
             raise ValueError(
                 f"{name}: the state begins with random numbers: pass key= to init_state"
@@ -127,9 +127,9 @@ def layer(
 
     definition = Definition(name, make_params if init else None, make_state if init_state else None)
     return Layer(
-        no_params if init in (None, no_params) else initialise,
+        no_params if init in (None, no_params) else initialize,
         apply,
-        initialise_state if init_state else None,
+        initialize_state if init_state else None,
         label=name,
         random="key" in wanted,
         outputs=specs_of_outputs if outputs else None,
@@ -160,7 +160,7 @@ def param(shape: tuple[int, ...], init: Callable[..., Any], *, dtype: Any = None
     shape = tuple(size_of("param: each size of the shape", size, 0) for size in shape)
     label = f"param{shape}"
 
-    def initialise(key):
+    def initialize(key):
         return init(key, shape, dtype or jnp.result_type(float))
 
     def fn(params):
@@ -168,7 +168,7 @@ def param(shape: tuple[int, ...], init: Callable[..., Any], *, dtype: Any = None
             raise ValueError(f"{label}: the array must have shape {shape}, got {describe(params)}")
         return params
 
-    return layer(initialise, fn, label=label)
+    return layer(initialize, fn, label=label)
 
 
 def as_layer(thing: Any, where: str = "a layer") -> Layer:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxnet.core.contract import Layer, run, start_state
-from jaxnet.core.memo import memoised
+from jaxnet.core.memo import memoized
 from jaxnet.core.specs import abstractly, key_spec, specs_of
 
 __all__ = ["output_specs", "param_specs"]
@@ -20,7 +20,7 @@ def param_specs(layer: Layer, inputs: Any, named: Any) -> Any:
     def compute():
         return abstractly(layer.init)(key_spec(), *inputs, **named)
 
-    return memoised(layer, "all params", compute, False, inputs, named)
+    return memoized(layer, "all params", compute, False, inputs, named)
 
 
 def output_specs(layer: Layer, train: bool, /, *inputs: Any, **named: Any) -> Any:
@@ -46,4 +46,4 @@ def output_specs(layer: Layer, train: bool, /, *inputs: Any, **named: Any) -> An
         return run(layer, params, state, key, train, inputs, named)[0]
 
     compute = lambda: abstractly(evaluate)(*inputs, **named)  # noqa: E731
-    return memoised(layer, "outputs", compute, train, inputs, named)
+    return memoized(layer, "outputs", compute, train, inputs, named)

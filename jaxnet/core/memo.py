@@ -16,7 +16,7 @@ from jaxnet.core.specs import describe, dtype_of, is_array
 
 __all__ = [
     "Remembered",
-    "memoised",
+    "memoized",
     "remember",
     "shared",
     "shared_traces",
@@ -30,7 +30,7 @@ class Remembered:
     memo: tuple[Any, ...]
 
 
-def memoised(
+def memoized(
     layer: Any, subject: str, compute: Callable[[], Any], train: bool, inputs: Any, named: Any
 ) -> Any:
     """Compute a result once per layer, subject, mode and specs of the inputs.
@@ -85,7 +85,7 @@ def shared(
     inputs: Any,
     named: Any,
 ) -> Any:
-    """`memoised`, which inside `shared_traces` also reuses the results of other layers with an
+    """`memoized`, which inside `shared_traces` also reuses the results of other layers with an
     equal `twin`.
     """
 
@@ -98,7 +98,7 @@ def shared(
             known[question] = compute()
         return known[question]
 
-    return memoised(layer, subject, look_up, train, inputs, named)
+    return memoized(layer, subject, look_up, train, inputs, named)
 
 
 def twin_of(fn: Any) -> Any:
@@ -138,7 +138,7 @@ _SHARED: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
 
 
 def remember(layer: Any, subject: str, result: Any, inputs: Any, named: Any) -> None:
-    """Store a result that `memoised` would otherwise compute."""
+    """Store a result that `memoized` would otherwise compute."""
     _store(_MEMO.setdefault(layer, {}), _question(layer, subject, False, inputs, named), result)
 
 

@@ -31,7 +31,7 @@ def wire(*unnamed: Any, **children: Any) -> Wiring:
 
     Several bodies over the same children make several networks with the same parameters, such as
     `encode, decode, net = wire(encoder=..., decoder=...)(encode_body, decode_body, net_body)`. Each
-    initialises the children that it calls.
+    initializes the children that it calls.
 
     Args:
       *unnamed: none. Each child needs a name, by which the body calls it.

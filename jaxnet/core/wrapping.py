@@ -53,7 +53,7 @@ def around(
     """Make a layer with the parameters, state and path of `inner`, which `call` evaluates.
 
     `repeat`, `scan`, `vmap`, `remat`, `cast` and `residual` are built with `around`. It also serves
-    for weight normalisation, an equilibrium model or a `shard_map` around a layer. `call` receives
+    for weight normalization, an equilibrium model or a `shard_map` around a layer. `call` receives
     `run`, which calls `inner`. Keys, state and captured outputs are ordinary values there, so
     `call` may use any JAX transform.
 
