@@ -1,5 +1,5 @@
-"""What a user waits for before the first step: imports, and the first init of 64 dense layers
-nested six deep.
+"""What a user waits for before the first step: commands, imports, and the first init of 64 dense
+layers nested six deep.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --distinct      (15 minutes more: each layer compiles its kernels)
@@ -14,8 +14,10 @@ import functools
 import os
 import pathlib
 import re
+import resource
 import subprocess
 import sys
+import tempfile
 import time
 
 import measure
@@ -24,27 +26,63 @@ from measure import Row, Table
 # pyright: reportMissingImports=false
 
 WIDTH = 64  # of the input, and of the first layer or all
+# Whole processes. FILE is the checkpoint of an MLP with Adam, 2.4 MB.
+COMMANDS = {
+    "python": ("-c", "pass"),
+    "python, import jaxnet": ("-c", "import jaxnet"),
+    "jaxnet inspect FILE": ("-m", "jaxnet.cli", "inspect", "FILE"),
+    "jaxnet verify FILE": ("-m", "jaxnet.cli", "verify", "FILE"),
+    "python, import numpy": ("-c", "import numpy"),
+    "python, import jax": ("-c", "import jax"),
+}
+# What is imported before the clock starts, and the statement that is timed.
 IMPORTS = {
-    "jax": ("time", "jax"),
-    "jaxnet, after jax": ("jax", "jaxnet"),
-    "optax, after jax": ("jax", "optax"),
-    "Equinox, after jax": ("jax", "equinox"),
-    "Flax Linen, after jax": ("jax", "flax.linen"),
-    "Flax NNX, after jax": ("jax", "flax.nnx"),
-    "Haiku, after jax": ("jax", "haiku"),
-    "Keras, after jax": ("jax", "keras"),
-    "PyTorch": ("time", "torch"),
+    "jax": ("time", "import jax"),
+    "jaxnet": ("time", "import jaxnet"),
+    "jaxnet's layers, after jax": (
+        "jax",
+        "from jaxnet import chain, conv, dense, repeat, summary, wire",
+    ),
+    "jaxnet, all names, after jax": ("jax", "from jaxnet import *"),
+    "optax, after jax": ("jax", "import optax"),
+    "Equinox, after jax": ("jax", "import equinox"),
+    "Flax Linen, after jax": ("jax", "import flax.linen"),
+    "Flax NNX, after jax": ("jax", "import flax.nnx"),
+    "Haiku, after jax": ("jax", "import haiku"),
+    "Keras, after jax": ("jax", "import keras"),
+    "PyTorch": ("time", "import torch"),
 }
 
 
 def main(argv=None):
     options = measure.arguments(__doc__, rounds=7, seconds=240, add=add_flags, argv=argv)
     clock = "perf_counter" if options.wall else "process_time"
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/state.safetensors"
+        child(f"import startup; startup.save_state({file!r})")
+        commands = {
+            name: [file if x == "FILE" else x for x in command]
+            for name, command in COMMANDS.items()
+        }
+        samples = {
+            name: functools.partial(command_seconds, x, options.wall)
+            for name, x in commands.items()
+        }
+        tables = [
+            table(
+                "From the start of a process to its end",
+                samples,
+                "process",
+                "ms",
+                "python",
+                options,
+            )
+        ]
     samples = {
-        name: functools.partial(import_seconds, *modules, clock)
-        for name, modules in IMPORTS.items()
+        name: functools.partial(import_seconds, *imports, clock)
+        for name, imports in IMPORTS.items()
     }
-    tables = [table("Importing", samples, "import", "ms", "jax", options)]
+    tables.append(table("Importing", samples, "import", "ms", "jax", options))
     for widths in [[WIDTH] * 2**options.depth, [WIDTH + i for i in range(2**options.depth)]][
         : 1 + options.distinct
     ]:
@@ -78,12 +116,39 @@ def table(title, samples, per, unit, reference, options) -> Table:
     return Table(title, per, unit, reference, rows)
 
 
-def import_seconds(before: str, module: str, clock: str) -> float:
-    """Seconds that a new process needs to import `module` after `before`."""
+def command_seconds(command: list[str], wall: bool) -> float:
+    """Seconds of a whole process: wall-clock time, or CPU seconds with those of the interpreter and
+    of the kernel.
+    """
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(
+        [sys.executable, *command], check=True, stdout=subprocess.DEVNULL, env=surroundings()
+    )
+    end, after = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (
+        end - start if wall else after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    )
+
+
+def save_state(file: str) -> None:
+    """In the child: write the checkpoint that the commands read."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import jaxnet
+    from jaxnet import chain, dense
+    from jaxnet.train import TrainState
+
+    net = chain(dense(256), jax.nn.relu, dense(10))
+    params = net.init(jax.random.key(0), jnp.zeros((1, 784)))
+    jaxnet.save(file, TrainState.create(params, optax.adam(1e-3), jax.random.key(1)))
+
+
+def import_seconds(before: str, statement: str, clock: str) -> float:
+    """Seconds that a new process needs for an import after other modules are there."""
     return float(
-        child(
-            f"import time, {before}; t = time.{clock}(); import {module}; print(time.{clock}() - t)"
-        )
+        child(f"import time, {before}; t = time.{clock}(); {statement}; print(time.{clock}() - t)")
     )
 
 
@@ -103,15 +168,19 @@ def init_seconds(name: str, how: str, widths: list[int], clock: str) -> float:
 def child(code: str, **environment: str) -> str:
     """What a new Python process prints."""
     path = f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r}); "
-    environment = os.environ | {"KERAS_BACKEND": "jax"} | environment
-    done = subprocess.run(
-        [sys.executable, "-c", path + code], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, "-c", path + code]
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings() | environment)
     if done.returncode:
         error = done.stderr.strip().splitlines()[-1]
         missing = re.match("ModuleNotFoundError: No module named '(.*)'", error)
         raise ModuleNotFoundError(error, name=missing[1]) if missing else RuntimeError(error)
     return done.stdout
+
+
+def surroundings() -> dict[str, str]:
+    """The variables of a new process, which may keep compiled modules, as a package does."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"KERAS_BACKEND": "jax"}
 
 
 def measure_init(name: str, how: str, widths: list[int], clock: str) -> None:

@@ -31,28 +31,28 @@ __all__ = [
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Mixed(dict):
+class Mixed(dict[str, Any]):
     """The parameters of one layer under `cast`: a dict that also has the dtype in which the layer
     computes.
     """
 
     def __init__(self, items: Mapping[str, Any], dtype: Any):
         super().__init__(items)
-        self.dtype = jnp.dtype(dtype)
+        self.dtype: Any = jnp.dtype(dtype)
 
-    def tree_flatten_with_keys(self):
+    def tree_flatten_with_keys(self) -> Any:
         names = sorted(self)
         return [(jax.tree_util.DictKey(name), self[name]) for name in names], (
             tuple(names),
             self.dtype,
         )
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> Any:
         names = sorted(self)
         return [self[name] for name in names], (tuple(names), self.dtype)
 
     @classmethod
-    def tree_unflatten(cls, facts, leaves):
+    def tree_unflatten(cls, facts: Any, leaves: Any) -> Mixed:
         names, dtype = facts
         return cls(dict(zip(names, leaves, strict=True)), dtype)
 

@@ -18,6 +18,7 @@ from jaxnet.core import (
     check_state,
     describe,
     run,
+    show_inputs,
     specs_of,
     start_state,
     tap,
@@ -133,6 +134,7 @@ def capture(net: Layer, pattern: str | Sequence[str] = "**") -> Callable[..., An
             sorted(seen.items())
         )
 
+    show_inputs(apply, net.apply)
     return apply
 
 

@@ -149,7 +149,7 @@ def merge(*trees: Any) -> Any:
     return functools.reduce(lambda a, b: _merge(a, b, ""), trees)
 
 
-def map_with_path(fn: Callable, tree: Any, *rest: Any) -> Any:
+def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`jax.tree.map` with the path: fn(path, leaf, *leaves of rest)."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: fn(path_of(path), *leaves), tree, *rest

@@ -477,7 +477,7 @@ def test_init_without_inputs_says_what_to_pass():
             r"the body must be a function of \(f, \*inputs\), got dense\(2\)",
         ),
         (lambda: wire(dense(3)), TypeError, "give each child a name"),
-        (lambda: chain([dense(3), dense(2)]), TypeError, r"unpack it, as in chain\(\*layers\)"),
+        (lambda: chain([dense(3), dense(2)]), TypeError, r"unpack it, as in chain\(\*layers\)"),  # pyright: ignore
         (
             lambda: vmap(dense(3), 2, in_axes="x"),  # pyright: ignore
             TypeError,

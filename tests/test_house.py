@@ -20,18 +20,19 @@ FILES = sorted(ROOT.rglob("*.py"))
 # import each other.
 MAY_IMPORT = {
     "checks": set(),
+    "first_use": set(),
     "core": {"checks"},
     "numerics": set(),
     "nodes": set(),
     "tree": {"nodes", "numerics"},
-    "ops": {"checks"},
+    "ops": {"first_use"},
     "data": {"checks"},
     "mixed": set(),
     "combinators": {"checks", "core", "mixed"},
     "layers": {"checks", "core", "mixed", "ops"},
     "flops": {"core"},
     "transform": {"core", "flops", "tree"},
-    "checkpoint": {"checks", "tree"},
+    "checkpoint": {"checks", "first_use", "tree"},
     "interop": {"checks", "tree", "checkpoint"},
     "train": {"checks", "tree", "checkpoint"},
 }
@@ -91,6 +92,8 @@ def imports(path: pathlib.Path) -> list[tuple[str, bool]]:
                 (f"{base}.{alias.name}" if base == "jaxnet" else base, top) for alias in node.names
             )
         top = top and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        # Only type checkers read these imports.
+        top = top and not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         for child in ast.iter_child_nodes(node):
             visit(child, top)
 
@@ -157,6 +160,7 @@ def test_the_imports_of_a_file_are_found_wherever_they_are(tmp_path, monkeypatch
         "Layer\nfrom . import norm\n"
         "try:\n    import optax\nexcept ImportError: pass\nclass A:\n    import sys\n"
         "def f():\n    import matplotlib.pyplot\n    return lambda: __import__('x')\n"
+        "if TYPE_CHECKING:\n    import chex\n"
     )
     top = [
         "os",
@@ -168,20 +172,23 @@ def test_the_imports_of_a_file_are_found_wherever_they_are(tmp_path, monkeypatch
         "optax",
         "sys",
     ]
-    assert imports(file) == [*((name, True) for name in top), ("matplotlib.pyplot", False)]
+    assert imports(file) == [
+        *((name, True) for name in top),
+        ("matplotlib.pyplot", False),
+        ("chex", False),
+    ]
 
 
 def test_importing_the_package_loads_nothing_heavy_and_warns_of_nothing():
-    code = "import jaxnet, sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    baseline = subprocess.run(
-        [sys.executable, "-c", code.replace("jaxnet", "jax")], capture_output=True, text=True
-    )
-    loaded = set(done.stdout.split()) - set(baseline.stdout.split())
-    assert "jaxnet" in loaded and not loaded & LAZY, f"import jaxnet loads {sorted(loaded & LAZY)}"
+    code = "import sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = []
+    for imports in ("from jaxnet import *", "import jax"):
+        command = [sys.executable, "-W", "error", "-c", f"{imports}; {code}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        loaded.append(set(done.stdout.split()))
+    ours = loaded[0] - loaded[1]
+    assert "jaxnet" in ours and not ours & LAZY, f"from jaxnet import * loads {sorted(ours & LAZY)}"
 
 
 @pytest.mark.parametrize("home, rooms", HANDS_ON.items())

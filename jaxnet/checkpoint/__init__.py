@@ -10,14 +10,14 @@ other functions of `jaxnet.interop` are also available here. The files are plain
 docs/checkpoint_format.md describes them. Linux and macOS (it takes `flock`).
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxnet.checkpoint.file import load, save, verify
 from jaxnet.checkpoint.format import CheckpointError
 from jaxnet.checkpoint.inspection import Info, Leaf, inspect
 from jaxnet.checkpoint.opening import lazy
 from jaxnet.checkpoint.store import Checkpoint, Checkpoints
+from jaxnet.first_use import resolver
 
 if TYPE_CHECKING:
     from jaxnet.interop import from_equinox, from_flax, from_haiku, from_keras, from_torch, to_torch
@@ -42,13 +42,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the functions of `jaxnet.interop` on first use, so that `import jaxnet.checkpoint`
-    does not load them.
-    """
-    if name in ("from_equinox", "from_flax", "from_haiku", "from_keras", "from_torch", "to_torch"):
-        return getattr(importlib.import_module("jaxnet.interop"), name)
-    raise AttributeError(f"module 'jaxnet.checkpoint' has no attribute '{name}'")
+# Name -> module. The other names above are imported at once: they need only the standard library.
+_HOMES = {
+    "from_equinox": "jaxnet.interop",
+    "from_flax": "jaxnet.interop",
+    "from_haiku": "jaxnet.interop",
+    "from_keras": "jaxnet.interop",
+    "from_torch": "jaxnet.interop",
+    "to_torch": "jaxnet.interop",
+}
+
+# Type checkers do not see this function, so they still report names that do not exist.
+if not TYPE_CHECKING:
+    __getattr__ = resolver(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -20,9 +20,11 @@ class CheckpointError(Exception):
     def __init__(self, path: str, leaf: str | None, reason: str):
         reason = bounded(reason)
         super().__init__(path, leaf, reason)
-        self.path, self.leaf, self.reason = path, leaf, reason
+        self.path: str = path
+        self.leaf: str | None = leaf
+        self.reason: str = reason
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"{shown(self.path, 5000)}: "
             + (f"leaf '{shown(self.leaf)}': " if self.leaf is not None else "")

@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, SupportsIndex
+from typing import Any, Literal, NamedTuple, Self, SupportsIndex
 
 from jaxnet.checkpoint import outside, parts, places
 from jaxnet.checkpoint.file import load_with_info, prepare
@@ -82,15 +82,16 @@ class Checkpoints:
             raise ValueError(
                 f"keep must be at least 1, got {keep}: the newest checkpoint is never deleted"
             )
-        keep = None if keep is None else size_of("Checkpoints: keep", keep)
-        keep_best = size_of("Checkpoints: keep_best", keep_best, 0)
+        self.keep: int | None = None if keep is None else size_of("Checkpoints: keep", keep)
+        self.keep_best: int = size_of("Checkpoints: keep_best", keep_best, 0)
         if best_rule is not None and not re.fullmatch(r"(min|max) \S.*", str(best_rule)):
             raise ValueError(
                 f"best_rule must be 'min' or 'max' and a name, as in 'min loss', got {best_rule!r}"
             )
-        self.folder = places.absolute(os.fsdecode(folder))
-        self.keep, self.best_rule, self.keep_best = keep, best_rule, keep_best
-        self.asynchronous, self.engine = asynchronous, engine
+        self.folder: str = places.absolute(os.fsdecode(folder))
+        self.best_rule: str | None = best_rule
+        self.asynchronous: bool = asynchronous
+        self.engine: Literal["orbax"] | None = engine
         # Steps whose files are known to be damaged or incomplete.
         self._bad: set[int] = set()
         self._thread: threading.Thread | None = None
@@ -233,7 +234,7 @@ class Checkpoints:
         self._closed = True
         self.wait()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:

@@ -37,7 +37,7 @@ KEEP = "only what keeps its shape can be repeated"
 
 @interned
 def repeat(
-    block: Any,
+    block: Layer | Callable[..., Any],
     n: int,
     *,
     each: str | Sequence[str] = (),

@@ -27,7 +27,7 @@ __all__ = ["scan"]
 
 @interned
 def scan(
-    cell: Any,
+    cell: Layer | Callable[..., Any],
     *,
     axis: int = 0,
     length: int | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,9 @@ __all__ = ["vmap"]
 
 
 @interned
-def vmap(inner: Any, n: int, *, in_axes: int | None | Sequence[int | None] = 0) -> Layer:
+def vmap(
+    inner: Layer | Callable[..., Any], n: int, *, in_axes: int | None | Sequence[int | None] = 0
+) -> Layer:
     """Apply n copies of a layer side by side, each with its own parameters, key and state.
 
     y_i = f(params_i, x_i) for i = 0 .. n-1.

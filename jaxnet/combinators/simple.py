@@ -20,6 +20,7 @@ from jaxnet.core import (
     interned,
     no_params,
     output_specs,
+    show_inputs,
     specs_of,
 )
 from jaxnet.mixed import cast_floats, is_float, narrowed
@@ -28,7 +29,7 @@ __all__ = ["cast", "chain", "parallel", "remat", "residual"]
 
 
 @interned
-def chain(*layers: Any, **named: Any) -> Layer:
+def chain(*layers: Layer | Callable[..., Any], **named: Layer | Callable[..., Any]) -> Layer:
     """Apply layers one after the other: y = f_n(... f_2(f_1(x))).
 
     The first layer may take several inputs.
@@ -61,11 +62,16 @@ def chain(*layers: Any, **named: Any) -> Layer:
         return inputs[0]
 
     children = _named("chain", layers, named)
-    return compose("chain", children, body, lambda new: chain(**new), random=False, computes=False)
+    net = compose("chain", children, body, lambda new: chain(**new), random=False, computes=False)
+    return _showing_inputs_of_first(net)
 
 
 @interned
-def parallel(*layers: Any, merge: Callable | None = None, **named: Any) -> Layer:
+def parallel(
+    *layers: Layer | Callable[..., Any],
+    merge: Callable[..., Any] | None = None,
+    **named: Layer | Callable[..., Any],
+) -> Layer:
     """Apply layers to the same inputs: y = (f_1(x), ..., f_n(x)), or merge(f_1(x), ..., f_n(x)).
 
     `parallel(main, shortcut, merge=jnp.add)` is a residual block with a projection.
@@ -92,18 +98,13 @@ def parallel(*layers: Any, merge: Callable | None = None, **named: Any) -> Layer
         return merge(*outputs) if merge else outputs
 
     children = _named("parallel", layers, named)
-    return compose(
-        "parallel",
-        children,
-        body,
-        lambda new: parallel(merge=merge, **new),
-        random=False,
-        computes=merge is not None,
-    )
+    rebuild = lambda new: parallel(merge=merge, **new)  # noqa: E731
+    net = compose("parallel", children, body, rebuild, random=False, computes=merge is not None)
+    return _showing_inputs_of_first(net)
 
 
 @interned
-def residual(inner: Any) -> Layer:
+def residual(inner: Layer | Callable[..., Any]) -> Layer:
     """Add a layer to its first input: y = x + f(x). Parameters, state and path are those of
     `inner`.
 
@@ -118,6 +119,7 @@ def residual(inner: Any) -> Layer:
       TypeError: x holds arrays that are neither float nor complex, such as the edges of a graph,
         which a sum would change.
     """
+    inner = as_layer(inner, "residual")
 
     def call(run, params, state, key, x, /, *rest, **named):
         y, state, seen = run(params, state, key, x, *rest, **named)
@@ -137,7 +139,6 @@ def residual(inner: Any) -> Layer:
         outputs(False, x, *rest, **named)
         return inner.init(key, x, *rest, **named)
 
-    inner = as_layer(inner, "residual")
     own_init = None if inner.init is no_params else init
     return around(
         inner,
@@ -165,7 +166,7 @@ def _check_inexact(label: str, x: Any) -> None:
 
 
 @interned
-def remat(inner: Any, *, policy: Callable[..., Any] | None = None) -> Layer:
+def remat(inner: Layer | Callable[..., Any], *, policy: Callable[..., Any] | None = None) -> Layer:
     """Recompute a layer in the backward pass instead of storing its intermediate values
     (`jax.checkpoint`).
 
@@ -196,7 +197,7 @@ def remat(inner: Any, *, policy: Callable[..., Any] | None = None) -> Layer:
 
 
 @interned
-def cast(inner: Any, dtype: Any) -> Layer:
+def cast(inner: Layer | Callable[..., Any], dtype: Any) -> Layer:
     """Compute in another dtype, such as bfloat16, and return outputs in the dtype of the inputs.
 
     Float parameters and inputs are cast before the call. Float outputs are cast back after it, to
@@ -231,6 +232,14 @@ def cast(inner: Any, dtype: Any) -> Layer:
         return cast_floats(outputs, floats[0]) if floats else outputs, state, seen
 
     return around(inner, call, label=f"cast[{dtype.name}]", rebuild=lambda new: cast(new, dtype))
+
+
+def _showing_inputs_of_first(net: Layer) -> Layer:
+    """The network, whose `apply` shows the inputs of its first child in its signature."""
+    for first in net.children.values():
+        show_inputs(net.apply, first.apply)
+        break
+    return net
 
 
 def _named(label: str, layers, named) -> dict[str, Any]:

@@ -11,13 +11,30 @@ from jaxnet.core.contract import Layer
 from jaxnet.core.keys import SharedKey, fold
 from jaxnet.core.memo import Remembered
 
-__all__ = ["Calls", "Child"]
+__all__ = ["Child", "Children"]
 
 
-class Calls:
-    """The children of a network as functions: the `f` in the body of `wire`."""
+class Children:
+    """The children of a network as functions: the type of `f` in the body of `wire`.
+
+    Args:
+      label: the name of the network in errors.
+      children: the layers by name.
+      call_child: (name, *inputs, **named) -> outputs.
+      train: True in training.
+      key: PRNG key for the random numbers of the body, or None.
+
+    Example:
+      >>> import jax
+      >>> from jaxnet import Children, dense, wire
+      >>> @wire(up=dense(64), down=dense(16))
+      ... def block(f: Children, x: jax.Array) -> jax.Array:
+      ...     return x + f.down(jax.nn.gelu(f.up(x)))
+    """
 
     __slots__ = ("_call", "_children", "_key", "_label", "train")
+
+    train: bool
 
     def __init__(
         self,
@@ -64,7 +81,7 @@ class Child(Remembered):
         self._call, self._name, self._layer = call, name, layer
         self.__name__ = name
         # As an input, a child stands for its layer, not for the parameters of this call.
-        self.memo = "child", weakref.ref(layer)
+        self.memo = ("child", weakref.ref(layer))
 
     def __call__(self, /, *inputs: Any, **named: Any) -> Any:
         return self._call(self._name, *inputs, **named)

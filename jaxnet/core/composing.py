@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxnet.core.calls import Calls, Child
+from jaxnet.core.calls import Child, Children
 from jaxnet.core.checks import (
     check_key,
     check_mode,
@@ -24,6 +24,7 @@ from jaxnet.core.functions import as_layer
 from jaxnet.core.keys import SharedKey, fold, fold_all
 from jaxnet.core.layer_specs import output_specs
 from jaxnet.core.memo import shared, shared_traces, twin_of
+from jaxnet.core.signature import show_inputs
 from jaxnet.core.specs import abstractly, as_jax, specs_of, stand_in, trace_state
 from jaxnet.core.taps import untapped
 
@@ -91,7 +92,7 @@ def compose(
         def run_body(*inputs, **named):
             nonlocal context
             context = trace_state()
-            f = Calls(label, children, call_child, train, jax.random.key(0))
+            f = Children(label, children, call_child, train, jax.random.key(0))
             return call_body(f, inputs, named)
 
         run_abstractly = abstractly(run_body) if computes else run_body
@@ -202,7 +203,7 @@ def compose(
                 seen[path] = (*seen.get(path, ()), *taken)
             return outputs
 
-        outputs = call_body(Calls(label, children, call_child, train, key), inputs, named)
+        outputs = call_body(Children(label, children, call_child, train, key), inputs, named)
         if tapped:
             return outputs, Carried(new_state if stateful else None, seen)
         return (outputs, new_state) if stateful else outputs
@@ -218,5 +219,8 @@ def compose(
         outputs=lambda train, *inputs, **named: recorded(train, inputs, named)[1],
         tapped=tapped,
     )
-    object.__setattr__(self, "__doc__", getattr(body, "__doc__", None) or Layer.__doc__)
+    # A decorated body stays recognizable in notebooks and in `help`.
+    self.__dict__["__name__"] = label
+    self.__dict__["__doc__"] = getattr(body, "__doc__", None) or Layer.__doc__
+    show_inputs(apply, body, body=True)
     return self

@@ -17,6 +17,7 @@ from jaxnet.core.definition import Definition
 from jaxnet.core.intern import Same, interned
 from jaxnet.core.keys import fold
 from jaxnet.core.memo import shared
+from jaxnet.core.signature import show_inputs
 from jaxnet.core.specs import abstractly, as_jax, describe, is_array, specs_of
 
 __all__ = ["as_layer", "layer", "name_of", "param"]
@@ -126,6 +127,7 @@ def layer(
         return specs_of(outputs(*inputs, **named, **told))  # pyright: ignore[reportOptionalCall]
 
     definition = Definition(name, make_params if init else None, make_state if init_state else None)
+    show_inputs(apply, fn)
     return Layer(
         no_params if init in (None, no_params) else initialize,
         apply,
@@ -213,6 +215,7 @@ def _plain(function: Callable[..., Any], name: str, remedy: str) -> Layer:
         return outputs
 
     self = dataclasses.replace(layer(no_params, fn, label=name), outputs=outputs)
+    show_inputs(self.apply, function, after=0, body=True)
     return self
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn, TypeAlias, overload
 
+from jaxnet.core.calls import Children
 from jaxnet.core.composing import compose
 from jaxnet.core.contract import Layer
 from jaxnet.core.functions import name_of
@@ -12,16 +13,21 @@ from jaxnet.core.specs import describe
 
 __all__ = ["wire"]
 
+# Any function is a body. The first forms tell type checkers what `f` and `x` are in a lambda.
+Body: TypeAlias = (
+    Callable[[Children, Any], Any] | Callable[[Children, Any, Any], Any] | Callable[..., Any]
+)
 
-def wire(*unnamed: Any, **children: Any) -> Wiring:
+
+def wire(*unnamed: Any, **children: Layer | Callable[..., Any]) -> Wiring:
     """Compose layers by an ordinary function, written once: `wire(a=..., b=...)(body)`, also as a
     decorator.
 
-    `body(f, *inputs)` calls a child as `f.a(x)`; `f["a"]` is `f.a`. If a child is called twice, the
-    calls share its weights and draw different random numbers; a stateful child passes its state
-    from the first call to the second. `f.train` is True in training. `f.key` is a key for random
-    numbers that the body itself draws. `f.a(x, key=..., train=...)` overrides the key and the mode
-    of the child.
+    `body(f, *inputs)` calls a child as `f.a(x)`; `f["a"]` is `f.a`, and the type of `f` is
+    `jaxnet.Children`. If a child is called twice, the calls share its weights and draw different
+    random numbers; a stateful child passes its state from the first call to the second. `f.train`
+    is True in training. `f.key` is a key for random numbers that the body itself draws. `f.a(x,
+    key=..., train=...)` overrides the key and the mode of the child.
 
     `init` traces the body once, abstractly, and records the shapes of the inputs of each child. The
     body may use `jax.lax.scan`, `jax.vmap` and other raw JAX transforms around children that
@@ -74,14 +80,12 @@ class Wiring:
         self.__name__ = "wire(...)"
 
     @overload
-    def __call__(self, body: Callable[..., Any], /) -> Layer: ...
+    def __call__(self, body: Body, /) -> Layer: ...
 
     @overload
-    def __call__(
-        self, body: Callable[..., Any], /, *bodies: Callable[..., Any]
-    ) -> tuple[Layer, ...]: ...
+    def __call__(self, body: Body, /, *bodies: Body) -> tuple[Layer, ...]: ...
 
-    def __call__(self, *bodies: Callable[..., Any]) -> Layer | tuple[Layer, ...]:
+    def __call__(self, *bodies: Body) -> Layer | tuple[Layer, ...]:
         """Make one layer per body."""
         made = tuple(_network(body, self._children, every=len(bodies) == 1) for body in bodies)
         return made[0] if len(made) == 1 else made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxnet.core.contract import Carried, Layer, run
 from jaxnet.core.definition import Definition
 from jaxnet.core.functions import as_layer
 from jaxnet.core.keys import SharedKey
+from jaxnet.core.signature import show_inputs
 from jaxnet.core.specs import as_jax
 
 __all__ = ["around"]
@@ -38,7 +40,7 @@ class Run:
 
 
 def around(
-    inner: Any,
+    inner: Layer | Callable[..., Any],
     call: Callable[..., Any],
     *,
     label: str,
@@ -120,6 +122,9 @@ def around(
     definition = Definition(
         label, init if checked else None, start if checked and makes_state else None
     )
+    # A `call` without `*inputs` may take other inputs than `inner`.
+    passed_on = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(call).parameters.values())
+    show_inputs(apply, *((inner.apply, 1) if passed_on else (call, 4)))
     return Layer(
         init or inner.init,
         apply,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxnet.checks import size_of
 
@@ -15,10 +16,10 @@ class Split(NamedTuple):
     data.train`.
     """
 
-    images: np.ndarray  # float32 [N, H, W, C] in [0, 1]
-    labels: np.ndarray  # int32 [N], 0..classes-1
+    images: NDArray[Any]  # float32 [N, H, W, C] in [0, 1]
+    labels: NDArray[Any]  # int32 [N], 0..classes-1
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Split(images={_brief(self.images)}, labels={_brief(self.labels)})"
 
 
@@ -33,7 +34,7 @@ class Dataset(NamedTuple):
         """The number of classes: the largest label of either part, plus one."""
         return 1 + max(int(part.labels.max()) for part in self if part.labels.size)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         # jax.tree.map may have put anything in here: count only what surely can be counted
         labels = [getattr(part, "labels", None) for part in self]
         countable = all(
@@ -88,7 +89,7 @@ def batches(
     return _generate(arrays, n, batch_size, seed, epochs, drop_last)
 
 
-def check_labels(labels, classes: int) -> None:
+def check_labels(labels: Any, classes: int) -> None:
     """Check that labels (integers of any shape) lie within 0..classes-1.
 
     Worth a call before training: indexing under `jit` cannot raise, so JAX answers a label out of
@@ -195,7 +196,7 @@ def _as_array(leaf: Any) -> np.ndarray:
     return np.asarray(leaf)
 
 
-def _map(f: Callable, tree: Any) -> Any:
+def _map(f: Callable[..., Any], tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _map(f, child) for key, child in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):

@@ -22,7 +22,7 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -32,14 +32,21 @@ TYPES = {0x08: "u1", 0x09: "i1", 0x0B: "i2", 0x0C: "i4", 0x0D: "f4", 0x0E: "f8"}
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     """Read an IDX file, gzipped or not: the content decides, not the name.
 
-    Returns: a writable array of the file's type in native byte order; with no dimensions, one
-    element of shape ().
-    Raises: FileNotFoundError; ValueError if the file is empty, cut off, too long, damaged (as far
-        as gzip's checksum or the sizes tell: plain IDX has no checksum of its own), not IDX, or not
-        a file on a disk (a pipe or a device, which might never end). No memory is taken on the
-        header's word.
-    Source: see the head of this module. As with gzip itself, zero bytes may pad the end of a
-    gzipped file.
+    As with gzip itself, zero bytes may pad the end of a gzipped file. A header that declares more
+    data than the file has takes no memory.
+
+    Args:
+      path: the file.
+
+    Returns:
+      A writable array of the file's type in native byte order. A file without dimensions gives one
+      element of shape ().
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is empty, cut off, too long, not IDX, damaged (as far as gzip's checksum
+        or the sizes show it, because plain IDX has no checksum), or a pipe or a device, which might
+        never end.
     """
     path = pathlib.Path(path)
     with open(path, "rb", opener=_without_waiting) as raw:
@@ -63,15 +70,21 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
             ) from error
 
 
-def write_idx(path: str | os.PathLike[str], array) -> None:
+def write_idx(path: str | os.PathLike[str], array: Any) -> None:
     """Write an array as an IDX file, gzipped if the name ends in `.gz`.
 
-    The file appears whole or not at all, and one it replaces stays until then. Equal arrays give
-    equal bytes (gzip's time stamp is 0; how tightly it packs depends on the zlib in use).
-    Args: array: of dtype uint8, int8, int16, int32, float32 or float64, in any byte order and
-    memory layout.
-    Raises: TypeError for another dtype; ValueError for an axis of 2**32 or more; OSError if it
-        cannot be written, or if a pipe, a device or a folder has that name.
+    The file appears whole or not at all, and a file that it replaces stays until then. Equal arrays
+    give equal bytes (gzip's time stamp is 0; the compressed size depends on the zlib in use).
+
+    Args:
+      path: the file.
+      array: of dtype uint8, int8, int16, int32, float32 or float64, in any byte order and memory
+        layout.
+
+    Raises:
+      TypeError: another dtype.
+      ValueError: an axis of 2**32 or more.
+      OSError: the file cannot be written, or a pipe, a device or a folder has that name.
     """
     path, array = pathlib.Path(path), np.asarray(array)
     codes = {np.dtype(name): code for code, name in TYPES.items()}

@@ -45,24 +45,30 @@ def mnist(
     timeout: float = 30.0,
     time_limit: float = 300.0,
 ) -> Dataset:
-    """Load MNIST: 60,000 training and 10,000 test images [N, 28, 28, 1] (0 paper, 1 ink), classes
-    0..9.
+    """Load MNIST, 60,000 training and 10,000 test images of handwritten digits.
 
     Args:
-        folder: holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte,
-            t10k-labels-idx1-ubyte, gzipped (.gz) or not; the spelling train-images.idx3-ubyte is
-            found too.
-        download: fetch what is missing into `folder`, 12 MB in all. Nothing unverified is kept, and
-            a file that is there is never replaced.
-        mirrors: base URLs, tried in turn for each file.
-        timeout: seconds a mirror may stay silent before the next is tried.
-        time_limit: seconds a mirror may take for one file, of at most 10 MB, before the next is
-            tried.
-    Returns: a Dataset of 220 MB (float32).
-    Raises: FileNotFoundError with all that is missing; ValueError if a file there is not the
-        published one; OSError with each mirror's reason if none of them gave a file.
+      folder: the folder with train-images-idx3-ubyte, train-labels-idx1-ubyte,
+        t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, gzipped (.gz) or not. The spelling
+        train-images.idx3-ubyte is found, too.
+      download: fetch missing files into `folder`, 12 MB in all. Every file is verified before it is
+        kept, and an existing file is never replaced.
+      mirrors: base URLs, tried in turn for each file.
+      timeout: seconds that a mirror may stay silent before the next is tried.
+      time_limit: seconds that a mirror may take for one file, of at most 10 MB, before the next is
+        tried.
+
+    Returns:
+      A `Dataset` of 220 MB, with images float32 [N, 28, 28, 1] (0 paper, 1 ink) and labels int32
+      [N].
+
+    Raises:
+      FileNotFoundError: files are missing; the message lists all of them.
+      ValueError: a file is not the published one.
+      OSError: no mirror gave a file; the message has the reason of each.
+
     Source: Y. LeCun, C. Cortes & C. J. C. Burges, "The MNIST database of handwritten digits", 1998,
-        http://yann.lecun.com/exdb/mnist/
+    http://yann.lecun.com/exdb/mnist/
     """
     folder = pathlib.Path(folder)
     paths = {name: _find(folder, name) for name in CHECKSUMS}

@@ -11,17 +11,27 @@ from .batching import Dataset, Split, permutation
 
 
 def digits(*, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
-    """Load scikit-learn's handwritten digits: images [N, 8, 8, 1] in steps of 1/16 (0 paper, 1
-    ink), classes 0..9.
+    """Load scikit-learn's handwritten digits, 1,797 images of 8x8 pixels in 10 classes.
 
-    The split is random, the same for ever for one (test_fraction, seed), and keeps the share of
-    each class. All images come from 13 writers and nothing says who wrote which, so the same
-    writers are on both sides: the test error is that on new digits by known hands, and flatters.
-    Raises: ImportError without scikit-learn; ValueError if a class would be left without test or
-    training images.
+    The split is random, always the same for equal arguments, and keeps the share of each class. All
+    images come from 13 writers, and the data do not say which, so the same writers are on both
+    sides: the test error is that on new digits of known writers, which flatters.
+
+    Args:
+      test_fraction: the share of each class that is for testing.
+      seed: the seed of the split.
+
+    Returns:
+      A `Dataset` with images float32 [N, 8, 8, 1] in steps of 1/16 (0 paper, 1 ink) and labels
+      int32 [N].
+
+    Raises:
+      ImportError: scikit-learn is not installed.
+      ValueError: a class would be left without test or training images.
+
     Source: E. Alpaydin & C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
-        Learning Repository, 1998 (the 1,797 images of its test part):
-        https://archive.ics.uci.edu/dataset/80
+    Learning Repository, 1998 (the 1,797 images of its test part),
+    https://archive.ics.uci.edu/dataset/80
     """
     pixels, labels = _published()
     images = (pixels / 16).astype(np.float32).reshape(-1, 8, 8, 1)

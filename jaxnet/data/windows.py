@@ -46,14 +46,20 @@ class Windows:
             raise ValueError(
                 f"Windows: a window of {length} does not fit into a sequence of {len(sequence)}"
             )
-        self.sequence, self.length, self.stride = sequence, length, stride
-        self.shape = (1 + (len(sequence) - length) // stride, length, *sequence.shape[1:])
-        self.dtype = sequence.dtype
+        self.sequence: Any = sequence
+        self.length: int = length
+        self.stride: int = stride
+        self.shape: tuple[int, ...] = (
+            1 + (len(sequence) - length) // stride,
+            length,
+            *sequence.shape[1:],
+        )
+        self.dtype: Any = sequence.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: Any) -> np.ndarray:
+    def __getitem__(self, rows: Any) -> np.ndarray[Any, Any]:
         """The windows of these rows: an int, a slice, integers [B], or a mask of all rows."""
         n = len(self)
         rows = np.arange(*rows.indices(n)) if isinstance(rows, slice) else np.asarray(rows)

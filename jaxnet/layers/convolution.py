@@ -36,8 +36,8 @@ def conv(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     bias: bool = True,
-    kernel_init: Callable = initializers.lecun_normal,
-    bias_init: Callable = initializers.zeros,
+    kernel_init: Callable[..., Any] = initializers.lecun_normal,
+    bias_init: Callable[..., Any] = initializers.zeros,
     precision: Any = None,
 ) -> Layer:
     """Convolve over the spatial axes.

@@ -22,7 +22,7 @@ def embed(
     num_embeddings: int,
     features: int,
     *,
-    embedding_init: Callable = initializers.fan_in_normal,
+    embedding_init: Callable[..., Any] = initializers.fan_in_normal,
     dtype: Any = None,
 ) -> Layer:
     """Look up a learned vector for each integer, y = E[ids].

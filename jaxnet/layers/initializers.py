@@ -17,7 +17,6 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry2x32_p
 
 from jaxnet.core import fold, is_threefry
 
@@ -160,6 +159,9 @@ def _blocks(size: int, words, blocks, low, high, least, most):
     Number i depends only on the key and i. Therefore one program, with the number of blocks and the
     distribution as arguments, serves all shapes and computes only the blocks that are needed.
     """
+    # This import takes as long as all imports of jaxnet, so it is not at the top of the module.
+    from jax.extend.random import threefry2x32_p
+
     first, second = (jnp.broadcast_to(word, (BLOCK,)) for word in words)
     lane = jax.lax.iota(jnp.uint32, BLOCK)
 

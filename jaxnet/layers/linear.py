@@ -24,8 +24,8 @@ def dense(
     features: int,
     *,
     bias: bool = True,
-    kernel_init: Callable = initializers.lecun_normal,
-    bias_init: Callable = initializers.zeros,
+    kernel_init: Callable[..., Any] = initializers.lecun_normal,
+    bias_init: Callable[..., Any] = initializers.zeros,
     precision: Any = None,
 ) -> Layer:
     """Affine map of the last axis, y = x W + b.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -117,7 +118,7 @@ def global_avg_pool(rank: int = 2) -> Layer:
     return _global("global_avg_pool", jnp.mean, jnp.floating, rank)
 
 
-def _pool(name: str, pool: Callable, kind, window, strides, padding) -> Layer:
+def _pool(name: str, pool: Callable[..., Any], kind, window, strides, padding) -> Layer:
     window, size = spatial_window(name, "window", window)
     rank, label = len(window), f"{name}({size})"
     strides = window if strides is None else sizes_along(f"{label}: strides", strides, rank)
@@ -139,7 +140,7 @@ def _pool(name: str, pool: Callable, kind, window, strides, padding) -> Layer:
     return layer(no_params, fn, label=label)
 
 
-def _global(name: str, reduce: Callable, kind, rank: int) -> Layer:
+def _global(name: str, reduce: Callable[..., Any], kind, rank: int) -> Layer:
     rank = size_of(f"{name}: rank", rank)
     label = f"{name}({rank})"
 

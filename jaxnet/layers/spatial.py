@@ -114,7 +114,7 @@ def telling_how_read(x: Any, rank: int) -> Iterator[None]:
         raise ValueError(f"{error}; the input was read as {read}") from None
 
 
-def over_batch(fn: Callable, x, rank: int):
+def over_batch(fn: Callable[..., Any], x, rank: int):
     """Apply fn, which expects one batch axis [N, *spatial, C], to any number of batch axes."""
     batch, image = x.shape[: -rank - 1], x.shape[-rank - 1 :]
     y = fn(x.reshape(math.prod(batch), *image))

@@ -1,9 +1,10 @@
-"""Operations on arrays whose derivatives keep their speed inside compiled loops. They import
-nothing else of jaxnet.
+"""Operations on arrays whose derivatives keep their speed inside compiled loops. They know nothing
+of layers.
 """
 
 from typing import TYPE_CHECKING
 
+from jaxnet.first_use import resolver
 from jaxnet.ops.pooling import avg_pool, max_pool
 
 if TYPE_CHECKING:
@@ -11,11 +12,12 @@ if TYPE_CHECKING:
 
 __all__ = ["avg_pool", "convolve", "max_pool"]
 
+_HOMES = {"convolve": "jaxnet.ops.convolution"}
 
-def __getattr__(name: str):
-    """`convolve` is imported when it is asked for: what it needs of JAX takes 16 ms."""
-    if name == "convolve":
-        from jaxnet.ops.convolution import convolve
+# Type checkers do not see this function, so they still report names that do not exist.
+if not TYPE_CHECKING:
+    __getattr__ = resolver(__name__, _HOMES)
 
-        return convolve
-    raise AttributeError(f"module 'jaxnet.ops' has no attribute '{name}'")
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

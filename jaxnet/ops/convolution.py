@@ -216,7 +216,7 @@ def _run(role: str, a, b, *, geometry: Geometry):
         return _compiled(role, geometry)(a, b)
 
 
-def _lowering(fn: Callable):
+def _lowering(fn: Callable[..., Any]):
     """The lowering to `fn`, written for plain arrays: what is sharded, and over which axes of a
     mesh, is settled by `_type`.
     """

@@ -10,7 +10,7 @@ import jax
 __all__ = ["compile_cache"]
 
 
-def compile_cache(folder: str | os.PathLike) -> None:
+def compile_cache(folder: str | os.PathLike[str]) -> None:
     """Keep compiled programs in a folder: the next process that compiles the same program reads it
     from there.
 

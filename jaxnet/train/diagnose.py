@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxnet import tree
 from jaxnet.train.batch import Uneven
+from jaxnet.train.history import Record
 from jaxnet.train.step import TrainState
 
 __all__ = ["NonFiniteError", "explain"]
@@ -28,17 +29,25 @@ class NonFiniteError(FloatingPointError):
     """
 
     def __init__(
-        self, text: str, step: int, paths: tuple[str, ...], train_state: TrainState, history: list
+        self,
+        text: str,
+        step: int,
+        paths: tuple[str, ...],
+        train_state: TrainState,
+        history: list[Record],
     ):
         super().__init__(text)
-        self.step, self.paths, self.train_state, self.history = step, paths, train_state, history
+        self.step: int = step
+        self.paths: tuple[str, ...] = paths
+        self.train_state: TrainState = train_state
+        self.history: list[Record] = history
 
 
 def explain(
-    step: Callable,
+    step: Callable[..., Any],
     train_state: TrainState,
-    batches: Iterable[Callable],
-    history: list,
+    batches: Iterable[Callable[..., Any]],
+    history: list[Record],
     data: Any = None,
 ) -> NonFiniteError:
     """Take steps one at a time until one is not finite, and say where that began.
@@ -178,7 +187,7 @@ def _wrong_row(path: str, leaf: Any) -> tuple[str, int, int] | None:
     return "NaN" if np.isnan(value) else f"{value:g}", int(rows[0]), len(rows)
 
 
-def _cause(step: Callable, train_state: TrainState, batch: Any) -> str | None:
+def _cause(step: Callable[..., Any], train_state: TrainState, batch: Any) -> str | None:
     """The first operation that makes a NaN or reads out of bounds, by JAX's `checkify`; None where
     it finds none or fails.
     """

@@ -22,7 +22,7 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    metrics: Callable, data: Any, *, batch_size: int | None = 500
+    metrics: Callable[..., Mapping[str, Any]], data: Any, *, batch_size: int | None = 500
 ) -> Callable[[TrainState], dict[str, jax.Array]]:
     """Make a function (train_state) -> the mean of each metric over all of the data, every example
     once.
@@ -132,7 +132,7 @@ def _brief(x: Any) -> str:
 
 
 def _over_batches(
-    means: Callable, batches: Callable
+    means: Callable[..., Any], batches: Callable[..., Any]
 ) -> Callable[[TrainState], dict[str, jax.Array]]:
     means = jax.jit(means)
 

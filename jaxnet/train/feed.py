@@ -48,14 +48,14 @@ class Feed:
         step: int,
         position: dict,
         next_cut: Callable[[int], int],
-        abandoned: Callable,
+        abandoned: Callable[..., Any],
     ) -> Iterator[source.Stack]:
         """Yield stacks of data from this step on. Each ends at the next step at which the host
         acts.
         """
         raise NotImplementedError
 
-    def batches(self, size: int) -> Callable:
+    def batches(self, size: int) -> Callable[..., Any]:
         """A function that makes the plan of a compiled call of at most `size` steps, and reads
         batches; see `chunk_of`.
 

@@ -24,6 +24,7 @@ from jaxnet.train.rules import Best, best_of
 from jaxnet.train.run import Looks, Run
 from jaxnet.train.schedule import Schedule, default_record_every
 from jaxnet.train.sharding import on_mesh_of
+from jaxnet.train.state import Step
 from jaxnet.train.step import TrainState
 from jaxnet.train.writers import begin_all
 
@@ -82,7 +83,7 @@ class Result(_Result):
 
 
 def fit(
-    step: Callable[[TrainState, Any], tuple[TrainState, dict]],
+    step: Step,
     train_state: TrainState,
     data: Any,
     *,
@@ -97,7 +98,7 @@ def fit(
     best_rule: str | None = None,
     stop: Callable[[Sequence[Record]], Any] | None = None,
     callbacks: Iterable[Callable[[Record], Any]] = (),
-    checkpoint: str | os.PathLike | Checkpoints | None = None,
+    checkpoint: str | os.PathLike[str] | Checkpoints | None = None,
     save_seconds: float = 60.0,
     check_finite: bool = True,
     progress: bool | None = None,

@@ -110,7 +110,7 @@ def check_save_seconds(seconds: Any) -> None:
         )
 
 
-def check_stop(stop: Callable, names: Iterable[str]) -> None:
+def check_stop(stop: Callable[..., Any], names: Iterable[str]) -> None:
     """Call a stop condition with one record of NaN, to find wrong names and values before the first
     step.
 
@@ -183,7 +183,7 @@ def check_names(
 
 
 def evaluated(
-    evaluate: Callable, train_state: TrainState, best_rule: str | None
+    evaluate: Callable[..., Any], train_state: TrainState, best_rule: str | None
 ) -> tuple[str, ...] | None:
     """The names of the values that `evaluate` returns, after checking the values; None if they are
     unknown.

@@ -17,6 +17,7 @@ from jaxnet.train.arrays import fitting
 from jaxnet.train.batch import Uneven, examples
 from jaxnet.train.order import Order, check_order, shuffle
 from jaxnet.train.sharding import gathered, on_mesh_of, zeros_like_spec
+from jaxnet.train.state import Step
 from jaxnet.train.step import TrainState, check_train_state
 from jaxnet.train.step_checks import check_metrics, check_same, spec_of
 
@@ -24,13 +25,13 @@ __all__ = ["train_epoch", "train_steps"]
 
 
 def train_steps(
-    step: Callable,
+    step: Step,
     batch_size: int,
     steps: int,
     *,
     order: Order | None = shuffle,
     drop_last: bool = True,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
+) -> Step:
     """Make one pure function (train_state, data) -> (train_state, metrics [steps]) of many steps
     over data in memory.
 
@@ -61,7 +62,7 @@ def train_steps(
     """
     steps = _steps_of("train_steps: steps", steps)
 
-    def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
+    def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict[str, Any]]:
         check_train_state("train_steps", train_state)
         _check_counter(train_state.step, steps)
         data = jax.tree.map(jnp.asarray, tree.map_with_path(fitting, data))
@@ -80,8 +81,8 @@ def train_steps(
 
 
 def train_epoch(
-    step: Callable, batch_size: int, *, order: Order | None = shuffle, drop_last: bool = True
-) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
+    step: Step, batch_size: int, *, order: Order | None = shuffle, drop_last: bool = True
+) -> Step:
     """Make `train_steps` with as many steps as an epoch has batches: one pass over data in memory.
 
     Args:
@@ -97,7 +98,7 @@ def train_epoch(
       ValueError, TypeError: as `train_steps`.
     """
 
-    def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict]:
+    def run(train_state: TrainState, data: Any) -> tuple[TrainState, dict[str, Any]]:
         steps = steps_per_epoch(examples(data), batch_size, drop_last=drop_last)
         return train_steps(step, batch_size, steps, order=order, drop_last=drop_last)(
             train_state, data
@@ -175,13 +176,13 @@ def planned(
     return jax.vmap(rows_of)(train_state.step + jnp.arange(steps, dtype=jnp.int32))
 
 
-def on_uneven(step: Callable) -> Callable:
+def on_uneven(step: Callable[..., Any]) -> Callable[..., Any]:
     """Make a step that also takes `Uneven` batches, each with its true size."""
     # With `jit`, the step is traced once per size, although both its shapes and its branch need a
     # trace.
     traced = jax.jit(step, inline=True)
 
-    def run(train_state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+    def run(train_state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         if not isinstance(batch, Uneven):
             return step(train_state, batch)
 
@@ -271,8 +272,8 @@ def take(data: Any, rows: Any) -> Any:
 
 
 def chunk_of(
-    step: Callable, size: int, batches: Callable, *, check_finite: bool = True
-) -> Callable:
+    step: Callable[..., Any], size: int, batches: Callable[..., Any], *, check_finite: bool = True
+) -> Callable[..., Any]:
     """Up to `size` steps as one function (train_state, good, first, n, *inputs) -> (train_state,
     good, metrics [size]).
 

@@ -5,7 +5,7 @@ are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ from jaxnet.checks import size_of
 __all__ = ["many"]
 
 
-def many(run: Callable, *, how: str | int | None = None) -> Callable:
+Run = TypeVar("Run", bound=Callable[..., Any])
+
+
+def many(run: Run, *, how: Literal["vmap", "map"] | int | None = None) -> Run:
     """Map a whole run over its members, many(run)(*xs)[i] = run(*(x[i] for x in xs)), as one
     compiled call.
 
@@ -73,7 +76,7 @@ def many(run: Callable, *, how: str | int | None = None) -> Callable:
             members, cpu=lambda xs: _in_blocks(one, xs, block), default=jax.vmap(one)
         )
 
-    return mapped
+    return mapped  # pyright: ignore[reportReturnType]
 
 
 _BLOCK = 16  # members in step on a CPU: enough to hide what a loop and its small operations cost
@@ -81,11 +84,11 @@ _BLOCK = 16  # members in step on a CPU: enough to hide what a loop and its smal
 _CACHE = 2 * 2**20
 
 
-def _in_blocks(one: Callable, members: Any, size: int) -> Any:
+def _in_blocks(one: Callable[..., Any], members: Any, size: int) -> Any:
     return lax.map(one, members, batch_size=size if size > 1 else None)
 
 
-def _block(one: Callable, members: Any, count: int) -> int:
+def _block(one: Callable[..., Any], members: Any, count: int) -> int:
     """How many members in step on a CPU: a divisor of `count` if there is a good one, for a rest is
     one more program.
     """

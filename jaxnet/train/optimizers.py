@@ -5,7 +5,7 @@ that are not taken.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,25 @@ from jaxnet import tree
 from jaxnet.checks import size_of
 from jaxnet.train.finite import all_finite, keep
 
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    import optax
+
+    Optimizer: TypeAlias = (
+        optax.GradientTransformation
+        | optax.MultiSteps
+        | optax.Schedule
+        | float
+        | np.number[Any]
+        | jax.Array
+    )
+    """An optax transformation, or a learning rate or schedule of the step for plain SGD."""
+
 __all__ = ["Averaged", "Guarded", "averaged", "averaged_params", "by_path", "freeze", "guarded"]
 
 
-def by_path(groups: Mapping[str, Any]) -> Any:
+def by_path(groups: Mapping[str, Optimizer | None]) -> optax.GradientTransformation:
     """Give groups of parameters optimizers of their own; the first pattern that matches a path
     decides.
 
@@ -53,7 +68,7 @@ def by_path(groups: Mapping[str, Any]) -> Any:
     return optax.partition(transforms, labels)
 
 
-def freeze(optimizer: Any, *patterns: str) -> Any:
+def freeze(optimizer: Optimizer, *patterns: str) -> optax.GradientTransformation:
     """Leave the parameters whose path matches one of the patterns as they are. Raises as
     `by_path`.
     """
@@ -70,7 +85,7 @@ class Averaged(NamedTuple):
     updates: jax.Array
 
 
-def averaged(optimizer: Any, decay: float = 0.999) -> Any:
+def averaged(optimizer: Optimizer, decay: float = 0.999) -> optax.GradientTransformationExtraArgs:
     """Keep a moving average of the parameters beside them, a <- d a + (1 - d) w with d = min(decay,
     (1 + t) / (10 + t)).
 
@@ -143,8 +158,8 @@ class Guarded(NamedTuple):
 
 
 def guarded(
-    optimizer: Any, *, limit: int = 10, loss_scale: float | None = None, interval: int = 2000
-) -> Any:
+    optimizer: Optimizer, *, limit: int = 10, loss_scale: float | None = None, interval: int = 2000
+) -> optax.GradientTransformationExtraArgs:
     """Skip a step whose loss or gradients are not finite: parameters, state and optimizer stay as
     they were.
 

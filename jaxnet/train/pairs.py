@@ -46,7 +46,7 @@ def all_pairs(function: Function) -> Function:
     return marked  # pyright: ignore[reportReturnType]
 
 
-def refuse_pairs(what: str, function: Callable, batch: Any, *rest: Any) -> None:
+def refuse_pairs(what: str, function: Callable[..., Any], batch: Any, *rest: Any) -> None:
     """Raise if `function(batch, *rest)` pairs the examples of the batch by broadcasting, without
     declaring it.
 
@@ -82,7 +82,7 @@ def refuse_pairs(what: str, function: Callable, batch: Any, *rest: Any) -> None:
 _FACTORS = (3, 5)
 
 
-def _pairs(sizes: set[int], function: Callable, batch: Any, rest: Any) -> Found | None:
+def _pairs(sizes: set[int], function: Callable[..., Any], batch: Any, rest: Any) -> Found | None:
     """The first operation that pairs examples, with the true shapes; None if there is none."""
     found = []
     for factor in _FACTORS:
@@ -109,7 +109,7 @@ def _pairs(sizes: set[int], function: Callable, batch: Any, rest: Any) -> Found 
 
 
 def _pairs_at_true_size(
-    function: Callable, batch: Any, rest: Any, refused: Found | None
+    function: Callable[..., Any], batch: Any, rest: Any, refused: Found | None
 ) -> Found | None:
     # The trace with the true size decides. If it fails as well, the caller sees its error, which is
     # better.
@@ -125,7 +125,9 @@ def _true_shape(three: tuple[int, ...], five: tuple[int, ...]) -> tuple[int, ...
     return tuple(2 * a - b for a, b in zip(three, five, strict=True))
 
 
-def _pairs_at(function: Callable, batch: Any, rest: Any, stretched: frozenset[int]) -> list[Found]:
+def _pairs_at(
+    function: Callable[..., Any], batch: Any, rest: Any, stretched: frozenset[int]
+) -> list[Found]:
     def arrays(batch, rest):
         return [leaf for leaf in jax.tree.leaves(function(batch, *rest)) if hasattr(leaf, "dtype")]
 

@@ -16,7 +16,7 @@ DECADE = 10.0
 
 
 def plot_history(
-    history: Sequence[Mapping[str, float]], path: str | os.PathLike, *, title: str = ""
+    history: Sequence[Mapping[str, float]], path: str | os.PathLike[str], *, title: str = ""
 ) -> None:
     """Draw the learning curves of a `fit` as a picture: one panel for losses, one for all other
     metrics, over epochs.

@@ -44,16 +44,16 @@ class Programs:
       expected: the digest in the checkpoint from which the run resumes, if there is one.
     """
 
-    def __init__(self, step: Callable, feed: Feed, check_finite: bool, digests: bool):
+    def __init__(self, step: Callable[..., Any], feed: Feed, check_finite: bool, digests: bool):
         self.step, self.feed, self.check_finite, self.digests = step, feed, check_finite, digests
         self.compiled: list[str] = []
         self.metrics: tuple[str, ...] | None = None
         self.digest: str | None = None
         self.expected: str | None = None
-        self._programs: dict[Any, tuple[Callable, Mapping[str, str]]] = {}
+        self._programs: dict[Any, tuple[Callable[..., Any], Mapping[str, str]]] = {}
         self._spec: Mapping[str, str] = {}
 
-    def get(self, size: int, inputs: tuple) -> Callable | None:
+    def get(self, size: int, inputs: tuple) -> Callable[..., Any] | None:
         """The program for inputs of this kind; None if it has not been compiled yet."""
         found = self._programs.get(_kind(size, inputs))
         if found is None:

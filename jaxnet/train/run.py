@@ -42,10 +42,10 @@ class Looks(NamedTuple):
     callbacks.
     """
 
-    evaluate: Callable | None
+    evaluate: Callable[..., Any] | None
     best_rule: str | None
-    stop: Callable | None
-    callbacks: Sequence[Callable]
+    stop: Callable[..., Any] | None
+    callbacks: Sequence[Callable[..., Any]]
 
 
 class _Pending(NamedTuple):
@@ -198,7 +198,7 @@ class Run:
         if waiting is not None:
             self._receive(waiting, show)
 
-    def _prepare(self, stack: source.Stack, show: Progress) -> Callable:
+    def _prepare(self, stack: source.Stack, show: Progress) -> Callable[..., Any]:
         """Compile the program for stacks of this kind. Before the first one, check the names of the
         metrics.
         """

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jaxnet import tree
 from jaxnet.train.optimizers import check_optimizer
+
+if TYPE_CHECKING:
+    from jaxnet.train.optimizers import Optimizer
 
 __all__ = ["TrainState", "check_params", "check_train_state", "sgd"]
 
@@ -33,7 +37,7 @@ class TrainState(NamedTuple):
 
     @classmethod
     def create(
-        cls, params: Any, optimizer: Any, key: jax.Array, *, state: Any = None
+        cls, params: Any, optimizer: Optimizer, key: jax.Array, *, state: Any = None
     ) -> TrainState:
         """Start a run.
 
@@ -60,8 +64,12 @@ class TrainState(NamedTuple):
             )
         # The counters of the optimizer and of the steps are copied to the device.
         with jax.transfer_guard("allow"):
-            opt = optimizer.init(params) if hasattr(optimizer, "init") else ()
+            opt = optimizer.init(params) if hasattr(optimizer, "init") else ()  # pyright: ignore[reportAttributeAccessIssue]
             return cls(params, {} if state is None else state, opt, key, jnp.int32(0))
+
+
+Step: TypeAlias = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+"""One step of training, (train_state, batch) -> (train_state, metrics)."""
 
 
 def sgd(params: Any, grads: Any, lr: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,11 @@ from jaxnet.train.finite import keep
 from jaxnet.train.optimizers import Guarded, check_optimizer, check_state, find
 from jaxnet.train.pairs import refuse_pairs
 from jaxnet.train.sharding import zeros_like_spec
-from jaxnet.train.state import TrainState, check_params, check_train_state, sgd
+from jaxnet.train.state import Step, TrainState, check_params, check_train_state, sgd
 from jaxnet.train.told import explained
+
+if TYPE_CHECKING:
+    from jaxnet.train.optimizers import Optimizer
 
 __all__ = [
     "TrainState",
@@ -31,9 +34,7 @@ __all__ = [
 ]
 
 
-def train_step(
-    loss: Callable, optimizer: Any, *, accumulate: int = 1
-) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
+def train_step(loss: Callable[..., Any], optimizer: Optimizer, *, accumulate: int = 1) -> Step:
     """Make a pure step (train_state, batch) -> (train_state, metrics) from a loss and an optimizer.
 
     The step works under `jax.jit`, `jax.lax.scan` and `jax.vmap`. Its metrics are those of the
@@ -134,7 +135,7 @@ def train_step(
             metrics["weight"] = total
         return grads, state, metrics
 
-    def step(train_state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+    def step(train_state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         check(train_state, batch)
         params, state, opt, key, count = train_state
         guard = find(opt, Guarded)
@@ -151,7 +152,7 @@ def train_step(
         if hasattr(optimizer, "init"):
             import optax
 
-            update = optax.with_extra_args_support(optimizer).update
+            update = optax.with_extra_args_support(optimizer).update  # pyright: ignore[reportArgumentType]
             # Some optimizers look at the loss.
             updates, opt = update(grads, opt, params, value=metrics["loss"])
             params = optax.apply_updates(params, updates)
@@ -199,7 +200,7 @@ def train_step(
     return step
 
 
-def augmented(step: Callable, change: Callable[[jax.Array, Any], Any]) -> Callable:
+def augmented(step: Step, change: Callable[[jax.Array, Any], Any]) -> Step:
     """Make the step that changes its batch at random first: `change(key, batch) -> batch`, a pure
     function.
 
@@ -247,7 +248,7 @@ def augmented(step: Callable, change: Callable[[jax.Array, Any], Any]) -> Callab
 _CHANGE, _INSIDE = 0x63686E67, 0x696E7369
 
 
-def _parts_of_step(step: Any, **parts: Callable) -> Callable:
+def _parts_of_step(step: Any, **parts: Callable[..., Any]) -> Step:
     """Attach what a step consists of, functions (train_state, batch) -> value, for whoever wants to
     look into it.
     """
@@ -262,7 +263,7 @@ def _kind(args: Any) -> Any:
     )
 
 
-def _parts(outputs: Any, state: Any, *, stateful: bool) -> tuple[Any, Any, Mapping]:
+def _parts(outputs: Any, state: Any, *, stateful: bool) -> tuple[Any, Any, Mapping[str, Any]]:
     """What a loss returned as (value, state, metrics)."""
     outputs = (
         outputs if isinstance(outputs, tuple) and not isinstance(outputs, Weighted) else (outputs,)

@@ -86,7 +86,7 @@ def begin_all(callbacks: Iterable[Any], step: int, *, resumed: bool) -> bool:
     return bool(writers)
 
 
-def write_jsonl(path: str | os.PathLike) -> Writer:
+def write_jsonl(path: str | os.PathLike[str]) -> Callable[[Mapping[str, float]], None]:
     """A callback that appends each record to a file, one JSON object per line. Values that are not
     finite become null.
 
@@ -111,7 +111,7 @@ def write_jsonl(path: str | os.PathLike) -> Writer:
     return Writer("write_jsonl", path, _step_of_json, open_with, add)
 
 
-def write_csv(path: str | os.PathLike) -> Writer:
+def write_csv(path: str | os.PathLike[str]) -> Callable[[Mapping[str, float]], None]:
     """A callback that writes each record as a row of a table. A new metric adds a column. Otherwise
     as `write_jsonl`.
 
