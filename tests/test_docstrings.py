@@ -33,7 +33,7 @@ import jaxnet
 ROOT = pathlib.Path(jaxnet.__file__).parent
 
 # Public modules that are not packages.
-MODULES = ["jaxnet.tree", "jaxnet.mixed", "jaxnet.transform"]
+MODULES = ["jaxnet.mixed"]
 
 # Arguments that are arrays by their name, whatever the annotation.
 ARRAYS = {"array", "images", "kernel", "labels", "positions", "sequence", "x"}
