@@ -4,7 +4,7 @@
     python benchmarks/first_step.py
     python benchmarks/first_step.py --cores 0 --wall      (what a user waits, on an idle machine)
 
-Every sample is a new process that imports, reads the data from a file, initialises, compiles, takes
+Every sample is a new process that imports, reads the data from a file, initializes, compiles, takes
 a step on a cosine schedule and fetches the loss: once with nothing compiled before, once with JAX's
 persistent compilation cache filled by an earlier run of the same program. jaxnet's compiled loops
 have then trained a chunk of 100 steps, or an epoch of 22.

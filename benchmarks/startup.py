@@ -153,7 +153,7 @@ def import_seconds(before: str, statement: str, clock: str) -> float:
 
 
 def init_seconds(name: str, how: str, widths: list[int], clock: str) -> float:
-    """Seconds that a new process needs to initialise the network, after it has imported
+    """Seconds that a new process needs to initialize the network, after it has imported
     everything.
     """
     seconds, parameters = child(

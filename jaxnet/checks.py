@@ -9,8 +9,9 @@ __all__ = ["size_of"]
 
 
 def size_of(what: str, value: Any, minimum: int = 1) -> int:
-    """Convert a size to a Python int. Everything that `operator.index` accepts is a size, except a
-    bool.
+    """Convert a size to a Python int.
+
+    Everything that `operator.index` accepts is a size, except a bool.
 
     Args:
       what: how the error names the argument, such as "dense: features".

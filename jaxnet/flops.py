@@ -7,13 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxnet.core import (
-    Layer,
-    abstractly,
-    memoised,
-    run,
-    start_state,
-)
+from jaxnet.core import Layer, abstractly, memoized, run, start_state
 
 __all__ = ["flops_of"]
 
@@ -35,7 +29,7 @@ def flops_of(layer: Layer, args: Any, train: bool) -> int:
         trace = abstractly(evaluate, lambda fn, arrays: jax.make_jaxpr(fn)(arrays))
         return _count_flops(trace(params, state, jax.random.key(0), *inputs, **named).jaxpr)
 
-    return memoised(layer, "flops", compute, train, inputs, named)
+    return memoized(layer, "flops", compute, train, inputs, named)
 
 
 def _count_flops(jaxpr) -> int:
@@ -61,19 +55,17 @@ def _equation_flops(equation) -> int:
         return size
     if name in _REDUCTIONS:
         return math.prod(equation.invars[0].aval.shape)
-    import jax.extend.core  # not above: it takes 16 ms
+    # This import takes 16 ms, so it is not at the top of the module.
+    import jax.extend.core
 
-    inner = [
-        _count_flops(getattr(j, "jaxpr", j))
-        for j in jax.extend.core.jaxprs_in_params(equation.params)
-    ]
+    jaxprs = jax.extend.core.jaxprs_in_params(equation.params)
+    inner = [_count_flops(getattr(jaxpr, "jaxpr", jaxpr)) for jaxpr in jaxprs]
     if not inner:
         return 0
     return max(inner) if name == "cond" else sum(inner) * equation.params.get("length", 1)
 
 
-# The primitives of jaxnet.ops: where kernel and output are among their operands, and last, their
-# result.
+# The primitives of jaxnet.ops: the positions of kernel and output among (operands, result).
 _CONVOLUTIONS = {"convolve": (1, 2), "convolve_input": (0, 1), "convolve_kernel": (2, 1)}
 
 

@@ -32,8 +32,11 @@ __all__ = [
 
 @jax.tree_util.register_pytree_with_keys_class
 class Mixed(dict[str, Any]):
-    """The parameters of one layer under `cast`: a dict that also has the dtype in which the layer
-    computes.
+    """The parameters of one layer under `cast`: a dict with the dtype in which the layer computes.
+
+    Args:
+      items: the parameters by name.
+      dtype: the dtype.
     """
 
     def __init__(self, items: Mapping[str, Any], dtype: Any):
@@ -41,24 +44,49 @@ class Mixed(dict[str, Any]):
         self.dtype: Any = jnp.dtype(dtype)
 
     def tree_flatten_with_keys(self) -> Any:
-        names = sorted(self)
-        return [(jax.tree_util.DictKey(name), self[name]) for name in names], (
-            tuple(names),
-            self.dtype,
-        )
+        """Flatten for `jax.tree_util`.
+
+        Returns:
+          (pairs of key and parameter, static facts).
+        """
+        leaves, facts = self.tree_flatten()
+        return list(zip(map(jax.tree_util.DictKey, facts[0]), leaves, strict=True)), facts
 
     def tree_flatten(self) -> Any:
+        """Flatten for `jax.tree_util`.
+
+        Returns:
+          (parameters, static facts).
+        """
         names = sorted(self)
         return [self[name] for name in names], (tuple(names), self.dtype)
 
     @classmethod
     def tree_unflatten(cls, facts: Any, leaves: Any) -> Mixed:
+        """Rebuild for `jax.tree_util`.
+
+        Args:
+          facts: the static facts of `tree_flatten`.
+          leaves: the parameters.
+
+        Returns:
+          The dict.
+        """
         names, dtype = facts
         return cls(dict(zip(names, leaves, strict=True)), dtype)
 
 
 def narrowed(layer: Any, params: Any, dtype: Any) -> Any:
-    """The parameters of a network with every float in `dtype`, except those in `Layer.wide`."""
+    """Cast the parameters of a network to a dtype, except those in `Layer.wide`.
+
+    Args:
+      layer: the network.
+      params: its parameters.
+      dtype: a float dtype.
+
+    Returns:
+      The parameters. Those of a layer with wide parameters are a `Mixed`.
+    """
     if "" in layer.children:
         return narrowed(layer.children[""], params, dtype)
     if not isinstance(params, Mapping) or not (layer.children or layer.wide):
@@ -74,40 +102,85 @@ def narrowed(layer: Any, params: Any, dtype: Any) -> Any:
 
 
 def cast_floats(tree: Any, dtype: Any) -> Any:
-    """The tree with its float arrays in this dtype; everything else stays as it is."""
+    """Cast the float arrays of a tree. Everything else stays as it is.
+
+    Args:
+      tree: any pytree.
+      dtype: a float dtype.
+
+    Returns:
+      The tree.
+    """
     return jax.tree.map(lambda x: jnp.asarray(x, dtype) if is_float(x) else x, tree)
 
 
 def is_float(x: Any) -> bool:
-    """Whether x is an array of real floating-point numbers."""
+    """Tell whether a value is an array of real floating-point numbers.
+
+    Args:
+      x: any value; an array may have any shape [...].
+
+    Returns:
+      True if it is one.
+    """
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def computed_dtype(params: Any, param: Any) -> Any:
-    """The dtype in which a layer with these parameters computes: that of `cast`, or else that of
-    `param`.
+    """Find the dtype in which a layer computes.
+
+    Args:
+      params: the parameters of the layer.
+      param: one of them.
+
+    Returns:
+      The dtype of `cast` if the layer is under `cast`, else the dtype of `param`.
     """
     return params.dtype if isinstance(params, Mixed) else param.dtype
 
 
 def widened(x: Any) -> jax.Array:
-    """x in at least float32, exactly."""
+    """Cast an array to at least float32, which is exact.
+
+    Args:
+      x: floats, [...].
+
+    Returns:
+      The same numbers, [...].
+    """
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def add_bias(y: jax.Array, bias: Any) -> jax.Array:
-    """y [..., F] + bias [F], in the dtype of y; a narrow sum is rounded once, and its gradient
-    summed in float32.
+    """Add a bias: y + bias, in the dtype of y.
+
+    A narrow sum is rounded once, and the gradient of the bias is summed in float32.
+
+    Args:
+      y: the addend, [..., F].
+      bias: the bias, [F].
+
+    Returns:
+      The sum, [..., F].
     """
     wide = jnp.promote_types(y.dtype, jnp.float32)
     return (y.astype(wide) + jnp.broadcast_to(bias.astype(wide), y.shape)).astype(y.dtype)
 
 
 def affine(x: jax.Array, kernel: jax.Array, bias: Any, precision: Any = None) -> jax.Array:
-    """x [N, D] kernel [D, F] + bias [F], in the dtype of x; a narrow result is rounded once, not
-    twice.
+    """Compute an affine map: x kernel + bias, in the dtype of x.
 
-    In bfloat16, XLA itself leaves out the rounding between the product and the sum.
+    A narrow result is rounded once, not twice. In bfloat16, XLA itself leaves out the rounding
+    between the product and the sum.
+
+    Args:
+      x: the input, [N, D].
+      kernel: the matrix, [D, F].
+      bias: the bias, [F].
+      precision: the precision of the product, as in `jax.numpy.matmul`.
+
+    Returns:
+      The result, [N, F].
     """
     if x.dtype == jnp.float16:
         return _narrow_affine(precision, x, kernel, bias)
@@ -115,18 +188,19 @@ def affine(x: jax.Array, kernel: jax.Array, bias: Any, precision: Any = None) ->
 
 
 def rows(table: jax.Array, ids: jax.Array, dtype: Any = None, **options: Any) -> jax.Array:
-    """table[ids]. The gradients of a row that occurs many times are summed in float32.
+    """Gather rows of a table: table[ids].
 
-    The result is sharded like the ids and, along the features, like the table.
+    The gradients of a row that occurs many times are summed in float32. The result is sharded like
+    the ids and, along the features, like the table.
 
     Args:
-      table: [rows, features].
-      ids: integers of any shape.
+      table: the table, [rows, features].
+      ids: integers, [...].
       dtype: the dtype of the result; that of the table by default.
-      options: as in `table.at[ids].get`.
+      **options: as in `table.at[ids].get`.
 
     Returns:
-      [*ids, features].
+      The rows, [..., features].
     """
     if sharding := _rows_sharding(table, ids):
         options["out_sharding"] = sharding
@@ -156,12 +230,14 @@ def _narrow_affine_jvp(precision, primals, tangents):
     x, kernel, bias = primals
     dx, dkernel, dbias = tangents
     multiply = functools.partial(jnp.matmul, precision=precision)
-    terms = [] if _is_zero(dx) else [widened(multiply(dx, kernel))]
-    terms += [] if _is_zero(dkernel) else [widened(multiply(x, dkernel))]
     y = _narrow_affine(precision, x, kernel, bias)
-    terms += (
-        [] if _is_zero(dbias) else [jnp.broadcast_to(widened(dbias), y.shape).astype(jnp.float32)]
-    )
+    terms = []
+    if not _is_zero(dx):
+        terms.append(widened(multiply(dx, kernel)))
+    if not _is_zero(dkernel):
+        terms.append(widened(multiply(x, dkernel)))
+    if not _is_zero(dbias):
+        terms.append(jnp.broadcast_to(widened(dbias), y.shape).astype(jnp.float32))
     return y, functools.reduce(jnp.add, terms).astype(y.dtype)
 
 

@@ -17,16 +17,14 @@ def path_of(path) -> str:
 
 
 def level(node: Any) -> tuple[list[str], list[Any], Any]:
-    """One level of a tree: names of the children, the children, and what puts them together
-    again.
-    """
+    """One level of a tree: (names of the children, children, structure to put them together)."""
     pairs, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     return [path_of(path) for path, _ in pairs], [child for _, child in pairs], structure
 
 
 def is_dict(node: Any) -> bool:
-    """Whether it is a node whose children have names and no order: JAX sorts the keys of these, not
-    of an OrderedDict.
+    """Whether it is a node whose children have names but no order. JAX sorts the keys of a dict,
+    but not those of an OrderedDict.
     """
     return isinstance(node, dict) and not isinstance(node, collections.OrderedDict)
 
@@ -39,8 +37,8 @@ def like_node(node: dict, items: Iterable[tuple[Any, Any]]) -> dict:
 
 
 def is_leaf(node: Any) -> bool:
-    """Whether a node is a leaf."""
-    return jax.tree_util.all_leaves([node])  # None and empty nodes are no leaves
+    """Whether a node is a leaf. None and empty nodes are not."""
+    return jax.tree_util.all_leaves([node])
 
 
 def children_of(node: Any) -> dict[str, Any]:

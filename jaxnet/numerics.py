@@ -13,11 +13,17 @@ __all__ = ["euclidean"]
 
 
 def euclidean(arrays: Sequence[Any]) -> jax.Array:
-    """The Euclidean norm of all numbers in these arrays, sqrt(sum |x|^2), in at least float32.
+    """Compute the Euclidean norm of several arrays, sqrt(sum |x|^2), in at least float32.
 
     The numbers are divided by a power of two near the largest one, so their squares neither
-    overflow nor vanish. When the plain formula is accurate, all bits agree with it. The gradient at
+    overflow nor vanish. If the plain formula is accurate, all bits agree with it. The gradient at
     zero is zero.
+
+    Args:
+      arrays: arrays of any shape [...].
+
+    Returns:
+      The norm, a scalar.
     """
     arrays = [_floating(x) for x in arrays]
     largest = jax.lax.stop_gradient(

@@ -153,7 +153,7 @@ def test_unroll_is_that_of_the_scan():
     ] == [3]
 
 
-def test_copy_i_is_initialised_with_fold_in_of_the_key_and_i():
+def test_copy_i_is_initialized_with_fold_in_of_the_key_and_i():
     block = chain(dense(4), jnp.tanh)
     params = repeat(block, 3).init(key(7), X)
     for i in range(3):
@@ -197,8 +197,8 @@ def test_the_program_does_not_grow_with_the_number_of_copies():
         net = repeat(noisy_block, n)
         params, state = weights(net, X), state_of(net, X)
         loss = lambda p: net.apply(p, X, state=state, key=key(), train=True)[0].sum()  # noqa: E731
-        initialise = lambda key: net.init(key, X)  # noqa: E731
-        return len(program(jax.grad(loss), params)), len(program(initialise, key()))
+        initialize = lambda key: net.init(key, X)  # noqa: E731
+        return len(program(jax.grad(loss), params)), len(program(initialize, key()))
 
     assert size(2) == size(50)
 

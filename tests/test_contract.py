@@ -450,7 +450,7 @@ def test_a_child_that_is_used_without_a_call_says_so(body):
     net = wire(d=dense(4))(lambda f, x: (f.d(x), body(f, x))[1])
     for run in [lambda: net.init(key(), X), lambda: net.apply(weights(chain(d=dense(4)), X), X)]:
         with pytest.raises(
-            TypeError, match=r"is a layer and no array: call it, f\.(d|name)\(\.\.\.\)"
+            TypeError, match=r"is a layer, not an array: call it, f\.(d|name)\(\.\.\.\)"
         ):
             run()
 

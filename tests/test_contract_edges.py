@@ -368,7 +368,7 @@ def test_a_child_as_an_input_of_another_holds_nothing_afterwards():
 
 
 def test_static_inputs_that_change_do_not_fill_the_memory():
-    from jaxnet.core import specs
+    from jaxnet.core import memo
 
     net = chain(
         scale=layer(
@@ -378,7 +378,7 @@ def test_static_inputs_that_change_do_not_fill_the_memory():
     params = net.init(key(), X, 1.0)
     for i in range(300):
         net.apply(params, X, 1.0 + i)
-    assert all(len(results) <= 256 for results in specs._MEMO.values())
+    assert all(len(results) <= 256 for results in memo._MEMO.values())
 
 
 # --- shapes, dtypes, meshes, export ---------------------------------------------------------------
@@ -470,7 +470,7 @@ def test_init_without_inputs_says_what_to_pass():
             TypeError,
             "the parameters come first|params must be a dict",
         ),
-        (lambda: wire(a=dense(3)).init(key(), X), TypeError, "is no layer before it has a body"),  # pyright: ignore
+        (lambda: wire(a=dense(3)).init(key(), X), TypeError, "is not a layer before it has a body"),  # pyright: ignore
         (
             lambda: wire(a=dense(3))(dense(2)),
             TypeError,

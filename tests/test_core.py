@@ -1,4 +1,4 @@
-"""The contract: `wire`, `layer`, `param`, plain functions, keys, state, abstract initialisation,
+"""The contract: `wire`, `layer`, `param`, plain functions, keys, state, abstract initialization,
 errors.
 """
 
@@ -708,12 +708,12 @@ def test_foreign_names_in_params_and_state_are_errors_with_suggestions():
     params, state = weights(net, X), state_of(net, X)
     with pytest.raises(
         ValueError,
-        match=r"chain: params must have no 'frist', which is no child.*did you mean 'first'\?",
+        match=r"chain: params must have no 'frist', which is not a child.*did you mean 'first'\?",
     ):
         net.apply({"frist": params["first"]}, X, state=state)
     with pytest.raises(
         ValueError,
-        match=r"chain: state must have no 'first', which is no child.*\(children: count\)",
+        match=r"chain: state must have no 'first', which is not a child.*\(children: count\)",
     ):
         net.apply(params, X, state={**state, "first": {}})
 

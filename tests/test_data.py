@@ -393,7 +393,7 @@ def test_real_mnist_has_the_published_numbers(real_data):
     test = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     np.testing.assert_array_equal(np.bincount(data.train.labels), train)
     np.testing.assert_array_equal(np.bincount(data.test.labels), test)
-    # the normalisation constants in PyTorch's MNIST example, (0.1307,) and (0.3081,): those of the
+    # the normalization constants in PyTorch's MNIST example, (0.1307,) and (0.3081,): those of the
     # training images
     assert round(float(data.train.images.mean(dtype=np.float64)), 4) == 0.1307
     assert round(float(data.train.images.std(dtype=np.float64)), 4) == 0.3081

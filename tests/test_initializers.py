@@ -1,4 +1,4 @@
-"""The layers' own initialisers against those of `jax.nn.initializers`, bit for bit."""
+"""The layers' own initializers against those of `jax.nn.initializers`, bit for bit."""
 
 import subprocess
 import sys

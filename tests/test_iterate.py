@@ -381,7 +381,7 @@ def test_a_block_that_changes_its_input_is_found_by_init():
         repeat(dense(5), 3).init(key(), X)
 
 
-def test_the_copies_are_initialised_alike_one_by_one_and_as_one_program():
+def test_the_copies_are_initialized_alike_one_by_one_and_as_one_program():
     net = repeat(
         chain(
             dense(4), wire(t=param((2,), jax.nn.initializers.normal()))(lambda f, x: x * f.t()[0])
@@ -626,7 +626,7 @@ def test_an_iteration_under_cast_carries_its_state():
 
 
 def test_a_combinator_of_an_author_changes_parameters_and_outputs():
-    """Weight normalisation, w = g v / |v| (Salimans & Kingma 2016), as a layer around a layer."""
+    """Weight normalization, w = g v / |v| (Salimans & Kingma 2016), as a layer around a layer."""
 
     def weight_norm(inner):
         def call(run, params, state, key, *inputs, **named):

@@ -292,7 +292,7 @@ def test_init_never_allocates_what_flows_through_the_network(case):
 
 
 @each_case
-def test_a_sibling_does_not_change_how_a_layer_is_initialised(case):
+def test_a_sibling_does_not_change_how_a_layer_is_initialized(case):
     sibling = layer(
         lambda key, *xs: {"w": jax.random.normal(key, (2,))}, lambda params, *xs: params["w"]
     )
@@ -330,7 +330,7 @@ def test_params_must_be_what_init_returns(case):
     with pytest.raises(TypeError, match="params must be a dict.* got None"):
         run(case, None, state, case.data(), train=False)
     if case.net.children and "" not in case.net.children:
-        with pytest.raises(ValueError, match="params must have no 'foreign', which is no child"):
+        with pytest.raises(ValueError, match="params must have no 'foreign', which is not a child"):
             run(case, {**params, "foreign": {}}, state, case.data(), train=False)
 
 

@@ -157,7 +157,7 @@ def test_dense_kernels_have_the_variance_of_lecun_and_biases_are_zero():
     assert not params["bias"].any()
 
 
-def test_initialisers_and_precision_are_used():
+def test_initializers_and_precision_are_used():
     constant = jax.nn.initializers.constant
     layer = dense(2, kernel_init=constant(2.0), bias_init=constant(3.0), precision="highest")
     params = layer.init(jax.random.key(0), jnp.ones((1, 4)))
@@ -471,7 +471,7 @@ def test_batch_norm_cannot_train_on_one_value_a_feature():
     norm = batch_norm(scale=False, bias=False)
     with pytest.raises(
         ValueError,
-        match=r"batch_norm: training needs more than one value a feature, got float32\[1, 3\]",
+        match=r"batch_norm: training needs more than one value per feature, got float32\[1, 3\]",
     ):
         norm.apply({}, jnp.ones((1, 3)), state=state_of(norm, X23), train=True)
 

@@ -355,7 +355,7 @@ blocks       repeat[3](residual(chain))  float32[4, 8]         264  1,056  2,688
 blocks/norm  layer_norm                  float32[4, 8]          48    192    960
 blocks/mix   dense(8)                    float32[4, 8]         216    864  1,632
 norm         batch_norm                  float32[4, 8]          16     64    120
-312 parameters, 1,248 bytes, 3,032 FLOPs a call, 64 bytes of state"""
+312 parameters, 1,248 bytes, 3,032 FLOPs per call, 64 bytes of state"""
     assert str(summary(net, floats(4, 3))) == text
 
 

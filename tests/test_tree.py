@@ -312,7 +312,7 @@ def test_get_and_put_reach_nodes_and_new_keys():
         (
             lambda: tree.merge((1, None), (None, 2, 3)),
             ValueError,
-            "cannot merge tuple and tuple at '': other children",
+            "cannot merge tuple and tuple at '': their children differ",
         ),
     ],
 )

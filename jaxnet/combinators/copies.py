@@ -1,6 +1,4 @@
-"""Functions that `repeat`, `scan` and `vmap` share: checks, the part of one copy, and stacked
-copies.
-"""
+"""Copies of a layer, stacked along an axis, as `repeat`, `scan` and `vmap` need them."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ def check_stacked(label: str, n: int, tree: Any, what: str) -> None:
 
 
 def pair(label: str, returns: str, result: Any) -> Any:
-    """Return the result of a layer if it is a pair. Raises ValueError if it is not."""
+    """Return the result of a layer if it is a pair. Raises ValueError otherwise."""
     if not isinstance(result, tuple) or len(result) != 2:
         raise ValueError(f"{label}: {returns}, a pair, got {describe(result)}")
     return result
@@ -78,11 +76,8 @@ def part_of(label: str, n: int, tree: Any, what: str, axis: int = 0) -> Any:
     """The specs of the part that one of n copies receives."""
 
     def part(leaf):
-        if (
-            not is_array(leaf)
-            or not -len(leaf.shape) <= axis < len(leaf.shape)
-            or leaf.shape[axis] != n
-        ):
+        rank = len(leaf.shape) if is_array(leaf) else 0
+        if not -rank <= axis < rank or leaf.shape[axis] != n:
             raise ValueError(
                 f"{label}: {what} is divided among the copies and must have {n} parts along axis "
                 f"{axis}, got {describe(leaf)}"
@@ -96,19 +91,20 @@ def without_axis(spec: Any, axis: int) -> jax.ShapeDtypeStruct:
     """The spec of one part along an axis."""
     shape = list(spec.shape)
     del shape[axis]
-    return jax.ShapeDtypeStruct(
-        tuple(shape), spec.dtype, weak_type=getattr(spec, "weak_type", False)
-    )
+    return _of_shape(spec, tuple(shape))
 
 
 def with_axis(spec: Any, axis: int, size: int) -> jax.ShapeDtypeStruct:
     """The spec of `size` parts along a new axis."""
-    shape = *spec.shape[:axis], size, *spec.shape[axis:]
+    return _of_shape(spec, (*spec.shape[:axis], size, *spec.shape[axis:]))
+
+
+def _of_shape(spec: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, spec.dtype, weak_type=getattr(spec, "weak_type", False))
 
 
 def copies_of_state(inner: Layer, key: Any, n: int, inputs: Any, named: Any) -> Any:
-    """The state of n copies. With a key each copy has its own random numbers."""
+    """The state of n copies. With a key, each copy has its own random numbers."""
     if key is not None:
         return stacked(lambda key: start_state(inner, key, inputs, named), key, n)
     state = inner.init_state(*inputs, **named)
@@ -119,8 +115,8 @@ def stacked(make: Callable[[Any], Any], key: Any, n: int) -> Any:
     """make(fold_in(key, i)) for each copy i, leaves stacked [n, ...].
 
     A loop over the copies reuses the few programs that serve all shapes, and compiles nothing for n
-    copies. Traced keys, generators that draw differently under vmap, and meshes, where the program
-    places arrays, need `jax.vmap` instead.
+    copies. `jax.vmap` is needed for traced keys, for generators that draw differently under vmap,
+    and for meshes, on which the program places the arrays.
     """
     # This key is a tracer inside any transform, even if `key` itself is not.
     first = jax.random.fold_in(key, 0)
@@ -131,15 +127,17 @@ def stacked(make: Callable[[Any], Any], key: Any, n: int) -> Any:
 
     def stack(*leaves):
         leaves = [leaf if is_array(leaf) else jnp.asarray(leaf) for leaf in leaves]
-        if any(
-            isinstance(x, jax.core.Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.extended)
-            for x in leaves
-        ):
+        if not all(map(_is_for_numpy, leaves)):
             return jnp.stack(leaves)
-        where = leaves[0].sharding if getattr(leaves[0], "committed", False) else None
-        return jax.device_put(np.stack([np.asarray(leaf) for leaf in leaves]), where)
+        device = leaves[0].sharding if getattr(leaves[0], "committed", False) else None
+        return jax.device_put(np.stack([np.asarray(leaf) for leaf in leaves]), device)
 
     return jax.tree.map(stack, *copies)
+
+
+def _is_for_numpy(x: Any) -> bool:
+    traced = isinstance(x, jax.core.Tracer)
+    return not traced and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 
 # Up to this number of copies, a loop is faster than one program for all copies.

@@ -46,31 +46,33 @@ def repeat(
     remat: bool | Callable[..., Any] = False,
     unroll: int = 1,
 ) -> Layer:
-    """Apply n copies of a block, each with its own parameters: x_{i+1} = f(params_i, x_i), i = 0 ..
-    n-1.
+    """Apply n copies of a block in series, each with its own parameters.
+
+    x_{i+1} = f(params_i, x_i) for i = 0 .. n-1.
 
     One `jax.lax.scan` runs over stacked parameters (leaves [n, ...]), so compile time does not grow
     with n. The first input is carried from copy to copy. All copies receive the same further
-    inputs, except those named in `each`. Copy i is initialised with `fold_in(key, i)`, and has its
+    inputs, except those named in `each`. Copy i is initialized with `fold_in(key, i)`, and has its
     own key and state (leaves [n, ...]).
 
     Args:
       block: a layer or a plain function that keeps the shape and dtype of its first input.
       n: the number of copies; 0 is the identity.
-      each: names of keyword inputs that are split among the copies, leaves [n, ...]: caches, rates,
-        windows.
+      each: names of keyword inputs that are split among the copies, leaves [n, ...], such as caches
+        or rates.
       collect: whether the block returns (x, out). The result is then (x, outs) with the outs of all
         copies, leaves [n, ...].
       reverse: run the copies from the last to the first, with the same parameters.
-      remat: recompute each block in the backward pass, which needs the memory of one block only; or
-        a policy as in `jax.checkpoint`, which selects values to store.
+      remat: True to recompute each block in the backward pass, which needs the memory of one block
+        only, or a policy as in `jax.checkpoint`, which selects values to store.
       unroll: copies per loop iteration, as in `jax.lax.scan`.
 
     Returns:
-      The layer, (x, *rest, **named) -> x, or (x, outs) with `collect`.
+      The layer, (x, *rest, **named) -> x, or (x, outs) with `collect`. x is [...] and keeps its
+      shape.
 
     Raises:
-      TypeError: an input in `each` is not passed by name.
+      TypeError: an input in `each` is not passed by name; `remat` is neither a bool nor a policy.
       ValueError: the block changes the shape or dtype of its first input; params, state or an input
         in `each` are not stacked for n copies.
 
@@ -108,6 +110,12 @@ def repeat(
         own = {name: part_of(label, n, named[name], f"'{name}'") for name in each}
         return specs_of((inputs, named | own))
 
+    def split(result):
+        """The result of one copy as (x, out); out is None without `collect`."""
+        if not collect:
+            return result, None
+        return pair(label, "with collect the block returns (x, out)", result)
+
     def init(key, /, *inputs, **named):
         check_key(label, key)
         inputs, named = one_copy(inputs, named)
@@ -122,13 +130,8 @@ def repeat(
         return {} if n == 0 else copies_of_state(block, key, n, inputs, named)
 
     def outputs_of_block(train, inputs, named):
-        """The specs of the outputs of one copy, (x, out); out is None without `collect`."""
-        made = output_specs(block, train, *inputs, **named)
-        y, out = (
-            pair(label, "with collect the block returns (x, out)", made)
-            if collect
-            else (made, None)
-        )
+        """The specs of the outputs of one copy, (x, out)."""
+        y, out = split(output_specs(block, train, *inputs, **named))
         check_same(label, inputs[0], y, KEEP)
         return y, out
 
@@ -139,15 +142,14 @@ def repeat(
 
     def call(run, params, state, key, /, *inputs, **named):
         one_copy(inputs, named)
-        (x, *rest), own = inputs, {name: named.pop(name) for name in each}
+        x, *rest = inputs
+        own = {name: named.pop(name) for name in each}
         check_stacked(label, n, (params, state), "copies")
 
         def step(x, copy):
             *copy, own = copy
             y, state, seen = run(*copy, x, *rest, **named, **own)
-            y, out = (
-                pair(label, "with collect the block returns (x, out)", y) if collect else (y, None)
-            )
+            y, out = split(y)
             check_same(label, x, y, KEEP)
             return y, (out, state, seen)
 

@@ -1,4 +1,4 @@
-"""One cell over time."""
+"""A cell over time."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def scan(
     remat: bool | Callable[..., Any] = False,
     unroll: int = 1,
 ) -> Layer:
-    """Run a cell over time, as `jax.lax.scan` does: (carry, x_t) -> (carry, y_t) for each step t of
-    xs.
+    """Run a cell over time, as `jax.lax.scan` does.
+
+    carry_{t+1}, y_t = f(carry_t, x_t) for each step t of xs.
 
     All steps share the parameters. Each step draws with its own key, `fold_in(key, t)`, and passes
     the state of the cell to the next step.
@@ -46,8 +47,8 @@ def scan(
       axis: the axis of time in every array of xs and ys: 0 for [T, B, D], 1 for [B, T, D].
       length: the number of steps if xs is None.
       reverse: run from the last step to the first; ys keeps the order of xs.
-      remat: recompute each step in the backward pass instead of storing its intermediate values; or
-        a policy as in `jax.checkpoint`.
+      remat: True to recompute each step in the backward pass instead of storing its intermediate
+        values, or a policy as in `jax.checkpoint`, which selects values to store.
       unroll: steps per loop iteration, as in `jax.lax.scan`.
 
     Returns:
@@ -55,6 +56,7 @@ def scan(
       `named`.
 
     Raises:
+      TypeError: the inputs are not passed by position, or `remat` is neither a bool nor a policy.
       ValueError: the arrays of xs differ in length or lack the axis; the cell does not return a
         pair; or the carry that it returns differs from the received one in structure, shape or
         dtype.
@@ -108,7 +110,7 @@ def scan(
 
         if axis:
             xs = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), xs)
-        # A length that is not known when the program is exported follows from xs.
+        # In an exported program the length may be symbolic; `jax.lax.scan` takes it from xs.
         steps = None if jax.tree.leaves(xs) else length
         times = None if key is None else jnp.arange(_steps(xs, 0, length))
         body = recomputed("scan", step, remat, prevent_cse=False)

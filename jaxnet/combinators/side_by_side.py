@@ -28,25 +28,29 @@ __all__ = ["vmap"]
 def vmap(
     inner: Layer | Callable[..., Any], n: int, *, in_axes: int | None | Sequence[int | None] = 0
 ) -> Layer:
-    """n copies of a layer side by side, each with its own parameters, key and state: y_i =
-    f(params_i, x_i).
+    """Apply n copies of a layer side by side, each with its own parameters, key and state.
 
-    One `jax.vmap` over stacked parameters and state (leaves [n, ...]): experts, ensembles inside a
-    network, heads. Copy i is initialised with `fold_in(key, i)`.
+    y_i = f(params_i, x_i) for i = 0 .. n-1.
+
+    One `jax.vmap` runs over stacked parameters and state (leaves [n, ...]). Uses are experts, heads
+    and ensembles inside a network. Copy i is initialized with `fold_in(key, i)`.
 
     Args:
       inner: a layer or a plain function.
       n: the number of copies.
-      in_axes: the axis along which each input is split among the copies, as in `jax.vmap`: one for
-        all inputs, including named ones, or one per positional input, while named inputs are split
-        along their first axis. None passes the whole input to every copy.
+      in_axes: the axis along which the inputs are split among the copies, as in `jax.vmap`. One
+        axis is for all inputs, including named ones. A sequence has one axis per positional input;
+        named inputs are then split along their first axis. None passes the whole input to every
+        copy.
 
     Returns:
       The layer, x [n, ...] -> y [n, ...]. Leaves of the inputs that are not arrays are static and
       go to every copy.
 
     Raises:
-      ValueError: params, state or a divided input are not stacked for n copies.
+      TypeError: `in_axes` holds anything but ints and None.
+      ValueError: `n` is not a positive integer; params, state or a split input are not stacked for
+        n copies.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,11 +78,8 @@ def vmap(
         axes = [a for a, x in zip(each, inputs, strict=True) for _ in jax.tree.leaves(x)]
         leaves, tree = jax.tree.flatten((inputs, named))
         axes += [0 if isinstance(given, tuple) else given] * (len(leaves) - len(axes))
-        return (
-            leaves,
-            tree,
-            [axis if is_array(leaf) else None for leaf, axis in zip(leaves, axes, strict=True)],
-        )
+        pairs = zip(leaves, axes, strict=True)
+        return leaves, tree, [axis if is_array(leaf) else None for leaf, axis in pairs]
 
     def one_copy(inputs, named):
         leaves, tree, axes = divided(specs_of(inputs), specs_of(named))
@@ -98,9 +99,8 @@ def vmap(
 
     def outputs(train, /, *inputs, **named):
         inputs, named = one_copy(inputs, named)
-        return jax.tree.map(
-            lambda y: with_axis(y, 0, n), output_specs(inner, train, *inputs, **named)
-        )
+        outputs_of_one = output_specs(inner, train, *inputs, **named)
+        return jax.tree.map(lambda y: with_axis(y, 0, n), outputs_of_one)
 
     def call(run, params, state, key, /, *inputs, **named):
         one_copy(inputs, named)
@@ -119,9 +119,8 @@ def vmap(
         keys = None if key is None or not inner.random else fold_copies(key, n)
         whole = [(leaf, 0) for leaf in jax.tree.leaves((params, state))]
         keys = _spread_as(keys, [*whole, *((leaves[i], axes[i]) for i in mapped)])
-        return jax.vmap(one, (0, 0, 0, [axes[i] for i in mapped]), axis_size=n)(
-            params, state, keys, arrays
-        )
+        copies = jax.vmap(one, (0, 0, 0, [axes[i] for i in mapped]), axis_size=n)
+        return copies(params, state, keys, arrays)
 
     return around(
         inner,
@@ -136,8 +135,8 @@ def vmap(
 
 
 def _spread_as(keys: Any, mapped: list[tuple[Any, Any]]) -> Any:
-    """The keys of the copies, on a mesh with explicit axes sharded over the copies as the arrays
-    are.
+    """The keys of the copies. On a mesh with explicit axes they are sharded over the copies as the
+    arrays are.
     """
     if keys is None:
         return None

@@ -1,6 +1,4 @@
-"""Combinators that call each child once: in a chain, side by side, with a shortcut, recomputed, in
-another dtype.
-"""
+"""Combinators that call each child once."""
 
 from __future__ import annotations
 
@@ -74,7 +72,7 @@ def parallel(
     merge: Callable[..., Any] | None = None,
     **named: Layer | Callable[..., Any],
 ) -> Layer:
-    """Apply layers to the same inputs: (f_1(x), ..., f_n(x)), or merge(f_1(x), ..., f_n(x)).
+    """Apply layers to the same inputs: y = (f_1(x), ..., f_n(x)), or merge(f_1(x), ..., f_n(x)).
 
     `parallel(main, shortcut, merge=jnp.add)` is a residual block with a projection.
 
@@ -89,6 +87,10 @@ def parallel(
     Raises:
       TypeError: an argument is neither a layer nor a function.
       ValueError: two layers have the same name.
+
+    Example:
+      >>> parallel(jnp.sin, jnp.cos, merge=jnp.add).apply({}, jnp.zeros(()))
+      Array(1., dtype=float32)
     """
 
     def body(f, *inputs, **kwargs):
@@ -133,7 +135,8 @@ def residual(inner: Layer | Callable[..., Any]) -> Layer:
 
     def init(key, x, /, *rest, **named):
         check_key("residual", key)
-        outputs(False, x, *rest, **named)  # raises here, not in the first call
+        # A layer that cannot be added to its input raises in `init` instead of in the first call.
+        outputs(False, x, *rest, **named)
         return inner.init(key, x, *rest, **named)
 
     own_init = None if inner.init is no_params else init
@@ -154,11 +157,11 @@ _PROJECT = "parallel(inner, shortcut, merge=jnp.add) projects x to the new shape
 def _check_inexact(label: str, x: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            got = describe(leaf) + (f" at {name!r}" if name else "")
             raise TypeError(
-                f"{label}: it adds floats, got "
-                f"{describe(leaf)}{f' at {where!r}' if where else ''}; add the float part in the "
-                "body of wire, and pass the rest as a further input"
+                f"{label}: it adds floats, got {got}; add the float part in the body of wire, and "
+                "pass the rest as a further input"
             )
 
 
@@ -173,6 +176,9 @@ def remat(inner: Layer | Callable[..., Any], *, policy: Callable[..., Any] | Non
 
     Returns:
       The layer, with the parameters, state and path of `inner`.
+
+    Raises:
+      TypeError: `inner` is neither a layer nor a function, or `policy` is not a function.
     """
     inner = as_layer(inner, "remat")
     if policy is not None and not callable(policy):
@@ -214,7 +220,7 @@ def cast(inner: Layer | Callable[..., Any], dtype: Any) -> Layer:
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:
-        raise TypeError(f"cast: {dtype!r} is no dtype; use one such as jnp.bfloat16") from None
+        raise TypeError(f"cast: {dtype!r} is not a dtype; use one such as jnp.bfloat16") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"cast: the dtype to compute in must be a float, got {dtype.name}")
     inner = as_layer(inner, f"cast[{dtype.name}]")

@@ -4,13 +4,17 @@ combinators.
 
 from jaxnet.core.calls import Children
 from jaxnet.core.checks import check_input, check_key, check_mode, check_names, check_state, scope
-from jaxnet.core.contract import Layer, as_layer, call, layer, no_params, param, run, start_state
+from jaxnet.core.composing import compose
+from jaxnet.core.contract import Layer, call, no_params, run, start_state
+from jaxnet.core.functions import as_layer, layer, param
 from jaxnet.core.intern import interned
 from jaxnet.core.keys import SharedKey, fold, fold_all, fold_copies, is_threefry
+from jaxnet.core.layer_specs import output_specs
+from jaxnet.core.memo import memoized
 from jaxnet.core.signature import show_inputs
-from jaxnet.core.specs import abstractly, describe, is_array, memoised, specs_of
+from jaxnet.core.specs import abstractly, describe, is_array, specs_of
 from jaxnet.core.taps import tap
-from jaxnet.core.wiring import compose, output_specs, wire
+from jaxnet.core.wiring import wire
 from jaxnet.core.wrapping import around
 
 __all__ = [
@@ -35,7 +39,7 @@ __all__ = [
     "is_array",
     "is_threefry",
     "layer",
-    "memoised",
+    "memoized",
     "no_params",
     "output_specs",
     "param",

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from jaxnet.core.checks import closest
 from jaxnet.core.contract import Layer
 from jaxnet.core.keys import SharedKey, fold
+from jaxnet.core.memo import Remembered
 
 __all__ = ["Child", "Children"]
 
@@ -16,14 +17,19 @@ __all__ = ["Child", "Children"]
 class Children:
     """The children of a network as functions: the type of `f` in the body of `wire`.
 
-    A body with types::
-
-        @wire(up=dense(64), down=dense(16))
-        def block(f: Children, x: jax.Array) -> jax.Array:
-            return x + f.down(jax.nn.gelu(f.up(x)))
-
-    Attributes:
+    Args:
+      label: the name of the network in errors.
+      children: the layers by name.
+      call_child: (name, *inputs, **named) -> outputs.
       train: True in training.
+      key: PRNG key for the random numbers of the body, or None.
+
+    Example:
+      >>> import jax
+      >>> from jaxnet import Children, dense, wire
+      >>> @wire(up=dense(64), down=dense(16))
+      ... def block(f: Children, x: jax.Array) -> jax.Array:
+      ...     return x + f.down(jax.nn.gelu(f.up(x)))
     """
 
     __slots__ = ("_call", "_children", "_key", "_label", "train")
@@ -38,13 +44,8 @@ class Children:
         train: bool,
         key: Any,
     ):
-        self._label, self._children, self._call, self.train, self._key = (
-            label,
-            children,
-            call_child,
-            train,
-            key,
-        )
+        self._label, self._children, self._call = label, children, call_child
+        self.train, self._key = train, key
 
     @property
     def key(self) -> Any:
@@ -73,13 +74,14 @@ class Children:
         return f"the children of {self._label}: {', '.join(self._children) or 'none'}"
 
 
-class Child:
+class Child(Remembered):
     """A child as a function of its inputs, `f.a`."""
 
     def __init__(self, call: Callable[..., Any], name: str, layer: Layer):
         self._call, self._name, self._layer = call, name, layer
         self.__name__ = name
-        self.memo: tuple[str, Any] = ("child", weakref.ref(layer))
+        # As an input, a child stands for its layer, not for the parameters of this call.
+        self.memo = ("child", weakref.ref(layer))
 
     def __call__(self, /, *inputs: Any, **named: Any) -> Any:
         return self._call(self._name, *inputs, **named)
@@ -88,9 +90,8 @@ class Child:
         return f"f.{self._name}: {self._layer!r}"
 
     def _refuse(self, *_: Any) -> NoReturn:
-        raise TypeError(f"f.{self._name} is a layer and no array: call it, f.{self._name}(...)")
+        raise TypeError(f"f.{self._name} is a layer, not an array: call it, f.{self._name}(...)")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = (
-        _refuse
-    )
-    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = __getitem__ = __iter__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = _refuse
+    __pow__ = __rpow__ = __neg__ = __getitem__ = __iter__ = _refuse

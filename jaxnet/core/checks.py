@@ -1,9 +1,10 @@
-"""Checks of the arguments of a layer, and the path of the layer in errors."""
+"""Errors of a layer: checks of its arguments, and its path."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "check_names",
     "check_state",
     "closest",
+    "explain_call",
     "is_empty",
     "scope",
 ]
@@ -27,8 +29,15 @@ __all__ = [
 
 @contextlib.contextmanager
 def scope(name: str) -> Iterator[None]:
-    """Give profiler rows the name, and errors one line with the whole path, "in layer
-    'mlp/hidden'".
+    """Run the block in the name of a layer.
+
+    Profiler rows show the name. Errors get one line with the whole path, "in layer 'mlp/hidden'".
+
+    Args:
+      name: the name of the layer in its parent.
+
+    Yields:
+      None.
     """
     try:
         with jax.named_scope(name):
@@ -54,12 +63,12 @@ def check_input(
     kind: Any = jnp.floating,
     like: Any = None,
 ) -> None:
-    """Raise unless x is an array with at least `rank` axes, the last of size `width`, in the dtype
+    """Check an input: an array with at least `rank` axes, the last of size `width`, in the dtype
     of `like`.
 
     Args:
       label: the name of the layer in errors.
-      x: the input.
+      x: the input, [..., width].
       width: the size of the last axis; None for any size.
       rank: the minimum number of axes.
       kind: the kind of dtype, as in `jnp.issubdtype`; `object` for any.
@@ -92,7 +101,15 @@ def check_input(
 
 
 def check_key(label: str, key: Any) -> None:
-    """Raise TypeError unless `key` is one JAX PRNG key, typed or raw."""
+    """Check that `key` is one JAX PRNG key, typed or raw.
+
+    Args:
+      label: the name of the layer in errors.
+      key: the value to check.
+
+    Raises:
+      TypeError: it is anything else.
+    """
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
     if not typed and not (dtype == jnp.uint32 and shape and len(shape) == 1):
@@ -101,8 +118,15 @@ def check_key(label: str, key: Any) -> None:
 
 
 def check_mode(label: str, key: Any, train: Any) -> None:
-    """Raise TypeError unless `key` is None or one PRNG key, and `train` a bool that is not
-    traced.
+    """Check the arguments `key` and `train` of `apply`.
+
+    Args:
+      label: the name of the layer in errors.
+      key: None or one PRNG key.
+      train: a bool that is not traced.
+
+    Raises:
+      TypeError: one of them is anything else.
     """
     if key is not None and not isinstance(key, SharedKey):
         check_key(label, key)
@@ -116,7 +140,17 @@ def check_mode(label: str, key: Any, train: Any) -> None:
 
 
 def check_state(label: str, state: Any, *, stateful: bool) -> None:
-    """Raise if a stateful layer received no state, or a stateless layer received one."""
+    """Check that `apply` received a state if and only if the layer carries one.
+
+    Args:
+      label: the name of the layer in errors.
+      state: the state, or None.
+      stateful: whether the layer carries state.
+
+    Raises:
+      ValueError: a stateful layer received no state.
+      TypeError: a stateless layer received one.
+    """
     if stateful and state is None:
         raise ValueError(
             f"{label}: this layer carries state: pass state=net.init_state(*inputs), or the "
@@ -129,23 +163,48 @@ def check_state(label: str, state: Any, *, stateful: bool) -> None:
 
 
 def check_names(what: str, tree: Any, names: Iterable[str]) -> None:
-    """Raise unless a tree of parameters or state is a dict whose keys are among these names."""
+    """Check that a tree of parameters or state is a dict whose keys are names of children.
+
+    Args:
+      what: how errors name the tree, such as "mlp: params".
+      tree: the tree.
+      names: the names of the children.
+
+    Raises:
+      TypeError: the tree is not a dict.
+      ValueError: a key is not among the names.
+    """
     if not isinstance(tree, Mapping):
         raise TypeError(f"{what} must be a dict by the name of the child, got {describe(tree)}")
     for name in tree:
         if name not in names:
             raise ValueError(
-                f"{what} must have no '{name}', which is no child of this "
+                f"{what} must have no '{name}', which is not a child of this "
                 f"layer{closest(name, names)}"
             )
+
+
+def explain_call(
+    what: str, error: Exception, fn: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]
+) -> None:
+    """Raise TypeError with the signature of `fn` if `error` comes from a call that does not match
+    it.
+    """
+    if not isinstance(error, TypeError):
+        return
+    signature = inspect.signature(fn)
+    try:
+        signature.bind(*inputs, **named)
+    except TypeError as mismatch:
+        bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        raise TypeError(f"{what} takes {inspect.Signature(bare)}: {mismatch}") from error
 
 
 def closest(name: str, names: Iterable[str]) -> str:
     """The end of a message: the most similar name, and all names."""
     close = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
-    return (
-        f"; did you mean '{close[0]}'?" if close else ""
-    ) + f" (children: {', '.join(names) or 'none'})"
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"{hint} (children: {', '.join(names) or 'none'})"
 
 
 def is_empty(tree: Any) -> bool:

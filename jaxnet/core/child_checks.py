@@ -1,4 +1,4 @@
-"""What a body may do with its children."""
+"""Checks of the calls that a body makes of its children."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ from typing import Any
 import jax
 
 from jaxnet.core.checks import is_empty
-from jaxnet.core.contract import (
-    Layer,
-    no_params,
-)
-from jaxnet.core.definition import param_specs
-from jaxnet.core.specs import (
-    describe,
-    specs_of,
-)
+from jaxnet.core.contract import Layer, no_params
+from jaxnet.core.layer_specs import param_specs
+from jaxnet.core.specs import describe, specs_of
 
 __all__ = ["check_no_params", "check_parameters_fit", "check_stateless"]
 
@@ -58,6 +52,6 @@ def check_stateless(child: Layer) -> None:
     if child.init_state is not None:
         raise RuntimeError(
             f"{child.label}: a layer with state cannot be called inside a raw JAX transform "
-            "(scan, vmap, jit, checkpoint, ...), its new state could not come out; use "
+            "(scan, vmap, jit, checkpoint, ...), because its new state could not leave it; use "
             "jaxnet.scan, vmap, repeat or remat around it"
         )

@@ -12,32 +12,13 @@ from __future__ import annotations
 import copyreg
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
-import jax
-import jax.numpy as jnp
+from jaxnet.core.checks import is_empty
+from jaxnet.core.specs import describe
 
-from jaxnet.checks import size_of
-from jaxnet.core.checks import check_key, check_mode, check_state, is_empty
-from jaxnet.core.definition import Definition, explain_call
-from jaxnet.core.intern import Same, interned
-from jaxnet.core.keys import fold
-from jaxnet.core.signature import show_inputs
-from jaxnet.core.specs import abstractly, as_jax, describe, is_array, shared, specs_of
-
-__all__ = [
-    "Carried",
-    "Layer",
-    "as_layer",
-    "call",
-    "layer",
-    "name_of",
-    "no_params",
-    "param",
-    "run",
-    "start_state",
-]
+__all__ = ["Carried", "Layer", "call", "no_params", "run", "start_state"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -81,28 +62,36 @@ class Layer:
     tapped: bool = False
     plain: Layer | None = None
     wide: tuple[str, ...] = ()
+    # The call that makes this layer: (constructor, args, named). A copy with other fields, as
+    # `dataclasses.replace` makes it, has none.
+    _made: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None = dataclasses.field(
+        default=None, init=False
+    )
 
     def __repr__(self) -> str:
         if "" in self.children:
             return f"{self.label}({self.children['']!r})"
         if not self.children:
             return self.label
-        lines = [f"{name}: {child!r}" for name, child in self.children.items()]
-        return (
-            f"{self.label}(\n"
-            + "".join(f"  {line}\n" for line in "\n".join(lines).split("\n"))
-            + ")"
-        )
+        inside = "\n".join(f"{name}: {child!r}" for name, child in self.children.items())
+        indented = "".join(f"  {line}\n" for line in inside.split("\n"))
+        return f"{self.label}(\n{indented})"
 
     def made_by(
         self, constructor: Callable[..., Any], args: tuple[Any, ...], named: Mapping[str, Any]
     ) -> None:
-        """Record the call that makes this layer; `pickle` repeats it."""
-        self.__dict__["_made"] = constructor, args, dict(named)
+        """Record the call that makes this layer; `pickle` repeats it.
+
+        Args:
+          constructor: the function that returns the layer.
+          args: its arguments by position.
+          named: its arguments by name.
+        """
+        object.__setattr__(self, "_made", (constructor, args, dict(named)))
 
     def __reduce__(self) -> Any:
-        if "_made" in self.__dict__:
-            return _make, self._made  # pyright: ignore[reportAttributeAccessIssue]
+        if self._made is not None:
+            return _make, self._made
         return copyreg.__newobj__, (type(self),), dict(self.__dict__)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __copy__(self) -> Layer:
@@ -140,206 +129,6 @@ class Carried(NamedTuple):
     seen: dict[str, tuple[Any, ...]]
 
 
-def layer(
-    init: Callable[..., Any] | None,
-    fn: Callable[..., Any],
-    *,
-    init_state: Callable[..., Any] | None = None,
-    outputs: Callable[..., Any] | None = None,
-    label: str | None = None,
-) -> Layer:
-    """Make a Layer from a plain function `fn(params, *inputs)`.
-
-    `fn` receives `key`, `train` and `state` only if its signature has parameters with these names.
-    `init` and `init_state` receive the named inputs that their signatures have. A call refuses
-    params and state whose names or shapes differ from those that `init` and `init_state` make for
-    its inputs. Dtypes may differ.
-
-    Args:
-      init: (key, *inputs) -> params, or None if the layer has no parameters. It must also run under
-        `jax.eval_shape`.
-      fn: the layer as an equation: (params, *inputs) -> outputs, or with `state` -> (outputs,
-        new_state).
-      init_state: (*inputs) -> state for a stateful layer. It names `key` if the state begins with
-        random numbers, such as a codebook. State is the home of statistics, caches and constants
-        that no gradient should move.
-      outputs: (*inputs) -> arrays or `jax.ShapeDtypeStruct` with the shapes and dtypes of the
-        outputs. Without it, `init` of a network traces `fn`. Pass it if that is slow, or if `fn`
-        has a collective such as `jax.lax.psum`. It may have a parameter `train`.
-      label: the name of the layer in `repr` and in errors; the name of `fn` by default.
-
-    Returns:
-      The layer.
-
-    Raises:
-      TypeError: only one of `init_state` and a parameter `state` of `fn` is given.
-
-    Example:
-      >>> double = layer(None, lambda params, x: 2 * x, label="double")
-      >>> double.apply({}, 3.0)
-      6.0
-    """
-    name = label or name_of(fn)
-    wanted = {"key", "train", "state"} & set(inspect.signature(fn).parameters)
-    if ("state" in wanted) != (init_state is not None):
-        raise TypeError(
-            f"{name}: a stateful layer has both init_state and a parameter `state` of its "
-            "function, or neither"
-        )
-    named_of_init, named_of_state = _named_by(init), _named_by(init_state)
-    draws = init_state is not None and "key" in inspect.signature(init_state).parameters
-
-    def initialise(key, *inputs, **named):
-        check_key(name, key)
-        return definition.make("params", key, inputs, named)
-
-    def initialise_state(*inputs, key=None, **named):
-        if draws and key is None:
-            raise ValueError(
-                f"{name}: the state begins with random numbers: pass key= to init_state"
-            )
-        return definition.make("state", key, inputs, named)
-
-    def make_params(key, *inputs, **named):
-        try:
-            return init(key, *inputs, **named_of_init(named))  # pyright: ignore[reportOptionalCall]
-        except TypeError as error:
-            explain_call(f"{name}: init", error, init, (key, *inputs), named_of_init(named))
-            raise
-
-    def make_state(key, *inputs, **named):
-        # The salt makes the draws differ from those of `init`, so one key may serve both.
-        drawn = {"key": fold(key, "/state")} if draws else {}
-        return init_state(*inputs, **drawn, **named_of_state(named))  # pyright: ignore[reportOptionalCall]
-
-    def apply(params, *inputs, state=None, key=None, train=False, **named):
-        check_state(name, state, stateful=init_state is not None)
-        check_mode(name, key, train)
-        inputs, named = as_jax((inputs, named))
-        problem = definition.problem(params, state, inputs, named)
-        offered = {"key": key, "train": train, "state": as_jax(state)}
-        try:
-            result = fn(as_jax(params), *inputs, **named, **{n: offered[n] for n in wanted})
-        except Exception as error:
-            # An error that the layer itself raises is more specific than the comparison of shapes.
-            if problem is not None and not str(error).startswith(f"{name}:"):
-                asked = error.args[0] if isinstance(error, KeyError) and error.args else None
-                raise definition.problem(params, state, inputs, named, asked) or problem from error
-            if init is not None and is_array(params) and inputs and isinstance(inputs[0], Mapping):
-                raise TypeError(
-                    f"{name}: apply takes (params, *inputs), got params {describe(params)} and "
-                    f"inputs {describe(inputs)}: the parameters come first"
-                ) from error
-            explain_call(
-                f"{name}: apply",
-                error,
-                fn,
-                (params, *inputs),
-                named | {n: offered[n] for n in wanted},
-            )
-            raise
-        if problem is not None:
-            raise problem
-        if init_state is not None:
-            _check_new_state(name, result, state)
-        return result
-
-    def output_specs(train, *inputs, **named):
-        told = {"train": train} if "train" in inspect.signature(outputs).parameters else {}  # pyright: ignore[reportArgumentType]
-        return specs_of(outputs(*inputs, **named, **told))  # pyright: ignore[reportOptionalCall]
-
-    definition = Definition(name, make_params if init else None, make_state if init_state else None)
-    show_inputs(apply, fn)
-    return Layer(
-        no_params if init in (None, no_params) else initialise,
-        apply,
-        initialise_state if init_state else None,
-        label=name,
-        random="key" in wanted,
-        outputs=output_specs if outputs else None,
-    )
-
-
-@interned
-def param(shape: tuple[int, ...], init: Callable[..., Any], *, dtype: Any = None) -> Layer:
-    """Make a layer that is a single array: as a child of `wire`, `f.table()` returns it.
-
-    Args:
-      shape: the shape of the array.
-      init: (key, shape, dtype) -> array, as in `jax.nn.initializers`.
-      dtype: float32 by default (float64 under `jax_enable_x64`).
-
-    Returns:
-      The layer. Its params are the array itself.
-
-    Raises:
-      ValueError: a size in `shape` is not an int of at least 0; in `apply`, the array has another
-        shape.
-    """
-    if not isinstance(shape, Iterable):
-        raise TypeError(
-            f"param: the shape must be a tuple of sizes, such as ({shape},), got {shape!r}"
-        )
-    shape = tuple(size_of("param: each size of the shape", size, 0) for size in shape)
-    label = f"param{shape}"
-
-    def initialise(key):
-        return init(key, shape, dtype or jnp.result_type(float))
-
-    def fn(params):
-        if not is_array(params) or params.shape != shape:
-            raise ValueError(f"{label}: the array must have shape {shape}, got {describe(params)}")
-        return params
-
-    return layer(initialise, fn, label=label)
-
-
-def as_layer(thing: Any, where: str = "a layer") -> Layer:
-    """Return a Layer unchanged, and wrap any other callable as a layer without parameters.
-
-    Args:
-      thing: a layer or a function of inputs.
-      where: how the error names the argument.
-
-    Returns:
-      The layer.
-
-    Raises:
-      TypeError: `thing` is not callable, or it is a function that returns a layer.
-    """
-    if isinstance(thing, Layer):
-        return thing
-    if not callable(thing):
-        several = "; unpack it, as in chain(*layers)" if isinstance(thing, list | tuple) else ""
-        raise TypeError(
-            f"{where} must be a layer or a function of its inputs, got {thing!r}{several}"
-        )
-    name = name_of(thing)
-    remedy = f"pass the layer that it returns, {name}(...), not {name} itself"
-    if _returns_layer(thing):
-        raise TypeError(f"{where}: {name} is a function that makes a layer; {remedy}")
-
-    return _plain(thing, name, remedy)
-
-
-@interned
-def _plain(function: Callable[..., Any], name: str, remedy: str) -> Layer:
-    def outputs(train, *inputs, **named):
-        inputs, named = specs_of((inputs, named))
-        compute = lambda: abstractly(self.apply)({}, *inputs, **named)  # noqa: E731
-        return shared(Same(function), self, "outputs", compute, train, inputs, named)
-
-    def fn(params, *inputs, **named):
-        outputs = function(*inputs, **named)
-        if isinstance(outputs, Layer):
-            raise TypeError(f"{name} returned a layer when it was called with data; {remedy}")
-        return outputs
-
-    self = dataclasses.replace(layer(no_params, fn, label=name), outputs=outputs)
-    show_inputs(self.apply, function, after=0, body=True)
-    return self
-
-
 def call(
     net: Layer,
     params: Any,
@@ -365,10 +154,11 @@ def call(
       (outputs, state).
 
     Raises:
-      ValueError: a stateful network gets no state, or a random one gets no key in training; and
-        whatever `net.apply` raises.
+      ValueError: a stateful network gets no state, or a random one gets no key in training.
+        `net.apply` may raise other errors.
 
     Example:
+      >>> from jaxnet import layer
       >>> double = layer(None, lambda params, x: 2 * x)
       >>> call(double, {}, 3.0)
       (6.0, None)
@@ -385,7 +175,23 @@ def run(
     inputs: tuple[Any, ...],
     named: Mapping[str, Any],
 ) -> tuple[Any, Any, dict[str, tuple[Any, ...]]]:
-    """Call a layer, stateful or not, tapped or not, in one form: -> (outputs, state, seen)."""
+    """Call a layer, stateful or not, tapped or not, in one form.
+
+    Args:
+      layer: the layer.
+      params: its parameters.
+      state: its state. A stateless layer returns it unchanged.
+      key: PRNG key for the random numbers of the call, or None.
+      train: True for training.
+      inputs: its inputs by position.
+      named: its inputs by name.
+
+    Returns:
+      (outputs, state, seen), with the outputs that `capture` collects, by path.
+
+    Raises:
+      ValueError: a layer without parameters gets some.
+    """
     if layer.init is no_params and not (params is None or is_empty(params)):
         raise ValueError(
             f"{layer.label}: params must be empty, got {describe(params)}; this layer has no "
@@ -401,58 +207,33 @@ def run(
 
 
 def start_state(layer: Layer, key: Any, inputs: Any, named: Mapping[str, Any]) -> Any:
-    """The first state of a stateful layer. A layer whose `init_state` takes no key is called
+    """Make the first state of a stateful layer. A layer whose `init_state` takes no key is called
     without one.
+
+    Args:
+      layer: a stateful layer.
+      key: PRNG key for state that begins with random numbers, or None.
+      inputs: its inputs by position, or their specs.
+      named: its inputs by name, or their specs.
+
+    Returns:
+      The state.
     """
     parameters = inspect.signature(layer.init_state).parameters
     takes_key = "key" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return layer.init_state(
-        *inputs, **({"key": key} if takes_key and key is not None else {}), **named
-    )
+    keys = {"key": key} if takes_key and key is not None else {}
+    return layer.init_state(*inputs, **keys, **named)
 
 
 def no_params(key: Any, *inputs: Any, **named: Any) -> dict[str, Any]:
-    """`init` of a layer without parameters."""
-    return {}
+    """Serve as `init` of a layer without parameters.
 
+    Args:
+      key: not used.
+      *inputs: not used.
+      **named: not used.
 
-def name_of(fn: Any) -> str:
-    """The name of a callable in `repr` and in errors."""
-    # A functools.partial has the name of its function.
-    fn = getattr(fn, "func", fn)
-    return getattr(fn, "__name__", type(fn).__name__)
-
-
-def _named_by(fn: Callable[..., Any] | None) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """A function that selects the named inputs that `fn` accepts. For instance, `init` rarely needs
-    a mask.
+    Returns:
+      An empty dict.
     """
-    parameters = inspect.signature(fn).parameters if fn else {}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return dict
-    return lambda named: {name: value for name, value in named.items() if name in parameters}
-
-
-def _check_new_state(name: str, result: Any, state: Any) -> None:
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise ValueError(
-            f"{name}: a stateful layer returns (outputs, new_state), got {describe(result)}"
-        )
-
-    def facts(tree):
-        return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
-
-    if facts(result[1]) != facts(state):
-        raise ValueError(
-            f"{name}: the new state must have the names and shapes of the old one, "
-            f"{describe(state)}, got {describe(result[1])}; a stateful layer returns (outputs, "
-            "new_state)"
-        )
-
-
-def _returns_layer(fn: Any) -> bool:
-    """Whether a function is annotated to return a layer, as every constructor of layers is."""
-    returned = getattr(fn, "__annotations__", {}).get("return")
-    return returned is Layer or (
-        isinstance(returned, str) and returned.split(" |")[0].split(".")[-1] == "Layer"
-    )
+    return {}

@@ -4,19 +4,16 @@ given inputs.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxnet.core.specs import abstractly, describe, is_array, key_spec, memoised, remember, specs_of
+from jaxnet.core.memo import memoized, remember
+from jaxnet.core.specs import abstractly, describe, is_array, key_spec, specs_of
 
-if TYPE_CHECKING:
-    from jaxnet.core.contract import Layer
-
-__all__ = ["Definition", "explain_call", "param_specs"]
+__all__ = ["Definition"]
 
 _REMEDY = "make them with init, or load those of this network"
 
@@ -34,11 +31,8 @@ class Definition:
         self, label: str, init: Callable[..., Any] | None, init_state: Callable[..., Any] | None
     ):
         self.label = label
-        self.makers = {
-            name: make
-            for name, make in [("params", init), ("state", init_state)]
-            if make is not None
-        }
+        makers = {"params": init, "state": init_state}
+        self.makers = {name: make for name, make in makers.items() if make is not None}
         self.last: dict[str, Any] = {}
 
     def make(self, subject: str, key: Any, inputs: Any, named: Any) -> Any:
@@ -66,10 +60,9 @@ class Definition:
             if differences:
                 free = self._free(subject, inputs, named)
                 differences = [d for d in differences if not _differ_only_along(free, *d)]
-            for path, wanted, got in sorted(
-                differences, key=lambda difference: difference[0] != asked
-            ):
-                return self._error(subject, path, wanted, got, expected, given)
+            if differences:
+                about = next((d for d in differences if d[0] == asked), differences[0])
+                return self._error(subject, *about, expected, given)
         return None
 
     def _expected(self, subject: str, inputs: Any, named: Any) -> Any:
@@ -81,30 +74,26 @@ class Definition:
         """
 
         def compute():
-            return abstractly(self.makers[subject])(
-                key_spec(), *specs_of(inputs), **specs_of(named)
-            )
+            make = abstractly(self.makers[subject])
+            return make(key_spec(), *specs_of(inputs), **specs_of(named))
 
         try:
-            return memoised(self, subject, compute, False, inputs, named)
+            return memoized(self, subject, compute, False, inputs, named)
         except Exception:
             return self.last.get(subject)
 
     def _free(self, subject: str, inputs: Any, named: Any) -> dict[str, tuple[int, ...]]:
-        """By path: the axes whose sizes follow from the batch and time axes of the inputs, so that
-        any size may be right.
+        """The axes whose sizes follow from the batch and time axes of the inputs, by path. Any size
+        along these axes may be right.
 
-        A cache that was made for the longest sequence is then the state of a call with one token.
+        For instance, a cache that was made for the longest sequence is the state of a call with one
+        token.
         """
         longer, now = _stretched(specs_of((inputs, named))), self._expected(subject, inputs, named)
         then = self._expected(subject, *longer)
         pairs = zip(*(jax.tree.leaves_with_path(tree) for tree in (now, then)), strict=False)
         return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(
-                axis
-                for axis, sizes in enumerate(zip(a.shape, b.shape, strict=False))
-                if sizes[0] != sizes[1]
-            )
+            jax.tree_util.keystr(path, simple=True, separator="/"): _differing_axes(a, b)
             for (path, a), (_, b) in pairs
         }
 
@@ -124,12 +113,8 @@ class Definition:
                 f"{have}; {_REMEDY}"
             )
         if got is None:
-            held = {
-                name: leaf
-                for s in self.makers
-                if isinstance(given[s], Mapping)
-                for name, leaf in given[s].items()
-            }
+            dicts = [given[s] for s in self.makers if isinstance(given[s], Mapping)]
+            held = {name: leaf for entries in dicts for name, leaf in entries.items()}
             have = ", ".join(f"{name} {describe(leaf)}" for name, leaf in held.items()) or "nothing"
             return ValueError(
                 f"{label}: no '{path}' in {' and '.join(self.makers)} (they hold {have}); {_REMEDY}"
@@ -139,32 +124,6 @@ class Definition:
             f"{label}: {where} must be {describe(wanted)} for these inputs, got {describe(got)}; "
             f"they are of another network or other inputs: {_REMEDY}"
         )
-
-
-def param_specs(layer: Layer, inputs: Any, named: Any) -> Any:
-    """The specs of the parameters that `init` of any layer makes for these inputs."""
-    inputs, named = specs_of((inputs, named))
-
-    def compute():
-        return abstractly(layer.init)(key_spec(), *inputs, **named)
-
-    return memoised(layer, "all params", compute, False, inputs, named)
-
-
-def explain_call(
-    what: str, error: Exception, fn: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]
-) -> None:
-    """Raise TypeError with the signature of `fn` if `error` comes from a call that does not match
-    it.
-    """
-    if not isinstance(error, TypeError):
-        return
-    signature = inspect.signature(fn)
-    try:
-        signature.bind(*inputs, **named)
-    except TypeError as mismatch:
-        bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-        raise TypeError(f"{what} takes {inspect.Signature(bare)}: {mismatch}") from error
 
 
 def _differences(expected: Any, given: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -203,10 +162,12 @@ def _differ_only_along(
 ) -> bool:
     if not is_array(expected) or not is_array(given) or len(expected.shape) != len(given.shape):
         return False
-    differing = [
-        axis for axis, (a, b) in enumerate(zip(expected.shape, given.shape, strict=True)) if a != b
-    ]
-    return all(axis in free.get(path, ()) for axis in differing)
+    return all(axis in free.get(path, ()) for axis in _differing_axes(expected, given))
+
+
+def _differing_axes(a: Any, b: Any) -> tuple[int, ...]:
+    sizes = enumerate(zip(a.shape, b.shape, strict=False))
+    return tuple(axis for axis, (m, n) in sizes if m != n)
 
 
 def _same_shapes(expected: Any, given: Any) -> bool:

@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from jaxnet.core.contract import Layer
+
 __all__ = ["Same", "interned"]
 
 Constructor = TypeVar("Constructor", bound=Callable[..., Any])
@@ -23,6 +25,12 @@ def interned(constructor: Constructor) -> Constructor:
     for functions of the user, which may read global variables: calls with such functions, and calls
     with unhashable arguments, always make a new layer. Numbers, strings and tuples are compared
     with their types, all other values by identity. Layers are held by weak references.
+
+    Args:
+      constructor: a function that returns a Layer.
+
+    Returns:
+      A function with the same arguments. Its layers can be pickled if the arguments can.
     """
     living: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
@@ -66,12 +74,10 @@ def _argument(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return type(value), value
     if isinstance(value, functools.partial):
-        items = sorted(value.keywords.items())
-        return "partial", *map(
-            _argument, (value.func, *value.args, *(part for item in items for part in item))
-        )
+        options = [part for item in sorted(value.keywords.items()) for part in item]
+        return "partial", *map(_argument, (value.func, *value.args, *options))
     hash(value)
-    if callable(value) and not hasattr(value, "made_by") and not _is_of_jax(value):
+    if callable(value) and not isinstance(value, Layer) and not _is_of_jax(value):
         raise TypeError("a function of the user")
     return Same(value)
 

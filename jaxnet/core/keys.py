@@ -14,8 +14,16 @@ __all__ = ["SharedKey", "fold", "fold_all", "fold_copies", "is_threefry"]
 
 
 def fold(key: Any, name: str) -> Any:
-    """The key of the child `name`. It depends on the name alone, so adding or removing siblings
-    does not change it.
+    """Derive the key of a child: fold_in(key, crc32(name)).
+
+    It depends on the name alone, so adding or removing siblings does not change it.
+
+    Args:
+      key: the PRNG key of the parent.
+      name: the name of the child.
+
+    Returns:
+      The PRNG key of the child.
     """
     return _fold_in(key, np.uint32(zlib.crc32(name.encode())))
 
@@ -27,8 +35,16 @@ def _fold_in(key, code):
 
 
 def fold_all(key: Any, names: list[str]) -> dict[str, Any]:
-    """`fold` for each name. For a traced key, one operation serves all names, which compiles much
-    faster.
+    """Derive the keys of several children, as `fold` does.
+
+    For a traced key, one operation serves all names, which compiles much faster.
+
+    Args:
+      key: the PRNG key of the parent.
+      names: the names of the children.
+
+    Returns:
+      The PRNG keys by name.
     """
     if not isinstance(key, jax.core.Tracer) or not is_threefry(key) or len(names) < 2:
         return {name: fold(key, name) for name in names}
@@ -37,13 +53,27 @@ def fold_all(key: Any, names: list[str]) -> dict[str, Any]:
 
 
 def fold_copies(key: Any, n: int) -> Any:
-    """The keys of n copies of a layer, [n]: `fold_in(key, i)` for copy i."""
+    """Derive the keys of n copies of a layer: fold_in(key, i) for copy i.
+
+    Args:
+      key: the PRNG key of the layer.
+      n: the number of copies.
+
+    Returns:
+      The PRNG keys, [n].
+    """
     return jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(n))
 
 
 def is_threefry(key: Any) -> bool:
-    """Whether a key, typed or raw, is of JAX's default generator. Others may draw and fold
-    differently under vmap.
+    """Tell whether a key is of JAX's default generator. Others may draw and fold differently under
+    vmap.
+
+    Args:
+      key: a PRNG key, typed or raw.
+
+    Returns:
+      True for a key of threefry2x32.
     """
     return str(jax.random.key_impl(key)) == "threefry2x32"
 
@@ -53,12 +83,21 @@ class SharedKey:
     numbers.
 
     Any use raises RuntimeError with the remedy. Layers that draw nothing never use it.
+
+    Args:
+      label: the label of the layer that would draw.
+      name: the name of that layer in its parent.
     """
 
     def __init__(self, label: str, name: str):
         self.__dict__.update(label=label, name=name)
 
     def refuse(self) -> NoReturn:
+        """Raise the error.
+
+        Raises:
+          RuntimeError: always.
+        """
         raise RuntimeError(
             f"{self.label}: random numbers are drawn inside a raw JAX transform (scan, vmap, "
             "checkpoint, ...), where each turn would draw the same ones; pass a key, "

@@ -12,7 +12,7 @@ __all__ = ["tap", "untapped"]
 
 
 def tap(layer: Layer, plain: Layer, take: Callable[..., Any], note: Callable[[bool], Any]) -> Layer:
-    """A layer that also returns `take((inputs, named), outputs)` of each call, at its own path.
+    """Make a layer that also returns `take((inputs, named), outputs)` of each call, at its path.
 
     Args:
       layer: the layer to run; its children may be tapped.
@@ -20,22 +20,24 @@ def tap(layer: Layer, plain: Layer, take: Callable[..., Any], note: Callable[[bo
       take: a function of the inputs and outputs, whose result is captured.
       note: called at each call with whether its value can be captured: True for `layer`, False for
         `plain`.
+
+    Returns:
+      The tapped layer.
     """
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
         note(True)
         outputs, new, seen = run(layer, params, state, key, train, inputs, named)
         taken = take((inputs, named), outputs)
-        return outputs, Carried(new, {"": (taken,)} | {path: value for path, value in seen.items()})
+        return outputs, Carried(new, {"": (taken,)} | seen)
 
     def apply_plain(*args, **named):
         note(False)
         return plain.apply(*args, **named)
 
     noted = dataclasses.replace(plain, apply=apply_plain)
-    return dataclasses.replace(
-        layer, apply=apply, tapped=True, plain=noted, children=plain.children
-    )
+    changes: dict[str, Any] = dict(tapped=True, plain=noted, children=plain.children)
+    return dataclasses.replace(layer, apply=apply, **changes)
 
 
 def untapped(layer: Layer) -> Layer:

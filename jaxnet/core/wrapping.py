@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxnet.core.checks import check_mode, check_state
-from jaxnet.core.contract import Carried, Layer, as_layer, run
+from jaxnet.core.contract import Carried, Layer, run
 from jaxnet.core.definition import Definition
+from jaxnet.core.functions import as_layer
 from jaxnet.core.keys import SharedKey
 from jaxnet.core.signature import show_inputs
 from jaxnet.core.specs import as_jax
 
 __all__ = ["around"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """The inner layer as a function, as the `call` of `around` sees it.
+
+    Attributes:
+      inner: the layer.
+      train: the mode of the call.
+      shared: a stand-in for the key inside a raw JAX transform, or None.
+    """
+
+    inner: Layer
+    train: bool
+    shared: SharedKey | None
+
+    def __call__(
+        self, params: Any, state: Any, key: Any, /, *inputs: Any, **named: Any
+    ) -> tuple[Any, Any, Mapping[str, Any]]:
+        """Call the layer: (outputs, state, seen)."""
+        return run(self.inner, params, state, self.shared or key, self.train, inputs, named)
 
 
 def around(
@@ -32,7 +55,7 @@ def around(
     """Make a layer with the parameters, state and path of `inner`, which `call` evaluates.
 
     `repeat`, `scan`, `vmap`, `remat`, `cast` and `residual` are built with `around`. It also serves
-    for weight normalisation, an equilibrium model or a `shard_map` around a layer. `call` receives
+    for weight normalization, an equilibrium model or a `shard_map` around a layer. `call` receives
     `run`, which calls `inner`. Keys, state and captured outputs are ordinary values there, so
     `call` may use any JAX transform.
 
@@ -80,16 +103,11 @@ def around(
         inputs, named = as_jax((inputs, named))
         if problem := definition.problem(params, state, inputs, named):
             raise problem
-        # A stand-in for a key cannot enter a transform, so `run` takes it from this closure. A call
-        # that draws receives the stand-in, which raises.
+        # A stand-in for a key cannot enter a transform, so `Run` holds it. A call that draws
+        # receives the stand-in, which raises.
         shared = key if isinstance(key, SharedKey) and not random else None
-
-        def run_inner(params, state, key, /, *inputs, **named):
-            return run(inner, params, state, shared or key, train, inputs, named)
-
-        run_inner.train = train
         offered = key if shared is None and (random or inner.random) else None
-        result = call(run_inner, params, state, offered, *inputs, **named)
+        result = call(Run(inner, train, shared), params, state, offered, *inputs, **named)
         if not isinstance(result, tuple) or len(result) != 3:
             raise TypeError(f"{label}: the function of `around` returns (outputs, state, seen)")
         outputs, new_state, seen = result
@@ -100,11 +118,10 @@ def around(
     def start(key, *inputs, **named):
         return init_state(*inputs, key=key, **named)  # pyright: ignore[reportOptionalCall]
 
-    makers = (
-        init if checked else None,
-        start if checked and init_state and inner.init_state else None,
+    makes_state = init_state is not None and inner.init_state is not None
+    definition = Definition(
+        label, init if checked else None, start if checked and makes_state else None
     )
-    definition = Definition(label, *makers)
     # A `call` without `*inputs` may take other inputs than `inner`.
     passed_on = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(call).parameters.values())
     show_inputs(apply, *((inner.apply, 1) if passed_on else (call, 4)))

@@ -1,4 +1,4 @@
-"""Convolution over the axes of lines, images and volumes."""
+"""Convolution over the spatial axes of sequences, images and volumes."""
 
 from __future__ import annotations
 
@@ -40,32 +40,38 @@ def conv(
     bias_init: Callable[..., Any] = initializers.zeros,
     precision: Any = None,
 ) -> Layer:
-    """Convolve, y[o, f] = b[f] + sum over w, c of x[o s + w d - lo, c] k[w, c, f].
+    """Convolve over the spatial axes.
 
-    [..., *spatial, C] -> [..., *outputs, F]
+    y[o, f] = b[f] + sum over w, c of x[o s + w d - lo, c] k[w, c, f].
 
-    kernel [*window, C / groups, F], bias [F]. As everywhere in deep learning the kernel is not
-    flipped. All axes before the spatial ones are batch axes. Every derivative keeps its speed
-    inside compiled loops (`jaxnet.ops.convolve`).
+    Parameters: kernel k [*kernel_size, C / groups, F], bias b [F]. As everywhere in deep learning,
+    the kernel is not flipped. All axes before the spatial ones are batch axes. Every derivative
+    keeps its speed inside compiled loops (`jaxnet.ops.convolve`).
 
     Args:
-      features: F, features of the output.
-      kernel_size: an int for images (two spatial axes), or its size along each spatial axis: (3,)
+      features: F, the number of features of the output.
+      kernel_size: an int for images (two spatial axes), or the size along each spatial axis: (3,)
         for sequences, (3, 3, 3) for volumes.
-      strides: s, the step between windows; one int for all spatial axes or one for each, as is
-        `dilation`.
+      strides: s, the step between windows; one int for all spatial axes, or one per axis.
       padding: "SAME" (ceil(size / stride) outputs, the odd zero at the end), "VALID" (no zeros), an
-        int, or (before, after) for each spatial axis.
-      dilation: d, the step between the elements of a window.
-      groups: output features [i F / groups, (i+1) F / groups) see only input features [i C /
-        groups, (i+1) C / groups); with groups = C, a depthwise convolution.
+        int, or (before, after) per spatial axis.
+      dilation: d, the step between the elements of a window; one int for all spatial axes, or one
+        per axis.
+      groups: the number of groups. Output features [i F / groups, (i+1) F / groups) use only input
+        features [i C / groups, (i+1) C / groups). With groups = C, a depthwise convolution.
       bias: False leaves out b.
-      kernel_init, bias_init: (key, shape, dtype) -> array, as in `jax.nn.initializers`.
+      kernel_init: (key, shape, dtype) -> array, as in `jax.nn.initializers`.
+      bias_init: the same for the bias.
       precision: as in `jax.lax.conv_general_dilated`.
 
-    Raises: ValueError for options of the wrong form, another number of features than at `init`, a
-    missing axis, or where no window fits; TypeError for inputs that are not floats of the
-    parameters' dtype.
+    Returns:
+      The layer, x [..., *spatial, C] -> y [..., *outputs, F].
+
+    Raises:
+      ValueError: an option has the wrong form; in `init` and `apply`, x lacks an axis, or no window
+        fits, or C differs from that at `init`.
+      TypeError: in `init` and `apply`, x is not an array of floats, or not in the dtype of the
+        parameters.
     """
     window, size = spatial_window("conv", "kernel_size", kernel_size)
     features = size_of(f"conv({features}, {size}): features", features)
@@ -93,11 +99,9 @@ def conv(
                     f"{describe(x)}"
                 )
         params = {"kernel": kernel_init(key, (*window, x.shape[-1] // groups, features), x.dtype)}
-        return (
-            params | {"bias": initializers.bias(bias_init, key, (features,), x.dtype)}
-            if bias
-            else params
-        )
+        if bias:
+            params["bias"] = initializers.bias(bias_init, key, (features,), x.dtype)
+        return params
 
     def fn(params, x):
         check_real(label, params)

@@ -1,4 +1,4 @@
-"""Vectors for integers."""
+"""Learned vectors for integers."""
 
 from __future__ import annotations
 
@@ -25,26 +25,28 @@ def embed(
     embedding_init: Callable[..., Any] = initializers.fan_in_normal,
     dtype: Any = None,
 ) -> Layer:
-    """Look up a learned vector for each integer, y = E[ids].   ids [...] -> y [..., features].
+    """Look up a learned vector for each integer, y = E[ids].
 
-    Parameters: embedding [num_embeddings, features].
-    An id that is not in 0 .. num_embeddings - 1 gives NaN, so that it cannot pass for another.
+    Parameters: embedding E [num_embeddings, features].
+
+    The vector of an id that is not in 0 .. num_embeddings - 1 is NaN, so that the mistake shows.
 
     Args:
-      num_embeddings: how many integers have a vector.
+      num_embeddings: the number of vectors.
       features: the length of a vector.
-      embedding_init: (key, shape, dtype) -> array; by default normal with deviation 1 /
+      embedding_init: (key, shape, dtype) -> array. By default normal, with standard deviation 1 /
         sqrt(features).
-      dtype: of the embedding; float32 by default (float64 under `jax_enable_x64`).
+      dtype: the dtype of the embedding; float32 by default (float64 under `jax_enable_x64`).
+
+    Returns:
+      The layer, ids [...] -> y [..., features].
 
     Raises:
       ValueError: a size is not a positive integer.
-      TypeError: ids that are not integers, or a dtype that is not a float.
+      TypeError: `dtype` is not a float; in `init` and `apply`, the ids are not integers.
     """
-    num_embeddings, features = (
-        size_of("embed: num_embeddings", num_embeddings),
-        size_of("embed: features", features),
-    )
+    num_embeddings = size_of("embed: num_embeddings", num_embeddings)
+    features = size_of("embed: features", features)
     label = f"embed({num_embeddings}, {features})"
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
@@ -53,11 +55,8 @@ def embed(
 
     def init(key, ids):
         check_input(label, ids, rank=0, kind=jnp.integer)
-        return {
-            "embedding": embedding_init(
-                key, (num_embeddings, features), dtype or jnp.result_type(float)
-            )
-        }
+        shape = (num_embeddings, features)
+        return {"embedding": embedding_init(key, shape, dtype or jnp.result_type(float))}
 
     def fn(params, ids):
         check_real(label, params)

@@ -1,9 +1,9 @@
-"""The layers' own initialisers: the bits of `jax.nn.initializers`, from few programs.
+"""Initial values of parameters: those of `jax.nn.initializers`, bit for bit, from few programs.
 
 XLA takes a quarter of a second to compile random numbers of one shape, more than a small network
-needs for all the rest of its `init`. But n numbers are the first n of any longer draw from the same
-key, so that one program serves all shapes below its length; and what is left to do for one shape
-alone is done in NumPy, which compiles nothing.
+needs for all the rest of its `init`. However, n numbers are the first n of any longer draw from the
+same key. Therefore one program serves all shapes below its length, and NumPy, which compiles
+nothing, does the rest of the work for a shape.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ class Draw(NamedTuple):
 
     Attributes:
       own: the draw of `jax.random`, (key, shape, dtype) -> array.
-      low, high: the range of u.
-      least, most: the range of the numbers.
-      deviation: of the numbers; the initialisers divide by it.
+      low: the smallest u.
+      high: the bound of u.
+      least: the smallest number.
+      most: the largest number.
+      deviation: the standard deviation of the numbers. The initializers divide by it.
     """
 
     own: Callable[..., Any]
@@ -44,7 +46,8 @@ class Draw(NamedTuple):
     deviation: float
 
 
-_ERF_OF_SQRT_2 = float(np.float32(0.95449974))  # jax.lax.erf(2 / sqrt(2)) in float32
+# jax.lax.erf(2 / sqrt(2)) in float32.
+_ERF_OF_SQRT_2 = float(np.float32(0.95449974))
 _BELOW_2 = float(np.nextafter(np.float32(2), np.float32(0)))
 NORMAL = Draw(
     jax.random.normal,
@@ -65,10 +68,10 @@ TRUNCATED = Draw(
 
 
 def lecun_normal(key, shape: tuple[int, ...], dtype):
-    """`jax.nn.initializers.lecun_normal()`: truncated normal of deviation 1 / sqrt(fan-in), all
-    axes but the last.
+    """Draw a kernel [*window, in, out] as `jax.nn.initializers.lecun_normal()` does.
 
-    key; shape [*window, in, out]; dtype -> array.
+    The numbers are truncated normal with deviation 1 / sqrt(fan-in). The fan-in is the product of
+    all axes but the last.
     """
     return _scaled_by_fan_in(
         jax.nn.initializers.lecun_normal(), TRUNCATED, key, shape, dtype, out_axis=-1
@@ -76,17 +79,17 @@ def lecun_normal(key, shape: tuple[int, ...], dtype):
 
 
 def fan_in_normal(key, shape: tuple[int, int], dtype):
-    """`jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)`: normal of
-    deviation 1 / sqrt(features).
+    """Draw an embedding [num_embeddings, features] from normal numbers of deviation 1 /
+    sqrt(features).
 
-    key; shape [num_embeddings, features]; dtype -> array.
+    It is `jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)`.
     """
     own = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
     return _scaled_by_fan_in(own, NORMAL, key, shape, dtype, out_axis=0)
 
 
 def bias(initializer: Callable[..., Any], key, shape: tuple[int, ...], dtype):
-    """Initialise a bias. The kernel uses `key` itself, so a random bias is drawn with a key folded
+    """Initialize a bias. The kernel uses `key` itself, so a random bias is drawn with a key folded
     from it.
     """
     constant = initializer in (zeros, ones, jax.nn.initializers.zeros, jax.nn.initializers.ones)
@@ -94,12 +97,12 @@ def bias(initializer: Callable[..., Any], key, shape: tuple[int, ...], dtype):
 
 
 def zeros(key, shape: tuple[int, ...], dtype):
-    """`jax.nn.initializers.zeros`; the key may be None."""
+    """Fill with zeros, as `jax.nn.initializers.zeros` does. The key may be None."""
     return _full(key, shape, 0, dtype)
 
 
 def ones(key, shape: tuple[int, ...], dtype):
-    """`jax.nn.initializers.ones`; the key may be None."""
+    """Fill with ones, as `jax.nn.initializers.ones` does. The key may be None."""
     return _full(key, shape, 1, dtype)
 
 
@@ -110,9 +113,7 @@ def _full(key, shape, value, dtype):
 
 
 def _is_for_numpy(x) -> bool:
-    """Whether what follows from x may be computed in NumPy: x is not traced, and no mesh says where
-    arrays are to be.
-    """
+    """Whether results of x may be computed in NumPy: x is not traced, and no mesh places arrays."""
     return not isinstance(x, jax.core.Tracer) and jax.sharding.get_abstract_mesh().empty
 
 
@@ -131,7 +132,7 @@ def _scaled_by_fan_in(own: Callable[..., Any], draw: Draw, key, shape, dtype, *,
         drawn = _first(key, n, draw)
     else:
         drawn = draw.own(key, shape=(length if traced else max(length, SHORTEST),), dtype=dtype)
-    # From here on as in JAX: this order of divisions, each result rounded to the dtype.
+    # JAX divides in this order and rounds each result to the dtype.
     fan_in = shape[-2] * (n / shape[-2] / shape[out_axis])
     factor = np.sqrt(np.array(1 / fan_in, drawn.dtype)) / np.array(draw.deviation, drawn.dtype)
     if _is_for_numpy(drawn):

@@ -30,17 +30,27 @@ def dense(
 ) -> Layer:
     """Affine map of the last axis, y = x W + b.
 
-    x [..., D] -> y [..., features]; kernel [D, features], bias [features].
+    Parameters: kernel W [D, features], bias b [features].
 
     Args:
-      features: the features of the output.
+      features: the number of features of the output.
       bias: False leaves out b.
-      kernel_init, bias_init: (key, shape, dtype) -> array, as in `jax.nn.initializers`.
-      precision: of the matrix product, as in `jax.numpy.matmul`.
+      kernel_init: (key, shape, dtype) -> array, as in `jax.nn.initializers`.
+      bias_init: the same for the bias.
+      precision: the precision of the matrix product, as in `jax.numpy.matmul`.
+
+    Returns:
+      The layer, x [..., D] -> y [..., features].
 
     Raises:
-      ValueError: the width differs from that at `init`, or a size is not a positive integer.
-      TypeError: inputs that are not floats of the parameters' dtype.
+      ValueError: `features` is not a positive integer; in `apply`, D differs from that at `init`.
+      TypeError: in `init` and `apply`, x is not an array of floats, or not in the dtype of the
+        parameters.
+
+    Example:
+      >>> net = dense(3)
+      >>> jax.tree.map(jnp.shape, net.init(jax.random.key(0), jnp.ones((8, 2))))
+      {'bias': (3,), 'kernel': (2, 3)}
     """
     features = size_of("dense: features", features)
     label = f"dense({features})"
@@ -48,11 +58,9 @@ def dense(
     def init(key, x):
         check_input(label, x)
         params = {"kernel": kernel_init(key, (x.shape[-1], features), x.dtype)}
-        return (
-            params | {"bias": initializers.bias(bias_init, key, (features,), x.dtype)}
-            if bias
-            else params
-        )
+        if bias:
+            params["bias"] = initializers.bias(bias_init, key, (features,), x.dtype)
+        return params
 
     def fn(params, x):
         check_real(label, params)
@@ -70,9 +78,8 @@ def _affine_rows(x, kernel, bias, precision):
     # With two axes, the gradient of the kernel is one plain matrix product, not a contraction over
     # several axes.
     flat = x if x.ndim <= 2 else x.reshape(-1, x.shape[-1])
-    y = (
-        jnp.matmul(flat, kernel, precision=precision)
-        if bias is None
-        else affine(flat, kernel, bias, precision)
-    )
+    if bias is None:
+        y = jnp.matmul(flat, kernel, precision=precision)
+    else:
+        y = affine(flat, kernel, bias, precision)
     return y.reshape(*x.shape[:-1], kernel.shape[1])

@@ -12,13 +12,22 @@ __all__ = ["dropout"]
 
 @interned
 def dropout(rate: float) -> Layer:
-    """Zero each element with probability `rate` in training, y = x * m / (1 - rate), m ~
-    Bernoulli(1 - rate).
+    """Zero each element with probability `rate` in training.
 
-    The mean of y is x; evaluation is the identity and needs no key.
+    y = x m / (1 - rate), m ~ Bernoulli(1 - rate), so the mean of y is x. Evaluation is the identity
+    and needs no key.
 
-    Raises: ValueError in training without a key.
-    Source: Srivastava et al., "Dropout", JMLR 15, 2014 (scaled in training, not in evaluation).
+    Source: Srivastava et al., "Dropout", JMLR 15, 2014. There, evaluation is scaled instead of
+    training.
+
+    Args:
+      rate: the probability to zero an element, in [0, 1).
+
+    Returns:
+      The layer, x [...] -> y [...].
+
+    Raises:
+      ValueError: the rate is not in [0, 1); in `apply`, training has no key.
     """
     if not 0 <= rate < 1:
         raise ValueError(f"dropout: rate is the probability to drop, in [0, 1), got {rate}")

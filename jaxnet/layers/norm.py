@@ -1,4 +1,4 @@
-"""Normalisation. Statistics are computed in at least float32, whatever the dtype of the input."""
+"""Normalization. Statistics are computed in at least float32, whatever the dtype of the input."""
 
 from __future__ import annotations
 
@@ -23,18 +23,31 @@ __all__ = ["batch_norm", "layer_norm"]
 def batch_norm(
     *, momentum: float = 0.9, eps: float = 1e-5, scale: bool = True, bias: bool = True
 ) -> Layer:
-    """Normalise each feature over the batch, y = (x - m) / sqrt(v + eps) * scale + bias.
+    """Normalize each feature over the batch, y = (x - m) / sqrt(v + eps) * scale + bias.
 
-    x [..., C] -> y [..., C].
+    Parameters: scale [C], bias [C]. State: mean [C], var [C].
 
-    m and v are the mean and variance over all axes but the last: of this batch in training, running
-    averages in evaluation. Training moves those in `state` {mean [C], var [C]}, s <- momentum s +
-    (1 - momentum) s_batch, where the variance is the unbiased one, with n - 1 (as in PyTorch, whose
-    `momentum` is 1 minus this one).
+    m and v are the mean and the variance over all axes but the last. In training they are those of
+    the batch, and in evaluation the running averages in the state. Training updates the averages, s
+    <- momentum s + (1 - momentum) s_batch, with the unbiased variance (divisor n - 1). PyTorch does
+    the same, but its `momentum` is 1 minus this one.
 
-    Raises: ValueError for another width than at `init`, or if there is one value a feature to train
-    on.
     Source: Ioffe & Szegedy, "Batch Normalization", ICML 2015.
+
+    Args:
+      momentum: the share of the old average, in [0, 1).
+      eps: a number that is added to the variance.
+      scale: False leaves out the scale.
+      bias: False leaves out the bias.
+
+    Returns:
+      The layer, x [..., C] -> y [..., C].
+
+    Raises:
+      ValueError: `momentum` or `eps` is out of range; in `apply`, C differs from that at `init`, or
+        training has only one value per feature.
+      TypeError: in `init` and `apply`, x is not an array of floats, or not in the dtype of the
+        parameters.
     """
     if not 0 <= momentum < 1:
         raise ValueError(
@@ -60,7 +73,7 @@ def batch_norm(
         n = math.prod(x.shape[:-1])
         if isinstance(n, int) and n < 2:
             raise ValueError(
-                "batch_norm: training needs more than one value a feature, got "
+                "batch_norm: training needs more than one value per feature, got "
                 f"{x.dtype}{list(x.shape)}"
             )
         return _by_the_batch(x, state, factor, shift, eps, momentum)
@@ -71,14 +84,25 @@ def batch_norm(
 
 @interned
 def layer_norm(*, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> Layer:
-    """Normalise the last axis, y = (x - m) / sqrt(v + eps) * scale + bias.
+    """Normalize the last axis, y = (x - m) / sqrt(v + eps) * scale + bias.
 
-    x [..., C] -> y [..., C].
+    Parameters: scale [C], bias [C]. m and v are the mean and the biased variance over the last
+    axis.
 
-    m and v are the mean and the (biased) variance over the last axis.
-
-    Raises: ValueError for another width than at `init`.
     Source: Ba, Kiros & Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
+
+    Args:
+      eps: a number that is added to the variance.
+      scale: False leaves out the scale.
+      bias: False leaves out the bias.
+
+    Returns:
+      The layer, x [..., C] -> y [..., C].
+
+    Raises:
+      ValueError: `eps` is out of range; in `apply`, C differs from that at `init`.
+      TypeError: in `init` and `apply`, x is not an array of floats, or not in the dtype of the
+        parameters.
     """
     eps = _epsilon("layer_norm", eps)
 
@@ -88,16 +112,19 @@ def layer_norm(*, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> L
         check_input("layer_norm", x, width=None if like is None else like.shape[0], like=like)
         return _over_features(x, factor, shift, eps)
 
-    return dataclasses.replace(
-        layer(_init("layer_norm", scale, bias), fn, label="layer_norm"), wide=("scale", "bias")
-    )
+    made = layer(_init("layer_norm", scale, bias), fn, label="layer_norm")
+    return dataclasses.replace(made, wide=("scale", "bias"))
 
 
 def _init(label: str, scale: bool, bias: bool):
     def init(key, x):
         check_input(label, x)
-        params = {"scale": initializers.ones(key, x.shape[-1:], x.dtype)} if scale else {}
-        return params | ({"bias": initializers.zeros(key, x.shape[-1:], x.dtype)} if bias else {})
+        params = {}
+        if scale:
+            params["scale"] = initializers.ones(key, x.shape[-1:], x.dtype)
+        if bias:
+            params["bias"] = initializers.zeros(key, x.shape[-1:], x.dtype)
+        return params
 
     return init
 
@@ -126,7 +153,7 @@ def _by_the_batch(x, state, scale, bias, eps, momentum):
     n, axes = math.prod(x.shape[:-1]), tuple(range(x.ndim - 1))
     d, shift = _shifted(widened(x), axes)
     # E[d^2] - E[d]^2 needs one pass over d. It loses digits if the mean of d is large compared with
-    # the deviation, which the mean of the shifted values is not.
+    # the deviation, but the mean of the shifted values is small.
     mean = d.mean(axes, keepdims=True)
     var = jnp.maximum(jnp.square(d).mean(axes, keepdims=True) - jnp.square(mean), 0)
     unbiased = n / (n - 1) if isinstance(n, int) else _number(n, d) / (_number(n, d) - 1)
@@ -139,11 +166,10 @@ def _by_the_batch(x, state, scale, bias, eps, momentum):
 
 
 def _shifted(x, axes: tuple[int, ...]):
-    """x minus its rounded mean over some axes, whose mean is a rounding error; and that mean, kept
-    with size 1.
+    """(x minus its rounded mean over some axes, that mean with these axes of size 1).
 
-    The mean is subtracted without a gradient, because the layers give the same outputs for every
-    shift.
+    The mean of the difference is a rounding error. The rounded mean is subtracted without a
+    gradient, because the layers give the same outputs for every shift.
     """
     shift = jax.lax.stop_gradient(x.mean(axes, keepdims=True))
     return x - shift, shift
@@ -164,11 +190,8 @@ def _number(n, x):
 
 
 def _epsilon(label: str, eps: Any) -> float:
-    if (
-        isinstance(eps, bool)
-        or not isinstance(eps, int | float | np.number)
-        or not 0 <= eps < math.inf
-    ):
+    is_number = isinstance(eps, int | float | np.number) and not isinstance(eps, bool)
+    if not is_number or not 0 <= eps < math.inf:
         raise ValueError(f"{label}: eps must be a number of at least 0 such as 1e-5, got {eps!r}")
     return float(eps)
 

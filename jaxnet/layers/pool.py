@@ -1,4 +1,4 @@
-"""Pooling: one number for each window, or for all of an image."""
+"""Pooling: one number per window, or per image."""
 
 from __future__ import annotations
 
@@ -31,22 +31,25 @@ def max_pool(
     strides: int | Sequence[int] | None = None,
     padding: str | int | Sequence[tuple[int, int]] = "VALID",
 ) -> Layer:
-    """The largest element of each window, y[o, c] = max over w of x[o s + w - lo, c].
+    """Take the largest element of each window, y[o, c] = max over w of x[o s + w - lo, c].
 
-    [..., *spatial, C] -> [..., *outputs, C]
-
-    The gradient goes to the first of the largest, in row-major order, as in PyTorch. Padding never
-    wins. All axes before the spatial ones are batch axes.
+    The gradient goes to the first of the largest elements in row-major order, as in PyTorch.
+    Padding is never the largest. All axes before the spatial ones are batch axes. x may hold
+    integers.
 
     Args:
-      window: an int for images (two spatial axes), or its size along each spatial axis: (2,) for
+      window: an int for images (two spatial axes), or the size along each spatial axis: (2,) for
         sequences, (2, 2, 2) for volumes.
-      strides: s, the step between windows; the window by default, so that windows do not overlap.
+      strides: s, the step between windows; the window by default, so windows do not overlap.
       padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), an int, or
-        (before, after) for each axis; smaller than the window.
+        (before, after) per spatial axis; smaller than the window.
 
-    Raises: ValueError for options of the wrong form, a missing axis, or where no window fits.
-    Numbers may be integers.
+    Returns:
+      The layer, x [..., *spatial, C] -> y [..., *outputs, C].
+
+    Raises:
+      ValueError: an option has the wrong form; in `apply`, x lacks an axis, or no window fits.
+      TypeError: in `apply`, x is not an array of real numbers.
     """
     return _pool("max_pool", ops.max_pool, jnp.number, window, strides, padding)
 
@@ -57,37 +60,60 @@ def avg_pool(
     strides: int | Sequence[int] | None = None,
     padding: str | int | Sequence[tuple[int, int]] = "VALID",
 ) -> Layer:
-    """The mean of each window, y[o, c] = mean over w of x[o s + w - lo, c].
+    """Take the mean of each window, y[o, c] = mean over w of x[o s + w - lo, c].
 
-    [..., *spatial, C] -> [..., *outputs, C]
+    Padding does not count: the mean is over the elements of x, as in Keras, and in PyTorch with
+    count_include_pad=False. All axes before the spatial ones are batch axes.
 
-    Only elements of x count, not padding: as in Keras, and in PyTorch with count_include_pad=False.
+    Args:
+      window: an int for images (two spatial axes), or the size along each spatial axis: (2,) for
+        sequences, (2, 2, 2) for volumes.
+      strides: s, the step between windows; the window by default, so windows do not overlap.
+      padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), an int, or
+        (before, after) per spatial axis; smaller than the window.
 
-    Args, Raises: as `max_pool`; TypeError for inputs that are not floats.
+    Returns:
+      The layer, x [..., *spatial, C] -> y [..., *outputs, C].
+
+    Raises:
+      ValueError: an option has the wrong form; in `apply`, x lacks an axis, or no window fits.
+      TypeError: in `apply`, x is not an array of floats.
     """
     return _pool("avg_pool", ops.avg_pool, jnp.floating, window, strides, padding)
 
 
 def global_max_pool(rank: int = 2) -> Layer:
-    """The largest element of each feature over the `rank` axes before the last.
+    """Take the largest element of each feature over the `rank` axes before the last.
 
-    [..., *spatial, C] -> [..., C]
+    Equal largest elements share the gradient equally, as with `jax.numpy.max`. x may hold integers.
 
-    The gradient is shared equally by the largest, as that of `jax.numpy.max`.
+    Args:
+      rank: the number of spatial axes: 1 for sequences, 2 for images, 3 for volumes. All axes
+        before those are batch axes.
 
-    Args, Raises: as `global_avg_pool`; numbers may be integers.
+    Returns:
+      The layer, x [..., *spatial, C] -> y [..., C].
+
+    Raises:
+      ValueError: `rank` is not a positive integer; in `apply`, x lacks an axis, or one is empty.
+      TypeError: in `apply`, x is not an array of real numbers.
     """
     return _global("global_max_pool", jnp.max, jnp.number, rank)
 
 
 def global_avg_pool(rank: int = 2) -> Layer:
-    """The mean of each feature over the `rank` axes before the last.
+    """Take the mean of each feature over the `rank` axes before the last.
 
-    [..., *spatial, C] -> [..., C]
+    Args:
+      rank: the number of spatial axes: 1 for sequences, 2 for images, 3 for volumes. All axes
+        before those are batch axes.
 
-    Args: rank: 1 for sequences, 2 for images, 3 for volumes; all axes before those are batch axes.
+    Returns:
+      The layer, x [..., *spatial, C] -> y [..., C].
 
-    Raises: ValueError for a missing or an empty axis, TypeError for inputs that are not floats.
+    Raises:
+      ValueError: `rank` is not a positive integer; in `apply`, x lacks an axis, or one is empty.
+      TypeError: in `apply`, x is not an array of floats.
     """
     return _global("global_avg_pool", jnp.mean, jnp.floating, rank)
 
@@ -101,15 +127,15 @@ def _pool(name: str, pool: Callable[..., Any], kind, window, strides, padding) -
     def check_windows(sizes):
         pool_geometry(label, (1, *sizes, 1), window, strides, padding)
 
-    check_windows((ENDLESS,) * rank)  # options of the wrong form fail here
+    # Options of the wrong form fail here. Whether a window fits depends on x.
+    check_windows((ENDLESS,) * rank)
 
     def fn(params, x):
         check_spatial(label, x, rank, kind=kind)
         with telling_how_read(x, rank):
             check_windows(x.shape[-rank - 1 : -1])
-        return over_batch(
-            functools.partial(pool, window=window, strides=strides, padding=padding), x, rank
-        )
+        pooled = functools.partial(pool, window=window, strides=strides, padding=padding)
+        return over_batch(pooled, x, rank)
 
     return layer(no_params, fn, label=label)
 

@@ -12,10 +12,18 @@ __all__ = ["flatten"]
 
 @interned
 def flatten(rank: int = 3) -> Layer:
-    """Merge the last `rank` axes into one: an image [..., H, W, C] becomes [..., H * W * C] with
-    the default of 3.
+    """Merge the last `rank` axes into one.
 
-    Raises: ValueError if there are fewer axes.
+    With the default of 3, an image [..., H, W, C] becomes [..., H * W * C].
+
+    Args:
+      rank: the number of axes to merge.
+
+    Returns:
+      The layer, x [..., *sizes] -> y [..., product of sizes].
+
+    Raises:
+      ValueError: `rank` is not a positive integer; in `apply`, x has fewer axes.
     """
     rank = size_of("flatten: rank", rank)
 

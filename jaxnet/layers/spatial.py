@@ -1,6 +1,4 @@
-"""The options and inputs of layers whose windows slide over the spatial axes, [..., *spatial,
-features].
-"""
+"""Options and inputs of layers with windows over the spatial axes of [..., *spatial, features]."""
 
 from __future__ import annotations
 
@@ -93,9 +91,8 @@ def check_spatial(
             "as channels"
         )
     if len(x.shape) <= rank:
-        axes = {1: "length", 2: "height, width", 3: "depth, height, width"}.get(
-            rank, f"{rank} spatial axes"
-        )
+        names = {1: "length", 2: "height, width", 3: "depth, height, width"}
+        axes = names.get(rank, f"{rank} spatial axes")
         raise ValueError(f"{label}: the input must be [..., {axes}, features], got {describe(x)}")
     with telling_how_read(x, rank):
         check_input(label, x, width=width, kind=object)
@@ -112,10 +109,8 @@ def telling_how_read(x: Any, rank: int) -> Iterator[None]:
         *batch, channels = x.shape[: -rank - 1] + x.shape[-1:]
         number, size = math.prod(batch), "x".join(map(str, x.shape[-rank - 1 : -1]))
         thing = {1: "sequence", 2: "image", 3: "volume"}.get(rank, f"array of {rank} spatial axes")
-        read = (
-            f"{number} {thing}{'' if number == 1 else 's'} of {size} with {channels} "
-            f"channel{'s' * (channels != 1)}"
-        )
+        things, s = f"{thing}{'s' * (number != 1)}", "s" * (channels != 1)
+        read = f"{number} {things} of {size} with {channels} channel{s}"
         raise ValueError(f"{error}; the input was read as {read}") from None
 
 

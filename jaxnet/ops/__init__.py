@@ -1,6 +1,4 @@
-"""Operations on arrays whose derivatives keep their speed inside compiled loops. They know nothing
-of layers.
-"""
+"""Operations on arrays, with derivatives that keep their speed inside compiled loops."""
 
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,4 @@
-"""Convolution as three bilinear maps that are each other's derivatives, so that every derivative
-has a fast form.
+"""Convolution as three bilinear maps that are each other's derivatives. Each has a fast form.
 
 All three are partial derivatives of one trilinear form (one spatial axis, one group; N batch, C and
 F features in and out):
@@ -11,9 +10,10 @@ F features in and out):
     kernel  dT/dk (x, y)   pulls a cotangent y back to the kernel
 
 A derivative of a partial derivative of T is another one, so the family is closed under
-differentiation and transposition, and (by folding the new axis into an old one) under `vmap`:
-whatever JAX derives from a convolution is one of the three. Each is a JAX primitive. On a CPU it is
-lowered to the forms of `convolution_cpu`; elsewhere, to what JAX itself would write.
+differentiation and transposition, and (by folding the new axis into an old one) under `vmap`.
+Everything that JAX derives from a convolution is one of the three. Each is a JAX primitive. On a
+CPU it is lowered to the forms of `convolution_cpu`, and elsewhere to the program that JAX itself
+would write.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxnet.ops import convolution_cpu
-from jaxnet.ops.geometry import ROLES, Geometry, others, plain, shape_of, window_geometry
+from jaxnet.ops.geometry import Geometry, window_geometry
+from jaxnet.ops.trilinear import ROLES, others, plain, shape_of
 
 __all__ = ["convolve"]
 
@@ -45,30 +46,33 @@ def convolve(
     groups: int = 1,
     precision: Any = None,
 ) -> jax.Array:
-    """Convolve over the spatial axes, y[n, o, f] = sum over w, c of x[n, o s + w d - lo, c]
-    kernel[w, c, f].
+    """Convolve over the spatial axes.
+
+    y[n, o, f] = sum over w, c of x[n, o s + w d - lo, c] kernel[w, c, f].
 
     It equals `jax.lax.conv_general_dilated` (no flip of the kernel) with all its derivatives, in
-    both modes and of every order, which keep their speed inside `lax.scan` and `lax.while_loop` on
-    a CPU.
+    both modes and of every order. On a CPU, they keep their speed inside `lax.scan` and
+    `lax.while_loop`.
 
     Args:
-      x: [N, *spatial, C], with 1 spatial axis or more.
-      kernel: [*window, C / groups, F], in the dtype of x.
-      strides: s, the step between windows; one int for all spatial axes or one for each, as is
-        `dilation`.
+      x: the input, [N, *spatial, C], with at least one spatial axis.
+      kernel: the kernel, [*window, C / groups, F], in the dtype of x.
+      strides: s, the step between windows; one int for all spatial axes, or one per axis.
       padding: "SAME" (ceil(size / stride) outputs, the odd zero at the end), "VALID" (no zeros), an
-        int, or (before, after) for each spatial axis.
-      dilation: d, the step between the elements of a window.
-      groups: output features [i F / groups, (i+1) F / groups) see only input features [i C /
-        groups, (i+1) C / groups).
+        int, or (before, after) per spatial axis.
+      dilation: d, the step between the elements of a window; one int for all spatial axes, or one
+        per axis.
+      groups: the number of groups. Output features [i F / groups, (i+1) F / groups) use only input
+        features [i C / groups, (i+1) C / groups).
       precision: as in `jax.lax.conv_general_dilated`; `jax.default_matmul_precision` by default.
 
-    Returns: [N, *outputs, F] in the dtype of x, where outputs = floor((size + before + after -
-    (window - 1) d - 1) / s) + 1.
+    Returns:
+      y [N, *outputs, F] in the dtype of x, with outputs = floor((size + before + after - (window -
+      1) d - 1) / s) + 1.
 
-    Raises: TypeError for dtypes that differ or have no gradient, ValueError for shapes and options
-    that do not fit.
+    Raises:
+      TypeError: the dtypes differ or have no gradient.
+      ValueError: shapes or options do not fit.
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     if x.dtype != kernel.dtype or not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -82,17 +86,14 @@ def convolve(
             f"same number of spatial axes, 1 or more, got shapes {x.shape} and {kernel.shape}"
         )
     channels, features = x.shape[-1], kernel.shape[-1]
-    if (
-        groups < 1
-        or channels % groups
-        or features % groups
-        or kernel.shape[-2] * groups != channels
-    ):
+    divides = groups >= 1 and channels % groups == 0 and features % groups == 0
+    if not divides or kernel.shape[-2] * groups != channels:
         raise ValueError(
             "convolve: groups must divide the features of x and kernel, and kernel.shape[-2] be "
             f"x.shape[-1] / groups, got groups={groups} and shapes {x.shape} and {kernel.shape}"
         )
-    if precision is None:  # read here: the lowering may run outside of the context that sets it
+    # The lowering may run outside of the context that sets the precision, so it is read here.
+    if precision is None:
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     window = kernel.shape[:-2]
     geometry = window_geometry(
@@ -124,13 +125,13 @@ def _transpose(role: str, wanted: str, cotangent, a, b, *, geometry: Geometry):
 
 
 def _batch(role: str, operands, axes, *, geometry: Geometry):
-    """`vmap`: T summed over a new axis of size B is again a T, with that axis folded into one that
-    it has.
+    """`vmap`: T summed over a new axis of size B is again a T, with that axis folded into an old
+    one.
 
-    New in        folded into
+    new in           folded into
     input, output    the batch: N' = B N
-    kernel, output   output features: F' = B F in each group (x is shared)
-    input, kernel    input features: C' = B C in each group (the sum over B is the contraction)
+    kernel, output   output features: F' = B F per group (x is shared)
+    input, kernel    input features: C' = B C per group (the sum over B is the contraction)
     all three        groups: G' = B G
     """
     g, names = geometry, others(role)
@@ -150,18 +151,16 @@ def _batch(role: str, operands, axes, *, geometry: Geometry):
 
     def unfold(name, a, shape):  # the inverse, [*folded] -> [B, *shape]
         if new == {"input", "output"}:
-            return (
-                a.reshape(shape[0], size, *shape[1:]).swapaxes(0, 1)
-                if images_first
-                else a.reshape(size, *shape)
-            )
+            if images_first:
+                return a.reshape(shape[0], size, *shape[1:]).swapaxes(0, 1)
+            return a.reshape(size, *shape)
         if new == {"input", "kernel"} and name == "kernel":
             return jnp.moveaxis(a.reshape(*shape[:-2], size, *shape[-2:]), -3, 0)
         a = a.reshape(*shape[:-1], outer, size, shape[-1] // outer)
         return jnp.moveaxis(a, -2, 0).reshape(size, *shape)
 
-    # The new axis first in each operand that has one; `single` are the operands as `vmap` shows
-    # them to its function.
+    # The new axis comes first in each operand that has one. `single` are the operands as `vmap`
+    # shows them to its function.
     front = [
         a if axis is None else jnp.moveaxis(a, axis, 0)
         for a, axis in zip(operands, axes, strict=True)
@@ -169,14 +168,11 @@ def _batch(role: str, operands, axes, *, geometry: Geometry):
     images_first = any(
         _is_spread(a, 1) for name, a in zip(names, front, strict=True) if name in new
     )
-    single = [
-        jax.ShapeDtypeStruct(a.shape[name in new :], a.dtype)
-        for name, a in zip(names, front, strict=True)
-    ]
-    folded = [fold(name, a) if name in new else a for name, a in zip(names, front, strict=True)]
-    result = bind(
-        role, *folded, geometry=g._replace(groups=g.groups * size) if len(new) == 3 else g
-    )
+    pairs = list(zip(names, front, strict=True))
+    single = [jax.ShapeDtypeStruct(a.shape[name in new :], a.dtype) for name, a in pairs]
+    folded = [fold(name, a) if name in new else a for name, a in pairs]
+    geometry = g._replace(groups=g.groups * size) if len(new) == 3 else g
+    result = bind(role, *folded, geometry=geometry)
     return unfold(role, result, shape_of(role, single[0], single[1], g)), 0
 
 
@@ -209,16 +205,14 @@ def _compiled(role: str, geometry: Geometry):
 
 
 def _run(role: str, a, b, *, geometry: Geometry):
-    """Outside of `jit`: compile this one map; `jax.disable_jit` stops at operations, of which it is
-    one.
-    """
+    """Compile this one map outside of `jit`. `jax.disable_jit` does not reach inside operations."""
     with jax.disable_jit(False):
         return _compiled(role, geometry)(a, b)
 
 
 def _lowering(fn: Callable[..., Any]):
-    """The lowering to `fn`, written for plain arrays: what is sharded, and over which axes of a
-    mesh, is settled by `_type`.
+    """The lowering to `fn`, which is written for plain arrays. `_type` determines shardings and the
+    axes of a mesh.
     """
     lower = mlir.lower_fun(fn, multiple_results=False)
 
@@ -233,8 +227,8 @@ def _lowering(fn: Callable[..., Any]):
 
 
 def _equally_varying(x, kernel):
-    """In `shard_map`: mark both as varying over the same mesh axes, so that the gradient of the
-    other is summed over them.
+    """In `shard_map`: mark both as varying over the same mesh axes, so that the gradient of the one
+    that does not vary is summed over them.
     """
 
     def varying(a) -> frozenset:

@@ -2,16 +2,16 @@
 loops.
 
 XLA has fast convolutions on a CPU (YNNPACK's and Eigen's), but only in one order of axes: images
-[N, H, W, C], kernels [h, w, C, F]. Convolutions in other orders, such as the gradients that
-autodiff writes, it reorders in the outermost computation alone; in the body of a loop they fall to
-a loop nest that is 10 to 100 times slower. So the gradients are written here in that order, with
+[N, H, W, C], kernels [h, w, C, F]. XLA reorders convolutions in other orders, such as the gradients
+that autodiff writes, only in the outermost computation. In the body of a loop it uses a loop nest
+that is 10 to 100 times slower. Therefore the gradients are written here in that order, with
 explicit transposes (`_canonical`).
 
-Where another way to compute T is faster, it is a change of variables: if T(x, k, y) = T'(X x, K k,
-Y y) with linear maps X, K and Y, then each partial derivative of T is that of T' at the mapped
-operands, brought back by the transpose of the third map:
+Faster ways to compute T are changes of variables: if T(x, k, y) = T'(X x, K k, Y y) with linear
+maps X, K and Y, then each partial derivative of T is that of T' at the mapped operands, mapped back
+by the transpose of the third map:
 
-    dT/dx (k, y) = X^T dT'/dx' (K k, Y y),    and so for the two others.
+    dT/dx (k, y) = X^T dT'/dx' (K k, Y y),    and the two others likewise.
 
 One triple (X, K, Y) thus serves all three maps, and no index arithmetic is written twice
 (`unfolding_cpu.substitute`).
@@ -26,18 +26,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnet.ops.depthwise_cpu import featurewise
-from jaxnet.ops.geometry import (
-    Geometry,
-    is_static,
-    lax_convolution,
-    others,
-    plain,
-)
+from jaxnet.ops.geometry import Geometry, is_static
+from jaxnet.ops.trilinear import lax_convolution, others, plain
 from jaxnet.ops.unfolding_cpu import by_taps, product, substitute, unfolded, unfolded_planes
 
 # The rules were measured with benchmarks/convolution.py, on one core of an AVX-512 machine.
-FEW = 4  # features: so few leave most of a vector register idle in XLA's convolutions
-SMALL = 16  # features: where neither side has more, XLA takes Eigen's convolution, the slower one
+# Features: so few leave most of a vector register idle in XLA's convolutions.
+FEW = 4
+# Features: if neither side has more, XLA takes Eigen's convolution, which is the slower one.
+SMALL = 16
 # Taps along an axis: up to this number, unfolded windows of few features beat XLA's convolution in
 # every map.
 SHORT = 5
@@ -45,8 +42,10 @@ SHORT = 5
 LONG = 32
 # Taps in a window: more are never unrolled at once.
 MANY = 25
-CHUNK = 8  # images: what the gradient of a kernel takes at a time
-LARGE = 2**24  # numbers: unfolded windows larger than this (64 MB) cost more than they gain
+# Images that the gradient of a kernel takes at a time.
+CHUNK = 8
+# Numbers: unfolded windows larger than this (64 MB) cost more than they gain.
+LARGE = 2**24
 # The assumed number of images if the size of the batch is not known.
 TYPICAL = 32
 
@@ -60,24 +59,17 @@ def convolution(role: str, a, b, *, geometry: Geometry):
     g, dtype = geometry, a.dtype
     # Sums are in float32, as in XLA's own convolutions.
     if dtype in (jnp.bfloat16, jnp.float16):
-        return convolution(role, a.astype(jnp.float32), b.astype(jnp.float32), geometry=g).astype(
-            dtype
-        )
-    if (
-        dtype not in (jnp.float32, jnp.float64)
-        or _is_empty(a, b, g)
-        or not all(map(is_static, g.sizes))
-    ):
+        wide_a, wide_b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return convolution(role, wide_a, wide_b, geometry=g).astype(dtype)
+    known = dtype in (jnp.float32, jnp.float64) and all(map(is_static, g.sizes))
+    if not known or _is_empty(a, b, g):
         return plain(role, a, b, geometry=g)
     if g.rank == 0:
         return product(role, a, b, geometry=g)
     first, met = g.met
     if met != g:
-        maps = {
-            "input": _same,
-            "output": _same,
-            "kernel": lambda k: _taps_from(k, first, met.window),
-        }
+        taps = functools.partial(_taps_from, first=first, window=met.window)
+        maps = {"input": _same, "output": _same, "kernel": taps}
         return substitute(role, a, b, g, maps, functools.partial(convolution, geometry=met))
     channels, features = _features(role, a, b, g)
     if g.groups > 1:
@@ -101,11 +93,8 @@ def _same(x):
 
 def _taps_from(k, first, window):
     """The part of a kernel whose taps meet the input. The other taps only meet padding."""
-    return lax.slice(
-        k,
-        [*first, 0, 0],
-        [*(start + w for start, w in zip(first, window, strict=True)), *k.shape[-2:]],
-    )
+    ends = [start + w for start, w in zip(first, window, strict=True)]
+    return lax.slice(k, [*first, 0, 0], [*ends, *k.shape[-2:]])
 
 
 def _in_the_plane(role: str, a, b, g: Geometry):
@@ -114,24 +103,16 @@ def _in_the_plane(role: str, a, b, g: Geometry):
     strided = max(g.strides) > 1
     sizes, window, outputs = math.prod(g.sizes), math.prod(g.window), math.prod(g.outputs)
     # If the kernel is larger than the image, XLA exchanges them, which gives a slow memory order.
-    slow = (
-        outputs > sizes
-        if role == "kernel"
-        else window > (sizes if role == "output" else min(sizes, outputs))
-    )
+    image = {"kernel": sizes, "output": sizes, "input": min(sizes, outputs)}[role]
+    slow = (outputs if role == "kernel" else window) > image
     if a.dtype == jnp.float64:
         slow = slow or not _fast_in_float64(role, a, b, g)
     few = channels <= FEW and role != "output" and not strided
-    if (
-        (few or slow)
-        and window <= MANY
-        and _batch(role, a, b) * outputs * window * channels <= LARGE
-    ):
-        return (
-            unfolded_planes(role, a, b, g)
-            if few or role == "kernel"
-            else _unfolded_whole(role, a, b, geometry=g)
-        )
+    cheap = window <= MANY and _batch(role, a, b) * outputs * window * channels <= LARGE
+    if cheap and (few or (slow and role == "kernel")):
+        return unfolded_planes(role, a, b, g)
+    if cheap and slow:
+        return _unfolded_whole(role, a, b, geometry=g)
     if max(channels, features) <= SMALL and _unfolds(role, g):
         return unfolded(role, a, b, g, convolution, axes=1)
     if slow and role != "kernel" and g.rank == 2 and g.window[1] <= LONG:
@@ -151,11 +132,8 @@ def _unfolds(role: str, g: Geometry) -> bool:
     """
     first, *rest = g.window
     if first <= SHORT:
-        return (
-            (first > 1 or g.rank == 1)
-            and role != "kernel"
-            and not (role == "input" and max(g.strides) > 1)
-        )
+        wide = first > 1 or g.rank == 1
+        return wide and (role == "output" or (role == "input" and max(g.strides) == 1))
     return first <= LONG and min(rest, default=0) > SHORT
 
 
@@ -184,31 +162,29 @@ def _canonical(role: str, a, b, g: Geometry):
     axes, one group.
 
     input   x[n, i] = sum over o, w with o s + w d - lo = i of k[w] y[n, o]. With y spread out by s
-            (zeros between, y'[o s] = y[o]) and w' = W - 1 - w counting from the window's end, i.e.
-            with the kernel flipped and C and F exchanged,
+            (zeros between, y'[o s] = y[o]) and w' = W - 1 - w counted from the end of the window,
+            that is, with the kernel flipped and C and F exchanged,
             x[n, i] = sum over w' of y'[n, i + w' d - ((W - 1) d - lo)] k'[w']: a convolution of y'
-            with stride 1, dilation d and (W - 1) d - lo zeros before; after, as many as bring the
+            with stride 1, dilation d and (W - 1) d - lo zeros before. The zeros after it bring the
             outputs to the size of x.
     kernel  k[w] = sum over n, o of x[n, o s + w d - lo] y[n, o]: the sum runs over images and
-            outputs, so they are the features and the window, C is the batch; w is the position, so
-            its step d is the stride, and s the dilation.
+            outputs, so they are the features and the window, and C is the batch. w is the position,
+            so its step d is the stride, and s the dilation.
     """
     if role == "output":
         return lax_convolution(a, b, g)
     if role == "input":
         k, y = a, b
         spread = g._replace(sizes=g.outputs, strides=(1, 1), padding=g.pullback_padding)
-        return lax_convolution(
-            y, jnp.flip(k, (0, 1)).swapaxes(2, 3), spread, lhs_dilation=g.strides
-        )
+        flipped = jnp.flip(k, (0, 1)).swapaxes(2, 3)
+        return lax_convolution(y, flipped, spread, lhs_dilation=g.strides)
     turned = g._replace(
         window=g.outputs, strides=g.dilation, padding=g.tight_padding, dilation=g.strides
     )
 
     def kernel_of(x, y):
-        return lax_convolution(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), turned).transpose(
-            1, 2, 0, 3
-        )
+        k = lax_convolution(x.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3), turned)
+        return k.transpose(1, 2, 0, 3)
 
     x, y = a, b
     batch, features = y.shape[0], y.shape[-1]
@@ -217,26 +193,26 @@ def _canonical(role: str, a, b, g: Geometry):
     together = next((n for n in range(CHUNK, 1, -1) if batch % n == 0), batch)
     if together >= batch:
         return kernel_of(x, y)
-    # A few images at a time: they are still in the cache when, transposed, they are used.
-    x, y = (images.reshape(together, batch // together, *images.shape[1:]) for images in (x, y))
+    # A few images at a time: the transposed images are still in the cache when they are used.
+    parts = batch // together
+    x, y = (images.reshape(together, parts, *images.shape[1:]) for images in (x, y))
 
     def add_part(i, total):
-        return total + kernel_of(
-            *(lax.dynamic_index_in_dim(images, i, axis=1, keepdims=False) for images in (x, y))
-        )
+        part = (lax.dynamic_index_in_dim(images, i, axis=1, keepdims=False) for images in (x, y))
+        return total + kernel_of(*part)
 
-    return lax.fori_loop(
-        0, batch // together, add_part, jnp.zeros((*g.window, x.shape[-1], features), x.dtype)
-    )
+    zeros = jnp.zeros((*g.window, x.shape[-1], features), x.dtype)
+    return lax.fori_loop(0, parts, add_part, zeros)
 
 
 def _fast_in_float64(role: str, a, b, g: Geometry) -> bool:
-    """Does YNNPACK take this map in float64? Eigen does not, so there it is YNNPACK or the loop
+    """Whether YNNPACK takes this map in float64. Eigen does not, so the alternative is the loop
     nest.
     """
     channels, features = _features(role, a, b, g)
+    # In `_canonical`, the images are the features of the map to the kernel.
     if role == "kernel":
-        channels = _batch(role, a, b)  # as in `_canonical`
+        channels = _batch(role, a, b)
     return max(channels, features) > SMALL and not (role == "input" and max(g.strides) > 1)
 
 
@@ -245,14 +221,12 @@ def _fast_in_float64(role: str, a, b, g: Geometry) -> bool:
 
 def _with_a_row(role: str, a, b, g: Geometry):
     """One spatial axis: images of height 1."""
-    image = Geometry(
-        (1, *g.sizes),
-        (1, *g.window),
-        (1, *g.strides),
-        ((0, 0), *g.padding),
-        (1, *g.dilation),
-        1,
-        g.precision,
+    image = g._replace(
+        sizes=(1, *g.sizes),
+        window=(1, *g.window),
+        strides=(1, *g.strides),
+        padding=((0, 0), *g.padding),
+        dilation=(1, *g.dilation),
     )
     maps = {
         "input": lambda x: x[:, None],
@@ -275,9 +249,8 @@ def _adjoint(role: str, a, b, g: Geometry):
     if role != "kernel":
         operands["kernel"] = _flip(operands["kernel"], g)
     a, b = (operands[name] for name in others(exchanged[role]))
-    result = convolution(
-        exchanged[role], a, b, geometry=g._replace(sizes=g.outputs, padding=g.pullback_padding)
-    )
+    adjoint = g._replace(sizes=g.outputs, padding=g.pullback_padding)
+    result = convolution(exchanged[role], a, b, geometry=adjoint)
     return _flip(result, g) if role == "kernel" else result
 
 
@@ -286,7 +259,7 @@ def _flip(k, g: Geometry):
 
 
 def _grouped(role: str, a, b, g: Geometry):
-    """One group after the other; each is a convolution of its own, in its best form."""
+    """One group after the other. Each is a separate convolution in its best form."""
 
     def split(a):  # [..., G c] -> [G, ..., c]
         return jnp.moveaxis(a.reshape(*a.shape[:-1], g.groups, a.shape[-1] // g.groups), -2, 0)
@@ -302,7 +275,8 @@ def _depthwise(role: str, a, b, g: Geometry):
     """One input feature in each group: sums of products, feature by feature, without matrix
     products.
 
-    m output features in each group are m groups with one, for an x that is repeated m times.
+    m output features per group are the same as m groups with one, for an x that is repeated m
+    times.
     """
     repeats = (b if role != "input" else a).shape[-1] // g.groups
     maps = {

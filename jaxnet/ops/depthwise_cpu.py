@@ -42,9 +42,8 @@ def featurewise(role: str, a, b, g: Geometry):
     pads = [(lo, hi, s - 1) for (lo, hi), s in zip(g.pullback_padding, g.strides, strict=True)]
     y = lax.pad(y, jnp.zeros((), y.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
     ones, none = (1,) * g.rank, ((0, 0),) * g.rank
-    return _output(
-        y, jnp.flip(k, range(g.rank)), g._replace(sizes=y.shape[1:-1], strides=ones, padding=none)
-    )
+    spread = g._replace(sizes=y.shape[1:-1], strides=ones, padding=none)
+    return _output(y, jnp.flip(k, range(g.rank)), spread)
 
 
 def _output(x, k, g: Geometry):
@@ -58,9 +57,8 @@ def _output(x, k, g: Geometry):
     k = lax.pad(k, jnp.zeros((), k.dtype), [*extra, (0, 0, 0)])
 
     def operands(i):
-        return _block_of(x, i, counts, block), _cut(
-            k, _starts(i, counts, block.window), (*block.window, k.shape[-1])
-        )
+        weights = _cut(k, _starts(i, counts, block.window), (*block.window, k.shape[-1]))
+        return _block_of(x, i, counts, block), weights
 
     def add_block(i, carry):
         # Slice the next operands here. XLA would otherwise fuse the slices into the products, which
@@ -88,13 +86,9 @@ def _written_out(x, k, g: Geometry):
         ]
         weights = (lax.slice_in_dim(k, tap, tap + 1) for tap in range(taps))
         axes = (x.ndim - 2, x.ndim - 1)
-        return functools.reduce(
-            jnp.add,
-            [
-                w * lax.broadcast_in_dim(v, w.shape, axes)
-                for w, v in zip(shifted, weights, strict=True)
-            ],
-        )
+        pairs = zip(shifted, weights, strict=True)
+        products = [part * lax.broadcast_in_dim(w, part.shape, axes) for part, w in pairs]
+        return functools.reduce(jnp.add, products)
 
     k = k.reshape(math.prod(k.shape[:-2]), *k.shape[-2:])
     rows = slice_windows(x, g.axes(slice(-1)))
@@ -138,11 +132,8 @@ def _sums(x, y, g: Geometry):
     # slower.
     start = [jnp.zeros((1, *y.shape[1:]), y.dtype)] * len(g.taps)
     sums = jnp.concatenate(lax.fori_loop(0, x.shape[0], add_image, start))
-    return (
-        sums.reshape(len(g.taps), math.prod(y.shape[1:]) // channels, channels)
-        .sum(1)
-        .reshape(*g.window, channels)
-    )
+    sums = sums.reshape(len(g.taps), math.prod(y.shape[1:]) // channels, channels).sum(1)
+    return sums.reshape(*g.window, channels)
 
 
 # Blocks of taps
@@ -188,11 +179,8 @@ def _starts(i, counts, steps) -> list:
     """The start of block i along each axis."""
     table = np.stack(np.unravel_index(np.arange(math.prod(counts)), counts), -1).astype(np.int32)
     table *= np.asarray(steps, np.int32)
-    return list(
-        lax.dynamic_index_in_dim(
-            jnp.asarray(table), i, keepdims=False, allow_negative_indices=False
-        )
-    )
+    table = jnp.asarray(table)
+    return list(lax.dynamic_index_in_dim(table, i, keepdims=False, allow_negative_indices=False))
 
 
 def _cut(x, starts, sizes):

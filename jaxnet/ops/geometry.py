@@ -1,6 +1,4 @@
-"""What convolution and pooling share: windows that slide over the spatial axes, and the trilinear
-form of a convolution.
-"""
+"""The geometry of windows that slide over spatial axes, for convolution and pooling."""
 
 from __future__ import annotations
 
@@ -17,12 +15,22 @@ Pads = tuple[tuple[int, int], ...]
 
 
 class Geometry(NamedTuple):
-    """What is static in a convolution."""
+    """The static facts of a convolution or pooling.
 
-    sizes: tuple[int, ...]  # of the input along its spatial axes
+    Attributes:
+      sizes: the sizes of the input along its spatial axes.
+      window: the sizes of the window.
+      strides: the steps between windows.
+      padding: the zeros (before, after) along each axis.
+      dilation: the steps between the elements of a window.
+      groups: the number of groups of features.
+      precision: the precision of products.
+    """
+
+    sizes: tuple[int, ...]
     window: tuple[int, ...]
     strides: tuple[int, ...]
-    padding: Pads  # zeros before and after, along each axis
+    padding: Pads
     dilation: tuple[int, ...]
     groups: int = 1
     precision: Any = None
@@ -33,7 +41,7 @@ class Geometry(NamedTuple):
 
     @property
     def spans(self) -> tuple[int, ...]:
-        """How far a window reaches."""
+        """The sizes of a window, including its gaps."""
         return tuple((w - 1) * d + 1 for w, d in zip(self.window, self.dilation, strict=True))
 
     @property
@@ -43,8 +51,8 @@ class Geometry(NamedTuple):
 
     @property
     def tight_padding(self) -> Pads:
-        """The padding with which the last window ends where the input does; negative where elements
-        are never used.
+        """The padding with which the last window ends at the end of the input. It is negative if
+        elements at the end are never used.
         """
         ends = zip(self.sizes, self.padding, self.outputs, self.strides, self.spans, strict=True)
         return tuple((lo, (o - 1) * s + span - size - lo) for size, (lo, _), o, s, span in ends)
@@ -66,12 +74,12 @@ class Geometry(NamedTuple):
 
     @property
     def apart(self) -> bool:
-        """Do the windows not overlap?"""
+        """Whether the windows do not overlap."""
         return all(span <= s for span, s in zip(self.spans, self.strides, strict=True))
 
     @property
     def tap_axes(self) -> tuple[int, ...]:
-        """Where `split_windows` puts the axes of the window."""
+        """The axes of the window in the result of `split_windows`."""
         return tuple(range(2, 2 * self.rank + 1, 2))
 
     @property
@@ -80,16 +88,8 @@ class Geometry(NamedTuple):
         only meet padding.
         """
         first, window, padding = [], [], []
-        ends = zip(
-            self.sizes,
-            self.padding,
-            self.window,
-            self.outputs,
-            self.strides,
-            self.dilation,
-            strict=True,
-        )
-        for size, (lo, hi), w, o, s, d in ends:
+        facts = self.sizes, self.padding, self.window, self.outputs, self.strides, self.dilation
+        for size, (lo, hi), w, o, s, d in zip(*facts, strict=True):
             start = max(0, (lo - (o - 1) * s) // d)
             stop = min(w, -(-(size - 1 + lo) // d) + 1)
             first.append(start)
@@ -118,10 +118,8 @@ def window_geometry(
     groups: int = 1,
     precision: Any = None,
 ) -> Geometry:
-    """The geometry of windows over arrays [N, *spatial, C] of this shape; `what` is the name that
-    errors start with.
-
-    Raises: ValueError for options of the wrong form, or where no window fits.
+    """The geometry of windows over arrays [N, *spatial, C] of this shape. `what` is the start of
+    errors. Raises ValueError if an option has the wrong form, or no window fits.
     """
     sizes = tuple(shape[1:-1])
     rank = len(sizes)
@@ -142,9 +140,10 @@ def window_geometry(
 def per_axis(what: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """One positive int for each of `rank` axes, from one for all or a sequence."""
     values: tuple = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    if len(values) != rank or not all(
+    positive = [
         isinstance(v, int | np.integer) and not isinstance(v, bool) and v >= 1 for v in values
-    ):
+    ]
+    if len(values) != rank or not all(positive):
         axes = "the spatial axis" if rank == 1 else f"each of the {rank} spatial axes"
         raise ValueError(f"{what} must be a positive int, or one for {axes}, got {value!r}")
     return tuple(map(int, values))
@@ -168,10 +167,8 @@ def resolve_padding(what: str, padding, sizes, window, strides, dilation) -> Pad
             f"got {padding!r}"
         )
     try:
-        pads = tuple(
-            (int(lo), int(hi))
-            for lo, hi in ([(padding, padding)] * rank if np.ndim(padding) == 0 else padding)
-        )
+        pairs = [(padding, padding)] * rank if np.ndim(padding) == 0 else padding
+        pads = tuple((int(lo), int(hi)) for lo, hi in pairs)
     except (TypeError, ValueError):
         pads = ()
     if len(pads) != rank or min(min(pair) for pair in pads) < 0:
@@ -194,11 +191,8 @@ def pad_spatial(x, pads, value: float = 0):
     if not any(map(any, pads)):
         return x
     rest = x.ndim - 1 - len(pads)
-    return lax.pad(
-        x,
-        jnp.asarray(value, x.dtype),
-        [(0, 0, 0), *((lo, hi, 0) for lo, hi in pads), *[(0, 0, 0)] * rest],
-    )
+    config = [(0, 0, 0), *((lo, hi, 0) for lo, hi in pads), *[(0, 0, 0)] * rest]
+    return lax.pad(x, jnp.asarray(value, x.dtype), config)
 
 
 def slice_windows(x, g: Geometry, value: float = 0) -> list[jax.Array]:
@@ -210,80 +204,23 @@ def slice_windows(x, g: Geometry, value: float = 0) -> list[jax.Array]:
 
     def shifted(tap):
         starts = [w * d for w, d in zip(tap, g.dilation, strict=True)]
-        stops = [
-            start + (o - 1) * s + 1
-            for start, o, s in zip(starts, g.outputs, g.strides, strict=True)
-        ]
+        ends = zip(starts, g.outputs, g.strides, strict=True)
+        stops = [x.shape[0], *(start + (o - 1) * s + 1 for start, o, s in ends), *features]
         none, ones = [0] * len(features), [1] * len(features)
-        return lax.slice(
-            x, [0, *starts, *none], [x.shape[0], *stops, *features], [1, *g.strides, *ones]
-        )
+        return lax.slice(x, [0, *starts, *none], stops, [1, *g.strides, *ones])
 
     return [shifted(tap) for tap in g.taps]
 
 
 def split_windows(x, g: Geometry, value: float = 0) -> jax.Array:
-    """For windows that do not overlap: x cut into them, [N, *spatial, C] -> [N, o, w, o', w', ...,
-    C], without copies of it.
+    """Cut x into windows that do not overlap, without copies: [N, *spatial, C] -> [N, o, w, o', w',
+    ..., C].
     """
     ends = zip(g.sizes, g.padding, g.outputs, g.strides, strict=True)
     x = pad_spatial(x, [(lo, o * s - size - lo) for size, (lo, _), o, s in ends], value)
-    for axis, o, s, span, d in zip(
-        g.tap_axes, g.outputs, g.strides, g.spans, g.dilation, strict=True
-    ):
+    facts = g.tap_axes, g.outputs, g.strides, g.spans, g.dilation
+    for axis, o, s, span, d in zip(*facts, strict=True):
         # Split one axis at a time, because JAX can then infer the sharding of the result.
         x = x.reshape(*x.shape[: axis - 1], o, s, *x.shape[axis:])
         x = lax.slice_in_dim(x, 0, span, d, axis=axis)
     return x
-
-
-# The trilinear form T(x, k, y) of a convolution: its operands, and a map for each, named by the
-# operand that it returns
-
-ROLES = ("input", "kernel", "output")
-
-
-def others(role: str) -> list[str]:
-    """The operands that the map takes, in their order."""
-    return [r for r in ROLES if r != role]
-
-
-def shape_of(role: str, a, b, g: Geometry) -> tuple[int, ...]:
-    """The shape of the operand that the map returns, given the two others."""
-    if role == "output":
-        return (a.shape[0], *g.outputs, b.shape[-1])
-    if role == "input":
-        return (b.shape[0], *g.sizes, a.shape[-2] * g.groups)
-    return (*g.window, a.shape[-1] // g.groups, b.shape[-1])
-
-
-def plain(role: str, a, b, *, geometry: Geometry):
-    """The map as JAX itself writes it: a convolution, or the transpose that autodiff makes of
-    it.
-    """
-    if role == "output":
-        return lax_convolution(a, b, geometry)
-    spec = jax.ShapeDtypeStruct(shape_of(role, a, b, geometry), a.dtype)
-    if role == "input":
-        return jax.linear_transpose(lambda x: lax_convolution(x, a, geometry), spec)(b)[0]
-    return jax.linear_transpose(lambda k: lax_convolution(a, k, geometry), spec)(b)[0]
-
-
-def lax_convolution(x, kernel, g: Geometry, **options):
-    """x [N, *spatial, C], kernel [*window, C / groups, F] -> [N, *outputs, F] by JAX's own
-    convolution.
-    """
-    n = g.rank
-    # The positions of N, C, *spatial and of F, C, *window.
-    image, weight = (0, n + 1, *range(1, n + 1)), (n + 1, n, *range(n))
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        g.strides,
-        g.padding,
-        rhs_dilation=g.dilation,
-        dimension_numbers=lax.ConvDimensionNumbers(image, weight, image),
-        feature_group_count=g.groups,
-        precision=g.precision,
-        **options,
-    )

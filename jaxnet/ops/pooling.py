@@ -1,5 +1,6 @@
-"""Pooling as maxima and sums of shifted slices. Gradients of XLA's reduce-window are 3 to 100 times
-slower on a CPU.
+"""Pooling as maxima and sums of shifted slices.
+
+On a CPU, gradients of XLA's reduce-window are 3 to 100 times slower.
 
 Short windows are unrolled, axis by axis. A long window along an axis is combined from windows of
 half its length.
@@ -19,8 +20,8 @@ from jaxnet.ops.geometry import Geometry, pad_spatial, slice_windows, split_wind
 
 __all__ = ["avg_pool", "max_pool"]
 
-# Taps: a larger window is pooled axis by axis, by h + w slices and not h w (measured faster from 9
-# on).
+# Taps per window: a larger window is pooled axis by axis, with h + w slices instead of h w. This is
+# faster from 9 taps on.
 AT_ONCE = 4
 # Taps along one axis: longer windows are combined from windows of half the length, with 2 log2(w)
 # slices instead of w.
@@ -38,20 +39,22 @@ def max_pool(
 
     The gradient goes to one element of each window: the first of the largest in row-major order, as
     in PyTorch and in XLA's own gradient of a window maximum (`jnp.max` shares it equally). Padding
-    never wins. NaNs are passed on.
+    is never the largest. A window with a NaN gives NaN.
 
     Args:
-      x: [N, *spatial, C], real numbers of any dtype.
-      window: its size along each spatial axis; one int for all of them.
-      strides: s, the step between windows; the window by default, so that windows do not overlap.
+      x: real numbers of any dtype, [N, *spatial, C].
+      window: the size along each spatial axis; one int for all of them, or one per axis.
+      strides: s, the step between windows; the window by default, so windows do not overlap.
       padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), an int, or
-        (before, after) for each axis.
+        (before, after) per spatial axis.
 
-    Returns: [N, *outputs, C] in the dtype of x, outputs = floor((size + before + after - window) /
-    s) + 1.
+    Returns:
+      y [N, *outputs, C] in the dtype of x, with outputs = floor((size + before + after - window) /
+      s) + 1.
 
-    Raises: TypeError for complex numbers and booleans, ValueError for shapes and options that do
-    not fit.
+    Raises:
+      TypeError: x holds complex numbers or booleans.
+      ValueError: shapes or options do not fit.
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.integer):
@@ -68,14 +71,26 @@ def avg_pool(
     strides: int | Sequence[int] | None = None,
     padding: str | int | Sequence[tuple[int, int]] = "VALID",
 ) -> jax.Array:
-    """Take the mean of each window over the elements that are in x: y[n, o, c] = mean over w of
-    x[n, o s + w - lo, c].
+    """Take the mean of each window, y[n, o, c] = mean over w of x[n, o s + w - lo, c].
 
-    Padding is not counted, as in TensorFlow, in Keras and in PyTorch with count_include_pad=False;
-    a mean of a constant is that constant up to the edges. (Flax and PyTorch count the zeros by
-    default.)
+    The mean is over the elements of x, and padding does not count, as in TensorFlow, in Keras and
+    in PyTorch with count_include_pad=False. The mean of a constant is therefore that constant, also
+    at the edges. Flax and PyTorch count the zeros by default.
 
-    Args, Returns, Raises: as `max_pool`; x is floating or complex.
+    Args:
+      x: floating or complex numbers, [N, *spatial, C].
+      window: the size along each spatial axis; one int for all of them, or one per axis.
+      strides: s, the step between windows; the window by default, so windows do not overlap.
+      padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), an int, or
+        (before, after) per spatial axis.
+
+    Returns:
+      y [N, *outputs, C] in the dtype of x, with outputs = floor((size + before + after - window) /
+      s) + 1.
+
+    Raises:
+      TypeError: x holds integers or booleans.
+      ValueError: shapes or options do not fit.
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -87,8 +102,8 @@ def avg_pool(
     total = x.astype(jnp.float32) if narrow else x
     for part in [g] if g.apart else _by_axis(g):
         total = _window_sum(total, part)
-    # How many elements of each window are in x: a product over the axes, known before anything
-    # runs.
+    # The number of elements of each window that are in x is a product over the axes, which is known
+    # at trace time.
     starts = [
         np.arange(o) * s - lo for o, s, (lo, _) in zip(g.outputs, g.strides, g.padding, strict=True)
     ]
@@ -105,8 +120,8 @@ def avg_pool(
 
 
 def pool_geometry(what: str, shape, window, strides, padding) -> Geometry:
-    """The windows of a pooling over arrays [N, *spatial, C] of this shape; errors start with
-    `what`.
+    """The windows of a pooling over arrays [N, *spatial, C] of this shape. `what` is the start of
+    errors.
     """
     if len(shape) < 3:
         raise ValueError(
@@ -115,15 +130,15 @@ def pool_geometry(what: str, shape, window, strides, padding) -> Geometry:
     g = window_geometry(what, shape, window, window if strides is None else strides, padding)
     if any(max(pair) >= w for pair, w in zip(g.padding, g.window, strict=True)):
         raise ValueError(
-            f"{what}: padding must be smaller than the window, {g.window}, or one holds no "
+            f"{what}: padding must be smaller than the window, {g.window}, else a window has no "
             f"element; got {padding!r}"
         )
     return g
 
 
 def _by_axis(g: Geometry) -> list[Geometry]:
-    """The pooling in one step, or one for each axis, the last axis first: then the first of the
-    largest is the row-major one.
+    """The pooling in one step, or in one step per axis. The last axis comes first, so the first of
+    the largest elements is the first in row-major order.
     """
     if len(g.taps) <= AT_ONCE:
         return [g]
@@ -222,12 +237,12 @@ def _max_by_halves(x, g: Geometry):
 
 @_window_max.defjvp
 def _window_max_jvp(g: Geometry, primals, tangents):
-    """The tangent of the element that is taken; the transpose puts a cotangent back there. Linear,
-    so all modes follow.
+    """The tangent of the largest element. It is linear in the tangents, so JAX derives all modes
+    from it; its transpose sends a cotangent to that element.
 
-    Elements are compared with each other, never with the largest: that, computed once more in
-    another program, may differ from every element in its last bit (so the gradient of `jnp.max` can
-    lose all, or divide by none).
+    Elements are compared with each other, never with the result: if another program computes the
+    result once more, it may differ from every element in its last bit. The gradient of `jnp.max`
+    may be lost in this way.
     """
     if max(g.window) > LONG:
         return jax.jvp(lambda x: _max_by_halves(x, g), primals, tangents)
@@ -248,9 +263,8 @@ def _window_max_jvp(g: Geometry, primals, tangents):
         taken = lax.select(larger, lax.full_like(taken, tap), taken)
     windows = slice_windows(tangent, g)
     none = lax.full_like(windows[0], 0)
-    return y, functools.reduce(
-        jnp.add, [lax.select(taken == tap, w, none) for tap, w in enumerate(windows)]
-    )
+    parts = [lax.select(taken == tap, w, none) for tap, w in enumerate(windows)]
+    return y, functools.reduce(jnp.add, parts)
 
 
 def _is_larger(window, largest):

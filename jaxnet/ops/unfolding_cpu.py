@@ -1,5 +1,4 @@
-"""Changes of variables for `convolution_cpu`: unfold windows into features, or loop over their
-taps.
+"""Changes of variables for `convolution_cpu`: windows unfolded into features, loops over taps.
 
 Each form takes `inner`, the map of the convolution over the remaining axes.
 """
@@ -14,14 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnet.ops.geometry import (
-    Geometry,
-    others,
-    pad_spatial,
-    shape_of,
-    slice_windows,
-    split_windows,
-)
+from jaxnet.ops.geometry import Geometry, pad_spatial, slice_windows, split_windows
+from jaxnet.ops.trilinear import others, shape_of
 
 # Windows with more taps are combined from short ones.
 WRITTEN_OUT = 5
@@ -31,8 +24,8 @@ Inner = Callable[..., jax.Array]
 
 
 def substitute(role: str, a, b, g: Geometry, maps, inner):
-    """The map of T called `role` from that of T': `maps` are X, K and Y by role, inner(role, a',
-    b') is the map of T'.
+    """The map of T called `role`, computed by that of T'. `maps` are X, K and Y by role, and
+    inner(role, a', b') is the map of T'.
     """
     mapped = [maps[name](operand) for name, operand in zip(others(role), (a, b), strict=True)]
     spec = jax.ShapeDtypeStruct(shape_of(role, a, b, g), a.dtype)
@@ -81,12 +74,10 @@ def _side_by_side(x, g: Geometry):
 
     whole = [at(tap) for tap in range(0, taps - few + 1, few)]
     rest = taps % few
-    last = (
-        [lax.slice_in_dim(at(taps - few), (few - rest) * channels, few * channels, axis=-1)]
-        if rest
-        else []
-    )
-    return jnp.concatenate(whole + last, -1)
+    if rest:
+        last = at(taps - few)
+        whole.append(lax.slice_in_dim(last, (few - rest) * channels, few * channels, axis=-1))
+    return jnp.concatenate(whole, -1)
 
 
 def joined(x, axes: int):
@@ -100,12 +91,8 @@ def by_taps(role: str, a, b, g: Geometry, inner: Inner):
     This serves long windows: neither the program nor the patches grow with the window.
     """
     first, rest = g.axes(slice(1)), g.axes(slice(1, None))
-    (taps,), (outputs,), (stride,), (step,) = (
-        first.window,
-        first.outputs,
-        first.strides,
-        first.dilation,
-    )
+    (taps,), (outputs,) = first.window, first.outputs
+    (stride,), (step,) = first.strides, first.dilation
     reach = (outputs - 1) * stride + 1
 
     def rows(x, tap):
@@ -134,14 +121,10 @@ def by_taps(role: str, a, b, g: Geometry, inner: Inner):
     cotangent = joined(y, 1)
 
     def add_input(tap, x):
-        found = inner(role, part(k, tap), cotangent, geometry=rest).reshape(
-            x.shape[0], outputs, *x.shape[2:]
-        )
-        found = lax.pad(
-            found,
-            jnp.zeros((), x.dtype),
-            [(0, 0, stride - 1 if i == 1 else 0) for i in range(x.ndim)],
-        )
+        found = inner(role, part(k, tap), cotangent, geometry=rest)
+        found = found.reshape(x.shape[0], outputs, *x.shape[2:])
+        apart = [(0, 0, stride - 1 if i == 1 else 0) for i in range(x.ndim)]
+        found = lax.pad(found, jnp.zeros((), x.dtype), apart)
         old = lax.dynamic_slice_in_dim(x, tap * step, reach, axis=1, allow_negative_indices=False)
         return lax.dynamic_update_slice_in_dim(x, old + found, tap * step, axis=1)
 
@@ -150,16 +133,17 @@ def by_taps(role: str, a, b, g: Geometry, inner: Inner):
 
 
 def unfolded_planes(role: str, a, b, g: Geometry):
-    """`unfolded` for few features, where each feature of each tap is a separate plane, [w C, N O].
+    """`unfolded` for few features. Each feature of each tap is a separate plane, [w C, N O].
 
-    It serves the gradients only. That of the kernel is planes y; that of the input folds kernel y^T
-    back from planes.
+    It serves the gradients only. The gradient of the kernel is planes y. The gradient of the input
+    folds kernel y^T back from planes.
     """
 
+    def stack(plane):
+        return jnp.stack(slice_windows(plane, g))
+
     def unfold(x):
-        windows = jax.vmap(
-            lambda plane: jnp.stack(slice_windows(plane, g)), in_axes=-1, out_axes=1
-        )(x)
+        windows = jax.vmap(stack, in_axes=-1, out_axes=1)(x)
         return windows.reshape(windows.shape[0] * windows.shape[1], math.prod(windows.shape[2:]))
 
     def inner(role, a, b):
