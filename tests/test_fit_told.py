@@ -186,7 +186,7 @@ PAIRS = [(np.zeros((8, 8), np.float32), 3)] * 60
         (
             None,
             {"evaluate": lambda state: {"x": "good"}},
-            "returns as 'x' must be a number, got str 'good'",
+            "value 'x' that evaluate returns must be a number, got str 'good'",
         ),
         (None, {"evaluate": lambda state: {3: 1.0}}, "must have names that are strings, got 3"),
     ],

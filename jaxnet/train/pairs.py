@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxnet.train.axes import pairs_in
 from jaxnet.train.origin import name_in
 from jaxnet.train.roles import MARK, Found
+from jaxnet.train.tracing import pairs_in
 
 __all__ = ["all_pairs", "refuse_pairs"]
 
