@@ -45,7 +45,7 @@ from measure import Work, carried
 from peers import Feed
 
 from jaxnet import train
-from jaxnet.train.plan import planned
+from jaxnet.train.plan import Batching, planned
 
 CHUNK = 100  # steps of a call of `train_steps`, at most
 REFERENCE = "JAX, whole epoch: scan, rows from NumPy"

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -186,7 +187,7 @@ PAIRS = [(np.zeros((8, 8), np.float32), 3)] * 60
         (
             None,
             {"evaluate": lambda state: {"x": "good"}},
-            "returns as 'x' must be a number, got str 'good'",
+            "value 'x' that evaluate returns must be a number, got str 'good'",
         ),
         (None, {"evaluate": lambda state: {3: 1.0}}, "must have names that are strings, got 3"),
     ],
@@ -683,7 +684,83 @@ def test_a_line_that_a_kill_has_cut_is_written_anew(make, tmp_path):
     assert path.read_bytes() == whole
 
 
+class Failed(OSError):
+    pass
+
+
+@pytest.mark.parametrize("make", [write_csv, write_jsonl])
+@pytest.mark.parametrize("function", ["write", "fsync", "replace"])
+def test_a_file_of_records_is_replaced_whole_or_not_at_all(make, function, tmp_path, monkeypatch):
+    """A resumed run replaces the file. If a system call fails, the old file is all that is left."""
+    path = tmp_path / "history"
+    record = {"step": 1, "epoch": 1, "loss": 0.5}
+    first = make(path)
+    for step in (1, 2, 3):
+        first(record | {"step": step})
+    whole, resumed = path.read_bytes(), make(path)
+    resumed.begin(2, resumed=True)
+
+    def fail(*arguments):
+        raise Failed("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"jaxnet.checkpoint.atomic.os.{function}", fail)
+        with pytest.raises(Failed):
+            resumed(record | {"step": 3})
+    assert path.read_bytes() == whole and os.listdir(tmp_path) == ["history"]
+    resumed(record | {"step": 3})
+    assert path.read_bytes() == whole and os.listdir(tmp_path) == ["history"]
+
+
+@pytest.mark.parametrize("make", [write_csv, write_jsonl])
+def test_the_bytes_of_a_file_of_records_are_synced_before_it_is_renamed(
+    make, tmp_path, monkeypatch
+):
+    path, calls = tmp_path / "history", []
+    make(path)({"step": 1, "epoch": 1, "loss": 0.5})
+    sync, replace = os.fsync, os.replace
+
+    def synced(fd):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *a: (calls.append("rename"), replace(*a)))
+    resumed = make(path)
+    resumed.begin(0, resumed=True)
+    resumed({"step": 1, "epoch": 1, "loss": 0.5})
+    # A new column of a table replaces the file once more.
+    assert calls[:3] == ["file", "rename", "folder"] and len(calls) == calls.count("file") * 3
+
+
 # Rules
+
+
+@pytest.mark.parametrize("patience", [2.5, True, 0, "3", None])
+def test_a_patience_that_is_no_size_is_refused(patience):
+    with pytest.raises(
+        ValueError, match=f"early_stopping: patience must be a positive int, got {patience!r}"
+    ):
+        early_stopping("min loss", patience)
+
+
+@pytest.mark.parametrize(
+    "rule", ["loss", "min", "min ", "min  loss", "least loss", 3, ("min", "a")]
+)
+def test_a_malformed_rule_is_named_with_its_argument_and_function(rule):
+    text = re.escape(f"best_rule must be 'min' or 'max' and a name, as in 'min loss', got {rule!r}")
+    with pytest.raises(ValueError, match=f"early_stopping: {text}"):
+        early_stopping(rule, 2)
+    with pytest.raises(ValueError, match=f"fit: {text}"):
+        fitted(regression(), best_rule=rule, evaluate=lambda state: {"loss": 1.0})
+
+
+def test_a_metric_with_one_of_the_reserved_names_is_refused():
+    def step(state, batch):
+        return state._replace(step=state.step + 1), {"seconds": jnp.float32(0)}
+
+    with pytest.raises(ValueError, match="metric 'seconds' has a name that every record has"):
+        fitted(regression(), step=step)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_plain_sgd_takes_an_optax_schedule_of_the_step():
 
 
 def test_the_step_compiles_once():
-    step = jax.jit(chex.assert_max_traces(train_step(mean_square, optax.adam(1e-3)), n=1))
+    step = jax.jit(chex.assert_max_traces(train_step(mean_square, optax.adam(1e-3)).run, n=1))
     state = TrainState.create(params_of(), optax.adam(1e-3), key0())
     for _ in range(3):
         state, _ = step(state, regression())

@@ -1,4 +1,4 @@
-"""Measure the seconds of training, without compiling, evaluating and saving."""
+"""A clock for the seconds of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the data that `fit` receives."""
+"""Check the data and the functions that `fit` receives."""
 
 from __future__ import annotations
 
@@ -32,34 +32,9 @@ def check_arrays(data: Any) -> None:
 
 
 def _check_lists(path: str, data: Any) -> None:
-    where = f" in '{path}'" if path else ""
+    """Raise TypeError for a list of examples anywhere in the data."""
     if isinstance(data, list) and data:
-        if (
-            all(isinstance(x, tuple | dict) and len(x) == len(data[0]) for x in data)
-            and len(data) > 1
-        ):
-            raise TypeError(
-                f"fit: the data{where} is a list of {len(data)} examples, each "
-                f"{describe(data[0])}; fit takes one array per part: tuple(np.stack(part) for "
-                "part in zip(*data))"
-            )
-        if all(
-            np.ndim(x) == 0 for x in data if not isinstance(x, list | tuple | dict)
-        ) and not isinstance(data[0], list | tuple | dict):
-            raise TypeError(
-                f"fit: the data{where} is a list of {len(data)} numbers; make it an array: "
-                "np.asarray(data)"
-            )
-        shapes = {np.shape(x) for x in data} if all(hasattr(x, "shape") for x in data) else set()
-        if len(data) > 2 and len(shapes) == 1:
-            raise TypeError(
-                f"fit: the data{where} is a list of {len(data)} arrays of shape {shapes.pop()}; "
-                f"make it one array of {len(data)} examples: np.stack(data)"
-            )
-        if isinstance(data[0], list):
-            raise TypeError(
-                f"fit: the data{where} is a list of lists; make it an array: np.asarray(data)"
-            )
+        _check_list(f" in '{path}'" if path else "", data)
     if isinstance(data, Mapping):
         parts = data.items()
     elif isinstance(data, list | tuple):
@@ -70,14 +45,36 @@ def _check_lists(path: str, data: Any) -> None:
         _check_lists(f"{path}/{name}" if path else str(name), part)
 
 
+def _check_list(where: str, data: list) -> None:
+    """Raise TypeError if a list is not a container of a few arrays."""
+    first, n = data[0], len(data)
+    if n > 1 and all(isinstance(x, tuple | dict) and len(x) == len(first) for x in data):
+        raise TypeError(
+            f"fit: the data{where} is a list of {n} examples, each {describe(first)}; fit takes "
+            "one array per part: tuple(np.stack(part) for part in zip(*data))"
+        )
+    containers = list | tuple | dict
+    numbers = all(np.ndim(x) == 0 for x in data if not isinstance(x, containers))
+    if numbers and not isinstance(first, containers):
+        raise TypeError(
+            f"fit: the data{where} is a list of {n} numbers; make it an array: np.asarray(data)"
+        )
+    shapes = {np.shape(x) for x in data} if all(hasattr(x, "shape") for x in data) else set()
+    if n > 2 and len(shapes) == 1:
+        raise TypeError(
+            f"fit: the data{where} is a list of {n} arrays of shape {shapes.pop()}; make it one "
+            f"array of {n} examples: np.stack(data)"
+        )
+    if isinstance(first, list):
+        raise TypeError(
+            f"fit: the data{where} is a list of lists; make it an array: np.asarray(data)"
+        )
+
+
 def check_iterable(data: Any) -> None:
     """Raise TypeError for data passed without `batch_size` that is not an iterable of batches."""
-    arrays = isinstance(data, dict | tuple) or hasattr(data, "shape")
-    if (
-        arrays
-        or isinstance(data, str | bytes)
-        or not (isinstance(data, Iterable) or callable(data))
-    ):
+    other = isinstance(data, dict | tuple | str | bytes) or hasattr(data, "shape")
+    if other or not (isinstance(data, Iterable) or callable(data)):
         raise TypeError(
             "fit: without batch_size the data is an iterable of batches, got "
             f"{type(data).__name__}; for arrays say batch_size"
@@ -91,7 +88,8 @@ def check_iterable(data: Any) -> None:
             hint,
         )
     if isinstance(data, list) and data and isinstance(data[0], tuple) and len(data[0]) > 1:
-        if np.ndim(data[0][-1]) == 0 and not isinstance(data[0][-1], str | Mapping | tuple | list):
+        last = data[0][-1]
+        if np.ndim(last) == 0 and not isinstance(last, str | Mapping | tuple | list):
             raise TypeError(
                 f"fit: without batch_size each item is a batch, and this list of {len(data)} "
                 f"holds single examples: {describe(data[0])}; make it arrays, "
@@ -101,19 +99,20 @@ def check_iterable(data: Any) -> None:
 
 def _is_loader(data: Any) -> bool:
     """Whether an object yields batches and is neither a container nor an array for JAX."""
-    leaf = (
-        jax.tree.leaves(data)[:1] == [data] if not isinstance(data, list | tuple | dict) else False
-    )
-    return (
-        leaf
-        and not hasattr(data, "shape")
-        and hasattr(data, "__iter__")
-        and not isinstance(data, str)
-    )
+    if isinstance(data, list | tuple | dict | str) or hasattr(data, "shape"):
+        return False
+    return hasattr(data, "__iter__") and jax.tree.leaves(data)[:1] == [data]
 
 
 def check_call(name: str, function: Any, what: str, hint: str = "") -> None:
-    """Raise TypeError unless a function can be called with one argument."""
+    """Raise TypeError unless a function can be called with one argument.
+
+    Args:
+      name: the argument of `fit`.
+      function: its value.
+      what: the function that is expected.
+      hint: what the error says in addition if the function takes other arguments.
+    """
     if not callable(function):
         raise TypeError(f"fit: {name} must be {what}, got {describe(function)}")
     # Some built-in functions have no signature.

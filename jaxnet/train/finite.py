@@ -1,4 +1,4 @@
-"""Steps that are not finite change nothing."""
+"""Whether trees are finite, and the choice between two trees."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["all_finite", "keep"]
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether all float leaves are finite, bool []."""
+    """Whether all float leaves of a tree are finite, bool []."""
     flags = [
         jnp.isfinite(x).all()
         for x in jax.tree.leaves(tree)
@@ -21,7 +21,13 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def keep(good: jax.Array, new: Any, old: Any) -> Any:
-    """The new tree where `good`, else the old one."""
+    """The new tree if `good`, else the old one.
+
+    Args:
+      good: bool [].
+      new: a tree of arrays.
+      old: a tree with the same structure, shapes and dtypes.
+    """
 
     def choose(a, b):
         if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):

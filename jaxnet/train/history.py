@@ -30,17 +30,22 @@ class History:
     """Gather metrics, step by step, and cut them into records.
 
     Args:
-      next_cut: the first step after this one at which a record ends.
-      epoch: the number of the epoch of a step.
-      ends: (a step, a later one) -> whether an epoch or an evaluation ends between them, which
-        makes a summary.
+      next_cut: a function from a step to the first later step at which a record ends.
+      epoch: a function from a step to the number of its epoch.
+      ends: a function (a step, a later one) -> whether an epoch or an evaluation ends between them.
+        The record then has a summary.
 
     Attributes:
       records: all complete records.
       evaluations: the summaries at evaluations, with the values of the evaluation.
       pending: the metrics of the steps since the last record, by name [steps].
-      sums, weight: of the records since the last summary: the sum of value times weight by metric,
-        and the sum of weights.
+      sums: the sum of value times weight since the last summary, by metric.
+      weight: the sum of weights since the last summary.
+      step: the number of steps done.
+      seconds: the seconds of training.
+      samples: the examples since the last record.
+      since: the end of the last summary: its 'step' and 'seconds', and the 'samples' in records
+        since then.
     """
 
     def __init__(
@@ -56,7 +61,6 @@ class History:
         self.sums: dict[str, float] = {}
         self.weight = 0.0
         self.step, self.seconds, self.samples = 0, 0.0, 0.0
-        # The end of the last summary: its step and seconds, and the samples in records since then.
         self.since = {"step": 0, "seconds": 0.0, "samples": 0.0}
 
     def begin(self, step: int) -> None:
@@ -72,13 +76,14 @@ class History:
         *,
         cut: bool = False,
     ) -> list[New]:
-        """Take in the metrics [n] of the next n steps; returns the records that are now complete.
+        """Add the metrics of the next n steps; return the records that are now complete.
 
         Args:
           n: the number of steps.
-          metrics: by name, [n].
-          seconds, samples: of all n steps together.
-          cut: end a record, and a summary, after the last of them in any case.
+          metrics: the metrics by name, [n].
+          seconds: the seconds of all n steps together.
+          samples: the examples of all n steps together.
+          cut: whether a record, and a summary, end after the last step in any case.
         """
         # Convert all steps at once, because there may be many records.
         metrics = {name: np.asarray(values, np.float64) for name, values in metrics.items()}
@@ -87,10 +92,8 @@ class History:
             due = self.next_cut(self.step)
             end = min(due - first, n)
             for name, values in metrics.items():
-                part = values[start:end]
-                self.pending[name] = (
-                    np.concatenate([self.pending[name], part]) if name in self.pending else part
-                )
+                parts = [self.pending[name]] if name in self.pending else []
+                self.pending[name] = np.concatenate([*parts, values[start:end]])
             share = (end - start) / n
             self.step = first + end
             self.seconds += seconds * share
@@ -102,17 +105,15 @@ class History:
         return new
 
     def _complete(self, cut: bool) -> New:
+        """End a record with the pending steps."""
         before = self.records[-1] if self.records else self.since
         sums, weight = self._pending_sums()
-        record, summary = (
-            self._record(sums, weight, self.samples, self.seconds - before["seconds"]),
-            None,
-        )
+        record = self._record(sums, weight, self.samples, self.seconds - before["seconds"])
         self._join(sums, weight)
+        summary = None
         if cut or self.ends(int(before["step"]), self.step):
-            summary = self._record(
-                self.sums, self.weight, self.since["samples"], self.seconds - self.since["seconds"]
-            )
+            seconds = self.seconds - self.since["seconds"]
+            summary = self._record(self.sums, self.weight, self.since["samples"], seconds)
             self.sums, self.weight = {}, 0.0
             self.since = {"step": self.step, "seconds": self.seconds, "samples": 0.0}
         self.records.append(record)
@@ -121,14 +122,10 @@ class History:
     def summary(self) -> Record:
         """The means since the last summary, over complete records and pending steps."""
         sums, weight = self._pending_sums()
-        sums = {
-            name: self.sums.get(name, 0.0) + x
-            for name, x in (sums or dict.fromkeys(self.sums, 0.0)).items()
-        }
-        samples, seconds = (
-            self.since["samples"] + self.samples,
-            self.seconds - self.since["seconds"],
-        )
+        sums = sums or dict.fromkeys(self.sums, 0.0)
+        sums = {name: self.sums.get(name, 0.0) + x for name, x in sums.items()}
+        samples = self.since["samples"] + self.samples
+        seconds = self.seconds - self.since["seconds"]
         return self._record(sums, self.weight + weight, samples, seconds)
 
     def _pending_sums(self) -> tuple[dict[str, float], float]:
@@ -145,10 +142,8 @@ class History:
         weights = values.pop("weight", np.ones(int(n)))
         skipped = values.get("skipped", np.zeros(int(n)))
         weights = np.where(skipped > 0, 0.0, weights)
-        sums = {
-            name: float((np.where(weights > 0, x, 0.0) * weights).sum())
-            for name, x in values.items()
-        }
+        counted = {name: np.where(weights > 0, x, 0.0) for name, x in values.items()}
+        sums = {name: float((x * weights).sum()) for name, x in counted.items()}
         if "skipped" in values:
             sums["skipped"] = float(skipped.sum())
         return sums, float(weights.sum())
@@ -164,8 +159,9 @@ class History:
     def _record(
         self, sums: Mapping[str, float], weight: float, samples: float, seconds: float
     ) -> Record:
+        """A record of the means sums / weight."""
         record: Record = {"step": self.step, "epoch": self.epoch(self.step)}
-        # Without any weight there is no mean. Steps that were skipped had one that is not finite.
+        # Without any weight there is no mean. The loss of a skipped step was not finite.
         if weight or sums.get("skipped"):
             if "loss" in sums:
                 record["loss"] = math.nan
@@ -178,19 +174,21 @@ class History:
         return record
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The state to save: (plain numbers, lists and dicts; a tree of arrays for the parts that
-        grow).
+        """Return the state to save: plain numbers and dicts, and a tree of arrays for the parts
+        that grow.
         """
         numbers = {
-            name: getattr(self, name)
-            for name in ("step", "seconds", "samples", "sums", "weight", "since")
+            "step": self.step,
+            "seconds": self.seconds,
+            "samples": self.samples,
+            "sums": self.sums,
+            "weight": self.weight,
+            "since": self.since,
         }
         arrays = {
             "records": columns_of(self.records),
             "evaluations": columns_of(self.evaluations),
-            "pending": {
-                name: np.asarray(values, np.float64) for name, values in self.pending.items()
-            },
+            "pending": dict(self.pending),
         }
         return numbers, arrays
 
@@ -198,25 +196,17 @@ class History:
         """Restore a result of `state`. Older files have the records among the numbers, and no
         arrays.
         """
-        self.step, self.seconds, self.samples = (
-            numbers["step"],
-            numbers["seconds"],
-            numbers["samples"],
-        )
+        self.step, self.seconds = numbers["step"], numbers["seconds"]
+        self.samples = numbers["samples"]
         if arrays is None:
-            self.records, pending = list(numbers["records"]), numbers["pending"]
+            pending, self.records = numbers["pending"], list(numbers["records"])
             # The values of an evaluation follow 'seconds', the last entry that every record has.
-            self.evaluations = [
-                dict(record) for record in self.records if list(record)[-1] != "seconds"
-            ]
+            evaluated = [record for record in self.records if list(record)[-1] != "seconds"]
+            self.evaluations = [dict(record) for record in evaluated]
         else:
-            self.records, self.evaluations = (
-                records_of(arrays["records"]),
-                records_of(arrays["evaluations"]),
-            )
-            pending = arrays["pending"]
+            pending, self.records = arrays["pending"], records_of(arrays["records"])
+            self.evaluations = records_of(arrays["evaluations"])
         self.pending = {name: np.asarray(values, np.float64) for name, values in pending.items()}
         self.sums, self.weight = dict(numbers.get("sums", {})), numbers.get("weight", 0.0)
-        self.since = dict(
-            numbers.get("since", {"step": self.step, "seconds": self.seconds, "samples": 0.0})
-        )
+        since = {"step": self.step, "seconds": self.seconds, "samples": 0.0}
+        self.since = dict(numbers.get("since", since))

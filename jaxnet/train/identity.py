@@ -25,11 +25,14 @@ __all__ = [
     "tree_differences",
 ]
 
-WHOLE = 1 << 24  # bytes of an array up to which all of them count in its digest
-SAMPLE = 32  # rows that count in the digest of a larger one, and of one that is read lazily: 8
-LEAVES = 256  # leaves of a train state that count in how a run begins
-ELEMENTS = 1 << 16  # elements of a leaf that count there
-ROUNDING = 1e-4  # the difference, relative to the norm, up to which two starts are the same
+# Up to this number of bytes, all of an array count in its digest.
+WHOLE = 1 << 24
+# Rows that count in the digest of a larger array, and of an array that is read lazily.
+SAMPLE, LAZY_SAMPLE = 32, 8
+# Leaves of a train state that count in how a run begins, and elements of each.
+LEAVES, ELEMENTS = 256, 1 << 16
+# Two starts are the same up to this difference, relative to the norm.
+ROUNDING = 1e-4
 
 # A key also determines noise and initial values, so a run resumed with another key would equal
 # neither run.
@@ -45,10 +48,10 @@ NAMES = {
 
 
 def key_text(key: Any) -> str | None:
-    """A random key as text; None if it is not a single key."""
-    if not isinstance(key, jax.Array | np.ndarray) or not getattr(
-        key, "is_fully_addressable", True
-    ):
+    """A PRNG key as text; None if it is not a single key."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        return None
+    if not getattr(key, "is_fully_addressable", True):
         return None
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         words, name = np.asarray(jax.random.key_data(key)), str(jax.random.key_impl(key))
@@ -58,8 +61,8 @@ def key_text(key: Any) -> str | None:
 
 
 def data_digest(data: Any) -> str:
-    """A cheap digest of arrays: shapes, dtypes, all bytes of small arrays, and a sample of the rows
-    of large ones.
+    """Return a cheap digest of arrays: of their shapes and dtypes, all bytes of small arrays, and a
+    sample of the rows of large ones.
     """
     crc = 0
     for path, leaf in tree.flatten(data).items():
@@ -70,11 +73,11 @@ def data_digest(data: Any) -> str:
 
 
 def start_of(train_state: Any) -> dict[str, Any]:
-    """How a run begins: {'step': n, 'leaves': [[a number that depends on all of the values, their
-    norm], ...]}.
+    """Return how a run begins: {'step': n, 'leaves': [[a weighted sum of the values, their norm],
+    ...]}.
 
-    These are numbers and not bits, since initial values may round in another way on another kind of
-    device.
+    These are numbers and not bits, since initial values may be rounded differently on another kind
+    of device.
     """
     leaves = jax.tree.leaves((train_state.params, train_state.state))
     chosen = range(len(leaves))
@@ -84,16 +87,15 @@ def start_of(train_state: Any) -> dict[str, Any]:
 
 
 def begins_alike(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> bool:
-    """Whether two starts agree, as far as that can be told: older files know no start, and a later
-    state is no start.
+    """Whether two starts agree. Starts that cannot be compared count as equal: older files have no
+    start, and a later state is not a start.
     """
-    if (
-        before is None
-        or before["step"] != now["step"]
-        or len(before["leaves"]) != len(now["leaves"])
-    ):
+    if before is None or before["step"] != now["step"]:
         return True
-    pairs = zip(before["leaves"], now["leaves"], strict=True)
+    leaves = before["leaves"], now["leaves"]
+    if len(leaves[0]) != len(leaves[1]):
+        return True
+    pairs = zip(*leaves, strict=True)
     return all(abs(a[i] - b[i]) <= ROUNDING * max(a[1], b[1]) for a, b in pairs for i in (0, 1))
 
 
@@ -115,10 +117,12 @@ def _sketch(leaf: Any) -> list[float]:
 
 
 def _sample(leaf: Any) -> np.ndarray:
+    """The values of an array that count in a digest."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return np.zeros(0, np.uint8)
     if is_lazy(leaf):
-        return np.asarray(leaf[np.unique(np.linspace(0, leaf.shape[0] - 1, 8).astype(np.int64))])
+        rows = np.linspace(0, leaf.shape[0] - 1, LAZY_SAMPLE).astype(np.int64)
+        return np.asarray(leaf[np.unique(rows)])
     host = np.asarray(leaf)
     if host.dtype.hasobject:
         return np.zeros(0, np.uint8)
@@ -135,9 +139,10 @@ def _dtype_on_device(dtype: Any) -> Any:
 
 
 def program_digest(jaxpr: Any) -> str:
-    """A digest of a traced program and its constants. It depends on the learning rate, the loss and
-    the network.
+    """Return a digest of a traced program and its constants. It depends on the learning rate, the
+    loss and the network.
     """
+    # Addresses differ between processes.
     crc = zlib.crc32(re.sub(r"0x[0-9a-f]+", "", str(jaxpr)).encode())
     for constant in _constants(jaxpr):
         crc = zlib.crc32(np.ascontiguousarray(_sample(constant)).tobytes(), crc)
@@ -145,8 +150,8 @@ def program_digest(jaxpr: Any) -> str:
 
 
 def _constants(x: Any) -> Iterator[Any]:
-    """The arrays in a traced program, whose values its text lacks: constants and literals, also of
-    programs inside it.
+    """Yield the arrays in a traced program, whose values its text lacks: constants and literals,
+    also of programs inside it.
     """
     traced: Any = x
     if isinstance(x, tuple | list):
@@ -163,9 +168,16 @@ def _constants(x: Any) -> Iterator[Any]:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The differences between the facts of a run and those in a checkpoint; None if they agree.
+    """Describe the differences between the facts of a run and those in a checkpoint.
 
     Older files have fewer facts, and a missing fact is not a difference.
+
+    Args:
+      before: the facts in the checkpoint.
+      now: the facts of the run.
+
+    Returns:
+      The differences as text; None if the facts agree.
     """
     if ("batch_size" in before) != ("batch_size" in now):
         return "data of another kind (arrays in one, an iterable of batches in the other)"
@@ -175,22 +187,24 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     shown = []
     for name in names:
         what = NAMES.get(name, f"another {name}")
-        told = (
-            ""
-            if name in ("data", "key", "order_digest")
-            else f" ('{name}': {before[name]!r} in the file, '{name}': {now[name]!r} here)"
-        )
-        shown.append(what + told)
+        if name not in ("data", "key", "order_digest"):
+            what += f" ('{name}': {before[name]!r} in the file, '{name}': {now[name]!r} here)"
+        shown.append(what)
     return ", ".join(shown)
 
 
 def tree_differences(template: Any, leaves: Mapping[str, tuple[str, tuple]]) -> str | None:
-    """How a tree differs from the leaves of a file, given as {path: (dtype, shape)}; None if it
-    does not.
+    """Describe how a tree differs from the leaves of a file.
+
+    Args:
+      template: the tree.
+      leaves: (dtype, shape) by path.
+
+    Returns:
+      The differences as text; None if there are none.
     """
-    wanted = {
-        path: (_dtype(leaf), tuple(np.shape(leaf))) for path, leaf in tree.flatten(template).items()
-    }
+    flat = tree.flatten(template).items()
+    wanted = {path: (_dtype(leaf), tuple(np.shape(leaf))) for path, leaf in flat}
     lines = []
     for path in [*wanted, *(p for p in leaves if p not in wanted)]:
         here, there = wanted.get(path), leaves.get(path)

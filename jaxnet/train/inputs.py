@@ -103,12 +103,12 @@ def check_functions(evaluate: Any, best_rule: Any, stop: Any, callbacks: Any) ->
             "callbacks=[...]"
         )
     for i, callback in enumerate(callbacks):
-        if callback in (write_csv, write_jsonl):
-            name = callback.__name__  # pyright: ignore[reportAttributeAccessIssue]
-            raise TypeError(
-                f"fit: callbacks[{i}] is {name} itself; call it first, with the path: "
-                f"{name}('history')"
-            )
+        for name, writer in (("write_csv", write_csv), ("write_jsonl", write_jsonl)):
+            if callback is writer:
+                raise TypeError(
+                    f"fit: callbacks[{i}] is {name} itself; call it first, with the path: "
+                    f"{name}('history')"
+                )
         check_call(f"callbacks[{i}]", callback, "a function (record)")
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag, so that compiled work can end before the program does."""
+"""Ctrl-C and SIGTERM as a flag, so that a compiled call can end before the program does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ AGAIN = 10.0
 
 
 class Interrupted:
-    """What has come in: `name` is None, 'SIGINT' or 'SIGTERM'."""
+    """The signal that has arrived.
+
+    Attributes:
+      name: 'SIGINT' or 'SIGTERM'; None if there was no signal.
+    """
 
     name: str | None = None
 
@@ -36,7 +40,7 @@ def handled() -> None:
 
 @contextlib.contextmanager
 def interruptible(tell: Callable[[str], None] = lambda name: None) -> Iterator[Interrupted]:
-    """Within the block the first SIGINT or SIGTERM only sets a flag; a second one raises,
+    """Set only a flag at the first SIGINT or SIGTERM within the block. A second one raises
     KeyboardInterrupt or SystemExit.
 
     If a signal has just ended another block and the program has not read how that block ended, the
@@ -47,7 +51,7 @@ def interruptible(tell: Callable[[str], None] = lambda name: None) -> Iterator[I
     script) or not handled by Python stay unchanged.
 
     Args:
-      tell: called with the name of the first signal when it arrives.
+      tell: a function that is called with the name of the first signal when it arrives.
     """
     global _ended
     flag, before = Interrupted(), {}

@@ -12,8 +12,8 @@ __all__ = ["from_json", "to_json"]
 
 
 def to_json(x: Any) -> Any:
-    """The state of an iterator as JSON. Values that JSON lacks become an object with one entry,
-    named after their kind.
+    """Convert the state of an iterator to JSON. Values that JSON lacks become an object with one
+    entry, named after their kind.
     """
     if x is None or isinstance(x, bool | int | float | str):
         return x
@@ -29,20 +29,16 @@ def to_json(x: Any) -> Any:
         array = np.asarray(x)
         if array.dtype.kind in "biufc":
             kind = "array" if isinstance(x, np.ndarray | np.generic) else "tensor"
-            return {
-                kind: [
-                    array.dtype.str,
-                    list(array.shape),
-                    base64.b64encode(array.tobytes()).decode(),
-                ]
-            }
+            content = base64.b64encode(array.tobytes()).decode()
+            return {kind: [array.dtype.str, list(array.shape), content]}
     raise TypeError(
-        f"data: the iterator's state holds a {type(x).__name__}, which a checkpoint cannot keep"
+        f"data: the iterator's state holds a {type(x).__name__}, which a checkpoint cannot keep; "
+        "use numbers, strings, bytes, arrays, and lists, tuples and dicts of them"
     )
 
 
 def from_json(x: Any) -> Any:
-    """The inverse of `to_json`."""
+    """Convert JSON to the state of an iterator, the inverse of `to_json`."""
     if isinstance(x, list):
         return [from_json(y) for y in x]
     if not isinstance(x, dict):

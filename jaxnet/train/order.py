@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Order", "balanced", "check_order", "order_digest", "order_name", "shuffle", "shuffled"]
+__all__ = ["balanced", "check_order", "order_digest", "order_name", "shuffle", "shuffled"]
 
 Order = Callable[[jax.Array, int, jax.Array, jax.Array], jax.Array]
 """(key of the run, number of examples n, epoch, positions in it [B]) -> rows of the data, int32 [B]

@@ -1,4 +1,4 @@
-"""Where an equation of a traced program comes from: the user's code or JAX, its name, its line."""
+"""The origin of an equation in a traced program: the user's code or JAX, its name, its line."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 
 import jax
 
+from jaxnet.train.roles import ASKED, FILLED, GIVEN
+
 __all__ = ["added_by", "by_vmap", "calls", "name_in", "name_of", "place_of"]
 
 _JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 
 
 def calls(equation: Any) -> list[str]:
-    """The functions of JAX that made an equation, from its innermost to the code that called JAX,
-    "" for that.
+    """The functions of JAX that made an equation, from the innermost outwards, and then "" for the
+    code that called JAX.
     """
     trace, names = equation.source_info.traceback, []
     for frame in trace.frames if trace is not None else ():
@@ -30,11 +32,11 @@ def calls(equation: Any) -> list[str]:
 def added_by(
     equation: Any, rank: int, kept: Sequence[int], reduced: bool, squeezed: bool
 ) -> dict[int, str]:
-    """The role of each axis that a broadcast or a reshape adds or lengthens.
+    """Return the role of each axis that a broadcast or a reshape adds or lengthens.
 
     Args:
       equation: the broadcast or reshape.
-      rank: of its result.
+      rank: the rank of its result.
       kept: the axes of the result that its operand has.
       reduced: whether its operand is the result of a reduction.
       squeezed: whether JAX took axes of size one out of its operand.
@@ -42,22 +44,19 @@ def added_by(
     names = [name for name in calls(equation) if name]
     outermost, axes = (names[-1] if names else ""), range(rank)
     if _PROMOTING & set(names):
-        return dict.fromkeys(axes, "filled")
+        return dict.fromkeys(axes, FILLED)
     if _INDEXING & set(names) or outermost in _SHAPING:
-        return dict.fromkeys(axes, "asked")
+        return dict.fromkeys(axes, ASKED)
+    added = {axis: ASKED for axis in axes if axis not in kept}
     if by_vmap(equation):
         if not _in_vectorize(equation):
-            return {axis: "asked" for axis in axes if axis not in kept}
-        return {axis: "given" if squeezed and axis == rank - 1 else "filled" for axis in axes}
+            return added
+        return {axis: GIVEN if squeezed and axis == rank - 1 else FILLED for axis in axes}
     if reduced:
         # The reduction keeps its axes.
-        return dict.fromkeys(axes, "given")
+        return dict.fromkeys(axes, GIVEN)
     leading = list(kept) == list(range(rank - len(kept), rank))
-    return (
-        dict.fromkeys(axes, "filled")
-        if leading
-        else {axis: "asked" for axis in axes if axis not in kept}
-    )
+    return dict.fromkeys(axes, FILLED) if leading else added
 
 
 _PROMOTING = {
@@ -85,8 +84,11 @@ def _in_vectorize(equation: Any) -> bool:
 
 
 def name_of(equation: Any, outer: str) -> str:
-    """The name of the operation in the user's code; `outer` is the name of the call that the
-    equation is in.
+    """Return the name of an operation in the user's code.
+
+    Args:
+      equation: the operation.
+      outer: the name of the call that it is in, or "".
     """
     names, kind = calls(equation), str(equation.primitive.name)
     if outer and not (names and names[-1] == ""):
@@ -101,7 +103,7 @@ def name_of(equation: Any, outer: str) -> str:
 
 
 def name_in(error: Exception) -> str:
-    """The name of the function of JAX that raised an error."""
+    """Return the name of the function of JAX that raised an error."""
     names, trace = [], error.__traceback__
     while isinstance(trace, TracebackType):
         code, trace = trace.tb_frame.f_code, trace.tb_next
@@ -116,38 +118,20 @@ def _public(names: list[str]) -> str:
 
 
 _CALLS = ("jit", "custom_jvp_call", "custom_vjp_call", "checkpoint", "scan", "while", "cond")
-_WRAPPERS = {
-    "reraise_with_filtered_traceback",
-    "cache_miss",
-    "call_wrapped",
-    "op",
-    "meth",
-    "wrapper",
-    "wrapped",
-    "fn",
-}
-_WRAPPERS |= {
-    "bind",
-    "bind_with_trace",
-    "process_primitive",
-    "current",
-    "fun",
-    "f",
-    "deferring_binary_op",
-    "process_custom_jvp_call",
-    "process_custom_vjp_call",
-    "process_call",
-}
+_WRAPPERS = set(
+    "reraise_with_filtered_traceback cache_miss call_wrapped op meth wrapper wrapped fn fun f bind "
+    "bind_with_trace process_primitive current deferring_binary_op process_custom_jvp_call "
+    "process_custom_vjp_call process_call".split()
+)
+# The names of operations in `jax.numpy`, by primitive.
 _NAMES = {
     "select_n": "where",
     "sub": "subtract",
     "mul": "multiply",
+    "div": "divide",
     "eq": "equal",
     "ne": "not_equal",
     "max": "maximum",
-}
-_NAMES |= {
-    "div": "divide",
     "min": "minimum",
     "ge": "greater_equal",
     "gt": "greater",
@@ -160,8 +144,7 @@ def place_of(equation: Any) -> str:
     """The file and line of the innermost caller that is not in a library."""
     trace = equation.source_info.traceback
     for frame in trace.frames if trace is not None else ():
-        if not re.search(
-            r"[/\\](site-packages|jaxnet)[/\\]", frame.file_name
-        ) and not frame.file_name.startswith(_JAX):
+        library = re.search(r"[/\\](site-packages|jaxnet)[/\\]", frame.file_name)
+        if not library and not frame.file_name.startswith(_JAX):
             return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
     return ""

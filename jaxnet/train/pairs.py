@@ -1,6 +1,4 @@
-"""Refuse broadcasting that pairs every example with every other one, such as [B, 1] - [B], which is
-[B, B].
-"""
+"""Refuse broadcasting that pairs every example with every other one: [B, 1] - [B] is [B, B]."""
 
 from __future__ import annotations
 
@@ -12,9 +10,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxnet.train.axes import pairs_in
 from jaxnet.train.origin import name_in
 from jaxnet.train.roles import MARK, Found
+from jaxnet.train.tracing import pairs_in
 
 __all__ = ["all_pairs", "refuse_pairs"]
 
@@ -59,7 +57,7 @@ def refuse_pairs(what: str, function: Callable[..., Any], batch: Any, *rest: Any
       what: how the error names the function, such as "train_step: the loss".
       function: a function of pytrees of arrays.
       batch: leaves [B, ...]; scalars are left alone.
-      *rest: further arguments, whose sizes do not follow B.
+      *rest: further arguments, whose sizes do not depend on B.
 
     Raises:
       ValueError: an operation broadcasts examples against examples.
@@ -80,6 +78,7 @@ def refuse_pairs(what: str, function: Callable[..., Any], batch: Any, *rest: Any
     )
 
 
+# The lengths of the batches that are traced, in units of the true length.
 _FACTORS = (3, 5)
 
 
@@ -88,15 +87,9 @@ def _pairs(sizes: set[int], function: Callable[..., Any], batch: Any, rest: Any)
     found = []
     for factor in _FACTORS:
         longer = frozenset(factor * size for size in sizes)
+        specs = jax.tree.map(lambda leaf, k=factor: _spec(leaf, k), batch)
         try:
-            found.append(
-                _pairs_at(
-                    function,
-                    jax.tree.map(lambda leaf, k=factor: _spec(leaf, k), batch),
-                    rest,
-                    longer,
-                )
-            )
+            found.append(_pairs_at(function, specs, rest, longer))
         except Exception as error:
             return _pairs_at_true_size(function, batch, rest, _refused_pairs(error, factor, longer))
         if not found[-1]:
@@ -112,8 +105,10 @@ def _pairs(sizes: set[int], function: Callable[..., Any], batch: Any, rest: Any)
 def _pairs_at_true_size(
     function: Callable[..., Any], batch: Any, rest: Any, refused: Found | None
 ) -> Found | None:
-    # The trace with the true size decides. If it fails as well, the caller sees its error, which is
-    # better.
+    """The first operation that pairs examples in a trace with the true size. `refused` is what a
+    longer trace has found.
+    """
+    # If this trace fails as well, the error of the true call is the better one.
     try:
         found = _pairs_at(function, jax.tree.map(_spec, batch), rest, frozenset())
     except Exception:
@@ -139,12 +134,12 @@ def _pairs_at(
 
 
 def _spec(leaf: Any, factor: int = 1) -> Any:
+    """The spec of a leaf whose leading axis is `factor` times as long."""
     if not hasattr(leaf, "dtype"):
         leaf = np.asarray(leaf)
     shape = (leaf.shape[0] * factor, *leaf.shape[1:]) if leaf.shape else ()
-    return jax.ShapeDtypeStruct(
-        shape, jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
-    )
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _refused_pairs(error: Exception, factor: int, sizes: frozenset[int]) -> Found | None:
@@ -152,9 +147,8 @@ def _refused_pairs(error: Exception, factor: int, sizes: frozenset[int]) -> Foun
     text = str(error).splitlines()[0] if str(error) else ""
     if "ncompatible shapes" not in text:
         return None
-    shapes = [
-        tuple(map(int, re.findall(r"\d+", part))) for part in re.findall(r"\(([\d, ]+)\)", text)
-    ]
+    listed = re.findall(r"\(([\d, ]+)\)", text)
+    shapes = [tuple(map(int, re.findall(r"\d+", part))) for part in listed]
     for long in shapes:
         for short in shapes:
             if len(short) < len(long) and short[0] == long[0] and short[0] in sizes:

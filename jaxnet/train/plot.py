@@ -1,4 +1,4 @@
-"""Pictures of a training. matplotlib is needed here only."""
+"""Pictures of a training, by matplotlib."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ DECADE = 10.0
 def plot_history(
     history: Sequence[Mapping[str, float]], path: str | os.PathLike[str], *, title: str = ""
 ) -> None:
-    """Draw the learning curves of a `fit` as a picture: one panel for losses, one for all other
-    metrics, over epochs.
+    """Draw the learning curves of a run: one panel for losses, one for all other metrics.
 
-    Metrics of the evaluation, which only some records have, are drawn with markers. The axis of the
-    losses is logarithmic if all of them are positive and span at least a decade; else it is linear.
+    The horizontal axis shows epochs, or steps if there are fewer than two epochs. Metrics of the
+    evaluation, which only some records have, are drawn with markers. The axis of the losses is
+    logarithmic if all of them are positive and span at least a decade; else it is linear.
 
     Args:
       history: records as `fit` returns them.
       path: the file to write; its ending chooses the format (.png, .pdf, .svg).
-      title: above the picture.
+      title: the text above the picture.
 
     Raises:
       ValueError: the history is empty, or no record has a metric.
       ImportError: matplotlib is missing.
     """
     if not history:
-        raise ValueError("plot_history: the history is empty")
+        raise ValueError("plot_history: the history is empty; pass the `history` of a result")
     found = dict.fromkeys(name for record in history for name in record)
     names = [name for name in found if name not in RESERVED]
     if not names:
-        raise ValueError("plot_history: no record of the history has a metric")
+        raise ValueError(
+            "plot_history: no record of the history has a metric; return some from the step, or "
+            "pass `evaluate` to fit"
+        )
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    panels = [
-        group
-        for group in ([n for n in names if "loss" in n], [n for n in names if "loss" not in n])
-        if group
-    ]
+    losses = [name for name in names if "loss" in name]
+    others = [name for name in names if "loss" not in name]
+    panels = [group for group in (losses, others) if group]
     scale, label = _axis(history)
     end = max(max(record["step"] for record in history) * scale, 1)
     figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
@@ -55,24 +56,13 @@ def plot_history(
     for axes, group in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         seen: list[float] = []
         for name in group:
-            points = [
-                (record["step"] * scale, record[name]) for record in history if name in record
-            ]
-            values = [value for _, value in points]
-            seen += [value for value in values if math.isfinite(value)]
+            having = [record for record in history if name in record]
+            x, y = [record["step"] * scale for record in having], [r[name] for r in having]
+            seen += [value for value in y if math.isfinite(value)]
             # A line of one point is invisible without a marker.
-            sparse = (
-                len(points) < len(history)
-                or name.startswith(("test", "validation"))
-                or len(points) == 1
-            )
-            axes.plot(
-                [x for x, _ in points],
-                values,
-                label=name.replace("_", " "),
-                marker="o" if sparse else "",
-                markersize=4,
-            )
+            sparse = len(y) == 1 or len(y) < len(history)
+            marker = "o" if sparse or name.startswith(("test", "validation")) else ""
+            axes.plot(x, y, label=name.replace("_", " "), marker=marker, markersize=4)
         axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
         axes.set_xlim(0, end * 1.02)

@@ -1,4 +1,4 @@
-"""Run an iterator ahead of its consumer, in a thread."""
+"""Iterators that run ahead of their consumer, in a thread."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["Prefetch"]
 
 
 class Prefetch:
-    """Run an iterator in a thread, at most `depth` items ahead. Its errors are raised in the
-    consumer, at their place.
+    """Run an iterator in a thread, at most `depth` items ahead. The consumer receives its errors
+    after the items before them.
 
     Args:
       items: the iterator.
@@ -28,7 +28,8 @@ class Prefetch:
     ):
         self.queue: queue.Queue = queue.Queue(depth)
         self.abandoned, self.closed = abandoned, threading.Event()
-        x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]: of this thread
+        # This setting belongs to a thread.
+        x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
         self.thread = threading.Thread(
             target=self._fill, args=(items, x64), daemon=True, name="jaxnet-prefetch"
         )
@@ -55,7 +56,8 @@ class Prefetch:
         except BaseException as error:
             self._put((None, error))
 
-    def _put(self, item) -> bool:
+    def _put(self, item: tuple[Any, BaseException | None]) -> bool:
+        """Add an item; return False if the consumer has closed the iterator."""
         while not self.closed.is_set():
             try:
                 self.queue.put(item, timeout=0.1)
@@ -80,6 +82,7 @@ class Prefetch:
         return item
 
     def close(self) -> None:
+        """End the thread."""
         self.closed.set()
         # The thread may be waiting for its source, so the wait is limited.
         self.thread.join(2)

@@ -38,10 +38,10 @@ class Progress:
       step: where the run begins.
       show: False to be silent.
       evaluations: how many evaluations are expected; 0 if that is unknown.
-      metric: the name that a narrow line keeps to the last; None for the first one.
+      metric: the metric that a narrow line drops last; None for the first one.
 
     Attributes:
-      ending: whether the run is about to stop: of a call's records only the last is shown then.
+      ending: whether the run is about to stop. Only the last record of a call is then shown.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class Progress:
         self.every = epoch_steps or 1
         if total is not None:
             self.every *= max(1, -(-total // (100 * self.every)))
-        self.shown = step // self.every  # the multiple of `every` that has a line of its own
+        # The last multiple of `every` whose line stays.
+        self.shown = step // self.every
         self.each = evaluations <= LINES
         self.written = time.perf_counter()
 
@@ -98,7 +99,7 @@ class Progress:
             self._write(self.line(record), newline=stays or late)
 
     def note(self, text: str) -> None:
-        """A line about something else."""
+        """Print a line about something else."""
         if self.show:
             lines = [text]
             if self.terminal:
@@ -141,17 +142,17 @@ class Progress:
         if limit is not None:
             kept = self.metric if self.metric in texts else next(iter(texts), "")
             at = list(texts).index(kept) if texts else 0
-            # The first value, the loss, goes last of those that are not looked at.
+            # The first value, the loss, is the last of the others to be dropped.
             others = [*values[:at], *values[at + 1 :]]
             others = others[1:] + others[:1] if at else others
             parts = _fitting(parts, [rate, left, f"step {step:,}{of}", *others, epoch], limit)
             if parts and _width("  ".join(parts)) > limit:
-                # Digits that are cut off make another number: the number alone, or nothing.
+                # A number without its last digits would be another number.
                 parts = [text for text in [texts.get(kept, "")] if _width(text) <= limit]
         return "  ".join(part for part in parts if part)
 
     def close(self) -> None:
-        """Leave the cursor on a line of its own, whatever happened."""
+        """Leave the cursor on an empty line."""
         if self.show and self.terminal and self.width:
             self._write("", newline=True)
 

@@ -1,4 +1,4 @@
-"""The roles of axes, and values with roles."""
+"""Values of a traced program, with the roles of their axes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ __all__ = [
     "Value",
 ]
 
+# The name of the scope in which pairs are declared.
 MARK = "all_pairs"
 
-# The roles of an axis. The values vary along the first two and are constant along the others.
+# The roles of an axis along which values vary.
 EXAMPLES, OTHER = "examples", "other"
-# Size one in the data or by a computation, added by the user's code, and added by JAX.
+# The roles of an axis along which values are constant: it has size one in the data or by a
+# computation, the user's code has added it, or JAX has added it.
 GIVEN, ASKED, FILLED = "given", "asked", "filled"
+# From the role that decides most to the one that decides least.
 ORDER = (EXAMPLES, OTHER, GIVEN, ASKED, FILLED)
 Roles = tuple[str, ...]
 
@@ -34,7 +37,7 @@ class Found(NamedTuple):
     Attributes:
       operation: its name.
       where: file and line of the call, "" if unknown.
-      shapes: of the two operands that are paired.
+      shapes: the shapes of the two operands that are paired.
     """
 
     operation: str
@@ -47,12 +50,13 @@ class Value(NamedTuple):
 
     Attributes:
       shape: its shape.
-      roles: one per axis.
-      number: equal for equal expressions, whatever axes of size one they have.
-      norm: equal for sums over the same axes of different values, None for other values.
+      roles: the role of each axis.
+      number: a mark that is equal for equal expressions, whatever axes of size one they have.
+      norm: a mark that is equal for sums over the same axes of different values; None for other
+        values.
       reduced: whether a reduction made it.
       batched: whether a broadcast of `vmap` made it.
-      squeezed: its shape before JAX took out axes of size one, None if JAX took none out.
+      squeezed: its shape before JAX took out axes of size one; None if JAX took none out.
     """
 
     shape: tuple[int, ...]

@@ -1,5 +1,5 @@
-"""Batches of data that an explicit mesh axis shards over the examples. Elsewhere, these functions
-do what JAX does.
+"""Batches of data that an explicit mesh axis shards over the examples. For other data, these
+functions do what JAX does.
 
 JAX infers no sharding for a gather, a slice or a reshape along a sharded axis. A batch is sharded
 as its data are if its length divides evenly, and replicated over the examples otherwise.
@@ -19,7 +19,15 @@ __all__ = ["first_rows", "gathered", "in_parts", "on_mesh_of", "sliced", "zeros_
 
 
 def gathered(leaf: jax.Array, rows: jax.Array) -> jax.Array:
-    """The rows of an array [N, ...], int32 [B] -> [B, ...]. They must be in bounds."""
+    """Gather rows of an array.
+
+    Args:
+      leaf: the array, [N, ...].
+      rows: integers within bounds, int32 [B].
+
+    Returns:
+      The rows, [B, ...].
+    """
     options = {}
     if sharding := _sharding(leaf, rows.shape[0]):
         options["out_sharding"] = sharding
@@ -27,7 +35,7 @@ def gathered(leaf: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def sliced(leaf: jax.Array, start: Any, size: int) -> jax.Array:
-    """The rows start .. start + size - 1 of an array."""
+    """The rows start .. start + size - 1 of an array [N, ...]."""
     if not _sharding(leaf, size):
         return jax.lax.dynamic_slice_in_dim(leaf, start, size)
     return gathered(leaf, start + jnp.arange(size, dtype=jnp.int32))
@@ -35,9 +43,9 @@ def sliced(leaf: jax.Array, start: Any, size: int) -> jax.Array:
 
 def first_rows(leaf: jax.Array, size: int) -> jax.Array:
     """The first rows of an array."""
-    return (
-        gathered(leaf, jnp.arange(size, dtype=jnp.int32)) if _sharding(leaf, size) else leaf[:size]
-    )
+    if not _sharding(leaf, size):
+        return leaf[:size]
+    return gathered(leaf, jnp.arange(size, dtype=jnp.int32))
 
 
 def in_parts(leaf: jax.Array, parts: int) -> jax.Array:
@@ -53,8 +61,8 @@ def in_parts(leaf: jax.Array, parts: int) -> jax.Array:
 
 
 def on_mesh_of(data: Any, state: Any) -> Any:
-    """A train state on the explicit mesh that shards the data: leaves that are on no mesh are
-    replicated over it.
+    """Put a train state on the explicit mesh that shards the data, if there is one. Leaves that are
+    not on a mesh are replicated.
 
     JAX infers the sharding of a gradient, a sum over sharded examples, only if the parameters are
     on the mesh.
@@ -81,11 +89,7 @@ def on_mesh_of(data: Any, state: Any) -> Any:
 def zeros_like_spec(spec: Any, *leading: int) -> jax.Array:
     """Zeros with the shape, dtype and explicit sharding of a spec, after more axes at the front."""
     shape, sharding = (*leading, *spec.shape), getattr(spec, "sharding", None)
-    if (
-        not isinstance(sharding, NamedSharding)
-        or sharding.mesh.empty
-        or not sharding.mesh.explicit_axes
-    ):
+    if not isinstance(sharding, NamedSharding) or not sharding.mesh.explicit_axes:
         return jnp.zeros(shape, spec.dtype)
     placed = NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(leading), *sharding.spec))
     return jnp.zeros(shape, spec.dtype, out_sharding=placed)

@@ -1,4 +1,4 @@
-"""Callbacks that write records to files, and never overwrite files with other contents."""
+"""Callbacks that write records to files. They never overwrite files with other contents."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ HEAD = 1 << 16
 
 
 class Writer:
-    """A callback that writes records to a file, and takes out earlier lines only if a run is really
-    resumed.
+    """A callback that writes records to a file. It removes earlier lines only if a run resumes.
 
     Args:
       what: the name of the function that made it, for its errors.
       path: the file.
-      step_of: (number of a line, its text) -> the step of a line of the file. Raises ValueError for
-        other lines.
-      open_with: takes the lines that stay when the file is begun.
-      add: adds a record.
+      step_of: a function (number of a line, its text) -> the step of a line of the file. It raises
+        ValueError for other lines.
+      open_with: a function (path, lines that stay) that begins the file.
+      add: a function (path, record) that adds a record.
     """
 
     def __init__(
@@ -40,16 +39,20 @@ class Writer:
     ):
         self.what, self.step_of, self.open_with, self.add = what, step_of, open_with, add
         self.name = _checked(what, path, step_of)
-        # The step up to which lines stay if a run is resumed; None if nothing is known of a run.
+        # The step up to which lines stay if a run resumes; None if it does not.
         self.resumed: int | None = None
         self.begun = False
 
     def begin(self, step: int, resumed: bool) -> None:
-        """Take note that a run begins behind this step.
+        """Note that a run begins.
+
+        Args:
+          step: the number of steps done.
+          resumed: whether the run resumes from a checkpoint.
 
         Raises:
-          ValueError: the run is a fresh one, and the file holds later records, which are of another
-            run.
+          ValueError: the run does not resume, and the file holds later records, which are of
+            another run.
         """
         self.begun, self.resumed = False, step if resumed else None
         if not resumed:
@@ -77,8 +80,15 @@ class Writer:
 
 
 def begin_all(callbacks: Iterable[Any], step: int, *, resumed: bool) -> bool:
-    """Tell each `Writer` among the callbacks where a run begins, and whether it goes on; returns if
-    there is one.
+    """Tell each `Writer` among the callbacks where a run begins, and whether it resumes.
+
+    Args:
+      callbacks: the callbacks of `fit`.
+      step: the number of steps done.
+      resumed: whether the run resumes from a checkpoint.
+
+    Returns:
+      Whether there is a `Writer`.
     """
     writers = [callback for callback in callbacks if isinstance(callback, Writer)]
     for writer in writers:
@@ -86,17 +96,23 @@ def begin_all(callbacks: Iterable[Any], step: int, *, resumed: bool) -> bool:
     return bool(writers)
 
 
-def write_jsonl(path: str | os.PathLike[str]) -> Callable[[Mapping[str, float]], None]:
-    """A callback that appends each record to a file, one JSON object per line. Values that are not
-    finite become null.
+def write_jsonl(path: str | os.PathLike[str]) -> Writer:
+    """Make a callback that appends each record to a file, one JSON object per line.
 
-    If `fit` goes on from a checkpoint, it goes on in the same file, and lines of steps that are
-    done again are taken out first. A fresh run does not touch the records of another one. Pass the
-    callback itself to `fit`: inside of a function of yours it cannot know that a run is resumed.
+    Values that are not finite become null. If `fit` resumes from a checkpoint, the callback
+    continues the same file, and first removes the lines of steps that are done again. A fresh run
+    does not touch the records of another run. Pass the callback itself to `fit`: inside another
+    function it does not learn that a run resumes.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The callback, a function of a record.
 
     Raises:
-      ValueError: the file exists and holds something other than records, or a fresh run begins and
-        the file holds records behind its start.
+      ValueError: the file exists and holds something other than records; when a fresh run begins,
+        the file holds records of later steps.
       OSError: the file cannot be written.
     """
 
@@ -111,29 +127,39 @@ def write_jsonl(path: str | os.PathLike[str]) -> Callable[[Mapping[str, float]],
     return Writer("write_jsonl", path, _step_of_json, open_with, add)
 
 
-def write_csv(path: str | os.PathLike[str]) -> Callable[[Mapping[str, float]], None]:
-    """A callback that writes each record as a row of a table. A new metric adds a column. Otherwise
-    as `write_jsonl`.
+def write_csv(path: str | os.PathLike[str]) -> Writer:
+    """Make a callback that writes each record as a row of a table. A new metric adds a column.
+
+    Resumed runs and the records of other runs are treated as by `write_jsonl`.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The callback, a function of a record.
 
     Raises:
-      ValueError: the file exists and is no table of records (one whose first column is 'step'), or
-        a fresh run begins and the file holds records behind its start.
+      ValueError: the file exists and is not a table of records, whose first column is 'step'; when
+        a fresh run begins, the file holds records of later steps.
       OSError: the file cannot be written.
     """
     rows: list[Mapping[str, str]] = []
     columns: list[str] = []
 
+    def whole_table():
+        return _table([{name: name for name in columns}, *rows], columns) if columns else ""
+
     def open_with(name, lines):
         rows[:] = csv.DictReader(lines)
         columns[:] = rows[0] if rows else []
-        # Even a table without a new column is written once, without the lines that were taken out.
-        _replace(name, _table([{key: key for key in columns}, *rows], columns) if columns else "")
+        # Even a table without a new column is written once, without the removed lines.
+        _replace(name, whole_table())
 
     def add(name, record):
         rows.append({key: str(value) for key, value in record.items()})
         if new := [key for key in record if key not in columns]:
             columns.extend(new)
-            _replace(name, _table([{key: key for key in columns}, *rows], columns))
+            _replace(name, whole_table())
         else:
             with open(name, "a") as file:
                 file.write(_table(rows[-1:], columns))
@@ -150,7 +176,7 @@ def _table(rows: Sequence[Mapping[str, str]], columns: list[str]) -> str:
 def _step_of_json(number: int, line: str) -> float:
     record = json.loads(line)
     if not isinstance(record, dict) or next(iter(record), None) != "step":
-        raise ValueError("no record")
+        raise ValueError("not a record")
     return float(record["step"])
 
 
@@ -181,7 +207,9 @@ def _checked(what: str, path: Any, step_of: Callable[[int, str], float]) -> str:
     except FileNotFoundError:
         folder = os.path.dirname(os.path.abspath(name))
         if os.path.exists(folder) and not os.path.isdir(folder):
-            raise NotADirectoryError(errno.ENOTDIR, f"{what}: this is no folder", folder) from None
+            raise NotADirectoryError(
+                errno.ENOTDIR, f"{what}: this is not a folder", folder
+            ) from None
         if os.path.isdir(folder) and not os.access(folder, os.W_OK):
             raise PermissionError(
                 errno.EACCES, f"{what}: nothing can be written in this folder", folder
@@ -196,8 +224,8 @@ def _checked(what: str, path: Any, step_of: Callable[[int, str], float]) -> str:
 def _lines(
     what: str, path: str, step_of: Callable[[int, str], float], limit: int | None = None
 ) -> list[tuple[float, str]]:
-    """The complete lines of a file of records, each with its step. The last line may have been cut
-    off by a kill.
+    """The complete lines of a file of records, each with its step. The last line may be incomplete,
+    because a process was killed.
     """
     with open(path, "rb") as file:
         content = file.read() if limit is None else file.read(limit)
