@@ -158,6 +158,9 @@ def haiku(forward, params, loss, optimizer, feed, weights) -> Work:
 
 def keras(model, loss, optimizer, feed, weights, *, shuffle: bool = True) -> Work:
     """`fit`; the backend is JAX."""
+    from keras.utils import set_random_seed
+
+    set_random_seed(0)  # of the orders in which it takes the rows
     model.compile(optimizer=optimizer, loss=loss)
 
     def run():
@@ -183,8 +186,10 @@ def keras(model, loss, optimizer, feed, weights, *, shuffle: bool = True) -> Wor
 
 def torch(model, loss, optimizer, feed, weights, *, loader: bool = False) -> Work:
     """Batches are indexed from tensors in memory, or with `loader` come from a `DataLoader`."""
-    from torch import no_grad, randperm
+    from torch import manual_seed, no_grad, randperm
     from torch.utils.data import DataLoader, TensorDataset
+
+    manual_seed(0)  # of the orders in which it takes the rows
 
     def epoch():
         if feed.whole:

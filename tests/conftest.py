@@ -3,6 +3,8 @@
 import getpass
 import os
 import pathlib
+import signal
+import sys
 import tempfile
 
 # Programs are compiled once for all tests, both processes and the next run: JAX tells them apart by
@@ -17,9 +19,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import pytest
 
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-)  # where there is one
+# The processes that tests start need a third less time if they find the bytecode of the library.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+# A shell starts its background jobs with Ctrl-C ignored, which tests of signals would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# For a GPU. The flags are a part of the keys of the compile cache, so all processes need the same:
+# pytest, its workers, which inherit the variable, and what these start.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+if DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
 jax.config.update("jax_num_cpu_devices", 4)  # before any device is used
 # (4,) against (4, 1) is a bug, not a broadcast.
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -68,6 +68,13 @@ class Case:
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     exempt: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """The values of `train` that give different programs. Without a state and without random
+        numbers, training and evaluation are the same.
+        """
+        return (False, True) if self.net.init_state or self.net.random else (True,)
+
     def specs(
         self, dtype: Any = jnp.float32, lead: tuple[int, ...] = ()
     ) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -14,11 +14,10 @@ import optax
 
 import jaxnet
 from jaxnet import batch_norm, chain, dense, dropout
-from jaxnet.train import TrainState, compile_cache, fit, train_step, write_jsonl
+from jaxnet.train import TrainState, fit, train_step, write_jsonl
 
 
 def main(folder: pathlib.Path, steps: int) -> int:
-    compile_cache(folder.parent / "cache")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(50, 8)).astype(np.float32)
     data = x, np.sin(x.sum(1))

@@ -2,6 +2,7 @@
 that the test moves.
 """
 
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture
@@ -227,34 +229,40 @@ def test_no_round_starts_after_the_budget(measure, options):
     [
         (
             "xor.py",
+            ["--only", "train_steps", "--only", "Haiku"],
+            "jaxnet, one loop: train_steps",
+            "Haiku",
+            "haiku",
+        ),
+        slow(
+            "xor.py",
             ["--only", "train_steps", "--only", "Keras"],
             "jaxnet, one loop: train_steps",
             "Keras fit",
             "keras",
         ),
-        (
+        slow(
             "convnet.py",
             ["--only", "jaxnet, jit", "--only", "Keras"],
             "jaxnet, jitted step",
             "Keras fit",
             "keras",
         ),
-        pytest.param(
+        slow(
             "first_step.py",
             ["--only", "Haiku"],
             "jaxnet, fit",
             "Haiku",
             "haiku",
-            marks=pytest.mark.slow,
         ),
-        (
+        slow(
             "startup.py",
             ["--only", "Haiku, eager", "--depth", "1"],
             "jaxnet, eager",
             "Haiku, eager",
             "haiku",
         ),
-        (
+        slow(
             "checkpoints.py",
             [
                 "--only",
@@ -272,7 +280,7 @@ def test_no_round_starts_after_the_budget(measure, options):
             "Equinox, durable",
             "equinox",
         ),
-        (
+        slow(
             "loops.py",
             ["--table", "adam", "--rows", "1280", "--only", "a file", "--only", "Keras"],
             "jaxnet, fit, progress on a file",
@@ -365,6 +373,7 @@ def test_overhead_of_every_library(name, module, tmp_path):
     assert "first init, ResNet-50" in printed
 
 
+@pytest.mark.slow
 def test_ensembles_train_alike_in_every_form(tmp_path):
     file, networks = (
         tmp_path / "numbers.json",

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import READS_CACHE
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_checkpoint import DTYPES, NOT_IN_JAX, TREES, assert_same, plain, values
 from test_faults import KINDS
@@ -464,6 +465,7 @@ def test_on_a_full_disk_saving_is_an_error_and_the_old_stays(beside, tmp_path):
             capture_output=True,
             text=True,
             timeout=60,
+            env=READS_CACHE,
         )
         assert done.stdout.startswith("raised"), done.stderr
         assert sorted(os.listdir(tmp_path)) == before
@@ -524,6 +526,7 @@ def test_a_kill_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
         capture_output=True,
         text=True,
         timeout=240,
+        env=READS_CACHE,
     )
     assert done.returncode == 0, done.stderr
     steps, kills = set(), 0

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import READS_CACHE
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from run_in_processes import SCENARIOS, values
 
@@ -104,6 +105,7 @@ def start(count, folder, *what):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=None if what == ("all",) else READS_CACHE,
         )
         for i in range(count)
     ]

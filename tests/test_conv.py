@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.signal
 
 from jaxnet.core import describe
 from jaxnet.layers import conv
@@ -21,6 +20,9 @@ def normal(shape, seed=0):
     "window, sizes", [((3,), (7,)), (3, (5, 6)), ((2, 3), (5, 6)), ((2, 3, 2), (4, 5, 3))]
 )
 def test_conv_is_the_sum_over_channels_of_scipy_correlations(window, sizes):
+    # Every process would spend a second on this import at the top of the file.
+    from scipy.signal import correlate
+
     layer = conv(2, window, padding="VALID")
     x = normal((2, *sizes, 3))
     params = jax.eval_shape(layer.init, jax.random.key(0), x)
@@ -28,9 +30,7 @@ def test_conv_is_the_sum_over_channels_of_scipy_correlations(window, sizes):
     kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
     y = np.asarray(layer.apply(params, x))
     for n, f in np.ndindex(2, 2):
-        parts = [
-            scipy.signal.correlate(x[n, ..., c], kernel[..., c, f], mode="valid") for c in range(3)
-        ]
+        parts = [correlate(x[n, ..., c], kernel[..., c, f], mode="valid") for c in range(3)]
         np.testing.assert_allclose(y[n, ..., f], sum(parts) + bias[f], rtol=1e-4, atol=1e-5)
 
 

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from children import READS_CACHE
 from saves_to_be_killed import SAVES, before, tree_of
 from test_checkpoint import (
     DAMAGED,
@@ -286,9 +287,8 @@ def test_a_kill_at_any_moment_leaves_the_old_checkpoints_or_the_new_one(tmp_path
     for mode in SAVES:
         before(mode, tmp_path / "before" / mode)
     script = HERE / "saves_to_be_killed.py"
-    done = subprocess.run(
-        [sys.executable, script, tmp_path, "8"], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, script, tmp_path, "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=READS_CACHE)
     assert done.returncode == 0, done.stderr
     shutil.rmtree(tmp_path / "before")
     outcomes, kills = collections.defaultdict(set), collections.Counter()
@@ -399,9 +399,8 @@ def test_at_a_limit_of_the_system_saving_is_an_error_and_the_old_stays(tmp_path)
     (tmp_path / "before").mkdir()
     for mode in SAVES:
         before(mode, tmp_path / "before" / mode)
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", FULL, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=READS_CACHE)
     assert done.stdout.split() == [str(errno.EFBIG)] * 12, done.stderr
     for mode in ("overwrite", "store", "asynchronous"):
         expected = sorted(os.listdir(tmp_path / "before" / mode))

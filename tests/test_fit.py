@@ -387,7 +387,7 @@ def resumable(checkpoint, **settings):
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """Programs are compiled once for all runs in a test."""
+    """An empty compile cache."""
     from jax.experimental.compilation_cache import compilation_cache
 
     names = [
@@ -405,9 +405,9 @@ def cached(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "steps", [(1, 3, 4, 5, 7, 8, 14, 27, 39), pytest.param(range(1, 40), marks=pytest.mark.slow)]
+    "steps", [(1, 4, 7, 27, 39), pytest.param(range(1, 40), marks=pytest.mark.slow)]
 )
-def test_a_run_resumes_at_every_step_as_if_it_had_never_stopped(steps, tmp_path, cached):
+def test_a_run_resumes_at_every_step_as_if_it_had_never_stopped(steps, tmp_path):
     """An epoch has four steps, the last of them with half a batch; a record has seven."""
     file, kept = tmp_path / "run.safetensors", {}
 

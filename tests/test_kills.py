@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from children import READS_CACHE
 
 from jaxnet.checkpoint import load
 
@@ -19,12 +20,13 @@ SCRIPT = pathlib.Path(__file__).with_name("run_to_be_killed.py")
 STEPS = 2000
 
 
-def start(folder: pathlib.Path) -> subprocess.Popen:
+def start(folder: pathlib.Path, **options) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, SCRIPT, folder, str(STEPS)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     )
 
 
@@ -61,7 +63,7 @@ def killed_until_it_ends(
     folder.mkdir()
     hits = 0
     for kill in range(kills):
-        process = start(folder)
+        process = start(folder, env=READS_CACHE)
         assert process.stdout is not None
         # Most kills come while it trains, some while it starts.
         if kill % 4:

@@ -28,7 +28,7 @@ from jaxnet.layers import (
 )
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-# Both modes in float32; in the other dtypes, training, which has all that evaluation has. In these,
+# All modes in float32; in the other dtypes, training, which has all that evaluation has. In these,
 # what is made of other layers has nothing new.
 each_use = pytest.mark.parametrize(
     "case, train, dtype",
@@ -43,6 +43,7 @@ each_use = pytest.mark.parametrize(
             (True, "bfloat16"),
             (True, "float64"),
         ]
+        if train in case.modes
         for marks in [[pytest.mark.slow] if case.net.children and dtype != "float32" else []]
     ],
 )

@@ -116,15 +116,22 @@ def test_above_the_range_of_float16_only_products_overflow():
     np.testing.assert_allclose(got["embedding"][0], [n, n], rtol=1e-4)
 
 
-@each_narrow
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+# In float16, what is made of other layers has nothing new.
+@pytest.mark.parametrize(
+    "case, train, dtype",
+    [
+        pytest.param(case, train, dtype, id=f"{name}-{train}-{dtype}", marks=marks)
+        for name, case in CASES.items()
+        # Training draws other numbers for each copy, or it is evaluation.
+        for train in ([False, True] if case.net.init_state and not case.net.random else [False])
+        for dtype in NARROW
+        for marks in [[pytest.mark.slow] if case.net.children and dtype == "float16" else []]
+    ],
+)
 def test_copies_of_a_batch_multiply_every_gradient(case, train, dtype):
     """The gradient over n copies of a batch is n times that of one, for each leaf of each layer:
     only sums could differ.
     """
-    if train and (case.net.random or case.net.init_state is None):
-        pytest.skip("training draws other numbers for each copy, or is evaluation")
     net, (params, _), inputs = cast(case.net, dtype), case.start(), case.data()
     copies = 50_000 // inputs[0].shape[0]
     many = tuple(jnp.tile(x, (copies, *[1] * (x.ndim - 1))) for x in inputs)
@@ -221,10 +228,13 @@ def test_all_transformations_of_jax_agree(dtype):
         return sum(map(jnp.vdot, jax.tree.leaves(tree_), jax.tree.leaves(direction)))
 
     grad = as_stated(jax.grad(loss))(params)
-    agree(jax.jvp(loss, (params,), (direction,))[1], along(grad))
-    forward_over_reverse = jax.jvp(jax.grad(loss), (params,), (direction,))[1]
-    agree(jax.grad(lambda p: along(jax.grad(loss)(p)))(params), forward_over_reverse)
-    each = jax.vmap(jax.grad(lambda p, x: jnp.sum(jnp.sin(net.apply(p, x)))), (None, 0))(params, x)
+    agree(as_stated(lambda p: jax.jvp(loss, (p,), (direction,))[1])(params), along(grad))
+    forward_over_reverse = as_stated(lambda p: jax.jvp(jax.grad(loss), (p,), (direction,))[1])(
+        params
+    )
+    agree(as_stated(jax.grad(lambda p: along(jax.grad(loss)(p))))(params), forward_over_reverse)
+    of_one = jax.grad(lambda p, x: jnp.sum(jnp.sin(net.apply(p, x))))
+    each = as_stated(jax.vmap(of_one, (None, 0)))(params, x)
     agree(jax.tree.map(lambda g: g.sum(0), each), grad)
     for policy in (None, jax.checkpoint_policies.dots_saveable):
         agree(
@@ -236,7 +246,8 @@ def test_all_transformations_of_jax_agree(dtype):
     exported = jax.export.export(jax.jit(jax.grad(loss)))(params)
     agree(as_stated(exported.call)(params), grad)
     close(capture(net)(params, x)[0], net.apply(params, x), rtol=0, atol=0)
-    agree(jax.jit(jax.grad(loss))(params), jax.grad(lambda p: loss(p, net.children[""]))(params))
+    in_float32 = jax.grad(lambda p: loss(p, net.children[""]))
+    agree(jax.jit(jax.grad(loss))(params), jax.jit(in_float32)(params))
 
 
 def test_biases_and_scales_are_not_rounded_and_everything_else_is():

@@ -3,6 +3,7 @@ unsharded run.
 """
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,16 @@ pytestmark = pytest.mark.cpu_only("it wants four devices")
 X = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
 DATA = (X, X[:, 0].copy())
 OPTIMIZER = optax.adam(0.1)
-each_place = pytest.mark.parametrize("place", ["off the mesh", "replicated"])
+# Each place and each context in one way; all ways with the slow tests.
+each_way = pytest.mark.parametrize(
+    "context, place",
+    [
+        ("set_mesh", "off the mesh"),
+        ("no context", "replicated"),
+        pytest.param("set_mesh", "replicated", marks=pytest.mark.slow),
+        pytest.param("no context", "off the mesh", marks=pytest.mark.slow),
+    ],
+)
 each_context = pytest.mark.parametrize("context", ["set_mesh", "no context"])
 
 
@@ -93,11 +103,15 @@ PURE = {
 }
 
 
-@each_place
-@each_context
+@functools.cache
+def unsharded(name):
+    return PURE[name]()(start(), DATA)
+
+
+@each_way
 @pytest.mark.parametrize("name", PURE)
 def test_many_steps(name, context, place):
-    expected_state, expected = PURE[name]()(start(), DATA)
+    expected_state, expected = unsharded(name)
     with within(context):
         state, metrics = PURE[name]()(start(place), sharded(DATA))
         agree((state.params, metrics), (expected_state.params, expected))
@@ -136,8 +150,7 @@ def test_evaluate(context, size):
         np.testing.assert_allclose(result["error"], np.mean(DATA[1].astype(float) ** 2), rtol=1e-5)
 
 
-@each_place
-@each_context
+@each_way
 @pytest.mark.parametrize("options", [{}, {"drop_last": False}], ids=str)
 def test_fit_resumes(context, place, options, tmp_path):
     def ran(data, begin, epochs, **more):
