@@ -53,7 +53,7 @@ class Definition:
         """
         given = {"params": params, "state": state}
         for subject in self.makers:
-            expected = self._expected(subject, inputs, named)
+            expected, exact = self._expected(subject, inputs, named)
             if expected is None:
                 continue
             differences = list(_differences(expected, given[subject]))
@@ -62,15 +62,15 @@ class Definition:
                 differences = [d for d in differences if not _differ_only_along(free, *d)]
             if differences:
                 about = next((d for d in differences if d[0] == asked), differences[0])
-                return self._error(subject, *about, expected, given)
+                return self._error(subject, *about, expected, given, exact)
         return None
 
-    def _expected(self, subject: str, inputs: Any, named: Any) -> Any:
-        """The specs of params or state for these inputs.
+    def _expected(self, subject: str, inputs: Any, named: Any) -> tuple[Any, bool]:
+        """The specs of params or state for these inputs, and True.
 
-        If `init` fails for these inputs, the specs of the last ones that it made, because `init`
-        may need more than `apply`; None if there are none. The layer itself reports wrong inputs
-        better.
+        If `init` fails for these inputs, the specs of the last ones that it made, and False,
+        because `init` may need more than `apply`; None if there are none. The layer itself reports
+        wrong inputs better.
         """
 
         def compute():
@@ -78,9 +78,9 @@ class Definition:
             return make(key_spec(), *specs_of(inputs), **specs_of(named))
 
         try:
-            return memoized(self, subject, compute, False, inputs, named)
+            return memoized(self, subject, compute, False, inputs, named), True
         except Exception:
-            return self.last.get(subject)
+            return self.last.get(subject), False
 
     def _free(self, subject: str, inputs: Any, named: Any) -> dict[str, tuple[int, ...]]:
         """The axes whose sizes follow from the batch and time axes of the inputs, by path. Any size
@@ -89,8 +89,11 @@ class Definition:
         For instance, a cache that was made for the longest sequence is the state of a call with one
         token.
         """
-        longer, now = _stretched(specs_of((inputs, named))), self._expected(subject, inputs, named)
-        then = self._expected(subject, *longer)
+        longer, (now, _) = (
+            _stretched(specs_of((inputs, named))),
+            self._expected(subject, inputs, named),
+        )
+        then, _ = self._expected(subject, *longer)
         pairs = zip(*(jax.tree.leaves_with_path(tree) for tree in (now, then)), strict=False)
         return {
             jax.tree_util.keystr(path, simple=True, separator="/"): _differing_axes(a, b)
@@ -98,14 +101,22 @@ class Definition:
         }
 
     def _error(
-        self, subject: str, path: str, wanted: Any, got: Any, expected: Any, given: Any
+        self,
+        subject: str,
+        path: str,
+        wanted: Any,
+        got: Any,
+        expected: Any,
+        given: Any,
+        exact: bool,
     ) -> Exception:
         label = self.label
         if isinstance(wanted, Mapping):
             where = f"{subject} must be" if not path else f"'{path}' in {subject} must be"
-            return TypeError(
-                f"{label}: {where} a dict, {describe(wanted)}, got {describe(got)}; {_REMEDY}"
-            )
+            # Equal layers of other networks share `last`, so only its names are certain.
+            names = ", ".join(f"'{name}'" for name in wanted)
+            entries = f", {describe(wanted)}" if exact else f" with {names}"
+            return TypeError(f"{label}: {where} a dict{entries}, got {describe(got)}; {_REMEDY}")
         if wanted is None:
             have = ", ".join(expected) or "nothing"
             return ValueError(
