@@ -1,12 +1,11 @@
-"""Real data as plain NumPy arrays: IDX files, MNIST, the 8x8 digits, and batches and windows for a
-loop of one's own.
-"""
+"""Real data as plain NumPy arrays, and batches of them."""
 
-from .batching import Dataset, Split, batches, check_labels
-from .idx import read_idx, write_idx
-from .mnist_files import mnist
-from .optical_digits import digits
-from .windows import Windows
+from jaxnet.data.batching import batches
+from jaxnet.data.idx import read_idx, write_idx
+from jaxnet.data.mnist_files import mnist
+from jaxnet.data.optical_digits import digits
+from jaxnet.data.splits import Dataset, Split, check_labels
+from jaxnet.data.windows import Windows
 
 __all__ = [
     "Dataset",

@@ -1,47 +1,13 @@
-"""What a data set is, and batches of it for a training loop of one's own."""
+"""Batches of data in memory."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jaxnet.checks import size_of
 
 Tree = TypeVar("Tree")
-
-
-class Split(NamedTuple):
-    """One part of a data set; also the shape of a batch. It unpacks: `images, labels =
-    data.train`.
-    """
-
-    images: NDArray[Any]  # float32 [N, H, W, C] in [0, 1]
-    labels: NDArray[Any]  # int32 [N], 0..classes-1
-
-    def __repr__(self) -> str:
-        return f"Split(images={_brief(self.images)}, labels={_brief(self.labels)})"
-
-
-class Dataset(NamedTuple):
-    """Images to train on and images to test on."""
-
-    train: Split
-    test: Split
-
-    @property
-    def classes(self) -> int:
-        """The number of classes: the largest label of either part, plus one."""
-        return 1 + max(int(part.labels.max()) for part in self if part.labels.size)
-
-    def __repr__(self) -> str:
-        # jax.tree.map may have put anything in here: count only what surely can be counted
-        labels = [getattr(part, "labels", None) for part in self]
-        countable = all(
-            isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.size for x in labels
-        )
-        classes = f", classes={self.classes}" if countable else ""
-        return f"Dataset(train={self.train!r}, test={self.test!r}{classes})"
 
 
 def batches(
@@ -52,27 +18,32 @@ def batches(
     epochs: int = 1,
     drop_last: bool = False,
 ) -> Iterator[Tree]:
-    """Yield `data` in batches of `batch_size` along the leading axis, `epochs` times over.
+    """Iterate over batches of data along the leading axis.
 
     Args:
-        data: a dict, tuple, named tuple or list (nested at will) of arrays [N, ...] with one N, or
-            a single array. Series, frames and tensors of other libraries are read by position.
-        batch_size: examples per batch.
-        epochs: passes over the data.
-        seed: shuffles, anew for each epoch; the order is fixed by (seed, epoch) whatever the number
-            of epochs or the batch size, and does not change with NumPy's version. None keeps the
-            order, and the batches are views.
-        drop_last: leave out an epoch's last batch where it is smaller (a compiled step then sees a
-            single shape).
+      data: arrays [N, ...] with the same N, in a dict, tuple, named tuple or list, which may be
+        nested; or a single array. Series, frames and tensors of other libraries are read by
+        position.
+      batch_size: the number of examples per batch.
+      seed: the seed of the order, which differs from epoch to epoch. The order of an epoch depends
+        only on the seed and its number, not on the batch size or the version of NumPy. None keeps
+        the order of the data, and the batches are then views.
+      epochs: the number of passes over the data.
+      drop_last: leave out the last batch of an epoch if it is smaller, so that a compiled step sees
+        a single shape.
 
-    Yields:
-        The same structure, leaves [batch_size, ...]; the last of an epoch [N % batch_size, ...] if
-        that is not 0.
+    Returns:
+      An iterator over trees of the same structure, leaves [batch_size, ...]. The last batch of an
+      epoch has leaves [N % batch_size, ...] if that is not 0.
 
     Raises:
-        ValueError: at the call, for no data, leaves of unequal length, or a batch larger than the
-            data.
-        TypeError: at the call, for a list of numbers or of examples, and for masked entries.
+      ValueError: there are no data, the leaves differ in length, or a batch is larger than the
+        data. The call raises it, not the iterator.
+      TypeError: the data are a list of numbers or of examples, or have masked entries.
+
+    Example:
+      >>> [batch.tolist() for batch in batches(np.arange(5), 2)]
+      [[0, 1], [2, 3], [4]]
     """
     batch_size = size_of("batches: batch_size", batch_size)
     epochs = size_of("batches: epochs", epochs)
@@ -89,35 +60,8 @@ def batches(
     return _generate(arrays, n, batch_size, seed, epochs, drop_last)
 
 
-def check_labels(labels: Any, classes: int) -> None:
-    """Check that labels (integers of any shape) lie within 0..classes-1.
-
-    Worth a call before training: indexing under `jit` cannot raise, so JAX answers a label out of
-    range with NaN or with the loss of another class.
-
-    Raises:
-        TypeError: they are not integers.
-        ValueError: names the first bad label and its index.
-    """
-    classes = size_of("check_labels: classes", classes)
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu":
-        raise TypeError(
-            f"check_labels: labels must be integers, got {labels.dtype}; cast with "
-            ".astype(np.int32)"
-        )
-    bad = (labels < 0) | (labels >= classes)
-    if bad.any():
-        index = tuple(map(int, np.argwhere(bad)[0]))
-        raise ValueError(
-            f"check_labels: labels must be within 0..{classes - 1}, got {labels[index]} at index "
-            f"{index[0] if len(index) == 1 else index} ({np.count_nonzero(bad)} of {labels.size} "
-            "are outside); renumber them from 0, or raise `classes`"
-        )
-
-
 def permutation(n: int, seed: int, stream: int) -> np.ndarray:
-    """A random order of 0..n-1, the same for ever for one (seed, stream).
+    """A random order of 0..n-1, always the same for equal (seed, stream).
 
     It sorts raw 64-bit draws, because NumPy promises stable streams for its bit generators but not
     for `Generator.permutation` (NEP 19).
@@ -171,21 +115,23 @@ def _check_lists(data: Any) -> None:
         shapes = {np.shape(x) for x in data if hasattr(x, "shape")}
         if all(isinstance(x, bool | int | float | np.generic) for x in data):
             raise TypeError(
-                f"batches: a list of {len(data)} numbers is no array; make it one, with np.asarray"
+                f"batches: the data must be arrays, got a list of {len(data)} numbers; convert it "
+                "with np.asarray"
             )
         if len(data) > _MANY and len(shapes) == 1:
             raise TypeError(
-                f"batches: a list of {len(data)} arrays {list(*shapes)}; make it one array, with "
-                "np.stack"
+                f"batches: the data must be arrays, got a list of {len(data)} arrays "
+                f"{list(*shapes)}; make it one array with np.stack"
             )
         if len(data) > _MANY and all(isinstance(x, list | tuple | dict) for x in data):
             raise TypeError(
-                f"batches: a list of {len(data)} examples; stack each of their parts, with np.stack"
+                f"batches: the data must be arrays, got a list of {len(data)} examples; stack each "
+                "of their parts with np.stack"
             )
-    for child in (
-        data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ()
-    ):
-        _check_lists(child)
+    children = data.values() if isinstance(data, dict) else data
+    if isinstance(data, dict | list | tuple):
+        for child in children:
+            _check_lists(child)
 
 
 def _as_array(leaf: Any) -> np.ndarray:
@@ -216,11 +162,3 @@ def _leaves(tree: Any, path: tuple = ()) -> Iterator[tuple[str, np.ndarray]]:
         return
     for name, child in children:
         yield from _leaves(child, (*path, name))
-
-
-def _brief(leaf: Any) -> str:
-    return (
-        f"{leaf.dtype}{list(leaf.shape)}"
-        if hasattr(leaf, "dtype") and hasattr(leaf, "shape")
-        else repr(leaf)
-    )

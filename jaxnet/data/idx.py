@@ -1,4 +1,4 @@
-"""The IDX format, in which MNIST is published.
+"""The IDX format of arrays, in which MNIST is published.
 
     bytes 0-1   zero
     byte  2     type: 08 uint8, 09 int8, 0B int16, 0C int32, 0D float32, 0E float64
@@ -6,9 +6,9 @@
     then        n sizes, each a big-endian uint32
     then        the elements, big-endian, the last axis fastest; and nothing after them
 
-The whole may be gzipped.
-Source: Y. LeCun, C. Cortes & C. J. C. Burges, http://yann.lecun.com/exdb/mnist/ (at the foot of the
-page).
+The file may be gzipped.
+
+Source: Y. LeCun, C. Cortes & C. J. C. Burges, http://yann.lecun.com/exdb/mnist/, end of the page.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
       path: the file.
 
     Returns:
-      A writable array of the file's type in native byte order. A file without dimensions gives one
-      element of shape ().
+      A writable array [...] of the file's type in native byte order. A file without dimensions
+      gives an array of shape [].
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -78,12 +78,12 @@ def write_idx(path: str | os.PathLike[str], array: Any) -> None:
 
     Args:
       path: the file.
-      array: of dtype uint8, int8, int16, int32, float32 or float64, in any byte order and memory
-        layout.
+      array: an array [...] of dtype uint8, int8, int16, int32, float32 or float64, in any byte
+        order and memory layout.
 
     Raises:
-      TypeError: another dtype.
-      ValueError: an axis of 2**32 or more.
+      TypeError: the array has another dtype.
+      ValueError: an axis has 2**32 elements or more.
       OSError: the file cannot be written, or a pipe, a device or a folder has that name.
     """
     path, array = pathlib.Path(path), np.asarray(array)
@@ -112,8 +112,8 @@ def write_idx(path: str | os.PathLike[str], array: Any) -> None:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`; it takes that name when the block ends well and is
-    deleted otherwise.
+    """Open a temporary file beside `path`. It is renamed to `path` if the block succeeds, else
+    deleted.
     """
     if path.exists() and not path.is_file():
         raise FileExistsError(
@@ -155,7 +155,8 @@ def _parse(file: io.BufferedIOBase, most: int, path: pathlib.Path) -> np.ndarray
     if len(sizes) < 4 * ndim:
         raise _bad(path, f"{ndim} sizes of 4 bytes in the header", f"{len(sizes)} bytes")
     shape = struct.unpack(f">{ndim}I", sizes)
-    length = math.prod(shape) * dtype.itemsize  # Python integers: nothing overflows
+    # These are Python integers, so the product cannot overflow.
+    length = math.prod(shape) * dtype.itemsize
     expected = f"{length:,} bytes of elements ({dtype.name} of shape {shape}, says the header)"
     if length > most:
         raise _bad(path, expected, f"a file that can hold at most {most:,}")
@@ -164,7 +165,8 @@ def _parse(file: io.BufferedIOBase, most: int, path: pathlib.Path) -> np.ndarray
         raise _bad(path, expected, f"{len(body):,}" if len(body) < length else "more than that")
     try:
         array = np.ndarray(shape, dtype, buffer=body)
-    except ValueError as error:  # more axes than NumPy has, or (0, 2**32 - 1, 2**32 - 1, 2**32 - 1)
+    except ValueError as error:
+        # It has more axes than NumPy allows, or sizes such as (0, 2**32 - 1, 2**32 - 1, 2**32 - 1).
         raise _bad(path, "a shape that NumPy can hold", f"{shape} ({error})") from error
     return array.astype(dtype.newbyteorder("="), copy=False)
 

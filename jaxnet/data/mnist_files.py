@@ -1,4 +1,4 @@
-"""MNIST from its four published files, verified by checksum, fetched on request."""
+"""The MNIST data set."""
 
 import hashlib
 import os
@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .batching import Dataset, Split
-from .idx import read_idx, replacing
+from jaxnet.data.idx import read_idx, replacing
+from jaxnet.data.splits import Dataset, Split
 
 _MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 
-# name: sha256 of the published .gz, sha256 of what is in it. Taken from files whose md5 are those
-# that torchvision publishes (tests/test_data.py holds the two together).
+# name: (sha256 of the published .gz, sha256 of its content). They come from files whose md5 are
+# those that torchvision publishes; tests/test_data.py compares the two.
 CHECKSUMS = {
     "train-images-idx3-ubyte": (
         "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
@@ -47,6 +47,9 @@ def mnist(
 ) -> Dataset:
     """Load MNIST, 60,000 training and 10,000 test images of handwritten digits.
 
+    Source: Y. LeCun, C. Cortes & C. J. C. Burges, "The MNIST database of handwritten digits", 1998,
+    http://yann.lecun.com/exdb/mnist/
+
     Args:
       folder: the folder with train-images-idx3-ubyte, train-labels-idx1-ubyte,
         t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, gzipped (.gz) or not. The spelling
@@ -66,9 +69,6 @@ def mnist(
       FileNotFoundError: files are missing; the message lists all of them.
       ValueError: a file is not the published one.
       OSError: no mirror gave a file; the message has the reason of each.
-
-    Source: Y. LeCun, C. Cortes & C. J. C. Burges, "The MNIST database of handwritten digits", 1998,
-    http://yann.lecun.com/exdb/mnist/
     """
     folder = pathlib.Path(folder)
     paths = {name: _find(folder, name) for name in CHECKSUMS}
@@ -100,8 +100,8 @@ def _verify(path: pathlib.Path, checksums: tuple[str, str]) -> None:
         raise ValueError(
             f"{path}: expected MNIST's file with sha256 {checksums[0]} (gzipped) or "
             f"{checksums[1]} (unpacked), got sha256 {received}; it is damaged or another set "
-            "(nothing was changed): move it away and pass download=True, or read a set of your "
-            "own with read_idx; if you gzipped it yourself, unpack it"
+            "(nothing was changed): move it away and pass download=True, or read another set "
+            "with read_idx; if you gzipped it yourself, unpack it"
         )
 
 
@@ -164,8 +164,8 @@ def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
 
 
 def _fetch(url: str, checksum: str, timeout: float, time_limit: float) -> bytes:
-    """The verified bytes behind a URL. They are held in memory (10 MB at most), so no unverified
-    file ever exists.
+    """The verified bytes of a URL. They stay in memory (10 MB at most), so no unverified file ever
+    exists.
     """
     # These are imported here, because with ssl and http they take longer to import than the rest.
     from urllib.error import HTTPError
@@ -180,7 +180,8 @@ def _fetch(url: str, checksum: str, timeout: float, time_limit: float) -> bytes:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"not done after {time_limit:g} seconds")
     except HTTPError as error:
-        error.close()  # it holds the connection
+        # The error holds the connection open.
+        error.close()
         raise
     received = hashlib.sha256(body).hexdigest()
     if received != checksum:
@@ -190,7 +191,8 @@ def _fetch(url: str, checksum: str, timeout: float, time_limit: float) -> bytes:
     return bytes(body)
 
 
-_LARGEST = 1 << 24  # bytes; above the largest of the four files, and an end to a stream without one
+# Bytes: more than the largest of the four files has. Reading stops there if a stream does not end.
+_LARGEST = 1 << 24
 
 
 def _load(paths: dict, part: str) -> Split:

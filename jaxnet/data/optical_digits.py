@@ -1,21 +1,25 @@
-"""1,797 real handwritten digits of 8x8 pixels that come with scikit-learn: real data without a
-download.
-"""
+"""The handwritten digits that come with scikit-learn: real data without a download."""
 
 import importlib.util
 import pathlib
 
 import numpy as np
 
-from .batching import Dataset, Split, permutation
+from jaxnet.data.batching import permutation
+from jaxnet.data.splits import Dataset, Split
 
 
 def digits(*, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
     """Load scikit-learn's handwritten digits, 1,797 images of 8x8 pixels in 10 classes.
 
     The split is random, always the same for equal arguments, and keeps the share of each class. All
-    images come from 13 writers, and the data do not say which, so the same writers are on both
-    sides: the test error is that on new digits of known writers, which flatters.
+    images come from 13 writers, and the data do not say who wrote which image, so the same writers
+    are in both parts. The test error is therefore that on new digits of known writers, which is
+    lower than that of unknown writers.
+
+    Source: E. Alpaydin & C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
+    Learning Repository, 1998 (the 1,797 images of its test part),
+    https://archive.ics.uci.edu/dataset/80
 
     Args:
       test_fraction: the share of each class that is for testing.
@@ -28,10 +32,6 @@ def digits(*, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
     Raises:
       ImportError: scikit-learn is not installed.
       ValueError: a class would be left without test or training images.
-
-    Source: E. Alpaydin & C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
-    Learning Repository, 1998 (the 1,797 images of its test part),
-    https://archive.ics.uci.edu/dataset/80
     """
     pixels, labels = _published()
     images = (pixels / 16).astype(np.float32).reshape(-1, 8, 8, 1)
@@ -43,8 +43,8 @@ def digits(*, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
 
 
 def _published() -> tuple[np.ndarray, np.ndarray]:
-    """`load_digits(return_X_y=True)` of scikit-learn, from the file in its folder: importing the
-    package takes a second.
+    """`load_digits(return_X_y=True)` of scikit-learn, from the file in its folder. Importing the
+    package would take a second.
     """
     package = importlib.util.find_spec("sklearn")
     for folder in (package and package.submodule_search_locations) or ():
@@ -64,8 +64,8 @@ def _published() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _test_rows(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """A mask of the rows to test on: round(fraction * count) of each class. As a mask it keeps the
-    rows in order, so that a part is not sorted by class.
+    """A mask of the rows to test on, round(fraction * count) of each class. A mask keeps the rows
+    in order, so the parts are not sorted by class.
     """
     test = np.zeros(len(labels), bool)
     for label in np.unique(labels):

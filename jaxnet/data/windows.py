@@ -1,4 +1,4 @@
-"""Stretches of a long sequence, read where they are needed."""
+"""Windows of a long sequence."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ __all__ = ["Windows"]
 
 
 class Windows:
-    """The windows of a sequence as the rows of an array [N, length, ...] that is never made.
+    """The windows of a sequence, as the rows of an array [N, length, ...] that is never in memory.
 
-    Row i is `sequence[i * stride : i * stride + length]`, N = 1 + (len(sequence) - length) //
-    stride. Reading rows copies just those, so that the sequence may be a memory map larger than
-    memory. For language models take length = context + 1, and in the loss `tokens[:, :-1]` as input
-    and `tokens[:, 1:]` as target.
+    Row i is `sequence[i * stride : i * stride + length]`, and N = 1 + (T - length) // stride.
+    Indexing copies only the requested rows, so the sequence may be a memory map that is larger than
+    the memory. For a language model, take length = context + 1, and in the loss `tokens[:, :-1]` as
+    input and `tokens[:, 1:]` as target.
 
     Args:
-      sequence: array, memory map or h5py dataset [T, ...]; lists, series and tensors are converted
-        to arrays, by position.
+      sequence: an array, memory map or h5py dataset, [T, ...]. Lists, series and tensors are
+        converted to arrays by position.
       length: the length of a window, in elements.
       stride: the distance between the starts of two windows; `length` by default.
+
+    Attributes:
+      shape: the shape of the array, (N, length, ...).
+      dtype: its dtype.
 
     Raises:
       ValueError: the sequence is shorter than one window, or a size is not a positive int.
@@ -38,9 +42,8 @@ class Windows:
         length = size_of("Windows: length", length)
         stride = length if stride is None else size_of("Windows: stride", stride)
         in_memory = any(hasattr(sequence, name) for name in ("to_numpy", "numpy", "__dlpack__"))
-        if isinstance(sequence, list | tuple) or (
-            in_memory and not isinstance(sequence, np.ndarray)
-        ):
+        in_memory = in_memory and not isinstance(sequence, np.ndarray)
+        if in_memory or isinstance(sequence, list | tuple):
             sequence = np.asarray(sequence)
         if len(sequence) < length:
             raise ValueError(
@@ -49,11 +52,8 @@ class Windows:
         self.sequence: Any = sequence
         self.length: int = length
         self.stride: int = stride
-        self.shape: tuple[int, ...] = (
-            1 + (len(sequence) - length) // stride,
-            length,
-            *sequence.shape[1:],
-        )
+        n = 1 + (len(sequence) - length) // stride
+        self.shape: tuple[int, ...] = (n, length, *sequence.shape[1:])
         self.dtype: Any = sequence.dtype
 
     def __len__(self) -> int:
