@@ -15,7 +15,7 @@ from jaxnet.train.words import describe
 if TYPE_CHECKING:
     from jaxnet.train.optimizers import Optimizer
 
-__all__ = ["TrainState", "check_params", "check_train_state", "StepFunction", "copied", "sgd"]
+__all__ = ["TrainState", "check_params", "check_train_state", "copied", "sgd"]
 
 
 class TrainState(NamedTuple):
