@@ -25,9 +25,13 @@ from typing import Any
 atheris: Any = importlib.import_module("atheris")
 
 with atheris.instrument_imports(include=["jaxnet.checkpoint"]):
-    import jaxnet.checkpoint.arrays  # noqa: F401  elsewhere it is imported later, and would not be instrumented
+    # The library imports these three later, when they would not be instrumented.
+    import jaxnet.checkpoint.arrays
+    import jaxnet.checkpoint.casting
+    import jaxnet.checkpoint.placement  # noqa: F401
     from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save, verify
     from jaxnet.checkpoint import format as fmt
+    from jaxnet.checkpoint.tensors import crc_start, layout
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "tests" / "golden"
 FOLDER = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -51,14 +55,14 @@ def sealed(tree, tensors) -> bytes:
     """A file with this tree and tensors [[name, code, shape], ...], a right digest and right
     checksums.
     """
-    layout = fmt.layout([(name, code, tuple(shape)) for name, code, shape in tensors])
-    size = layout[-1].stop if layout else 0
-    if size > 1 << 16 or any(t.stop < t.start or t.chunks > 1 for t in layout):
+    placed = layout([(name, code, tuple(shape)) for name, code, shape in tensors])
+    size = placed[-1].stop if placed else 0
+    if size > 1 << 16 or any(t.stop < t.start or t.chunks > 1 for t in placed):
         raise ValueError("too large")
     data = bytes(range(256)) * 256
-    sums = [f"{zlib.crc32(data[t.start : t.stop], fmt.crc_start(t, 0)):08x}" for t in layout]
+    sums = [f"{zlib.crc32(data[t.start : t.stop], crc_start(t, 0)):08x}" for t in placed]
     header = fmt.write_header(
-        "", layout, {"version": 1, "metadata": {}, "tree": tree, "crc32": sums}
+        "", placed, {"version": 1, "metadata": {}, "tree": tree, "crc32": sums}
     )
     return header + data[:size]
 

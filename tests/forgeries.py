@@ -1,6 +1,4 @@
-"""Headers that somebody has forged: changed at random, with a right digest, so that only the checks
-behind it refuse them.
-"""
+"""Forged headers: random changes, with a right digest, so only the checks behind it refuse them."""
 
 import contextlib
 import copy
@@ -11,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint import header_types
+from jaxnet.checkpoint.tensors import Tensor, crcs
 
 ODD: list[Any] = [
     None,
@@ -89,11 +87,11 @@ def split(data: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
 
 
 def sealed(entries: Any, manifest: Any, data: bytes) -> bytes:
-    """The file with these, and a right digest."""
+    """The file with these contents, and a right digest."""
     header = {"__metadata__": {"jaxnet_sha256": "0" * 64, "jaxnet": json.dumps(manifest)}} | entries
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-(8 + len(raw)) % 64)
-    return len(raw).to_bytes(8, "little") + fmt._with_digest(raw, fmt._digest(raw)) + data
+    return len(raw).to_bytes(8, "little") + fmt.with_digest(raw, fmt.digest_of(raw)) + data
 
 
 def forgeries(data: bytes, count: int, seed: int) -> Iterator[bytes]:
@@ -114,7 +112,7 @@ def forgeries(data: bytes, count: int, seed: int) -> Iterator[bytes]:
 
 
 def sum_again(entries: dict[str, Any], manifest: Any, data: bytes) -> None:
-    """Give the manifest the checksums of the entries as they are now, where these can have some."""
+    """Give the manifest the checksums of the entries as they are now, if these can have some."""
     with contextlib.suppress(TypeError, ValueError, LookupError, AttributeError, OverflowError):
         sums = []
         for name, entry in entries.items():
@@ -122,8 +120,8 @@ def sum_again(entries: dict[str, Any], manifest: Any, data: bytes) -> None:
             if not 0 <= start <= stop <= len(data):
                 return
             sums.append(
-                fmt.crcs(
-                    header_types.Tensor(name, entry["dtype"], tuple(entry["shape"]), start, stop),
+                crcs(
+                    Tensor(name, entry["dtype"], tuple(entry["shape"]), start, stop),
                     data[start:stop],
                 )
             )
@@ -171,8 +169,9 @@ def holders(value: Any) -> Iterator[Any]:
 
 
 def forge_file(path: pathlib.Path, count: int, seed: int) -> Iterator[None]:
-    """Put each forgery of a file in its place, and of a part its digest into the manifest; in the
-    end all is as before.
+    """Put each forgery of a file in its place; for a part, put its digest into the manifest.
+
+    At the end, restore everything.
     """
     main = path.with_name(path.name.partition(".part-")[0])
     data, whole = path.read_bytes(), main.read_bytes()

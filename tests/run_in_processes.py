@@ -31,8 +31,8 @@ from jaxnet.checkpoint import (
 
 
 def make_tree(mesh, scale=1):
-    """Arrays over all devices in several ways, and what each process has for itself; `values` says
-    what is in them.
+    """Arrays over all devices in several ways, and values that each process has for itself;
+    `values` gives their contents.
     """
 
     def spread(x, *spec):
@@ -64,7 +64,7 @@ def values(scale=1):
 
 
 def assert_same(got, expected):
-    """Containers, shardings and, on this process, values."""
+    """Assert equal containers, shardings and, on this process, values."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert type(x) is type(y)
@@ -132,7 +132,8 @@ def only_what_is_needed_is_read(folder, mesh, me):
     if me == 1:
         (part,) = folder.glob("*-00001")
         data = bytearray(part.read_bytes())
-        row = data.index(values()["blocks"][2, :4].tobytes())  # rows 2 and 3 are those of process 1
+        # Rows 2 and 3 are those of process 1.
+        row = data.index(values()["blocks"][2, :4].tobytes())
         data[row] ^= 1
         part.write_bytes(data)
     multihost_utils.sync_global_devices("damaged")
@@ -161,7 +162,8 @@ def a_disk_fails_in_one_process(folder, mesh, me):
         os.write = real
     assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 1))
     multihost_utils.sync_global_devices("looked")
-    assert len(names(folder)) == 3  # nothing is left of the one that failed
+    # Nothing is left of the save that failed.
+    assert len(names(folder)) == 3
 
 
 def the_manifest_cannot_be_written(folder, mesh, me):
@@ -266,11 +268,14 @@ def orbax_saves_and_all_load(folder, mesh, me):
         # Also what the other process has.
         np.testing.assert_array_equal(leaves["columns"], values(2)["columns"])
     multihost_utils.sync_global_devices("loaded")
-    assert len(names(folder)) == 4  # each file and one folder
+    # These are the files and one folder.
+    assert len(names(folder)) == 4
 
 
 def of_orbax_only_what_is_needed_is_read(folder, mesh, me):
-    """Each process sees damage to its own half of the rows, and not to that of the other."""
+    """Each process sees damage to its own half of the rows, and does not see damage to the other
+    half.
+    """
     path, x = (
         folder / "x.safetensors",
         np.random.default_rng(0).integers(0, 2**32, (128, 64), np.uint32),
@@ -297,10 +302,10 @@ def of_orbax_only_what_is_needed_is_read(folder, mesh, me):
 
 
 def orbax_fails_in_one_process(folder, mesh, me):
-    """At the beginning, where the other one waits for it, and at the end."""
+    """Orbax fails at the beginning, when the other process waits for this one, and at the end."""
     import orbax.checkpoint as ocp
 
-    from jaxnet.checkpoint import orbax
+    from jaxnet.checkpoint import orbax, orbax_library
 
     path = folder / "x.safetensors"
     save(path, make_tree(mesh, 1), engine="orbax")
@@ -311,7 +316,8 @@ def orbax_fails_in_one_process(folder, mesh, me):
     def full_now(*_):
         raise OSError(28, "No space left on device")
 
-    assert orbax.TIMEOUT > 600  # so long Orbax would wait for one that does not come
+    # Orbax would wait so long for a process that does not come.
+    assert orbax_library.TIMEOUT > 600
     for where, name, broken in [
         (ocp.PyTreeCheckpointHandler, "async_save", full_later),
         (orbax, "_sums", full_now),
@@ -330,7 +336,8 @@ def orbax_fails_in_one_process(folder, mesh, me):
         assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 1))
         multihost_utils.sync_global_devices("looked")
         assert len(names(folder)) == 2
-    save(path, make_tree(mesh, 3), engine="orbax")  # and the next save works
+    # The next save works.
+    save(path, make_tree(mesh, 3), engine="orbax")
     assert_same(load(path, like=make_tree(mesh)), make_tree(mesh, 3))
 
 
@@ -360,7 +367,8 @@ def a_store_of_orbax_beside_the_training(folder, mesh, me):
     with Checkpoints(folder, keep=2, asynchronous=True, engine="orbax") as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, make_tree(mesh, step))
-            assert checkpoints.steps()[-1] == step  # which waits until it is in place for all
+            # `steps` waits until the file is in place for all processes.
+            assert checkpoints.steps()[-1] == step
         multihost_utils.sync_global_devices("all deleted")
         assert checkpoints.steps() == [2, 3]
         found = checkpoints.latest(like=make_tree(mesh))
@@ -391,7 +399,7 @@ if importlib.util.find_spec("orbax"):
 
 
 def run_all(folder, mesh, me):
-    """Print for each scenario what went wrong, or an empty string."""
+    """For each scenario, print the error or an empty string."""
     results = {}
     for scenario in SCENARIOS:
         place = folder / scenario.__name__
@@ -408,8 +416,10 @@ def run_all(folder, mesh, me):
 
 
 def save_and_die(folder, mesh, me, process, suffix, when):
-    """Save, and save again: then one process is killed when it gives a file its name, `before` or
-    `after` that.
+    """Save twice.
+
+    In the second save, one process is killed when it renames a file, `before` or `after` the
+    rename.
     """
     path, real = folder / "x.safetensors", os.replace
     save(path, make_tree(mesh, 1))
@@ -434,8 +444,9 @@ def save_for_ever(folder, mesh, me, engine=None):
 
 
 def orbax_beside_one_that_dies(folder, mesh, me):
-    """Save, and save again: then process 1 dies while Orbax writes. Process 0 prints how long it
-    waited.
+    """Save twice.
+
+    In the second save, process 1 dies while Orbax writes. Process 0 prints how long it waited.
     """
     import orbax.checkpoint as ocp
 

@@ -24,7 +24,7 @@ def tree_of(step):
 
 
 def save_fresh(root, returned):
-    """Save where nothing is yet, not even the folder; `returned(step)` is told what is safe."""
+    """Save to a folder that does not exist; `returned(step)` reports the steps that are safe."""
     save(os.path.join(root, "new", "t"), tree_of(1))
     returned(1)
 
@@ -37,7 +37,8 @@ def save_over(root, returned):
 
 def save_steps(root, returned, beside=False):
     with Checkpoints(root, keep=2, best_rule="min loss", asynchronous=beside) as store:
-        for step in (4, 5):  # keeps 1, the best; deletes 2 and then 3
+        # The store keeps step 1, the best, and deletes 2 and then 3.
+        for step in (4, 5):
             store.save(step, tree_of(step), {"loss": step})
             store.wait()
             returned(step)
@@ -57,7 +58,7 @@ CALLS = ("open", "write", "lseek", "fchmod", "fsync", "replace", "unlink", "mkdi
 
 
 def before(mode, root):
-    """What is there before the saves of a mode."""
+    """Make the files that exist before the saves of a mode."""
     os.mkdir(root)
     if mode == "overwrite":
         save(os.path.join(root, "t"), tree_of(0))

@@ -1,5 +1,4 @@
-"""Checkpoints: what comes back, what is refused, and what is left after a failure.
-
+"""Checkpoints: the trees that come back, the files that are refused, and the state after a failure.
 Expected values come from the trees themselves (a round trip is the identity, bit for bit), from the
 official safetensors package, from the reader printed in docs/checkpoint_format.md, and from files
 written once and kept in tests/golden.
@@ -39,6 +38,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxnet.checkpoint import CheckpointError, Leaf, inspect, load, save, verify
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.dtypes import CODES, WIDENED
+from jaxnet.checkpoint.tensors import crc_start, layout
 
 HERE = pathlib.Path(__file__).parent
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in CODES | WIDENED}
@@ -97,7 +97,7 @@ def from_bits(dtype, raw):
 
 
 def plain(tree):
-    """What `load` without a template makes of a tree: records become dicts."""
+    """The result of `load` without a template: records become dicts."""
     if isinstance(tree, Pair):
         return {"first": plain(tree.first), "second": plain(tree.second)}
     if isinstance(tree, list | tuple):
@@ -106,7 +106,7 @@ def plain(tree):
 
 
 def assert_same(got, expected, path=""):
-    """Same types, same structure, same order of keys, same bits."""
+    """Assert the same types, structure, order of keys and bits."""
     if isinstance(expected, jax.Array):
         assert isinstance(got, jax.Array), path
         assert got.dtype == expected.dtype and got.shape == expected.shape, path
@@ -179,7 +179,8 @@ def test_every_tree_comes_back(tree, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "property.safetensors"
     save(path, tree)
     assert_same(load(path), plain(tree))
-    expected = jax.tree.map(lambda x: x, tree)  # JAX sorts the keys of dicts
+    # JAX sorts the keys of dicts.
+    expected = jax.tree.map(lambda x: x, tree)
     assert_same(load(path, like=tree), expected)
     verify(path)
     manifest, tensors = documented_reader()(path)
@@ -201,9 +202,8 @@ def test_every_dtype_comes_back_bit_for_bit(name, shape, tmp_path):
 
 
 def test_nan_payloads_and_negative_zero_survive(tmp_path):
-    bits = np.array(
-        [0x7FC12345, 0xFF800001, 0x80000000, 0x00000001], np.uint32
-    )  # two NaNs, -0.0, a denormal (IEEE 754)
+    # The bits of two NaNs, of -0.0 and of a denormal (IEEE 754).
+    bits = np.array([0x7FC12345, 0xFF800001, 0x80000000, 0x00000001], np.uint32)
     got = round_trip(jax.device_put(bits.view(np.float32)), tmp_path)
     assert np.asarray(got).view(np.uint32).tolist() == bits.tolist()
 
@@ -377,7 +377,8 @@ def test_shardings_are_gathered_and_honoured(tmp_path):
         and got["k"].sharding == rows
         and got["n"].devices() == {jax.devices()[3]}
     )
-    assert not got["y"].committed  # as in the template: free to follow other arrays
+    # As in the template, it may follow other arrays.
+    assert not got["y"].committed
     assert_same(got, dict(sorted(tree.items())))
     like = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows)
@@ -396,7 +397,8 @@ def test_shardings_are_gathered_and_honoured(tmp_path):
 
 
 def test_loaded_arrays_can_be_donated(tmp_path):
-    x = jnp.arange(1024.0)  # 4 KiB, aligned: JAX on a CPU takes over the memory that was read into
+    # It has 4 KiB and is aligned, so JAX on a CPU takes over the memory that was read into.
+    x = jnp.arange(1024.0)
     got = round_trip({"x": x}, tmp_path)["x"]
     assert_same(jax.jit(lambda x: 2 * x, donate_argnums=0)(got), 2 * x)
 
@@ -420,7 +422,8 @@ def test_names_are_paths_and_never_collide(tmp_path):
     }
     assert_same(round_trip(tree, tmp_path), tree)
     names = [leaf.path for leaf in inspect(tmp_path / "t.safetensors").leaves]
-    assert names == ["a~1b", "a/b", "~0/~1", "~__metadata__"]  # RFC 6901, section 4
+    # The names follow RFC 6901, section 4.
+    assert names == ["a~1b", "a/b", "~0/~1", "~__metadata__"]
 
 
 # ------------------------------------------------------------------------ what is refused at saving
@@ -635,7 +638,8 @@ def test_a_template_that_does_not_fit_is_refused(name, tmp_path):
     tree, like, match = MISFITS[name]
     with pytest.raises(CheckpointError, match=match):
         round_trip(tree, tmp_path, like=like)
-    assert_same(load(tmp_path / "t.safetensors"), plain(tree))  # and the file is fine
+    # The file itself is fine.
+    assert_same(load(tmp_path / "t.safetensors"), plain(tree))
 
 
 def test_all_differences_are_listed_in_one_error(tmp_path):
@@ -712,8 +716,9 @@ def golden_trees():
 
 @pytest.mark.parametrize("name", ["v1_structure", "v1_dtypes", "v1_array", "v1_empty"])
 def test_golden_files(name, tmp_path):
-    """Files of version 1, written once: never regenerate them; a new version gets new ones beside
-    them.
+    """The files of version 1 were written once.
+
+    Never regenerate them: a new version gets new files beside them.
     """
     golden, tree = HERE / "golden" / f"{name}.safetensors", golden_trees()[name]
     got = load(golden, like=tree)
@@ -785,7 +790,8 @@ def test_the_official_package_reads_our_files(tmp_path):
     for name, dtype in DTYPES.items():
         expected = tree[name]
         if name in WIDENED and "int" in name:
-            expected = expected.astype(np.int8)  # documented: the same numbers in whole bytes
+            # The documentation says that the same numbers are stored in whole bytes.
+            expected = expected.astype(np.int8)
         shape = [2, 3, 2] if name == "complex128" else [2, 3]
         assert (raw[name]["dtype"], raw[name]["shape"]) == ((CODES | WIDENED)[name], shape)
         assert bytes(raw[name]["data"]) == expected.tobytes(), (name, dtype)
@@ -879,8 +885,8 @@ def test_foreign_types(tmp_path):
 
 
 def damages(data, count, seed):
-    """Copies of `data` with one kind of damage each (those of checkpoints in the field, and some
-    more).
+    """Copies of `data` with one kind of damage each: those of checkpoints in the field, and some
+    more.
     """
     rng = random.Random(seed)
     for i in range(count):
@@ -1001,7 +1007,7 @@ HOSTILE = {
     "not JSON": (container(b"{a}"), "the header is not the JSON of a safetensors file"),
     "cut JSON": (container(b'{"a'), "the header is not the JSON"),
     "two objects": (container(b"{}{}"), "the header is not the JSON .*Extra data"),
-    "NaN": (container(b'{"a": NaN}'), "NaN is no JSON number"),
+    "NaN": (container(b'{"a": NaN}'), "NaN is not a JSON number"),
     "double name": (container(b'{"a": 1, "a": 1}'), "two entries are called 'a'"),
     "deep": (
         container(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
@@ -1100,11 +1106,11 @@ def test_hostile_files_are_refused_with_a_reason(name, tmp_path):
 
 def forge(tree, tensors=(), crcs=None, **more):
     """A file with a right digest and a wrong manifest."""
-    layout = fmt.layout([(name, code, tuple(shape)) for name, code, shape in tensors])
-    size = layout[-1].stop if layout else 0
-    crcs = [f"{fmt.crc_start(t, 0):08x}" for t in layout] if crcs is None else crcs
+    placed = layout([(name, code, tuple(shape)) for name, code, shape in tensors])
+    size = placed[-1].stop if placed else 0
+    crcs = [f"{crc_start(t, 0):08x}" for t in placed] if crcs is None else crcs
     manifest = {"version": 1, "metadata": {}, "tree": tree, "crc32": crcs} | more
-    return fmt.write_header("", layout, manifest) + bytes(size)
+    return fmt.write_header("", placed, manifest) + bytes(size)
 
 
 def nested(depth, node):
@@ -1269,8 +1275,9 @@ class Fail:
 def test_a_failure_at_any_call_leaves_the_old_file_or_the_new_one(
     name, error, tmp_path, monkeypatch
 ):
-    """SQLite's way: fail the n-th call, for n = 1, 2, ... until the save succeeds
-    (sqlite.org/testing.html).
+    """Fail the n-th call, for n = 1, 2, ...
+
+    until the save succeeds, as SQLite does (sqlite.org/testing.html).
     """
     path, failures = tmp_path / "t.safetensors", 0
     for n in range(1, 30):
@@ -1283,7 +1290,8 @@ def test_a_failure_at_any_call_leaves_the_old_file_or_the_new_one(
                 save(path, NEW)
             except (OSError, KeyboardInterrupt) as e:
                 assert e is error
-        assert os.listdir(tmp_path) == [path.name]  # no litter
+        # No temporary file is left.
+        assert os.listdir(tmp_path) == [path.name]
         replaced = path.stat().st_ino != before
         assert_same(load(path), NEW if replaced else OLD)
         if fail.left > 0:
@@ -1310,7 +1318,7 @@ def test_an_error_says_that_nothing_was_replaced(tmp_path, monkeypatch):
 
 
 def test_a_failed_sync_in_the_background_is_not_lost(tmp_path, monkeypatch):
-    """The disk reports an error to one fsync only: the one in the background may be it."""
+    """The disk reports an error to one fsync only, which may be the one in the background."""
     monkeypatch.setattr(os, "fsync", Fail("fsync", 1, OSError(errno.EIO, "bad disk")))
     with pytest.raises(OSError, match="bad disk"):
         save(tmp_path / "t", np.zeros(40 << 20, np.uint8))
@@ -1339,9 +1347,7 @@ def test_a_read_error_is_a_checkpoint_error(tmp_path, monkeypatch):
 
 
 def test_bytes_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
-    """The order that ALICE (Pillai et al., OSDI 2014) found broken most often: data, name,
-    folder.
-    """
+    """ALICE (Pillai et al., OSDI 2014) found this order broken most often: data, name, folder."""
     calls = []
 
     def recording(name, real):
@@ -1452,7 +1458,8 @@ def test_paths(tmp_path, monkeypatch):
 def test_a_symbolic_link_stays_and_its_file_is_replaced(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real" / "t")
-    for tree in (OLD, NEW):  # first it points to nothing
+    # At first, the link points to nothing.
+    for tree in (OLD, NEW):
         save(tmp_path / "link", tree)
         assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "real") == ["t"]
         assert_same(load(tmp_path / "link"), tree)
@@ -1462,7 +1469,8 @@ def test_the_mode_of_the_old_file_is_kept(tmp_path):
     save(tmp_path / "t", OLD)
     umask = os.umask(0)
     os.umask(umask)
-    assert stat.S_IMODE(os.stat(tmp_path / "t").st_mode) == 0o666 & ~umask  # as open() does
+    # open() gives new files the same mode.
+    assert stat.S_IMODE(os.stat(tmp_path / "t").st_mode) == 0o666 & ~umask
     os.chmod(tmp_path / "t", 0o600)
     save(tmp_path / "t", NEW)
     assert stat.S_IMODE(os.stat(tmp_path / "t").st_mode) == 0o600
@@ -1470,16 +1478,17 @@ def test_the_mode_of_the_old_file_is_kept(tmp_path):
 
 def test_inspect_reads_only_the_header(tmp_path):
     size = 10 * 1000**3
-    layout = fmt.layout([("w", "F32", (size // 4,))])
+    placed = layout([("w", "F32", (size // 4,))])
     manifest = {"version": 1, "metadata": {}, "tree": ["dict", [["w", ["jax", "float32"]]]]}
     (tmp_path / "t").write_bytes(
-        fmt.write_header("", layout, manifest | {"crc32": ["0" * 8 * layout[0].chunks]})
+        fmt.write_header("", placed, manifest | {"crc32": ["0" * 8 * placed[0].chunks]})
     )
     # 10 GB that take no space on the disk.
     os.truncate(tmp_path / "t", os.path.getsize(tmp_path / "t") + size)
     start = time.perf_counter()
     info = inspect(tmp_path / "t")
-    assert time.perf_counter() - start < 0.5  # reading 10 GB takes seconds
+    # Reading 10 GB would take seconds.
+    assert time.perf_counter() - start < 0.5
     assert info.leaves == (Leaf("w", (size // 4,), "float32", size),)
 
 
@@ -1498,7 +1507,8 @@ def test_inspect_shows_all_leaves_in_the_order_of_the_tree(tmp_path):
 
 
 def test_memory(tmp_path):
-    tree = {str(i): np.zeros(2 << 20, np.uint8) for i in range(8)}  # 16 MiB
+    # The tree has 16 MiB.
+    tree = {str(i): np.zeros(2 << 20, np.uint8) for i in range(8)}
 
     def peak(f, *args):
         tracemalloc.start()
@@ -1512,7 +1522,8 @@ def test_memory(tmp_path):
     # Two leaves, not eight.
     assert peak(save, tmp_path / "t", {key: x[::-1] for key, x in tree.items()}) < 5 << 20
     assert peak(load, tmp_path / "t") < 18 << 20
-    assert peak(verify, tmp_path / "t") < 5 << 20  # one block for each thread
+    # Each thread holds one block.
+    assert peak(verify, tmp_path / "t") < 5 << 20
 
 
 def test_all_arrays_go_to_the_device_in_one_call(tmp_path, monkeypatch):

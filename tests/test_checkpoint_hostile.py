@@ -1,7 +1,6 @@
-"""Files that are made to do harm: small ones that ask for much, headers with a right digest, names
-that speak to a terminal.
-
-The limits are those that docs/reliability.md promises: one second of CPU time and 100 MB.
+"""Hostile files: small files that need large memory, headers with a right digest, names that
+control a terminal. The limits are those that docs/reliability.md promises: one second of CPU time
+and 100 MB.
 """
 
 import json
@@ -21,14 +20,17 @@ from test_checkpoint import forge
 from jaxnet.checkpoint import (
     CheckpointError,
     Checkpoints,
-    header_types,
+    engines,
     inspect,
     lazy,
     load,
+    manifests,
     save,
     verify,
 )
 from jaxnet.checkpoint import format as fmt
+from jaxnet.checkpoint.grids import Grid
+from jaxnet.checkpoint.tensors import Tensor, crcs, layout
 from jaxnet.checkpoint.words import printable
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -44,7 +46,7 @@ READERS = (inspect, load, verify, read_lazily)
 
 
 def file_of(path, entry, content, tree=("dict", [["w", ["jax", "float32"]]])):
-    """A file of version 2 or 3 whose manifest says this of what is outside."""
+    """A file of version 2 or 3 with this entry about tensors outside the file."""
     version = {"parts": 2, "orbax": 3}[entry]
     manifest = {
         "version": version,
@@ -60,7 +62,7 @@ def file_of(path, entry, content, tree=("dict", [["w", ["jax", "float32"]]])):
 
 
 def zarr_bomb(path, shape, chunks, *, data=None, compressor=None, cuts=None):
-    """A file of version 3 and a folder of some hundred bytes, whose array of this shape stores
+    """A file of version 3 and a folder of a few hundred bytes, whose array of this shape stores
     nothing, or `data`.
     """
     import tensorstore
@@ -80,15 +82,16 @@ def zarr_bomb(path, shape, chunks, *, data=None, compressor=None, cuts=None):
             {"driver": "zarr", "kvstore": base | {"path": "w/"}}, open=True
         ).result()
         array[...].write(data).result()
-    whole = header_types.Tensor("w", "F32", tuple(shape), 0, 4 * int(np.prod(shape)))
-    blocks = header_types.Grid(
+    whole = Tensor("w", "F32", tuple(shape), 0, 4 * int(np.prod(shape)))
+    blocks = Grid(
         cuts or [[0] for _ in shape], ["0"] * int(np.prod([len(cut) for cut in cuts or [[0]]]))
     ).blocks(whole)
     crcs = ["0" * 8 * block.chunks for _, block, _ in blocks]
     file_of(path, "orbax", {"tensors": [["w", "F32", shape, cuts or [[0] for _ in shape], crcs]]})
 
 
-ZEROS = np.zeros(1 << 25, np.float32)  # 128 MB, compressed to some hundred bytes
+# These 128 MB are compressed to a few hundred bytes.
+ZEROS = np.zeros(1 << 25, np.float32)
 ZARR = {
     "2^40 elements, none of them stored": ([1 << 40], [1 << 40], {}),
     "2^30 elements, none of them stored": ([1 << 30], [1 << 30], {}),
@@ -125,8 +128,8 @@ for path in sys.argv[1:]:
     "names", [list(ZARR)[:1], pytest.param(list(ZARR), marks=pytest.mark.slow)], ids=["one", "all"]
 )
 def test_folders_of_orbax_that_announce_more_than_they_have(names, tmp_path):
-    """In a process of its own, since what TensorStore takes is not Python's, and bad_alloc would
-    end this one.
+    """Load in a separate process: Python does not count the memory of TensorStore, and bad_alloc
+    would end this process.
     """
     pytest.importorskip("orbax")
     for i, (shape, chunks, options) in enumerate(ZARR[name] for name in names):
@@ -147,7 +150,7 @@ def test_folders_of_orbax_that_announce_more_than_they_have(names, tmp_path):
 
 
 def test_a_chunk_that_is_missing_is_damage_and_not_zeros(tmp_path):
-    """The folder is large enough here, since another array fills it."""
+    """The folder is large enough here, because another array fills it."""
     pytest.importorskip("orbax")
     shape = [1 << 10]
     zarr_bomb(tmp_path / "x", shape, shape)
@@ -184,15 +187,15 @@ def diagonal(path, axes, count):
     count^axes cells.
     """
     pieces = [[",".join([str(i)] * axes), ["numpy", "uint8"]] for i in range(count)]
-    layout = fmt.layout([(f"w/{start}", "U8", (1,) * axes) for start, _ in pieces])
-    sums = [fmt.crcs(t, bytes(1)) for t in layout]
+    placed = layout([(f"w/{start}", "U8", (1,) * axes) for start, _ in pieces])
+    sums = [crcs(t, bytes(1)) for t in placed]
     part = {
         "version": 1,
         "metadata": {},
         "tree": ["dict", [["w", ["dict", pieces]]]],
         "crc32": sums,
     }
-    data = fmt.write_header("", layout, part) + bytes(count)
+    data = fmt.write_header("", placed, part) + bytes(count)
     path.with_name(f"{path.name}.part-{NUMBER}-00000").write_bytes(data)
     shape = [count] * axes
     files = [[data[42:106].decode(), 1 << 62]]
@@ -213,7 +216,8 @@ def test_small_files_that_ask_for_much_are_refused(name, tmp_path):
         start = time.process_time()
         with pytest.raises(CheckpointError) as caught:
             if read is inspect and "diagonal" in name:
-                verify(path)  # of the header alone nothing is wrong
+                # In the header alone, nothing is wrong.
+                verify(path)
             read(path)
         assert time.process_time() - start < 5
         tracemalloc.start()
@@ -237,7 +241,7 @@ def test_a_tree_whose_paths_could_not_be_read_is_not_saved(tmp_path):
 
 
 def jax_free(tree):
-    """The same tree with numbers in place of None, which is no leaf."""
+    """The same tree with numbers in place of None, which is not a leaf."""
     ((key, below),) = tree.items()
     return {key: jax_free(below) if isinstance(below, dict) else [1] * len(below)}
 
@@ -246,8 +250,9 @@ def jax_free(tree):
 
 
 def forged(tmp_path, version, count):
-    """Read `count` forgeries of the golden files of a version; how many were refused, and how many
-    not.
+    """Read `count` forgeries of the golden files of a version.
+
+    Return how many were refused, and how many were not.
     """
     if version == 3:
         pytest.importorskip("orbax")
@@ -326,7 +331,7 @@ def load_one(path, name):
 
 
 def test_errors_do_not_grow_with_the_file(tmp_path):
-    """20,000 leaves that differ, and a name of a million characters."""
+    """The trees differ in 20,000 leaves, and one name has a million characters."""
     save(tmp_path / "x", {f"leaf {i}": 1 for i in range(20_000)} | {"a" * 1_000_000: 2})
     with pytest.raises(
         CheckpointError, match=r"not in the template: leaf 7 int[\s\S]*more lines"
@@ -381,7 +386,8 @@ def read():
 def no_more(self):
     raise RuntimeError("can't start new thread")
 
-threading._register_atexit(read)  # at this time no thread may start
+# At that time, no thread can be started.
+threading._register_atexit(read)
 if sys.version_info:
     load(sys.argv[1])
     real, threading.Thread.start = threading.Thread.start, no_more
@@ -391,7 +397,7 @@ if sys.version_info:
 
 
 def test_large_files_are_read_where_no_thread_can_start(tmp_path):
-    """While the interpreter ends, and at the system's limit of threads."""
+    """No thread can be started while the interpreter ends, and at the system's limit of threads."""
     save(tmp_path / "x", {"x": np.arange(2**20)})
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_THREADS, tmp_path / "x"], capture_output=True, text=True
@@ -450,20 +456,21 @@ def test_readers_beside_a_writer_get_one_save_or_the_next(engine, seconds, tmp_p
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
-    """The moment at which it is replaced is chosen here: after the manifest, before the arrays."""
+    """The test chooses the moment at which the file is replaced: after the manifest, before the
+    arrays.
+    """
     pytest.importorskip("orbax")
-    from jaxnet.checkpoint import zarr
-
-    path, real, saves = tmp_path / "x", zarr.read_tensors, []
+    orbax = engines.ENGINES[manifests.ORBAX]
+    path, saves = tmp_path / "x", []
     save(path, {"x": np.zeros(3)}, engine="orbax")
 
     def late(*args):
         if len(saves) < 2:
             saves.append(1)
             save(path, {"x": np.full(3, len(saves))}, engine="orbax")
-        return real(*args)
+        return orbax.reader(*args)
 
-    monkeypatch.setattr(zarr, "read_tensors", late)
+    monkeypatch.setitem(engines.ENGINES, manifests.ORBAX, orbax._replace(reader=late))
     np.testing.assert_array_equal(load(path)["x"], np.full(3, 2))
     saves.clear()
     assert verify(path).leaves[0].shape == (3,) and len(saves) == 2

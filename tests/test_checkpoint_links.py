@@ -1,8 +1,6 @@
-"""Links in a store's folder: nothing outside of the folder is deleted, written or changed, whatever
-its names lead to.
-
-Expected values are the bytes that the files outside had before; what a store keeps follows from
-`keep`.
+"""Links in a store's folder: nothing outside the folder is deleted, written or changed, whatever
+its names link to. Expected values are the bytes that the files outside had before; `keep`
+determines the steps that remain.
 """
 
 import os
@@ -67,7 +65,8 @@ def test_a_link_does_not_count_among_those_that_are_kept(outside, tmp_path):
     run = saved(tmp_path / "run", 1, 2).folder
     os.symlink(outside / "step_00000001.safetensors", f"{run}/step_00000003.safetensors")
     store = saved(run, 4, keep=2)
-    assert store.steps() == [2, 3, 4]  # 3 is a link and stays; 2 and 4 are the two newest
+    # Step 3 is a link and stays; 2 and 4 are the two newest steps.
+    assert store.steps() == [2, 3, 4]
     assert contents(outside).keys() == {"step_00000001.safetensors", "text", "inner/text"}
 
 
@@ -76,7 +75,7 @@ def test_a_link_does_not_count_among_those_that_are_kept(outside, tmp_path):
 def test_a_step_is_saved_in_place_of_a_link_and_not_behind_it(
     when, target, outside, tmp_path, monkeypatch
 ):
-    """Also if the link is put there while the new file is written."""
+    """The same holds if the link appears while the new file is written."""
     run, before, real = tmp_path / "run", contents(outside), os.fsync
     run.mkdir()
     link = run / "step_00000007.safetensors"
@@ -86,7 +85,8 @@ def test_a_step_is_saved_in_place_of_a_link_and_not_behind_it(
         if not os.path.lexists(link):
             link.symlink_to(outside / target)
 
-    if when == "before" and target == "new":  # a link to nothing is no step
+    # A link to nothing does not count as a step.
+    if when == "before" and target == "new":
         link.symlink_to(outside / target)
     elif when == "meanwhile":
         monkeypatch.setattr(os, "fsync", swap)
@@ -96,8 +96,8 @@ def test_a_step_is_saved_in_place_of_a_link_and_not_behind_it(
 
 
 def test_links_for_parts_locks_and_temporary_files_are_left_alone(outside, tmp_path):
-    """Their names would let a save delete what they are the names of, and lock, open or make what
-    is behind them.
+    """With such names, a save could delete the targets of the links, and lock, open or make files
+    behind them.
     """
     run, before, number = tmp_path / "run", contents(outside), "0123456789abcdef"
     run.mkdir()
@@ -148,9 +148,7 @@ def test_a_folder_is_not_deleted_in_place_of_a_file(tmp_path):
 
 
 def test_a_hard_link_keeps_what_it_had(tmp_path):
-    """Saving over one name of a file leaves the bytes under its other name, and the mode that they
-    had.
-    """
+    """Saving over one name of a file leaves the bytes under its other name, and their mode."""
     save(tmp_path / "a", tree_of(1))
     os.link(tmp_path / "a", tmp_path / "b")
     save(tmp_path / "a", tree_of(2))

@@ -1,8 +1,6 @@
-"""Loading a part of a file: chosen leaves, other names, other dtypes, templates that share only
-some leaves, one leaf.
-
-Expected values come from `jaxnet.tree.split` (what a part of a tree is), from the IEEE 754 formats
-(what a dtype can hold) and from exact integer arithmetic in Python.
+"""Load a part of a file: chosen leaves, other names, other dtypes, templates that share only some
+leaves, one leaf. Expected values come from `jaxnet.tree.split` (the part of a tree), from the IEEE
+754 formats (the numbers that a dtype can hold) and from exact integer arithmetic in Python.
 """
 
 import collections
@@ -31,6 +29,7 @@ from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.dtypes import WIDENED
 from jaxnet.checkpoint.structure import leaf_name, leaf_path
+from jaxnet.checkpoint.tensors import crc_start, layout
 
 
 def block(i):
@@ -55,7 +54,7 @@ def path(tmp_path):
 
 
 def assert_equal(got, expected):
-    """Same structure (of dicts without order), same types, same bits."""
+    """Assert the same structure (of dicts without order), types and bits."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert type(x) is type(y) and np.shape(x) == np.shape(y)
@@ -67,7 +66,7 @@ def assert_equal(got, expected):
 
 @contextlib.contextmanager
 def reads(monkeypatch):
-    """Which bytes of files are read: a list of (position, length)."""
+    """Record the bytes of files that are read: a list of (position, length)."""
     real, seen = os.preadv, []
 
     def preadv(fd, buffers, position):
@@ -106,9 +105,7 @@ def damage(path, leaf):
     ids=str,
 )
 def test_a_part_of_a_file_is_the_part_of_the_tree(only, path):
-    """Of a list whose elements are only partly chosen, and the like, `jaxnet.tree.split` says what
-    remains.
-    """
+    """`jaxnet.tree.split` defines the remainder of a list whose elements are only partly chosen."""
     patterns = [only] if isinstance(only, str) else only
     like, _ = trees.split(STATE, *patterns)
     got = load(path, like=like, pattern=only)
@@ -155,7 +152,8 @@ def test_only_the_chosen_leaves_are_read_and_checked(path, monkeypatch):
         got = load(path, pattern="params/blocks/*/kernel")
     assert_equal(got, {"params": {"blocks": [{"kernel": block(i)["kernel"]} for i in (1, 2)]}})
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    assert [n for position, n in seen if position >= header] == [24, 24]  # two kernels of 6 float32
+    # The two kernels have 6 float32s each.
+    assert [n for position, n in seen if position >= header] == [24, 24]
     with pytest.raises(CheckpointError, match="leaf 'params/head/kernel': its bytes"):
         load(path, pattern=["params/blocks", "**/head"])
 
@@ -168,7 +166,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(path):
         "no path matches 'params/block/*/kernel'; the nearest of 18 are ["
     )
     assert "params/blocks/0/kernel" in caught.value.reason
-    with pytest.raises(ValueError, match="only must be a pattern of paths or several, got none"):
+    with pytest.raises(ValueError, match="pattern must be a pattern of paths or several, got none"):
         load(path, pattern=[])
 
 
@@ -202,7 +200,8 @@ def test_a_dict_of_prefixes_renames_leaves_and_nodes(path):
     rename = {
         "params": "weights",
         "params/blocks": "weights/layers",
-        "params/blocks/1": "weights/layers/second",  # the longest that fits counts
+        # The longest path that fits counts.
+        "params/blocks/1": "weights/layers/second",
         "params/head": "out",
     }
     expected = {
@@ -238,7 +237,7 @@ def test_the_top_of_the_tree_is_the_empty_path(tmp_path):
 
 
 def test_a_function_renames_every_leaf(tmp_path):
-    """The usual import: names with dots of another program."""
+    """The usual case: a file of another program whose names have dots."""
     flat = {
         "encoder.layer.0.weight": np.ones((2, 3), np.float32),
         "encoder.bias": np.zeros(3, np.float32),
@@ -275,13 +274,19 @@ def test_collisions_and_unknown_names_are_errors(path):
     )
     with pytest.raises(CheckpointError, match=text):
         load(path, rename={"key": "params/scale/key"})
+    # The root cannot be a leaf if there are other leaves, which would be lost.
+    with pytest.raises(
+        CheckpointError, match="leaf '': rename makes 'key' of the file a leaf here"
+    ):
+        load(path, rename={"key": ""})
     with pytest.raises(
         CheckpointError,
         match="no path matches 'params/heads'; the nearest of 18 are .*params/head/",
     ):
         load(path, rename={"params/heads": "out"})
     with pytest.raises(CheckpointError, match="no path matches"):
-        load(path, rename={"params/*": "out"})  # paths, not patterns
+        # The keys are paths, not patterns.
+        load(path, rename={"params/*": "out"})
 
 
 def test_a_renamed_leaf_must_still_fit(path):
@@ -337,7 +342,8 @@ def test_missing_leaves_keep_their_values_and_others_are_ignored(path, monkeypat
         "params": {"blocks": [block(8), block(9)], "adapter": block(5), "scale": 0.0},
         "note": "new",
     }
-    damage(path, "params/head/kernel")  # ignored leaves are not even read
+    # Ignored leaves are not even read.
+    damage(path, "params/head/kernel")
     got = load(path, like=like, strict=False)
     expected = {
         "params": {"blocks": [block(1), block(2)], "adapter": block(5), "scale": 2.5},
@@ -415,9 +421,11 @@ def cast_to(path, x, dtype):
 @pytest.mark.parametrize(
     "source, values, target, refused",
     [
-        ("float32", [1 / 3, -0.0, 1e-30], "bfloat16", None),  # rounding
+        # These are rounded.
+        ("float32", [1 / 3, -0.0, 1e-30], "bfloat16", None),
         ("float32", [np.nan, np.inf, -np.inf], "float16", None),
-        ("float32", [1e-30], "float16", None),  # too small: rounded to the nearest, which is 0
+        # This number is too small, and the nearest number is 0.
+        ("float32", [1e-30], "float16", None),
         ("float32", [1.0, 70000.0, -1e9], "float16", ("2 of 3", "70000.0")),  # > 65504
         ("float32", [3.4e38], "bfloat16", ("1 of 1", "3.4e+38")),
         ("float64", [1e39], "float32", ("1 of 1", "1e+39")),
@@ -426,7 +434,8 @@ def cast_to(path, x, dtype):
         ("float32", [1.0, np.inf], "float8_e4m3fn", ("1 of 2", "inf")),
         ("float32", [7.0], "float4_e2m1fn", ("1 of 1", "7.0")),  # > 6: it would be silently 6
         ("float32", [np.nan], "float4_e2m1fn", ("1 of 1", "nan")),
-        ("float32", [-2.0], "float8_e8m0fnu", ("1 of 1", "-2.0")),  # no sign
+        # The format has no sign.
+        ("float32", [-2.0], "float8_e8m0fnu", ("1 of 1", "-2.0")),
         ("bfloat16", [1.5, -3e38], "float64", None),
         ("float32", [2.0, -0.0, -128.0], "int8", None),
         ("float32", [0.7], "int32", ("1 of 1", "0.7")),
@@ -439,12 +448,14 @@ def cast_to(path, x, dtype):
         ("float32", [7.0, -8.0], "int4", None),
         ("float32", [8.0], "int4", ("1 of 1", "8.0")),
         ("int32", [16777216], "float32", None),
-        ("int32", [16777217], "float32", ("1 of 1", "16777217")),  # 2^24 + 1
+        # The number is 2^24 + 1.
+        ("int32", [16777217], "float32", ("1 of 1", "16777217")),
         ("int64", [2**53 + 1], "float64", ("1 of 1", "9007199254740993")),
         ("int64", [2**63 - 1], "float64", ("1 of 1", "9223372036854775807")),
         ("uint64", [2**64 - 1, 2**63], "float64", ("1 of 2", "18446744073709551615")),
         ("int32", [100000], "float16", ("1 of 1", "100000")),
-        ("int32", [0], "float8_e8m0fnu", ("1 of 1", "0")),  # it has no zero
+        # The format has no zero.
+        ("int32", [0], "float8_e8m0fnu", ("1 of 1", "0")),
         ("int32", [-1, 300], "uint8", ("2 of 2", "-1")),
         ("int8", [127, -128], "int64", None),
         ("uint64", [2**63], "int64", ("1 of 1", "9223372036854775808")),
@@ -492,7 +503,7 @@ def test_a_cast_rounds_floats_and_is_exact_for_all_else(source, values, target, 
     ),
 )
 def test_an_integer_comes_through_if_the_target_has_it(x, target, tmp_path_factory):
-    """By the definition of the formats: an odd part of at most p bits, and no more than the largest
+    """A number of a format has an odd part of at most p bits, and is not greater than the largest
     number.
     """
     source = "int64" if x < 2**63 else "uint64"
@@ -547,11 +558,9 @@ NARROW = [
 @pytest.mark.parametrize("source", ["float64", "float32"])
 @pytest.mark.parametrize("target", NARROW)
 def test_a_cast_gives_the_nearest_of_all_numbers(target, source, tmp_path):
-    """Around every midpoint of two neighbors: it goes to the even one, and the next numbers to
-    their own side.
-
-    The midpoints are exact in float64, and those of all 13 types in float32. Each target is decoded
-    from all its bits.
+    """Every midpoint of two neighbors goes to the even one, and the next numbers go to their own
+    side. The midpoints are exact in float64, and those of all 13 types in float32. Each target is
+    decoded from all its bits.
     """
     dtype, wide = DTYPES[target], np.dtype(source)
     bits = {"float4_e2m1fn": 4, "float6_e2m3fn": 6, "float6_e3m2fn": 6}.get(
@@ -572,7 +581,8 @@ def test_a_cast_gives_the_nearest_of_all_numbers(target, source, tmp_path):
         [below, above, np.nextafter(below, -infinity), np.nextafter(above, infinity)]
     )
     expected = np.concatenate([low, high, low, high])
-    if target != "float8_e8m0fnu":  # it has no bit that could be even
+    # The format has no bit that could be even.
+    if target != "float8_e8m0fnu":
         x, expected = (
             np.concatenate([x, middle]),
             np.concatenate([expected, np.where(even, low, high)]),
@@ -668,7 +678,8 @@ def test_a_lazy_file_is_a_mapping_of_its_leaves(path):
             [2.5, "four", np.float64(2)],
         )
         assert_equal(leaves["key"], jax.random.key(7))
-    assert_equal(kernel, np.full((2, 3), 2, np.float32))  # arrays outlive the block
+    # Arrays outlive the block.
+    assert_equal(kernel, np.full((2, 3), 2, np.float32))
     with pytest.raises(ValueError, match="has been closed: look leaves up inside the `with` block"):
         leaves["key"]
 
@@ -705,14 +716,18 @@ def test_lazy_leaves_are_checked_when_they_are_first_looked_up(path, monkeypatch
         assert_equal(leaves["params/head/bias"], np.full(3, 3, np.int32))
         assert [n for _, n in seen[opened:]] == [12]
         leaves["params/head/bias"]
-        assert len(seen) == opened + 1  # once
+        # The leaf was read once.
+        assert len(seen) == opened + 1
         for _ in range(2):
             with pytest.raises(CheckpointError, match="leaf 'params/head/kernel': its bytes"):
                 leaves["params/head/kernel"]
 
 
 def test_a_part_of_a_damaged_file_is_right_or_refused(path):
-    """Damage elsewhere may go unnoticed, since it is not read; in the part that is read, never."""
+    """Damage to the part that is read is always noticed.
+
+    Damage elsewhere may go unnoticed, because it is not read.
+    """
     expected, noticed = load(path, pattern="params"), 0
     bad = path.with_name("bad")
     for _, data in damages(path.read_bytes(), 400, seed=0):
@@ -726,22 +741,24 @@ def test_a_part_of_a_damaged_file_is_right_or_refused(path):
             assert_equal(got, expected)
         with pytest.raises(CheckpointError), lazy(bad) as leaves:
             dict(leaves)
-    assert 300 < noticed < 400  # most damage is in the header, which is always read
+    # Most damage is in the header, which is always read.
+    assert 300 < noticed < 400
 
 
 def test_one_leaf_of_ten_gigabytes_costs_that_leaf(tmp_path, monkeypatch):
     size = 10 * 1000**3
-    layout = fmt.layout([("big", "F32", (size // 4,)), ("small", "F32", (1000,))])
-    sums = [f"{fmt.crc_start(t, 0):08x}" * t.chunks for t in layout]
+    placed = layout([("big", "F32", (size // 4,)), ("small", "F32", (1000,))])
+    sums = [f"{crc_start(t, 0):08x}" * t.chunks for t in placed]
     tree = ["dict", [[name, ["jax", "float32"]] for name in ("big", "small")]]
     x = np.arange(1000, dtype=np.float32)
-    sums[1] = f"{zlib.crc32(x.tobytes(), fmt.crc_start(layout[1], 0)):08x}"
+    sums[1] = f"{zlib.crc32(x.tobytes(), crc_start(placed[1], 0)):08x}"
     header = fmt.write_header(
-        "", layout, {"version": 1, "metadata": {}, "tree": tree, "crc32": sums}
+        "", placed, {"version": 1, "metadata": {}, "tree": tree, "crc32": sums}
     )
-    with open(tmp_path / "t", "wb") as f:  # sparse: the big leaf takes no space on the disk
+    # The file is sparse: the big leaf takes no space on the disk.
+    with open(tmp_path / "t", "wb") as f:
         f.write(header)
-        f.seek(len(header) + layout[1].start)
+        f.seek(len(header) + placed[1].start)
         f.write(x.tobytes())
     for read in (
         lambda: load(tmp_path / "t", pattern="small")["small"],
@@ -799,7 +816,9 @@ def test_lazy_reads_other_programs_files(tmp_path):
 
 @pytest.mark.parametrize("only", ["a", "a/**", ["a"], ["a/w"]])
 def test_a_part_with_empty_containers_fits_its_template(tmp_path, only):
-    """Every train state has some: `state={}` of a stateless network, the EmptyState of optax."""
+    """Every train state has empty containers: `state={}` of a stateless network, the EmptyState of
+    optax.
+    """
     file = tmp_path / "a.safetensors"
     jaxnet.save(file, {"a": {"w": jnp.ones(2), "s": {}, "t": ()}, "b": 1})
     like = {"a": {"w": jnp.zeros(2), "s": {}, "t": ()}}

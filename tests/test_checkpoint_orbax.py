@@ -28,7 +28,16 @@ from test_checkpoint import DTYPES, NOT_IN_JAX, TREES, assert_same, plain, value
 from test_faults import KINDS
 
 import jaxnet.checkpoint.orbax as engine
-from jaxnet.checkpoint import CheckpointError, Checkpoints, inspect, lazy, load, save, verify
+from jaxnet.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    inspect,
+    lazy,
+    load,
+    places,
+    save,
+    verify,
+)
 from jaxnet.checkpoint.format import write_header
 from jaxnet.cli import main
 
@@ -58,7 +67,7 @@ def folders(path):
 
 
 def test_every_kind_of_tree_comes_back(tmp_path):
-    """All kinds in one tree, since Orbax takes a tenth of a second for each save."""
+    """All kinds of leaves are in one tree, because each save of Orbax takes a tenth of a second."""
     trees, plains, fulls = ({kind: (x * 3)[:3][i] for kind, x in KINDS.items()} for i in range(3))
     save(tmp_path / "t", trees, engine="orbax")
     assert_same(load(tmp_path / "t"), plains)
@@ -91,7 +100,8 @@ def test_every_dtype_comes_back_from_several_devices(tmp_path):
 
 def test_random_trees_come_back(tmp_path):
     for i in range(5):
-        with warnings.catch_warnings(action="ignore"):  # that examples are drawn outside a test
+        # Hypothesis warns that examples are drawn outside a test.
+        with warnings.catch_warnings(action="ignore"):
             tree = {str(j): TREES.example() for j in range(20)}
         save(tmp_path / f"{i}", tree, engine="orbax")
         assert_same(load(tmp_path / f"{i}"), plain(tree))
@@ -137,8 +147,8 @@ def test_a_path_that_orbax_cannot_have_is_refused(tmp_path):
 
 
 def test_replicas_that_differ_are_saved_as_one_of_them(tmp_path):
-    """As they should not, but do in the statistics of each replica: Orbax would put an array
-    together from all of them.
+    """Replicas should not differ, but they do in the statistics of each replica: Orbax would put an
+    array together from all of them.
     """
     mesh = jax.make_mesh(
         (2, 2), ("a", "b"), (AxisType.Auto, AxisType.Auto), devices=jax.devices("cpu")
@@ -194,8 +204,8 @@ def test_a_target_that_cannot_be_replaced_is_refused_before_anything_is_written(
 
 
 def test_a_store_that_is_out_of_reach_is_no_damage(tmp_path, monkeypatch):
-    """The step that cannot be read just now is neither taken for damaged nor passed over: no save
-    could follow the older one.
+    """A step that cannot be read now neither counts as damaged nor is skipped: no save could follow
+    the older one.
     """
     import tensorstore
 
@@ -301,8 +311,8 @@ GOLDEN = HERE / "golden" / "v3_orbax.safetensors"
 
 
 def test_golden_orbax(tmp_path):
-    """What version 3 wrote still loads, and today's writer writes the same manifest, except for the
-    random number.
+    """The golden file of version 3 still loads, and today's writer writes the same manifest, except
+    for the random number.
     """
     tree = {
         "x": jax.device_put(X[:4, :2], sharding(2, "x")),
@@ -361,6 +371,19 @@ def test_wrong_calls(tmp_path, monkeypatch):
         load("gs://b/t")
 
 
+def test_without_etils_an_object_store_is_not_damaged(tmp_path, monkeypatch):
+    """The size of the folder is the first question to the store that needs etils."""
+    pytest.importorskip("tensorstore")
+    save(tmp_path / "t", {"a": np.ones(2)}, engine="orbax")
+    content = (tmp_path / "t").read_bytes()
+    monkeypatch.setattr(places, "fetch", lambda url: content)
+    monkeypatch.setitem(sys.modules, "etils", None)
+    text = r"gs://b/t.orbax-.*: object stores need Orbax: pip install 'jaxnet\[orbax\]'"
+    for read in (load, verify):
+        with pytest.raises(ImportError, match=text):
+            read("gs://b/t")
+
+
 # --------------------------------------------------------------------------------------- durability
 
 
@@ -373,15 +396,16 @@ def test_the_new_takes_the_place_of_the_old(tmp_path):
         tmp_path / folders(tmp_path)[0], tmp_path / "t.orbax-0123456789abcdef.orbax-checkpoint-tmp"
     )
     shutil.copytree(tmp_path / folders(tmp_path)[0], tmp_path / "t.orbax-of-somebody-else")
-    save(path, tree_of(3), engine="orbax")  # sweeps what a killed save has left
+    # This save sweeps the leftovers of the killed one.
+    save(path, tree_of(3), engine="orbax")
     assert len(folders(tmp_path)) == 2
     save(path, tree_of(4))
     assert folders(tmp_path) == ["t.orbax-of-somebody-else"] and load(path)["step"] == 4
 
 
 def test_all_is_synced_before_the_new_takes_the_place_of_the_old(tmp_path, monkeypatch):
-    """So that no power cut can leave a manifest without its arrays: the manifest is renamed when
-    all files are on the disk.
+    """The manifest is renamed when all files are on the disk, so no power cut can leave a manifest
+    without its arrays.
     """
     synced, real_fsync, real_replace = [], os.fsync, os.replace
 
@@ -493,7 +517,7 @@ for mode in modes:
 
 
 def test_a_kill_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
-    """At every fifth of the calls that Python makes to change the disk, Orbax's among them."""
+    """Kill at every fifth call by which Python changes the disk, including those of Orbax."""
     code = KILLED.replace("STRIDE", "5")
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path, "save,store"],
@@ -533,7 +557,7 @@ for i in range(12):
 
 
 def test_of_two_processes_one_wins_and_nothing_is_lost(tmp_path):
-    """Neither sweeps what the other is writing."""
+    """Neither save sweeps the files that the other is writing."""
     command = [sys.executable, "-c", WRITER, tmp_path]
     writers = [subprocess.Popen([*command, str(i)], stdin=-1, stdout=-1, text=True) for i in (1, 2)]
     for writer in writers:
@@ -554,10 +578,8 @@ def test_of_two_processes_one_wins_and_nothing_is_lost(tmp_path):
 
 
 def damaged_folder(path, tree, count, seed):
-    """Load after random damages to any file of the checkpoint. Returns how many were noticed, and
-    how many harmless.
-
-    Harmless are those to what only Orbax reads.
+    """Load after random damage to any file of the checkpoint. Return how many damages were noticed,
+    and how many were harmless. Harmless is damage to bytes that only Orbax reads.
     """
     save(path, tree, engine="orbax")
     expected, rng = load(path), random.Random(seed)
@@ -617,7 +639,7 @@ BITS = np.random.default_rng(0).integers(0, 2**32, (64, 64), np.uint32)
 
 
 def place_of_bits(folder):
-    """The file that has the bytes of BITS, and where."""
+    """The file that holds the bytes of BITS, and their position."""
     files = [p for p in folder.glob("t.orbax-*/**/*") if p.is_file()]
     return next((p, at) for p in files if (at := p.read_bytes().find(BITS.tobytes())) >= 0)
 
@@ -636,7 +658,8 @@ def test_the_bytes_of_arrays_are_checked(tmp_path):
                 match=r"leaf 'bits': its block \[64, 64\] at \[0, 0\] is not what was",
             ):
                 check(path)
-        assert_same(load(path, pattern="x"), {"x": X})  # of which nothing else is read
+        # Nothing else of the file is read.
+        assert_same(load(path, pattern="x"), {"x": X})
 
 
 def test_a_folder_that_is_missing_or_of_another_save_is_named(tmp_path):
@@ -721,7 +744,8 @@ def test_a_store_of_steps(beside, tmp_path):
         for step in range(1, 6):
             store.save(step, tree_of(step), {"loss": abs(step - 2)})
         assert store.steps() == [2, 4, 5]
-    assert len(folders(tmp_path)) == 3  # deleted with their steps
+    # The folders were deleted with their steps.
+    assert len(folders(tmp_path)) == 3
     found = store.latest(like=tree_of(0))
     assert found and found.step == 5 and found.metrics == {"loss": 3}
     assert_same(found.tree, dict(sorted(tree_of(5).items())))
@@ -733,7 +757,7 @@ def test_a_store_of_steps(beside, tmp_path):
 
 
 def test_a_copy_is_saved_beside_the_training(tmp_path):
-    """What is changed or donated after `save` has returned is saved as it was then."""
+    """Arrays that are changed or donated after `save` has returned are saved as they were then."""
     x, n = jax.device_put(jnp.asarray(X), sharding(4, "x")), np.ones(1_000_000)
     with Checkpoints(tmp_path, asynchronous=True, engine="orbax") as store:
         store.save(1, {"x": x, "n": n, "one": (one := jnp.arange(1e6))})
@@ -746,7 +770,7 @@ def test_a_copy_is_saved_beside_the_training(tmp_path):
 
 
 def test_a_program_that_ends_waits_and_does_not_hang(tmp_path):
-    """Orbax alone would be cut off here, since Python closes thread pools before it waits for
+    """Orbax alone would be cut off here, because Python closes thread pools before it waits for
     threads.
     """
     code = """
@@ -777,7 +801,8 @@ def test_what_went_wrong_beside_is_raised_by_the_next_call(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         store.save(3, tree_of(3))
     monkeypatch.undo()
-    assert store.steps() == [1] and len(folders(tmp_path)) == 1  # nothing is left of step 2
+    # Nothing is left of step 2.
+    assert store.steps() == [1] and len(folders(tmp_path)) == 1
     store.save(3, tree_of(3))
     assert store.steps() == [1, 3]
 
@@ -925,8 +950,11 @@ def test_an_object_store(object_store):
         "0 0",
         "['x.safetensors', 'x.safetensors.orbax']",
         "[]",
-        "[2, 3] 3",  # of the store
-        "2",  # when the newest is damaged
-        "4 2",  # steps and records of a run, and of one that goes on from it
+        # These are the steps of the store.
+        "[2, 3] 3",
+        # This is the step that is found if the newest is damaged.
+        "2",
+        # The steps and records are those of a run, and of another that goes on from it.
+        "4 2",
         "8 4",
     ]

@@ -1,8 +1,7 @@
 """Checkpoints of sharded arrays: from n devices to m in one process, and of several processes in
-parts.
-
-Expected values are those that the arrays were made of. The scenarios with two processes are in
-run_in_processes.py and all run in one pair, since most of the time is spent on starting it.
+parts. Expected values are those from which the arrays were made. The scenarios with two processes
+are in run_in_processes.py and all run in one pair, because most of the time is spent on starting
+it.
 """
 
 import json
@@ -22,10 +21,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from run_in_processes import SCENARIOS, values
 
-from jaxnet.checkpoint import CheckpointError, inspect, lazy, load, save, verify
-from jaxnet.checkpoint.format import layout, read_header, write_header
-from jaxnet.checkpoint.header_types import Header
+from jaxnet.checkpoint import CheckpointError, engines, inspect, lazy, load, manifests, save, verify
+from jaxnet.checkpoint.format import Header, read_header, write_header
 from jaxnet.checkpoint.parts import pieces
+from jaxnet.checkpoint.tensors import layout
 from jaxnet.cli import main
 
 HERE = pathlib.Path(__file__).parent
@@ -58,7 +57,9 @@ print(*(file.stem for file in files))
 
 
 def test_saved_on_n_devices_and_loaded_on_m(tmp_path):
-    """Each process has another number of devices and loads what all before it have saved."""
+    """Each process has another number of devices, and loads all files that the processes before it
+    have saved.
+    """
     for n in (8, 4, 2, 1, 8):
         done = subprocess.run(
             [sys.executable, "-c", DEVICES, str(n), tmp_path],
@@ -74,12 +75,14 @@ def test_saved_on_n_devices_and_loaded_on_m(tmp_path):
 
 def test_sharded_leaves_are_gathered_one_at_a_time(tmp_path):
     rows = sharding(4, PartitionSpec("x"))
-    tree = {str(i): jax.device_put(jnp.zeros((4, 1 << 17)), rows) for i in range(8)}  # 2 MiB each
+    # Each leaf has 2 MiB.
+    tree = {str(i): jax.device_put(jnp.zeros((4, 1 << 17)), rows) for i in range(8)}
     tracemalloc.start()
     save(tmp_path / "t", tree)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5 << 20  # the leaf that is written and the next one, not 16 MiB
+    # Memory holds the leaf that is written and the next one, not 16 MiB.
+    assert peak < 5 << 20
 
 
 def sharding(n, spec):
@@ -107,7 +110,10 @@ def start(count, folder, *what):
 
 
 def finish(processes):
-    """Exit status and output of each; all are killed if one takes longer than two minutes."""
+    """The exit status and the output of each process.
+
+    All are killed if one takes longer than two minutes.
+    """
     try:
         outputs = [process.communicate(timeout=120) for process in processes]
         return [
@@ -137,7 +143,7 @@ def test_two_processes(name, pair):
 
 @pytest.fixture
 def parts(pair, tmp_path):
-    """What two processes have saved, to be changed: the manifest, and the two parts."""
+    """The files that two processes have saved, for changes: the manifest, and the two parts."""
     for path in (pair[1] / "saved_and_loaded").iterdir():
         shutil.copy(path, tmp_path)
     manifest, *rest = sorted(tmp_path.iterdir())
@@ -173,19 +179,17 @@ def test_one_process_loads_what_two_have_saved(parts):
 
 
 def test_parts_that_are_replaced_while_they_are_read_are_no_damage(parts, monkeypatch):
-    """The manifest has been read when another save takes its place and deletes the parts: the new
+    """After the manifest has been read, another save takes its place and deletes the parts: the new
     tree is loaded.
     """
-    from jaxnet.checkpoint import parts as module
-
     path, files = parts
-    real = module.read_tensors
+    engine = engines.ENGINES[manifests.PARTS]
 
     def late(*args):
         save(path, {"w": np.arange(3)})
-        return real(*args)
+        return engine.reader(*args)
 
-    monkeypatch.setattr(module, "read_tensors", late)
+    monkeypatch.setitem(engines.ENGINES, manifests.PARTS, engine._replace(reader=late))
     np.testing.assert_array_equal(load(path)["w"], np.arange(3))
     assert not any(file.exists() for file in files)
 
@@ -195,8 +199,8 @@ GOLDEN = HERE / "golden" / "v2_parts.safetensors"
 
 
 def test_golden_parts(parts):
-    """What version 2 wrote still loads, and today's writer writes it, except for the random number
-    of a save.
+    """The golden file of version 2 still loads, and today's writer writes it, except for the random
+    number of a save.
     """
     assert_values(load(GOLDEN))
     assert verify(GOLDEN).metadata == {"by": "two"}
@@ -272,7 +276,8 @@ def test_parts_that_are_missing_or_of_another_save_are_named(parts, pair):
     with pytest.raises(CheckpointError, match=f"its part {second} is missing"):
         load(path)
     other = next((pair[1] / "replaced").glob("*-00001"))
-    shutil.copy(other, second)  # a sound file
+    # The other file is not damaged.
+    shutil.copy(other, second)
     with pytest.raises(CheckpointError, match=f"its part {second} is that of another checkpoint"):
         load(path)
     second.write_bytes(data)
@@ -314,7 +319,8 @@ def test_forged_parts_are_refused(name, tmp_path):
             check(tmp_path / "x")
 
 
-GRIDS = {  # pieces (dtype, start, shape) of a F32[4, 6], and whether they fill it
+# Pieces (dtype, start, shape) of an F32[4, 6], and whether they fill it.
+GRIDS = {
     "the whole": ([("F32", "", (4, 6))], True),
     "rows": ([("F32", "0", (2, 6)), ("F32", "2", (2, 6))], True),
     "uneven": ([("F32", "0,0", (1, 6)), ("F32", "1,0", (3, 6))], True),
@@ -376,14 +382,16 @@ def test_a_killed_process_leaves_the_old_checkpoint_or_the_new_one(name, tmp_pat
     assert done[int(process)][0] == -9 and done[1 - int(process)][0] != 0
     assert_values(load(tmp_path / "x.safetensors"), scale)
     verify(tmp_path / "x.safetensors")
-    assert len(list(tmp_path.glob("*.part-*"))) > 2  # what the dead have left
+    # The killed processes left files behind.
+    assert len(list(tmp_path.glob("*.part-*"))) > 2
     save(tmp_path / "x.safetensors", {"w": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def killed_at_once(folder, engine, rng):
-    """Kill two processes in one moment of their saves; returns the number of the tree that must be
-    there, and is.
+    """Kill two processes at the same moment of their saves.
+
+    Return the number of the tree that must be there, after checking that it is.
     """
     folder.mkdir()
     path, processes = folder / "x.safetensors", start(2, folder, "for_ever", *engine)

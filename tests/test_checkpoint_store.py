@@ -1,7 +1,5 @@
-"""The store: what it keeps, what it finds again, and what is left after failures, kills and the
-program's end.
-
-Every step's tree is made from its number, so that a tree that comes back shows which step was
+"""The store: the steps that it keeps and finds again, and its state after failures, kills and the
+program's end. Every step's tree is made from its number, so a loaded tree shows which step was
 saved, bit for bit.
 """
 
@@ -10,8 +8,6 @@ import errno
 import fcntl
 import functools
 import os
-import pathlib
-import re
 import stat
 import subprocess
 import sys
@@ -63,7 +59,8 @@ def test_what_was_saved_is_found(beside, tmp_path):
     }
     store = Checkpoints(tmp_path / "new" / "run", best_rule="max accuracy", asynchronous=beside)
     assert store.latest() is None and store.best() is None and store.steps() == []
-    assert not (tmp_path / "new").exists()  # looking makes no folders
+    # Listing the steps makes no folders.
+    assert not (tmp_path / "new").exists()
     store.save(7, state, {"accuracy": jnp.float32(0.5), "loss": np.float64(1.25)}, {"run": "a"})
     store.save(np.int64(12), jax.tree.map(lambda x: x, state), {"accuracy": 0.25})
     store.wait()
@@ -87,18 +84,19 @@ def test_what_was_saved_is_found(beside, tmp_path):
         "metrics": {"accuracy": 0.5, "loss": 1.25},
         "run": "a",
     }
-    assert_same(
-        load(found.path, pattern="n"), {"n": np.arange(3)}
-    )  # files are ordinary checkpoints
+    # The files are ordinary checkpoints.
+    assert_same(load(found.path, pattern="n"), {"n": np.arange(3)})
     part = store.latest(pattern="params/**")
     assert part
-    assert_same(part.tree, {"params": state["params"]})  # and the options are those of `load`
+    # The options are those of `load`.
+    assert_same(part.tree, {"params": state["params"]})
 
 
 @pytest.mark.parametrize(
     "options, losses, kept",
     [
-        ({}, None, [3, 4, 5]),  # keep=3
+        # By default, keep=3.
+        ({}, None, [3, 4, 5]),
         ({"keep": 1}, None, [5]),
         ({"keep": None}, None, [1, 2, 3, 4, 5]),
         ({"keep": 2, "best_rule": "min loss"}, [0.5, 0.1, 0.3, 0.2, 0.4], [2, 4, 5]),
@@ -113,7 +111,8 @@ def test_what_was_saved_is_found(beside, tmp_path):
         ({"keep": 1, "best_rule": "min loss"}, [0.1, 0.1, 0.1, 0.1, 0.1], [1, 5]),
         ({"keep": 1, "best_rule": "min loss"}, [np.nan, np.inf, 3, -np.inf, np.nan], [4, 5]),
         ({"keep": 1, "best_rule": "max loss"}, [np.nan, -np.inf, np.nan, np.nan, np.nan], [2, 5]),
-        ({"keep": 1, "best_rule": "min loss"}, None, [5]),  # without metrics no step is the best
+        # Without metrics, no step is the best.
+        ({"keep": 1, "best_rule": "min loss"}, None, [5]),
     ],
 )
 def test_the_newest_and_the_best_are_kept(options, losses, kept, tmp_path):
@@ -215,7 +214,8 @@ def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="the name of the folder is empty: use '.'"):
         Checkpoints("")
     with pytest.raises(ValueError, match="step must have at most 18 digits"):
-        store.save(10**18, {}, {"val/loss": 1})  # a name that no search would find again
+        # No search would find a file of this name again.
+        store.save(10**18, {}, {"val/loss": 1})
     for value in ("1", None, 1j, 10**400):
         with pytest.raises(ValueError, match="metric 'val/loss' must be a number, got"):
             store.save(1, {}, {"val/loss": value})
@@ -282,8 +282,9 @@ def test_if_nothing_is_good_it_is_an_error_and_not_a_fresh_start(tmp_path):
 
 @pytest.fixture
 def closed(monkeypatch):
-    """A function that takes the right to open a file; root has every right, so that the system is
-    asked in vain.
+    """A function that removes the permission to open a file.
+
+    Root has every permission, so the system's answer is replaced as well.
     """
     names, real = set(), os.open
 
@@ -297,8 +298,8 @@ def closed(monkeypatch):
 
 
 def test_a_file_that_may_not_be_opened_is_no_damaged_one(closed, tmp_path):
-    """To go on from an older step would waste a run: no later save is newer than the file that
-    stands there.
+    """Going on from an older step would waste a run: no later save would be newer than the existing
+    file.
     """
     fill(tmp_path, 10, 20, 30, losses=[3, 2, 1])
     store = Checkpoints(tmp_path, best_rule="min loss")
@@ -329,13 +330,16 @@ def test_a_step_that_may_not_be_opened_now_is_kept_as_if_it_were_the_best(closed
     closed(1)
     store.save(4, tree_of(4), {"loss": 4})
     closed(None)
-    assert store.steps() == [1, 3, 4]  # 3 is the best of those that can be read
+    # Step 3 is the best of those that can be read.
+    assert store.steps() == [1, 3, 4]
     store.save(5, tree_of(5), {"loss": 5})
     assert store.steps() == [1, 5]
 
 
 def test_looking_if_a_folder_is_writable_disturbs_no_save(tmp_path):
-    """And no save disturbs it: whoever sweeps leaves its file alone, since that is locked."""
+    """A save does not disturb the check either: it does not sweep the file of the check, which is
+    locked.
+    """
     with places_checked_while_swept(tmp_path) as errors:
         for step in range(1, 30):
             Checkpoints(tmp_path, keep=1).save(step, tree_of(step))
@@ -375,7 +379,7 @@ def test_the_best_good_one_is_found(tmp_path):
 
 
 def test_a_template_that_does_not_fit_is_no_damage(tmp_path):
-    """An older file might fit, but to take it would hide the mistake."""
+    """An older file might fit, but loading it would hide the mistake."""
     store = Checkpoints(tmp_path)
     store.save(1, {"a": np.zeros(2)})
     store.save(2, {"a": np.zeros(3)})
@@ -478,7 +482,8 @@ def held():
 
 
 def test_the_tree_may_be_donated_and_changed_while_it_is_written(tmp_path):
-    x, n = jnp.arange(1024.0), np.arange(5)  # 4 KiB, aligned: memory that NumPy and JAX would share
+    # It has 4 KiB and is aligned, so NumPy and JAX would share its memory.
+    x, n = jnp.arange(1024.0), np.arange(5)
     keys, swapped = (
         jax.random.split(jax.random.key(0), 3),
         np.arange(6, dtype=">i4").reshape(2, 3).T,
@@ -515,8 +520,10 @@ def test_one_at_a_time_and_in_order(tmp_path):
         store.save(2, tree_of(2))
         assert gate.is_set() and (tmp_path / "step_00000001.safetensors").exists()
         assert sum(thread.name.startswith("save ") for thread in threading.enumerate()) <= 1
-        assert store.steps() == [1, 2]  # looking waits too
-        with pytest.raises(ValueError, match="step 2 is not newer"):  # at once, not later
+        # Listing the steps waits, too.
+        assert store.steps() == [1, 2]
+        # The error is raised at once, not later.
+        with pytest.raises(ValueError, match="step 2 is not newer"):
             store.save(2, {})
         with pytest.raises(CheckpointError, match="leaf 'a': a builtins.object"):
             store.save(3, {"a": object()})
@@ -537,8 +544,9 @@ ERRORS = [
 def test_a_failure_is_raised_and_leaves_what_was_there(
     call, times, error, beside, tmp_path, monkeypatch
 ):
-    """In the foreground by `save` itself, asynchronously by whatever is called next; at every n-th
-    call of the system.
+    """In the foreground, `save` raises the error; asynchronously, the next call does.
+
+    The n-th call of the system fails.
     """
     store, failures = fill(tmp_path, 1, keep=1), 0
     for n in range(1, 10):
@@ -555,8 +563,10 @@ def test_a_failure_is_raised_and_leaves_what_was_there(
             if fail_expected := n <= times:
                 with pytest.raises(OSError) as caught:
                     store.save(step, tree_of(step))
-                    store._thread.join() if store._thread else None
-                    assert beside  # in the foreground it has been raised
+                    if thread := store._background._thread:
+                        thread.join()
+                    # In the foreground, the error has been raised by `save`.
+                    assert beside
                     after()
                 assert caught.value is error
                 failures += 1
@@ -564,19 +574,23 @@ def test_a_failure_is_raised_and_leaves_what_was_there(
                 store.save(step, tree_of(step))
                 store.wait()
         names = os.listdir(tmp_path)
-        assert set(names) <= {f"step_{s:08d}.safetensors" for s in (step - 1, step)}  # no litter
+        # No temporary file is left.
+        assert set(names) <= {f"step_{s:08d}.safetensors" for s in (step - 1, step)}
         for name in names:
             verify(tmp_path / name)
-        last = call in ("open", "fsync") and n == times  # after the rename: the folder
+        # The last call comes after the rename and concerns the folder.
+        last = call in ("open", "fsync") and n == times
         assert (f"step_{step - 1:08d}.safetensors" in names) == fail_expected
         assert (f"step_{step:08d}.safetensors" in names) == (last or not fail_expected)
         if not fail_expected:
             break
-        assert store.wait() is None  # raised once
+        # The error is raised once.
+        assert store.wait() is None
         if store._closed:
             store = Checkpoints(tmp_path, keep=1)
             step += last
-        store.save(step, tree_of(step))  # and the same step can be saved again
+        # The same step can be saved again.
+        store.save(step, tree_of(step))
         store.wait()
     assert failures == times
 
@@ -593,7 +607,8 @@ def test_failing_to_delete_old_files_is_an_error_but_the_new_one_is_saved(
     found = store.latest()
     assert found and found.step == 2
     store.save(3, tree_of(3))
-    assert store.steps() == [3]  # the next save deletes what is left
+    # The next save deletes the leftovers.
+    assert store.steps() == [3]
 
 
 def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(tmp_path, monkeypatch):
@@ -626,7 +641,7 @@ os.write = lambda fd, data: time.sleep(0.05) or real(fd, data)
 
 
 def test_a_program_that_ends_waits_for_its_last_save(tmp_path):
-    """40 MiB: so much that the writer's own thread pool is asked for when the interpreter has
+    """The tree has 40 MiB, so the writer asks for its own thread pool after the interpreter has
     closed all pools.
     """
     code = (
@@ -655,16 +670,3 @@ def test_a_save_at_the_very_end_is_waited_for_too(tmp_path):
     done = run(SLOW + code, tmp_path)
     assert done.stderr == ""
     verify(tmp_path / "step_00000001.safetensors")
-
-
-# --------------------------------------------------------------------------------------------- docs
-
-
-def test_the_guide_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (pathlib.Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
-    names = {}
-    for code in re.findall(r"```python\n(.*?)```", text, re.S):
-        exec(compile(code, "checkpoints.md", "exec"), names)
-    assert sorted(os.listdir("run")) == [f"step_{step:08d}.safetensors" for step in (2, 4, 5)]
-    assert names["tuned"]["body"]["bias"].shape == (3,)

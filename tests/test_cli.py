@@ -1,10 +1,11 @@
-"""The command line: what it prints (compared whole, since people and scripts read it) and its exit
+"""The command line: its output (compared whole, because people and scripts read it) and its exit
 codes.
 """
 
 import contextlib
 import json
 import os
+import pathlib
 import subprocess
 import sys
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import jaxnet
 from jaxnet import __version__
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint import places, save, verify
@@ -105,7 +107,8 @@ def test_inspect_shows_an_empty_tree_and_a_huge_number(tmp_path, capsys):
     save(tmp_path / "empty", {})
     assert main(["inspect", str(tmp_path / "empty")]) == 0
     assert "total  0 arrays                  0      0" in capsys.readouterr().out
-    save(tmp_path / "huge", {"n": 2**20000})  # more digits than Python likes to print
+    # Python refuses to print so many digits.
+    save(tmp_path / "huge", {"n": 2**20000})
     for arguments, expected in [
         ([], f"n     int   0x1{74 * '0'}..."),
         (["--json"], f'"0x1{5000 * "0"}"'),
@@ -124,7 +127,8 @@ def test_a_bad_file_gives_one_line_on_stderr(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad").write_bytes(b"bad")
-    assert main([command, name]) == code  # 1: the file is at fault; 2: it cannot be opened
+    # The code is 1 if the file is at fault, and 2 if it cannot be opened.
+    assert main([command, name]) == code
     out, err = capsys.readouterr()
     assert (
         out
@@ -163,8 +167,10 @@ def test_inspect_shows_statistics_of_the_finite_elements(tmp_path, capsys):
         for line in capsys.readouterr().out.splitlines()
         if (words := line.split())
     }
-    assert rows["x"] == ["-1", "2", "0.5", "1.5", "2"]  # the deviation of (-1, 2) from its mean
-    assert rows["b"] == ["0", "1", "0.6667", "0.4714", "0"]  # sqrt(2/3 * 1/3)
+    # The deviation is that of (-1, 2) from its mean.
+    assert rows["x"] == ["-1", "2", "0.5", "1.5", "2"]
+    # The deviation is sqrt(2/3 * 1/3).
+    assert rows["b"] == ["0", "1", "0.6667", "0.4714", "0"]
     assert rows["n"] == ["-", "-", "-", "-", "2"] and rows["nothing"] == ["-", "-", "-", "-", "0"]
     assert rows["k"] == rows["c"] == ["-"] * 5
     assert main(["inspect", "--stats", "--json", str(tmp_path / "t")]) == 0
@@ -249,6 +255,7 @@ new    only in B  -                    str                                      
 
 def test_diff_shows_what_differs_and_how_far(tmp_path, capsys):
     key, rbg = jax.random.key(0), jax.random.key(0, impl="rbg")
+    # 2^-10 / sqrt(1 + (1 + 2^-10)^2) = 0.00069020.
     pairs: dict[str, Any] = {
         "same": (jnp.array([jnp.nan, 1]), jnp.array([jnp.nan, 1])),
         "also": ("text", "text"),
@@ -258,8 +265,9 @@ def test_diff_shows_what_differs_and_how_far(tmp_path, capsys):
         "dtype": (
             jnp.array([1.0, 1 + 2**-10]),
             jnp.ones(2, jnp.bfloat16),
-        ),  # 2^-10 / sqrt(1 + (1 + 2^-10)^2) = 0.00069020
-        "zero": (np.zeros(1), -np.zeros(1)),  # equal, but of other bits
+        ),
+        # The numbers are equal, but have different bits.
+        "zero": (np.zeros(1), -np.zeros(1)),
         "nan": (jnp.array([1.0, 2]), jnp.array([1.0, jnp.nan])),
         "key": (key, jax.random.key(9)),
         "impl": (key, rbg),
@@ -375,7 +383,7 @@ def test_the_exit_code_outlives_the_reader(command, code, tmp_path):
 
 
 def test_a_closed_stream_is_not_the_file_that_is_written(tmp_path):
-    """The system gives the number of a closed stream to the next file: what is printed must not end
+    """The system gives the number of a closed stream to the next file, and the output must not end
     up there.
     """
     save(tmp_path / "a", {"x": np.arange(3)})
@@ -389,7 +397,8 @@ EVIL = "o\x1b[31m\a\r\nforged\x9b\u202e"
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["convert", "a", EVIL],  # which exists
+        # The target exists.
+        ["convert", "a", EVIL],
         ["convert", "a", "b", "--rename", EVIL],
         ["convert", "a", "b", EVIL],
         ["convert", "a", "gs://" + EVIL],
@@ -416,15 +425,15 @@ def test_nothing_raw_reaches_the_terminal(arguments, tmp_path, monkeypatch, caps
 
 
 def test_json_is_json_whatever_a_file_holds(tmp_path, capsys):
-    """1e999 is a number in JSON, and infinity in Python, whose json would write a word that is
-    none.
+    """1e999 is a number in JSON and infinity in Python, whose json would write a word that JSON
+    does not have.
     """
     header = fmt.write_header(
         "", [], {"version": 1, "metadata": {"x": [123456]}, "tree": ["dict", []], "crc32": []}
     )
     raw = header[8:].replace(b"123456", b"-1e999")
     (tmp_path / "x").write_bytes(
-        len(raw).to_bytes(8, "little") + fmt._with_digest(raw, fmt._digest(raw))
+        len(raw).to_bytes(8, "little") + fmt.with_digest(raw, fmt.digest_of(raw))
     )
     assert main(["inspect", "--json", str(tmp_path / "x")]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(word))
@@ -433,7 +442,8 @@ def test_json_is_json_whatever_a_file_holds(tmp_path, capsys):
 
 def test_an_object_store_out_of_reach_is_said_in_time(monkeypatch, capsys):
     pytest.importorskip("tensorstore")
-    monkeypatch.setattr(places, "ANSWER", 0.2)  # instead of half a minute
+    # The default is half a minute.
+    monkeypatch.setattr(places, "ANSWER", 0.2)
     assert main(["inspect", "gs://jaxnet-no-such-bucket/x"]) == 2
     text = capsys.readouterr().err
     assert "does not answer in time: is there a network" in text or "the object store says" in text
@@ -446,3 +456,22 @@ def test_what_nobody_has_foreseen_is_no_damage(path, monkeypatch, capsys):
     monkeypatch.setattr(commands, "as_text", broken)
     assert main(["inspect", path]) == 2
     assert "ZeroDivisionError: by zero" in capsys.readouterr().err
+
+
+def test_inspect_and_verify_need_only_the_standard_library(tmp_path):
+    """The front door of the package is left out, and JAX and NumPy cannot be imported."""
+    save(tmp_path / "a", {"w": np.ones(3), "step": 1})
+    code = """
+import sys, types
+front = types.ModuleType("jaxnet")
+front.__path__, front.__version__ = [sys.argv[1]], "0"
+sys.modules |= {"jaxnet": front, "jax": None, "numpy": None, "ml_dtypes": None}
+from jaxnet.cli import main
+sys.exit(main(["inspect", sys.argv[2]]) or main(["verify", sys.argv[2]]))
+"""
+    room = pathlib.Path(jaxnet.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(room), str(tmp_path / "a")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "float64" in done.stdout and f"{tmp_path / 'a'}: good" in done.stdout

@@ -47,7 +47,8 @@ from test_checkpoint import (
 from jaxnet.checkpoint import CheckpointError, Checkpoints, load, save
 
 HERE = pathlib.Path(__file__).parent
-GONE, FOLDER = -1, -2  # in place of a file's number
+# These stand in place of a file's number.
+GONE, FOLDER = -1, -2
 
 
 def spread(x):
@@ -61,7 +62,7 @@ def spread(x):
 
 
 def fields_of(tree):
-    """What comes back without a template: dicts of fields in place of NamedTuples."""
+    """The result without a template: dicts of fields in place of NamedTuples."""
     if hasattr(tree, "_asdict"):
         return {name: fields_of(x) for name, x in tree._asdict().items()}
     return tuple(map(fields_of, tree)) if isinstance(tree, tuple) else tree
@@ -76,13 +77,14 @@ def fields_of(tree):
 
 
 class Recorder:
-    """Stands in for the functions of os that change a disk; notes what they do to the files and
+    """Replaces the functions of os that change a disk, and records their effects on the files and
     folders below `root`.
     """
 
     def __init__(self, root: pathlib.Path, patch: pytest.MonkeyPatch):
         paths = [root, *sorted(root.rglob("*"))]
-        self.files = [path.read_bytes() for path in paths if path.is_file()]  # by number
+        # The contents of the files by their numbers.
+        self.files = [path.read_bytes() for path in paths if path.is_file()]
         self.names = {str(path): FOLDER for path in paths if path.is_dir()}
         self.names |= {
             str(path): i for i, path in enumerate(path for path in paths if path.is_file())
@@ -95,13 +97,14 @@ class Recorder:
             patch.setattr(os, name, getattr(self, name))
 
     def returned(self, step):
-        """Say that from here on the tree of this step, or a later one, must be found."""
+        """Record that from here on, the tree of this step or of a later one must be found."""
         self.calls.append(("returned", step))
 
     def open(self, path, flags, *mode):
         descriptor = self.real["open"](path, flags, *mode)
         if flags & os.O_CREAT:
-            assert flags & os.O_EXCL  # nothing is ever written in place
+            # Nothing is ever written in place.
+            assert flags & os.O_EXCL
             self._rename(path, {path: self.created})
             self.created += 1
         self.descriptors[descriptor] = [path, 0]
@@ -178,8 +181,8 @@ def disks(
 
 
 def contents(writes: list[tuple[int, bytes]], certain: int) -> list[bytes]:
-    """What a file may hold if its first `certain` writes are on the disk: none of the rest, all,
-    the last, or half of it.
+    """The contents that a file may have if its first `certain` writes are on the disk: none of the
+    rest, all, the last, or half of it.
     """
     done, rest = writes[:certain], writes[certain:]
     if not rest:
@@ -208,7 +211,8 @@ def step_of_file(path: pathlib.Path) -> int:
 
 def step_of_store(root: pathlib.Path) -> int:
     store = Checkpoints(root, keep=2, best_rule="min loss")
-    with warnings.catch_warnings(action="error"):  # no file is damaged, so that none is skipped
+    # No file is damaged, so none is skipped.
+    with warnings.catch_warnings(action="error"):
         latest, best = store.latest(), store.best()
     assert latest and best and best.step == 1
     assert_same(best.tree, tree_of(1))
@@ -267,8 +271,9 @@ def test_a_power_cut_at_any_moment_loses_nothing(mode, tmp_path):
 @pytest.mark.parametrize("mode", SAVES)
 @pytest.mark.parametrize("call", ["fsync", "fsync folder"])
 def test_the_model_notices_a_missing_fsync(call, mode, tmp_path):
-    """The same saves lose something if their fsyncs are ignored: else the test above would prove
-    nothing.
+    """The same saves lose something if their fsyncs are ignored.
+
+    Otherwise, the test above would prove nothing.
     """
     assert power_cuts(mode, tmp_path, forget=call)[3] > 0
 
@@ -299,7 +304,8 @@ def test_a_kill_at_any_moment_leaves_the_old_checkpoints_or_the_new_one(tmp_path
         # What the dead left has been swept.
         assert all(name == "t" or name.endswith(".safetensors") for name in left)
     assert outcomes == {mode: set(steps) for mode, (_, steps) in FOUND.items()}
-    kills.subtract(SAVES.keys())  # the last child of each mode was not killed
+    # The last child of each mode was not killed.
+    kills.subtract(SAVES.keys())
     print(f"\nkills: {dict(kills)}, none lost")
     assert kills["random"] > 0 and all(kills[mode] >= 10 for mode in SAVES)
 
@@ -338,7 +344,8 @@ for i in range(20):
     for writer in range(2):
         if (child := os.fork()) == 0:
             os.close(go)
-            os.read(start, 1)  # ends for both at once, when the parent closes the other end
+            # The read ends for both at once, when the parent closes the other end.
+            os.read(start, 1)
             save(f"{sys.argv[1]}/{i}", {"x": np.full(200_000, writer), "y": [writer] * 3})
             os._exit(0)
         children.append(child)
@@ -369,7 +376,8 @@ import numpy as np
 from jaxnet.checkpoint import Checkpoints, save
 
 for mode in ("overwrite", "store", "asynchronous"):
-    for limit in (0, 1, 300, 4096):  # in the header and in the data
+    # The limits lie in the header and in the data.
+    for limit in (0, 1, 300, 4096):
         root = f"{sys.argv[1]}/{mode}-{limit}"
         shutil.copytree(f"{sys.argv[1]}/before/{mode}", root)
         if (child := os.fork()) == 0:
@@ -387,7 +395,7 @@ for mode in ("overwrite", "store", "asynchronous"):
 
 
 def test_at_a_limit_of_the_system_saving_is_an_error_and_the_old_stays(tmp_path):
-    """The kernel itself refuses to write on (RLIMIT_FSIZE), in the middle of a call too."""
+    """The kernel itself refuses further writes (RLIMIT_FSIZE), also in the middle of a call."""
     (tmp_path / "before").mkdir()
     for mode in SAVES:
         before(mode, tmp_path / "before" / mode)
@@ -419,8 +427,9 @@ def peak(read: Callable[[], Any]) -> int:
 
 
 def damaged(path: pathlib.Path, tree: Any, count: int, seed: int) -> dict[str, float]:
-    """Load a tree's file after random damages: each must be a CheckpointError. Returns how many,
-    and the worst costs.
+    """Load a tree's file after random damage, each of which must be a CheckpointError.
+
+    Return their number, and the worst costs.
     """
     save(path, tree, metadata={"a": 1})
     data, bad = path.read_bytes(), path.with_name("bad")
@@ -445,7 +454,8 @@ def damaged(path: pathlib.Path, tree: Any, count: int, seed: int) -> dict[str, f
 
 
 def test_damage_never_costs_much_memory(tmp_path):
-    figures = damaged(tmp_path / "t", {"large": np.arange(1 << 17)}, 80, seed=7)  # 1 MiB
+    # The array has 1 MiB.
+    figures = damaged(tmp_path / "t", {"large": np.arange(1 << 17)}, 80, seed=7)
     assert figures["most bytes"] < 2 * figures["file's bytes"]
 
 
@@ -458,7 +468,8 @@ def test_ten_thousand_damages(tmp_path):
         total += figures["damages"]
         # Errors and the header's JSON as objects.
         assert figures["most bytes"] < 2 * figures["file's bytes"] + 500_000
-        assert figures["slowest, s"] < 10  # a hang
+        # A longer time would be a hang.
+        assert figures["slowest, s"] < 10
     assert total >= 10_000
 
 
@@ -507,9 +518,7 @@ LARGE: dict[str, Callable[[], bytes]] = {
 
 
 def test_hostile_files_are_refused_within_a_second_and_100_megabytes(tmp_path):
-    """Seconds of the CPU, since the machine may be busy; what a reader needs grows with the
-    file.
-    """
+    """CPU seconds count, because the machine may be busy; a reader's needs grow with the file."""
     files = {name: data for name, (data, _) in (HOSTILE | FORGED).items()} | LARGE
     costs = {}
     for name, data in files.items():
@@ -520,7 +529,8 @@ def test_hostile_files_are_refused_within_a_second_and_100_megabytes(tmp_path):
                 load(tmp_path / "f")
 
         seconds = []
-        while len(seconds) < 3 and min(seconds, default=1) >= 1:  # the machine may do other things
+        # The machine may do other things, so the least of three times counts.
+        while len(seconds) < 3 and min(seconds, default=1) >= 1:
             start = time.process_time()
             refused()
             seconds.append(time.process_time() - start)
@@ -531,7 +541,8 @@ def test_hostile_files_are_refused_within_a_second_and_100_megabytes(tmp_path):
         f"\n{len(files)} hostile files: at most {seconds:.2f} s ({slowest}) and {size / 1e6:.0f} "
         f"MB ({largest})"
     )
-    assert seconds < 5 and size < 100e6  # 0.65 s on a machine that does nothing else
+    # It takes 0.65 s on a machine that does nothing else.
+    assert seconds < 5 and size < 100e6
 
 
 def test_names_like_paths_name_leaves_and_no_files(tmp_path):

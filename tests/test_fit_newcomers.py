@@ -15,7 +15,7 @@ from linear_regression import NET, key0, mean_square, params_of, regression
 import jaxnet
 from jaxnet import batch_norm, chain, dense, flatten
 from jaxnet.checkpoint import CheckpointError, Checkpoints
-from jaxnet.checkpoint.format import Misfit
+from jaxnet.checkpoint.errors import Misfit
 from jaxnet.data import digits
 from jaxnet.train import (
     NonFiniteError,

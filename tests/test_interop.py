@@ -1,6 +1,7 @@
-"""Parameters of other libraries. What a layer computes there is the expectation for what it
-computes here: the tests that need a library skip where it is missing; the rules themselves are
-tested without.
+"""Parameters of other libraries.
+
+The output of the other library is the expectation for the output of jaxnet. The tests that need a
+library are skipped if it is missing; the rules themselves are tested without.
 """
 
 import json
@@ -39,7 +40,8 @@ IDS = np.array([5, 2], np.int32)
 @wire(
     conv=conv(4, 3, strides=2, padding="VALID"),
     bn=batch_norm(),
-    hidden=dense(4),  # a square matrix: its shape cannot tell whether it has been transposed
+    # The matrix is square, so its shape cannot tell whether it has been transposed.
+    hidden=dense(4),
     embed=embed(7, 4),
     norm=layer_norm(),
     head=dense(5, bias=False),
@@ -66,14 +68,14 @@ def outputs(variables):
 
 
 def noisy(x):
-    """Other numbers than those that layers start with, which zeros and ones could be mistaken for;
-    positive ones stay so.
+    """Numbers that layers do not start with, because zeros and ones could be mistaken for those;
+    positive numbers stay positive.
     """
     return (x + RNG.uniform(0.1, 0.5, np.shape(x))).astype(x.dtype)
 
 
 def library(name):
-    """Import it or skip; what it warns of is its own affair."""
+    """Import a module or skip the test; its warnings do not count."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip(
@@ -367,7 +369,7 @@ def test_what_is_no_variables_or_has_no_template():
         to_torch({"params": {"a": jax.ShapeDtypeStruct((1,), jnp.float32)}})
     with pytest.raises(ValueError, match="'a/mean' in params and in batch_stats"):
         from_flax({"params": {"a": {"mean": arange(1)}}, "batch_stats": {"a": {"mean": arange(1)}}})
-    with pytest.raises(ValueError, match="need variables `like`"):
+    with pytest.raises(ValueError, match="need a tree `like`"):
         from_torch({}, cast=True)
     with pytest.raises(
         CheckpointError,
@@ -394,7 +396,8 @@ def test_a_safetensors_file_and_what_is_written(tmp_path):
     variables = from_torch(tmp_path / "in.safetensors")
     assert_equal(variables, from_torch(STATE_DICT))
     save(tmp_path / "out.safetensors", to_torch(variables))
-    written = safetensors.numpy.load_file(tmp_path / "out.safetensors")  # the official reader
+    # This is the official reader.
+    written = safetensors.numpy.load_file(tmp_path / "out.safetensors")
     assert written.keys() == STATE_DICT.keys() - {"bn.num_batches_tracked"}
     for name, x in written.items():
         np.testing.assert_array_equal(x, STATE_DICT[name])
@@ -408,7 +411,8 @@ def write_zip_of_torch(path):
 
 
 def test_without_torch_its_files_are_refused_with_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)  # what makes `import torch` fail
+    # This makes `import torch` fail.
+    monkeypatch.setitem(sys.modules, "torch", None)
     write_zip_of_torch(tmp_path / "net.pt")
     with pytest.raises(ImportError, match=r"net.pt: needs torch .* pip install 'jaxnet\[torch\]'"):
         from_torch(tmp_path / "net.pt")
@@ -429,8 +433,13 @@ def test_nothing_in_a_file_of_torch_is_executed(torch, tmp_path, monkeypatch):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "evil.pt").read_bytes()[:300])
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save([torch.zeros(2)], "list.pt")
-    for name in ["evil.pt", "evil.th", "cut.pt", "empty.pt"]:
-        with pytest.raises(CheckpointError, match=f"{name}: torch cannot read it as tensors alone"):
+    for name, text in {
+        "evil.pt": "torch cannot read it as tensors alone",
+        "evil.th": "torch cannot read it as tensors alone",
+        "cut.pt": "its zip archive is damaged or cut off",
+        "empty.pt": "it is empty; expected safetensors, torch.save or Keras",
+    }.items():
+        with pytest.raises(CheckpointError, match=f"{name}: {text}"):
             from_torch(name)
     with pytest.raises(CheckpointError, match="it holds a list, expected a dict of tensors"):
         from_torch("list.pt")
@@ -457,9 +466,8 @@ def files(tmp_path, monkeypatch):
 def test_convert_from_a_state_dict_and_back(files, capsys):
     assert main(["convert", "torch.safetensors", "out"]) == 0
     size = os.path.getsize("out")
-    assert (
-        capsys.readouterr().out == f"out: 10 arrays, 895 parameters, {size:,} bytes\n"
-    )  # 120 + 5 * 2 + 9 + 24 + 720 + 12
+    # The parameters are 120 + 5 * 2 + 9 + 24 + 720 + 12.
+    assert capsys.readouterr().out == f"out: 10 arrays, 895 parameters, {size:,} bytes\n"
     assert_equal(load("out"), from_torch(STATE_DICT))
     assert main(["convert", "out", "back.safetensors", "--to", "torch", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -729,7 +737,8 @@ def test_a_network_of_torch_computes_the_same_here_and_back_there(torch, tmp_pat
             p.zero_()
     assert abs(run() - expected).max() > 0.1
     load_file = pytest.importorskip("safetensors.torch").load_file
-    model.load_state_dict(load_file("out.safetensors"))  # strict
+    # PyTorch's loading is strict by default.
+    model.load_state_dict(load_file("out.safetensors"))
     np.testing.assert_array_equal(run(), expected)
     assert_equal(from_torch("out.safetensors", like=template()), variables)
 
@@ -827,7 +836,8 @@ def test_a_published_resnet_gives_its_published_logits(real_data, torch):
     logits, _ = jax.jit(lambda v, x: resnet.apply(v["params"], x, state=v["state"]))(variables, x)
     expected = np.load(folder / "resnet20_expected_logits_first256_test.npz")
     np.testing.assert_allclose(logits, expected["logits"], rtol=1e-4, atol=1e-4)
-    assert np.mean(np.argmax(logits, -1) == records[:, 0]) > 0.9  # published: 91.73 % of all 10,000
+    # The published accuracy is 91.73 % of all 10,000.
+    assert np.mean(np.argmax(logits, -1) == records[:, 0]) > 0.9
 
 
 FLAX = {
@@ -855,7 +865,8 @@ def test_a_network_of_linen_computes_the_same():
         expected = Net().apply(theirs, IMAGES, IDS)
     variables = from_flax(theirs, like=template(), rename=FLAX | {"Dense_1": "head"})
     np.testing.assert_allclose(outputs(variables), expected, rtol=1e-5, atol=1e-5)
-    plain = from_flax(theirs)  # no template: Flax's names
+    # Without a template, the names are Flax's.
+    plain = from_flax(theirs)
     assert plain["state"].keys() == {"BatchNorm_0"} and plain["params"].keys() == {*FLAX, "Dense_1"}
 
 
@@ -951,4 +962,5 @@ def test_a_network_of_equinox_computes_the_same(mode):
         expected, _ = run(jnp.asarray(IMAGES), jnp.asarray(IDS), state)
     variables = from_equinox(model, state, like=template(), rename={"hidden/0": "hidden"})
     np.testing.assert_allclose(outputs(variables), expected, rtol=1e-5, atol=1e-5)
-    assert from_equinox(model)["state"] == {}  # without its state, no averages
+    # Without its state, there are no averages.
+    assert from_equinox(model)["state"] == {}

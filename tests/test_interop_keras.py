@@ -1,5 +1,5 @@
-"""Weights of Keras: its own outputs are the expectation, and no file may ask for more than it
-holds.
+"""Weights of Keras: the outputs of Keras are the expectation, and no file may need more memory than
+it has bytes.
 """
 
 import json
@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture
 def keras(monkeypatch):
-    """Keras on JAX, without the checks that this suite sets for its own code."""
+    """Keras on JAX, without the checks that this suite sets for jaxnet."""
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False):
         warnings.simplefilter("ignore")
@@ -33,9 +33,7 @@ def keras(monkeypatch):
 
 
 def shaken(model):
-    """Other weights than those that layers start with, which zeros and ones could be mistaken
-    for.
-    """
+    """Weights that layers do not start with, because zeros and ones could be mistaken for those."""
     for v in model.weights:
         if "float" in str(v.dtype):
             v.assign(np.asarray(v) + RNG.uniform(0.1, 0.5, v.shape).astype(np.float32))
@@ -124,7 +122,7 @@ def test_convolutions_of_every_rank_and_in_groups(rank, groups, keras, tmp_path)
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_depthwise_convolution_keeps_the_order_of_its_outputs(rank, keras, tmp_path):
-    """Channel c of C with multiplier M gives the outputs c * M to c * M + M - 1, there and here."""
+    """In both libraries, channel c with multiplier M gives the outputs c * M to c * M + M - 1."""
     window = (3, 2)[:rank]
     layer = getattr(keras.layers, f"DepthwiseConv{rank}D")(
         window, depth_multiplier=3, name="d", use_bias=False
@@ -163,8 +161,8 @@ def test_nested_models_embeddings_and_other_names(keras, tmp_path):
 
 @pytest.mark.parametrize("scale, center", [(False, True), (True, False), (False, False)])
 def test_a_norm_without_scale_or_without_shift(scale, center, keras, tmp_path):
-    """A file without configuration does not say whether its one array is gamma or beta: it is a
-    number until it is named.
+    """A file without configuration does not say whether its one array is gamma or beta, so its name
+    is a number.
     """
     norms = keras.layers.BatchNormalization, keras.layers.LayerNormalization
     parts = [
@@ -323,8 +321,8 @@ def write(path, groups: dict[str, Any], names: dict[str, str] | None = None):
 
 
 def test_a_weights_file_of_keras_2(tmp_path):
-    """Its arrays are called dense/kernel:0 inside the group of their layer, and depthwise kernels
-    by another name.
+    """The arrays are called dense/kernel:0 inside the group of their layer, and depthwise kernels
+    have another name.
     """
     kernel, depthwise = (
         np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -475,7 +473,7 @@ def test_no_file_leads_out_of_itself_or_announces_more_than_it_holds(attack, old
 
 
 def test_chunks_that_are_counted_twice_are_refused(tmp_path):
-    """Two hard links to one array announce more together than the file has."""
+    """Two hard links to one array declare more bytes together than the file has."""
     with h5py.File(tmp_path / "evil.h5", "w") as file:
         file["layers/dense/vars/0"] = np.zeros(4096, np.float32)
         for i in range(1, 20):
@@ -503,8 +501,10 @@ def test_an_archive_is_stored_and_undamaged(tmp_path):
     content = bytearray(good.read_bytes())
     content[len(content) // 2] ^= 1
     good.write_bytes(content)
-    with pytest.raises(CheckpointError, match="CRC"):
+    with pytest.raises(CheckpointError, match="a file of Keras, whose zip archive is damaged") as e:
         from_keras(good)
+    # A user of Keras cannot do anything with the names of torch.
+    assert "CRC" in str(e.value) and "torch" not in str(e.value)
     shards = archive(tmp_path / "shards.keras", zipfile.ZIP_STORED, **{"model.weights.json": b"{}"})
     with pytest.raises(CheckpointError, match="has no model.weights.h5, but .*model.weights.json"):
         from_keras(shards)

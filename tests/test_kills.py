@@ -1,5 +1,5 @@
-"""Training processes that are killed at random moments end, resumed, with the bits of one that was
-not.
+"""Training processes that are killed at random moments and resumed end with the bits of a process
+that was not killed.
 """
 
 import json
@@ -38,9 +38,7 @@ def finish(process: subprocess.Popen) -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The end of a run that nobody killed, and the seconds that it took from its first record
-    on.
-    """
+    """The end of a run that was not killed, and its seconds from the first record on."""
     folder = tmp_path_factory.mktemp("kills") / "undisturbed"
     folder.mkdir()
     process = start(folder)
@@ -54,8 +52,9 @@ def undisturbed(tmp_path_factory):
 def killed_until_it_ends(
     undisturbed, name: str, signals: list[signal.Signals], kills: int, rng: random.Random
 ) -> int:
-    """Kill a run again and again; returns how many of the kills found it at work. Its end must be
-    that of the other.
+    """Kill a run repeatedly.
+
+    Return how many of the kills came during training. The run must end as the other one did.
     """
     parent, expected, seconds = undisturbed
     folder = parent / name
@@ -64,13 +63,15 @@ def killed_until_it_ends(
     for kill in range(kills):
         process = start(folder)
         assert process.stdout is not None
-        if kill % 4:  # most kills while it trains, some while it starts
+        # Most kills come while it trains, some while it starts.
+        if kill % 4:
             process.stdout.readline()
         time.sleep(rng.uniform(0, 1.5 * seconds / kills))
         number = signals[kill % len(signals)]
         process.send_signal(number)
         if rng.random() < 0.3:
-            process.send_signal(number)  # twice: the second ends it at once
+            # The second signal ends it at once.
+            process.send_signal(number)
         code = finish(process)
         hits += code != 0
         if code == 0:

@@ -1,33 +1,30 @@
 """The recipes of docs/recipes.md run, and their numbers are those of NumPy and PyTorch."""
 
-import pathlib
-import re
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pages
 import pytest
 
 import jaxnet
 from jaxnet import tree
 
-PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
-SECTIONS = {
-    part.splitlines()[0].partition(":")[0].partition(",")[0].strip(): re.findall(
-        r"```python\n(.*?)```", part, re.S
-    )
-    for part in PAGE.split("\n## ")[1:]
-}
+PAGE = "docs/recipes.md"
+SECTIONS = pages.programs(PAGE)
+
+
+@functools.cache
+def run(title: str) -> dict[str, Any]:
+    return pages.run(PAGE, SECTIONS[title])
 
 
 def program(start: str) -> dict[str, Any]:
     """The names that the program of a section leaves behind."""
-    (blocks,) = [blocks for title, blocks in SECTIONS.items() if title.startswith(start)]
-    scope: dict[str, Any] = {"__name__": "recipe"}
-    with jax.numpy_rank_promotion("allow"):  # a page is read with JAX's defaults
-        exec(compile("".join(blocks), "recipes.md", "exec"), scope)
-    return scope
+    (title,) = [title for title in SECTIONS if title.startswith(start)]
+    return run(title)
 
 
 def lines(code: str) -> int:
@@ -45,13 +42,13 @@ def sigmoid(x):
 
 @pytest.fixture(autouse=True)
 def defaults():
-    with jax.numpy_rank_promotion("allow"):
+    with pages.defaults():
         yield
 
 
 @pytest.mark.parametrize("title", SECTIONS)
 def test_every_recipe_runs(title):
-    assert program(title)
+    assert run(title)
 
 
 # --- GPT ------------------------------------------------------------------------------------------
@@ -125,10 +122,8 @@ def test_gpt_is_trained_through_remat_and_stays_short():
     ids = np.arange(12).reshape(2, 6)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(net.apply(p, ids)[0]))))(params)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))
-    assert (
-        lines(next(blocks for title, blocks in SECTIONS.items() if title.startswith("GPT"))[1])
-        <= 20
-    )
+    (blocks,) = [blocks for title, blocks in SECTIONS.items() if title.startswith("GPT")]
+    assert lines(blocks[1].text) <= 20
 
 
 # --- LSTM -----------------------------------------------------------------------------------------

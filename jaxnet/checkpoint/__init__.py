@@ -12,10 +12,11 @@ docs/checkpoint_format.md describes them. Linux and macOS (it takes `flock`).
 
 from typing import TYPE_CHECKING
 
-from jaxnet.checkpoint.file import load, save, verify
-from jaxnet.checkpoint.format import CheckpointError
-from jaxnet.checkpoint.inspection import Info, Leaf, inspect
+from jaxnet.checkpoint.errors import CheckpointError
+from jaxnet.checkpoint.inspection import Info, Leaf, inspect, verify
+from jaxnet.checkpoint.loading import load
 from jaxnet.checkpoint.opening import lazy
+from jaxnet.checkpoint.saving import save
 from jaxnet.checkpoint.store import Checkpoint, Checkpoints
 from jaxnet.first_use import resolver
 

@@ -16,6 +16,17 @@ from collections.abc import Iterator
 
 from jaxnet.checkpoint.words import shown
 
+__all__ = [
+    "check_target",
+    "discard",
+    "make_folder",
+    "open_locked",
+    "replacing",
+    "sync_folder",
+    "temporary_file",
+    "write",
+]
+
 # The prefix of the names of temporary files; their suffix is ".tmp".
 TEMPORARY = ".jaxnet-"
 

@@ -1,38 +1,36 @@
-"""Arrays in other dtypes: floats are rounded, all else must be exact."""
-
-from typing import Any, NamedTuple
+"""Convert arrays to other dtypes: floats are rounded to floats, everything else is exact."""
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxnet.checkpoint.format import Misfit
+from jaxnet.checkpoint.arrays import dtype_of
+from jaxnet.checkpoint.errors import Misfit
+from jaxnet.checkpoint.placement import Target
 from jaxnet.checkpoint.structure import Spec
 from jaxnet.checkpoint.words import shown
 
-__all__ = ["Target", "cast", "dtype_of"]
+__all__ = ["cast"]
 
-
-class Target(NamedTuple):
-    """How an array shall come back: kind and dtype as in Node, and sharding (None: where JAX puts
-    arrays by default).
-    """
-
-    kind: str
-    dtype: str
-    sharding: Any = None
-
-
-def dtype_of(name: str) -> np.dtype:
-    """The dtype of this name, of NumPy or of ml_dtypes."""
-    return np.dtype(getattr(ml_dtypes, name, name))
+# Arrays are cast in blocks of this number of elements, because the check needs float64s.
+BLOCK = 1 << 20
 
 
 def cast(
     file: str, data: dict[str, np.ndarray], targets: dict[str, Target]
 ) -> dict[str, np.ndarray]:
-    """Arrays in the dtypes of `targets`: floats rounded to floats, all else exact, or one Misfit
-    for all that is not.
+    """Convert arrays to the dtypes of their targets.
+
+    Args:
+      file: how errors name the file.
+      data: the arrays by name.
+      targets: the targets by name.
+
+    Returns:
+      The arrays by name.
+
+    Raises:
+      Misfit: values overflow or would not be exact; the error lists all such arrays.
     """
     result, lines = {}, []
     for name, x in data.items():
@@ -54,14 +52,13 @@ def cast(
 
 
 def _cast(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int, int]:
-    """An array in another dtype, how many values have not come through, and the flat index of the
+    """An array in another dtype, the number of values that do not fit, and the flat index of the
     first of them.
     """
-    # The array is cast in blocks, because the check takes float64s.
-    result, lost, first, block = np.empty(x.shape, dtype), 0, 0, 1 << 20
+    result, lost, first = np.empty(x.shape, dtype), 0, 0
     source, target = x.reshape(-1), result.reshape(-1)
-    for start in range(0, x.size, block):
-        part = slice(start, start + block)
+    for start in range(0, x.size, BLOCK):
+        part = slice(start, start + BLOCK)
         target[part], bad = _cast_block(source[part], dtype)
         first = first if lost or not bad.any() else start + int(bad.argmax())
         lost += int(bad.sum())
@@ -69,39 +66,51 @@ def _cast(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int, int]:
 
 
 def _cast_block(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    def is_a(kind, which=x.dtype):
-        return jnp.issubdtype(which, kind)
-
-    if is_a(np.complexfloating) or is_a(np.complexfloating, dtype):
-        if not is_a(np.complexfloating, dtype):
-            new, bad = _cast_block(np.real(x), dtype)
-            return new, bad | (np.imag(x) != 0)
-        part = np.dtype(np.float32 if dtype.name == "complex64" else np.float64)
-        (real, bad), (imag, worse) = (_cast_block(y, part) for y in (np.real(x), np.imag(x)))
-        new = np.empty(x.shape, dtype)
-        new.real, new.imag = real, imag
-        return new, bad | worse
+    """Numbers in another dtype, and for each whether it does not fit."""
+    if _is(x.dtype, np.complexfloating) or _is(dtype, np.complexfloating):
+        return _cast_complex(x, dtype)
     with np.errstate(all="ignore"):
-        if is_a(np.floating) and is_a(np.floating, dtype):
-            new = _rounded(x, dtype)
-            before, after = x.astype(np.float64), new.astype(np.float64)
-            fits = np.isfinite(after) & (abs(before) <= float(ml_dtypes.finfo(dtype).max))
-            same = (after == before) | np.isnan(after) & np.isnan(before)
-            return new, ~np.where(np.isfinite(before), fits, same)
-        if is_a(np.floating):
-            before = x.astype(np.float64)
-            inside = _inside(before, dtype)
-            return np.where(inside, before, 0).astype(dtype), ~inside | (before != np.trunc(before))
-        whole = x.astype(
-            np.dtype(f"{'u' * x.dtype.name.startswith(('u', 'bool'))}int{8 * x.dtype.itemsize}")
-        )
-        if is_a(np.floating, dtype):
-            new = whole.astype(dtype)
-            after = new.astype(np.float64)
-            inside = _inside(after, whole.dtype)
-            return new, ~inside | (np.where(inside, after, 0).astype(whole.dtype) != whole)
+        if not _is(x.dtype, np.floating):
+            return _cast_integers(x, dtype)
+        if _is(dtype, np.floating):
+            return _cast_floats(x, dtype)
+        before = x.astype(np.float64)
+        inside = _inside(before, dtype)
+        return np.where(inside, before, 0).astype(dtype), ~inside | (before != np.trunc(before))
+
+
+def _cast_complex(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """`_cast_block` from or to complex numbers."""
+    if not _is(dtype, np.complexfloating):
+        new, bad = _cast_block(np.real(x), dtype)
+        return new, bad | (np.imag(x) != 0)
+    part = np.dtype(np.float32 if dtype.name == "complex64" else np.float64)
+    (real, bad), (imag, worse) = (_cast_block(y, part) for y in (np.real(x), np.imag(x)))
+    new = np.empty(x.shape, dtype)
+    new.real, new.imag = real, imag
+    return new, bad | worse
+
+
+def _cast_floats(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """`_cast_block` from floats to floats."""
+    new = _rounded(x, dtype)
+    before, after = x.astype(np.float64), new.astype(np.float64)
+    fits = np.isfinite(after) & (abs(before) <= float(ml_dtypes.finfo(dtype).max))
+    same = (after == before) | np.isnan(after) & np.isnan(before)
+    return new, ~np.where(np.isfinite(before), fits, same)
+
+
+def _cast_integers(x: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """`_cast_block` from integers and bools to all dtypes that are not complex."""
+    unsigned = x.dtype.name.startswith(("u", "bool"))
+    whole = x.astype(np.dtype(f"{'u' * unsigned}int{8 * x.dtype.itemsize}"))
+    if not _is(dtype, np.floating):
         low, high = _limits(dtype)
         return whole.astype(dtype), (whole < low) | (whole > high)
+    new = whole.astype(dtype)
+    after = new.astype(np.float64)
+    inside = _inside(after, whole.dtype)
+    return new, ~inside | (np.where(inside, after, 0).astype(whole.dtype) != whole)
 
 
 def _rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -123,25 +132,25 @@ def _rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     near = x.astype(np.float32)
     bits, wide = near.view(np.uint32), near.astype(np.float64)
     odd = (bits - (abs(wide) > abs(x))) | 1
-    return (
-        np.where((wide == x) | np.isnan(x), bits, odd)
-        .astype(np.uint32)
-        .view(np.float32)
-        .astype(dtype)
-    )
+    bits = np.where((wide == x) | np.isnan(x), bits, odd).astype(np.uint32)
+    return bits.view(np.float32).astype(dtype)
 
 
 def _limits(dtype: np.dtype) -> tuple[int, int]:
-    return (
-        (0, 1)
-        if dtype.name == "bool"
-        else (int(ml_dtypes.iinfo(dtype).min), int(ml_dtypes.iinfo(dtype).max))
-    )
+    if dtype.name == "bool":
+        return 0, 1
+    info = ml_dtypes.iinfo(dtype)
+    return int(info.min), int(info.max)
 
 
 def _inside(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Where float64 numbers lie in the range of an integer dtype, whose limits are powers of two
-    and so exact.
+    """Whether float64 numbers lie in the range of an integer dtype.
+
+    The limits of the range are powers of two, so they are exact in float64.
     """
     low, high = _limits(dtype)
     return (x >= float(low)) & (x < float(high + 1))
+
+
+def _is(dtype: np.dtype, kind: type) -> bool:
+    return jnp.issubdtype(dtype, kind)

@@ -1,5 +1,6 @@
-"""The values of one file in a few numbers, and of two files side by side: a leaf at a time, in
-little memory.
+"""Describe the values of a file by a few numbers, and compare two files.
+
+Leaves are read one at a time, so large files need little memory.
 """
 
 import math
@@ -10,17 +11,26 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxnet.checkpoint import structure
+from jaxnet.checkpoint import scalars
 from jaxnet.checkpoint.inspection import Info, inspect
 from jaxnet.checkpoint.opening import lazy
 from jaxnet.checkpoint.structure import Spec
 
-BLOCK = 1 << 20  # elements that are looked at at a time, in float64
+__all__ = ["Difference", "Statistics", "differences", "statistics"]
+
+# Elements that are compared at a time, in float64.
+BLOCK = 1 << 20
 
 
 class Statistics(NamedTuple):
-    """Of the finite elements of an array, None where there are none; `nonfinite` counts the
-    others.
+    """Numbers that describe an array.
+
+    Attributes:
+      min: the least finite element; None if no element is finite.
+      max: the greatest finite element, or None.
+      mean: the mean of the finite elements, or None.
+      std: the standard deviation of the finite elements, or None.
+      nonfinite: how many elements are NaN or infinite.
     """
 
     min: float | None
@@ -31,12 +41,17 @@ class Statistics(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How one leaf differs: `what` is 'only in A', 'only in B', 'shape', 'dtype' or 'values', `a`
-    and `b` are the two.
+    """How one leaf differs.
 
-    For arrays of one shape `differing` counts the elements with other values or, in one dtype,
-    other bits. For numbers `largest` is max |a - b|, and `relative` is |a - b| / |a| in Euclidean
-    norms (inf where a is zero).
+    Attributes:
+      path: the path of the leaf.
+      what: 'only in A', 'only in B', 'shape', 'dtype' or 'values'.
+      a: the spec or the value in A, if it is there.
+      b: the spec or the value in B, if it is there.
+      differing: for arrays of one shape, the number of elements with other values or, if the dtypes
+        are equal, other bits.
+      largest: for numbers, max |a - b|.
+      relative: for numbers, |a - b| / |a| in Euclidean norms; inf if a is zero.
     """
 
     path: str
@@ -49,7 +64,7 @@ class Difference(NamedTuple):
 
 
 def statistics(x: Any) -> Statistics | None:
-    """Describe an array; None for what is no array of real numbers."""
+    """Describe an array of real numbers; None for everything else."""
     if not isinstance(x, np.ndarray | np.generic) or x.dtype.kind == "c":
         return None
     count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
@@ -65,10 +80,20 @@ def statistics(x: Any) -> Statistics | None:
 
 
 def differences(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Difference]:
-    """The leaves in which two files differ, in the order of A; containers and metadata do not
-    count.
+    """The leaves in which two files differ.
 
-    Raises: as `jaxnet.checkpoint.load`.
+    Containers and metadata are not compared.
+
+    Args:
+      a: the file A.
+      b: the file B.
+
+    Returns:
+      The differences in the order of A; then the leaves that only B has.
+
+    Raises:
+      CheckpointError: as `jaxnet.checkpoint.load`.
+      OSError: as `jaxnet.checkpoint.load`.
     """
     ours, theirs = _leaves(inspect(a)), _leaves(inspect(b))
     found = [
@@ -94,7 +119,7 @@ def _difference(path: str, a: Spec, b: Spec, x: Any, y: Any) -> Difference | Non
     what = "shape" if a.shape != b.shape else "dtype" if a != b else "values"
     if a.shape is None and what == "values":
         # The texts tell -0.0 from 0.0 and show NaN as equal to NaN.
-        texts = structure.show(x), structure.show(y)
+        texts = scalars.show(x), scalars.show(y)
         return Difference(path, what, *texts) if texts[0] != texts[1] else None
     if a.shape is None or what == "shape":
         return Difference(path, what, str(a), str(b))
@@ -114,7 +139,7 @@ def _leaves(info: Info) -> dict[str, Spec]:
 
 
 def _words(keys: jax.Array) -> np.ndarray:
-    """The data of random keys, one key a row."""
+    """The data of random keys, one key per row."""
     data = np.asarray(jax.random.key_data(keys))
     return data.reshape(-1, data.shape[-1])
 

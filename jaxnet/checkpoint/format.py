@@ -1,77 +1,102 @@
-"""The container: a safetensors file whose header also carries a manifest, checksums and a digest of
-itself.
+"""The header of a safetensors file, which also carries a manifest, checksums and its own digest.
 
     8 bytes      N, the length of the header, unsigned little-endian
     N bytes      the header: JSON, padded with spaces
-    the rest     the tensors' bytes, one after the other, without holes
+    the rest     the bytes of the tensors, one after the other, without holes
 
-Only the standard library is needed here, so that `inspect` starts fast.  The whole format, with a
-worked example, is written down in docs/checkpoint_format.md; the tests hold the two together.
+The module needs only the standard library, so `inspect` starts fast. docs/checkpoint_format.md
+describes the whole format, with a worked example; the tests hold the two together.
 """
 
-import contextlib
 import hashlib
-import itertools
+import json
 import math
 import re
 import reprlib
-import zlib
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxnet.checkpoint import header_types
-from jaxnet.checkpoint.errors import RESTORE, CheckpointError, Misfit
-from jaxnet.checkpoint.header_types import Grid, Header, Orbax, Parts, Tensor
-from jaxnet.checkpoint.strict_json import dumps, parse_json
+from jaxnet.checkpoint import manifests
+from jaxnet.checkpoint.dtypes import BITS
+from jaxnet.checkpoint.errors import RESTORE, CheckpointError
+from jaxnet.checkpoint.manifests import Orbax, Parts
+from jaxnet.checkpoint.tensors import Tensor, are_sizes
 from jaxnet.checkpoint.words import shown
 
-MAX_HEADER = 100_000_000  # the official reader's limit
-# Every header of ours starts with these bytes, and the digest follows.
+__all__ = [
+    "PREFIX",
+    "Header",
+    "digest_of",
+    "header_length",
+    "read_header",
+    "with_digest",
+    "with_manifest",
+    "write_header",
+]
+
+# The official reader has the same limit.
+MAX_HEADER = 100_000_000
+# The position of the first tensor in the file is a multiple of this number.
+ALIGNMENT = 64
+# Every header of jaxnet starts with these bytes, and the digest follows.
 PREFIX = b'{"__metadata__":{"jaxnet_sha256":"'
 
 
-def layout(tensors: list[tuple[str, str, tuple[int, ...]]]) -> list[Tensor]:
-    """Place (name, code, shape) one after the other, large elements first: each tensor is aligned
-    to its elements.
+class Header(NamedTuple):
+    """A checked header.
+
+    Attributes:
+      tensors: the tensors in the order of their data.
+      metadata: the strings below `__metadata__`.
+      manifest: the manifest of jaxnet; None for the file of another program.
+      data: the position in the file at which the tensors begin.
+      parts: where the tensors are, in a file of version 2.
+      orbax: where the tensors are, in a file of version 3.
     """
-    placed, start = [], 0
-    for name, code, shape in sorted(tensors, key=lambda t: -header_types.BITS[t[1]]):
-        stop = start + math.prod(shape) * header_types.BITS[code] // 8
-        placed.append(Tensor(name, code, shape, start, stop))
-        start = stop
-    return placed
+
+    tensors: list[Tensor]
+    metadata: dict[str, str]
+    manifest: dict[str, Any] | None
+    data: int
+    parts: Parts | None = None
+    orbax: Orbax | None = None
+
+    @property
+    def outside(self) -> Parts | Orbax | None:
+        """Where the tensors are, if they are not in the file itself."""
+        return self.parts or self.orbax
 
 
 def write_header(file: str, tensors: list[Tensor], manifest: dict[str, Any]) -> bytes:
-    """The first 8 + N bytes of the file; their number depends on the lengths of the manifest's
-    strings alone.
+    """The first 8 + N bytes of a file.
+
+    Of the manifest, only the lengths of its strings determine N.
     """
     header: dict[str, Any] = {
-        "__metadata__": {"jaxnet_sha256": "0" * 64, "jaxnet": dumps(manifest)}
+        "__metadata__": {"jaxnet_sha256": "0" * 64, "jaxnet": _dumps(manifest)}
     }
     for name, code, shape, start, stop in tensors:
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, stop]}
-    raw = dumps(header).encode("ascii")
-    raw += b" " * (-(8 + len(raw)) % header_types.ALIGNMENT)
+    raw = _dumps(header).encode("ascii")
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
     if len(raw) > MAX_HEADER:
         text = (
             f"the header needs {len(raw)} bytes, the format allows {MAX_HEADER}: save fewer "
             "leaves or less metadata"
         )
         raise CheckpointError(file, None, text)
-    return len(raw).to_bytes(8, "little") + _with_digest(raw, _digest(raw))
+    return len(raw).to_bytes(8, "little") + with_digest(raw, digest_of(raw))
 
 
 def with_manifest(header: bytes, manifest: dict[str, Any]) -> bytes:
-    """What `write_header` gave, with another manifest of the same length."""
-    raw, text = header[8:], dumps(dumps(manifest)).encode("ascii")
+    """The result of `write_header` with another manifest of the same length."""
+    raw, text = header[8:], _dumps(_dumps(manifest)).encode("ascii")
     start = len(PREFIX) + 64 + len(',"jaxnet":') + 1
     raw = raw[:start] + text + raw[start + len(text) :]
-    return header[:8] + _with_digest(raw, _digest(raw))
+    return header[:8] + with_digest(raw, digest_of(raw))
 
 
 def header_length(file: str, first: bytes, size: int) -> int:
-    """N, from the file's first 8 bytes and its size."""
+    """N, from the first 8 bytes and the size of a file."""
     if len(first) < 8 or size < 10:
         text = f"{size} bytes are too few for a safetensors file: it is cut off, or something else"
         raise CheckpointError(file, None, text)
@@ -83,65 +108,86 @@ def header_length(file: str, first: bytes, size: int) -> int:
 
 
 def read_header(file: str, raw: bytes, size: int) -> Header:
-    """Parse and check the N bytes of a header; `size` is that of the whole file."""
-    if raw.startswith(PREFIX):
-        stored = raw[len(PREFIX) : len(PREFIX) + 64].decode("ascii", "replace")
-        if stored != _digest(raw):
-            text = f"the header's SHA-256 is {_digest(raw)}, expected {stored}"
-            raise CheckpointError(file, None, f"{text}; {RESTORE}")
+    """Parse and check a header.
+
+    Args:
+      file: how errors name the file.
+      raw: the N bytes of the header.
+      size: the number of bytes of the whole file.
+
+    Returns:
+      The header.
+
+    Raises:
+      CheckpointError: the header is damaged, or not that of a safetensors file.
+    """
+    ours = raw.startswith(PREFIX)
+    if ours:
+        _check_digest(file, raw)
     elif not raw.startswith(b"{"):
-        raise CheckpointError(
-            file, None, f"the header begins with {raw[:1]!r}, expected '{{': not a safetensors file"
-        )
-    header = parse_json(file, raw, "the header")
+        text = f"the header begins with {raw[:1]!r}, expected '{{': not a safetensors file"
+        raise CheckpointError(file, None, text)
+    header = _parse_json(file, raw, "the header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(file, None, f"__metadata__ must be an object of strings; {RESTORE}")
-    if not raw.startswith(PREFIX):
+    data = 8 + len(raw)
+    if not ours:
         if found := sorted(name for name in metadata if name.startswith("jaxnet")):
             text = f"its header has {found}, but not at the beginning; {RESTORE}"
-            raise CheckpointError(
-                file, None, f"{text} (a program that rewrites a checkpoint must leave these out)"
-            )
-        return Header(_tensors(file, header, size - 8 - len(raw)), metadata, None, 8 + len(raw))
-    manifest = parse_json(
-        file, metadata.get("jaxnet", "").encode("utf-8", "replace"), "the manifest"
-    )
-    _check_version(file, manifest.get("version"))
-    tensors = _tensors(file, header, size - 8 - len(raw))
-    _check_manifest(file, manifest, tensors)
+            remedy = "a program that rewrites a checkpoint must leave these out"
+            raise CheckpointError(file, None, f"{text} ({remedy})")
+        return Header(_tensors(file, header, size - data), metadata, None, data)
+    text = metadata.get("jaxnet", "").encode("utf-8", "replace")
+    manifest = _parse_json(file, text, "the manifest")
+    manifests.check_version(file, manifest.get("version"))
+    tensors = _tensors(file, header, size - data)
+    manifests.check_manifest(file, manifest, tensors)
     parts, orbax = None, None
-    if manifest["version"] == header_types.PARTS:
-        parts, tensors = _read_parts(file, manifest, tensors)
-    elif manifest["version"] == header_types.ORBAX:
-        orbax, tensors = _read_orbax(file, manifest, tensors)
-    return Header(tensors, metadata, manifest, 8 + len(raw), parts, orbax)
+    if manifest["version"] == manifests.PARTS:
+        parts, tensors = manifests.read_parts_entry(file, manifest, tensors)
+    elif manifest["version"] == manifests.ORBAX:
+        orbax, tensors = manifests.read_orbax_entry(file, manifest, tensors)
+    return Header(tensors, metadata, manifest, data, parts, orbax)
 
 
-def crc_start(tensor: Tensor, chunk: int) -> int:
-    """The CRC-32 that a chunk's bytes continue: a tensor under another name, type, shape or order
-    is damaged too.
-    """
-    shape = ",".join(map(str, tensor.shape))
-    return zlib.crc32(f"{tensor.name}\0{tensor.code}\0{shape}\0{chunk}\0".encode())
+def digest_of(raw: bytes) -> str:
+    """The SHA-256 of a header, computed with zeros in the place of the digest."""
+    return hashlib.sha256(with_digest(raw, "0" * 64)).hexdigest()
 
 
-def crcs(tensor: Tensor, data: Any) -> str:
-    """The CRC-32s of the chunks of a tensor whose bytes these are, as a manifest has them."""
-    parts = [
-        data[i * header_types.CHUNK : (i + 1) * header_types.CHUNK] for i in range(tensor.chunks)
-    ]
-    return "".join(f"{zlib.crc32(part, crc_start(tensor, i)):08x}" for i, part in enumerate(parts))
+def with_digest(raw: bytes, digest: str) -> bytes:
+    """The header with another digest."""
+    return raw[: len(PREFIX)] + digest.encode() + raw[len(PREFIX) + 64 :]
+
+
+def _check_digest(file: str, raw: bytes) -> None:
+    stored = raw[len(PREFIX) : len(PREFIX) + 64].decode("ascii", "replace")
+    if stored != (digest := digest_of(raw)):
+        text = f"the header's SHA-256 is {digest}, expected {stored}"
+        raise CheckpointError(file, None, f"{text}; {RESTORE}")
+
+
+def _parse_json(file: str, raw: bytes, what: str) -> dict[str, Any]:
+    """A JSON object without double names, NaN or infinities."""
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
+    except (ValueError, RecursionError) as e:
+        text = f"{what} is not the JSON of a safetensors file ({shown(e, 3000)})"
+        raise CheckpointError(file, None, f"{text}; {RESTORE}") from e
+    if not isinstance(value, dict):
+        text = f"{what} must be a JSON object, got {type(value).__name__}"
+        raise CheckpointError(file, None, f"{text}; {RESTORE}")
+    return value
 
 
 def _tensors(file: str, header: dict[str, Any], size: int) -> list[Tensor]:
-    """The entries in the order of their data, which they must fill exactly: no hole, no overlap,
-    nothing behind.
+    """The tensors of a header in the order of their data.
+
+    Raises CheckpointError unless they fill the `size` bytes of data exactly.
     """
-    tensors = sorted(
-        (_tensor(file, name, entry) for name, entry in header.items()),
-        key=lambda t: (t.start, t.stop),
-    )
+    tensors = [_tensor(file, name, entry) for name, entry in header.items()]
+    tensors.sort(key=lambda t: (t.start, t.stop))
     end = 0
     for t in tensors:
         if t.start != end:
@@ -153,9 +199,8 @@ def _tensors(file: str, header: dict[str, Any], size: int) -> list[Tensor]:
         end = t.stop
     if end != size:
         what = "cut off" if size < end else "followed by bytes of something else"
-        raise CheckpointError(
-            file, None, f"the tensors need {end} bytes, the file has {size} for them: it is {what}"
-        )
+        text = f"the tensors need {end} bytes, the file has {size} for them: it is {what}"
+        raise CheckpointError(file, None, text)
     return tensors
 
 
@@ -164,15 +209,13 @@ def _tensor(file: str, name: str, entry: Any) -> Tensor:
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not name.isascii() and re.search("[\ud800-\udfff]", name):
         reason = "its name is not Unicode text"
-    elif not isinstance(code, str) or code not in header_types.BITS:
-        reason = (
-            f"unknown dtype {reprlib.repr(code)}, expected one of {', '.join(header_types.BITS)}"
-        )
-    elif not _sizes(shape) or len(shape) > 64:
+    elif not isinstance(code, str) or code not in BITS:
+        reason = f"unknown dtype {reprlib.repr(code)}, expected one of {', '.join(BITS)}"
+    elif not are_sizes(shape) or len(shape) > 64:
         reason = f"shape {reprlib.repr(shape)} is not a list of at most 64 sizes"
-    elif not _sizes(offsets) or len(offsets) != 2:
+    elif not are_sizes(offsets) or len(offsets) != 2:
         reason = f"data_offsets {reprlib.repr(offsets)} are not two positions"
-    elif math.prod(shape) * header_types.BITS[code] != 8 * (offsets[1] - offsets[0]):
+    elif math.prod(shape) * BITS[code] != 8 * (offsets[1] - offsets[0]):
         reason = (
             f"{code}{shape} does not take {offsets[1] - offsets[0]} bytes, as its data_offsets "
             f"{offsets} say"
@@ -182,142 +225,18 @@ def _tensor(file: str, name: str, entry: Any) -> Tensor:
     raise CheckpointError(file, ascii(name)[1:-1], f"{reason}; {RESTORE}")
 
 
-def _sizes(value: Any) -> bool:
-    if not isinstance(value, list):
-        return False
-    for v in value:  # quicker than all(...)
-        if type(v) is not int or not 0 <= v < 1 << 63:
-            return False
-    return True
+def _dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _is_crcs(value: Any, tensor: Tensor) -> bool:
-    """Whether a value can be the CRC-32s of a tensor's chunks, which may be more than a regular
-    expression can count.
-    """
-    return (
-        isinstance(value, str)
-        and len(value) == 8 * tensor.chunks
-        and re.fullmatch("[0-9a-f]*", value) is not None
-    )
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"two entries are called {reprlib.repr(name)}")
+        result[name] = value
+    return result
 
 
-def _check_version(file: str, version: Any):
-    if type(version) is not int or version < 1:
-        raise CheckpointError(
-            file,
-            None,
-            f"the manifest's version is {reprlib.repr(version)}, expected a number; {RESTORE}",
-        )
-    if version > header_types.ORBAX:
-        text = (
-            f"it has format version {reprlib.repr(version)}, this jaxnet reads versions up to "
-            f"{header_types.ORBAX}: install a newer jaxnet"
-        )
-        raise Misfit(file, None, text)
-
-
-def _check_manifest(file: str, manifest: dict[str, Any], tensors: list[Tensor]):
-    crcs = manifest.get("crc32")
-    if not isinstance(crcs, list) or len(crcs) != len(tensors):
-        raise CheckpointError(
-            file, None, f"the manifest must have one crc32 for each of {len(tensors)} tensors"
-        )
-    for t, crc in zip(tensors, crcs, strict=True):
-        if not _is_crcs(crc, t):
-            text = f"its crc32 must be {8 * t.chunks} hexadecimal digits, got {reprlib.repr(crc)}"
-            raise CheckpointError(file, t.name, text)
-    if not isinstance(manifest.get("metadata"), dict):
-        raise CheckpointError(file, None, "the manifest's metadata must be an object")
-
-
-def _read_parts(
-    file: str, manifest: dict[str, Any], tensors: list[Tensor]
-) -> tuple[Parts, list[Tensor]]:
-    """The parts of a file of version 2 and its tensors, placed as in one file."""
-    with _well_formed(file, "parts"):
-        described = manifest["parts"]
-        placed = _placed(
-            tensors,
-            described["id"],
-            [(name, code, shape) for name, code, shape in described["tensors"]],
-        )
-        parts = Parts(described["id"], [(digest, size) for digest, size in described["files"]])
-        if not all(isinstance(digest, str) and _sizes([size]) for digest, size in parts.files):
-            raise ValueError("a part is not a digest and a size")
-    if sum(t.stop - t.start for t in placed) > sum(size for _, size in parts.files):
-        raise CheckpointError(
-            file, None, f"the tensors need more bytes than the parts have; {RESTORE}"
-        )
-    return parts, placed
-
-
-def _read_orbax(
-    file: str, manifest: dict[str, Any], tensors: list[Tensor]
-) -> tuple[Orbax, list[Tensor]]:
-    """The blocks of the tensors of a file of version 3, and these, placed as in one file."""
-    with _well_formed(file, "orbax"):
-        described = manifest["orbax"]
-        entries = [(name, code, shape) for name, code, shape, _, _ in described["tensors"]]
-        placed = _placed(tensors, described["id"], entries)
-        grids = {name: Grid(cuts, crcs) for name, _, _, cuts, crcs in described["tensors"]}
-        for t in placed:
-            cuts, crcs = grids[t.name]
-            if len(cuts) != len(t.shape) or not all(
-                _sizes(cut)
-                and cut[:1] == [0]
-                and all(a < b for a, b in itertools.pairwise([*cut, max(size, 1)]))
-                for cut, size in zip(cuts, t.shape, strict=True)
-            ):
-                raise ValueError(f"the blocks of '{shown(t.name)}' do not fill it")
-            if math.prod(map(len, cuts)) != len(crcs):
-                raise ValueError(f"'{shown(t.name)}' has not one CRC-32 for each block")
-            for _, block, crc in grids[t.name].blocks(t):
-                if not _is_crcs(crc, block):
-                    raise ValueError(
-                        f"the CRC-32 of a block of '{shown(t.name)}' is {reprlib.repr(crc)}"
-                    )
-    return Orbax(described["id"], grids), placed
-
-
-@contextlib.contextmanager
-def _well_formed(file: str, entry: str) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, OverflowError) as e:
-        raise CheckpointError(
-            file, None, f"the manifest's {entry} are not well-formed ({shown(e, 3000)}); {RESTORE}"
-        ) from e
-
-
-def _placed(
-    tensors: list[Tensor], number: Any, entries: list[tuple[Any, Any, Any]]
-) -> list[Tensor]:
-    """The tensors that a manifest describes, of a file that has none itself; ValueError for what
-    cannot be.
-    """
-    if (
-        tensors
-        or not re.fullmatch("[0-9a-f]{16}", number)
-        or len({name for name, _, _ in entries}) < len(entries)
-    ):
-        raise ValueError("it has tensors itself, no number, or two tensors of one name")
-    if not all(
-        isinstance(name, str) and isinstance(code, str) and _sizes(shape)
-        for name, code, shape in entries
-    ):
-        raise ValueError("a tensor is not a name, a dtype and a shape")
-    if any(
-        header_types.BITS.get(code, 0) % 8 or code not in header_types.BITS or len(shape) > 64
-        for _, code, shape in entries
-    ):
-        raise ValueError("a tensor has an unknown dtype or more than 64 axes")
-    return layout([(name, code, tuple(shape)) for name, code, shape in entries])
-
-
-def _digest(raw: bytes) -> str:
-    return hashlib.sha256(_with_digest(raw, "0" * 64)).hexdigest()
-
-
-def _with_digest(raw: bytes, digest: str) -> bytes:
-    return raw[: len(PREFIX)] + digest.encode() + raw[len(PREFIX) + 64 :]
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")

@@ -1,4 +1,5 @@
-"""A tree whose arrays Orbax writes: from all processes of a pod at once, and to object stores.
+"""The engine for a tree whose arrays Orbax writes: from all processes of a pod at once, and to
+object stores.
 
     state.safetensors                           the manifest: structure, metadata, block checksums
     state.safetensors.orbax-0123456789abcdef    Orbax's folder: nested dicts of arrays
@@ -6,238 +7,225 @@
 The manifest is renamed into place after Orbax has finished and its folder is synced. That one
 rename replaces the old checkpoint; older folders are deleted afterwards. This module adds the parts
 that Orbax lacks: checksums, containers, unambiguous names, arrays without elements, and dtypes that
-it cannot store.
+it cannot store. The module `zarr` reads the folder.
 """
 
 import collections
 import contextlib
-import errno
 import functools
 import json
 import os
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from jaxnet.checkpoint import atomic, container, header_types, outside, parts, places, zarr
+from jaxnet.checkpoint import (
+    atomic,
+    container,
+    manifests,
+    orbax_library,
+    outside,
+    places,
+    processes,
+    zarr,
+)
 from jaxnet.checkpoint import format as fmt
 from jaxnet.checkpoint.dtypes import DTYPES
-from jaxnet.checkpoint.format import CheckpointError
-from jaxnet.checkpoint.header_types import Tensor
+from jaxnet.checkpoint.errors import CheckpointError
+from jaxnet.checkpoint.grids import Piece, cuts_of
 from jaxnet.checkpoint.outside import orbax_path
-from jaxnet.checkpoint.parts import Piece
+from jaxnet.checkpoint.protocol import Engine, Job
 from jaxnet.checkpoint.structure import Node
+from jaxnet.checkpoint.tensors import Tensor, crcs
 from jaxnet.checkpoint.watch import Elsewhere, Watch
 from jaxnet.checkpoint.words import shown
 
-# Seconds for which processes wait for each other in Orbax.
-TIMEOUT = 1200
+__all__ = ["ENGINE", "write_to_orbax"]
 
 
-def start(
-    file: str,
-    target: str,
-    tensors: list[Tensor],
-    manifest: dict[str, Any],
-    nodes: dict[str, Node],
-    leaves: dict[str, Any],
-    *,
-    beside: bool,
-) -> Callable[[], None]:
-    """Return a function that writes a tree; with `beside`, start writing a copy and return a
-    function that finishes.
+def write_to_orbax(job: Job, *, snapshot: bool) -> Callable[[], None]:
+    """`protocol.Writer` for Orbax. With `snapshot`, Orbax starts to write before this returns.
 
-    Collective: every process calls `start`, and then the function that it returns (with `beside`,
-    from any thread).
+    Collective: every process calls this function, and then the function that it returns (with
+    `snapshot`, from any thread).
     """
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as e:
-        raise ImportError("engine='orbax' needs Orbax: pip install 'jaxnet[orbax]'") from e
-    import jax
-
-    first, held = jax.process_index() == 0, contextlib.ExitStack()
-    if "[" in target or "**" in target:
+    container.check_names(job.file, job.nodes, len(json.dumps(job.manifest)))
+    orbax_library.check_installed()
+    if "[" in job.target or "**" in job.target:
         text = (
             "Orbax takes the '[' or '**' in the path for a pattern: use another name, or save "
             "without engine='orbax'"
         )
-        raise CheckpointError(file, None, text)
-
-    def begin() -> Callable[[], None]:
-        number = parts.new_number()
-        folder = orbax_path(target, number)
-        with parts.together(file, target, held):
-            if first and not places.is_url(target):
-                atomic.check_target(file, target)
-                held.enter_context(outside.reserved(target, number))
-            arrays = {
-                t.name: _as_stored(file, nodes[t.name], leaves[t.name], t, beside) for t in tensors
-            }
-            sums = {t.name: _sums(t, arrays[t.name], first) for t in tensors}
-        everyones = _gather(sums)
-        with parts.together(file, target, held):
-            if not places.is_url(target) and not os.path.exists(
-                sign := outside.lock_path(target, number)
-            ):
-                text = (
-                    f"{shown(sign, 5000)} of process 0 is not there: all processes must save to "
-                    "one folder, which they share"
-                )
-                raise CheckpointError(file, None, text)
-            entries = [
-                _entry(file, t, [block for sums in everyones for block in sums.get(t.name, [])])
-                for t in tensors
-            ]
-        arrays = {t.name: arrays[t.name] for t in tensors if t.stop > t.start}
-        orbax = {"id": number, "tensors": entries}
-        header = fmt.write_header(
-            file, [], manifest | {"version": header_types.ORBAX, "crc32": [], "orbax": orbax}
-        )
-        blocks = {name: len(crcs) for name, *_, crcs in entries if name in arrays}
-        watch = Watch(file, number)
+        raise CheckpointError(job.file, None, text)
+    save = _Save(job, snapshot)
+    if snapshot:
         try:
-            with _writing(folder), _one_at_a_time:
-                checkpointer = _checkpointer(number)
-                # Orbax refuses a tree without arrays.
-                if arrays:
-                    watch.run(
-                        lambda: _begun(checkpointer, folder, ocp.args.PyTreeSave(_nested(arrays)))
-                    )
-        except BaseException as e:
-            failed(watch, number, e)
+            return functools.partial(save.finish, save.begin())
+        except BaseException:
+            save.give_up()
             raise
-        return lambda: end(watch, checkpointer, number, header, blocks)
 
-    def end(
-        watch: Watch, checkpointer: Any, number: str, header: bytes, blocks: dict[str, int]
-    ) -> None:
-        folder = orbax_path(target, number)
+    def write() -> None:
+        with save.held, processes.together(job.file, job.target, save.held):
+            save.finish(save.begin())
+
+    return write
+
+
+class _Begun(NamedTuple):
+    """A save that Orbax has begun.
+
+    Attributes:
+      number: the number of the save.
+      folder: the folder that Orbax writes.
+      header: the file that will be renamed into place.
+      blocks: how many blocks of each array the folder must have.
+      watch: shows this process the status of the others.
+      checkpointer: Orbax's checkpointer.
+    """
+
+    number: str
+    folder: str
+    header: bytes
+    blocks: dict[str, int]
+    watch: Watch
+    checkpointer: Any
+
+
+class _Save:
+    """A save of one tree.
+
+    Args:
+      job: the tree to write.
+      beside: whether `finish` may be called in another thread, while the arrays change.
+
+    Attributes:
+      held: the lock of this save, on process 0.
+    """
+
+    def __init__(self, job: Job, beside: bool):
+        import jax
+
+        self.job, self.beside = job, beside
+        self.first = jax.process_index() == 0
+        self.held = contextlib.ExitStack()
+
+    def begin(self) -> _Begun:
+        """Collect the checksums of all processes, and let Orbax begin."""
+        file, target, tensors, *_ = self.job
+        number = processes.new_number()
+        with processes.together(file, target, self.held):
+            if self.first and not places.is_url(target):
+                atomic.check_target(file, target)
+                self.held.enter_context(outside.reserved(target, number))
+            arrays = {t.name: _as_stored(self.job, t, self.beside) for t in tensors}
+            sums = {t.name: _sums(t, arrays[t.name], self.first) for t in tensors}
+        everyones = processes.gather(sums)
+        with processes.together(file, target, self.held):
+            _check_shared(file, target, number)
+            entries = []
+            for t in tensors:
+                blocks = [block for sums in everyones for block in sums.get(t.name, [])]
+                entries.append(_entry(file, t, blocks))
+        orbax = {"id": number, "tensors": entries}
+        manifest = self.job.manifest | {"version": manifests.ORBAX, "crc32": [], "orbax": orbax}
+        header = fmt.write_header(file, [], manifest)
+        arrays = {t.name: arrays[t.name] for t in tensors if t.nbytes}
+        counts = {name: len(sums) for name, *_, sums in entries if name in arrays}
+        folder, watch = orbax_path(target, number), Watch(file, number)
         try:
-            with _writing(folder):
-                watch.run(lambda: _ended(checkpointer))
-            if first:
+            checkpointer = orbax_library.begin(number, folder, _nested(arrays), watch.run)
+        except BaseException as e:
+            self._failed(number, watch, e)
+            raise
+        return _Begun(number, folder, header, counts, watch, checkpointer)
+
+    def finish(self, begun: _Begun) -> None:
+        """Wait for Orbax, and then replace the old checkpoint."""
+        number, folder, header, blocks, watch, checkpointer = begun
+        try:
+            with orbax_library.writing(folder):
+                watch.run(lambda: orbax_library.finish(checkpointer))
+            if self.first:
                 if blocks:
-                    _check_complete(file, folder, blocks)
+                    _check_complete(self.job.file, folder, blocks)
                 if blocks and not places.is_url(folder):
                     _sync(folder)
-                container.replace(target, header)
+                container.replace(self.job.target, header)
         except BaseException as e:
-            failed(watch, number, e)
+            self._failed(number, watch, e)
             raise
         finally:
-            give_up()
+            self.give_up()
         try:
             # When one process has waited for the save, the manifest must be in place for all of
             # them.
-            if beside:
-                watch.run(lambda: _meet(folder))
+            if self.beside:
+                watch.run(lambda: orbax_library.meet(folder))
         finally:
             watch.end("done")
 
-    def failed(watch: Watch, number: str, error: BaseException) -> None:
+    def give_up(self) -> None:
+        """Release the lock, and delete the older folders or, after a failure, the new one."""
+        self.held.close()
+        if self.first:
+            outside.sweep(self.job.target)
+
+    def _failed(self, number: str, watch: Watch, error: BaseException) -> None:
         watch.end("done" if isinstance(error, Elsewhere) else "failed")
-        if first:
-            outside.undo(target, number)
-
-    def give_up() -> None:
-        held.close()
-        if first:
-            # This deletes the older folders or, after a failure, the new one.
-            outside.sweep(target)
-
-    def write() -> None:
-        with held, parts.together(file, target, held):
-            begin()()
-
-    if not beside:
-        return write
-    try:
-        return begin()
-    except BaseException:
-        give_up()
-        raise
+        if self.first:
+            outside.undo(self.job.target, number)
 
 
-def _checkpointer(number: str) -> Any:
-    """Orbax's checkpointer. Its barriers have a timeout and unique names, so a failed save does not
-    disturb later ones.
-    """
-    import jax
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
-    options = ocp.options.MultiprocessingOptions(
-        active_processes=processes, barrier_sync_key_prefix=number
-    )
-    registry = ocp.type_handlers.create_type_handler_registry(
-        # The blocks are those of one replica.
-        (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
-        (np.ndarray, ocp.type_handlers.NumpyHandler()),
-    )
-    handler = ocp.PyTreeCheckpointHandler(
-        use_compression=False, multiprocessing_options=options, type_handler_registry=registry
-    )
-    waits = ocp.AsyncOptions(timeout_secs=TIMEOUT)
-    return ocp.AsyncCheckpointer(handler, async_options=waits, multiprocessing_options=options)
-
-
-def _begun(checkpointer: Any, folder: str, args: Any) -> None:
-    try:
-        checkpointer.save(folder, args=args)
-    except BaseException:
-        checkpointer.close()
-        raise
-
-
-def _ended(checkpointer: Any) -> None:
-    with contextlib.closing(checkpointer):
-        checkpointer.wait_until_finished()
-
-
-def _meet(name: str) -> None:
-    """Wait until all processes are here, in any thread."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    if jax.process_count() > 1:
-        ocp.multihost.sync_global_processes(
-            name, processes=set(range(jax.process_count())), timeout=TIMEOUT
+def _check_shared(file: str, target: str, number: str) -> None:
+    """Raise CheckpointError if this process does not see the lock of process 0."""
+    sign = outside.lock_path(target, number)
+    if not places.is_url(target) and not os.path.exists(sign):
+        text = (
+            f"{shown(sign, 5000)} of process 0 is not there: all processes must save to one "
+            "folder, which they share"
         )
+        raise CheckpointError(file, None, text)
 
 
 def _entry(file: str, t: Tensor, blocks: list[Any]) -> list[Any]:
     """The manifest's entry for a tensor, from the blocks that all processes report."""
     blocks = sorted((start, shape, crcs) for start, shape, crcs in blocks)
     found = [Piece(0, t._replace(shape=tuple(shape)), tuple(start)) for start, shape, _ in blocks]
-    return [t.name, t.code, t.shape, parts.grid(file, t, found), [crcs for _, _, crcs in blocks]]
+    return [t.name, t.code, t.shape, cuts_of(file, t, found), [crcs for _, _, crcs in blocks]]
 
 
-def _as_stored(file: str, node: Node, x: Any, t: Tensor, beside: bool) -> Any:
+def _as_stored(job: Job, t: Tensor, beside: bool) -> Any:
     """A leaf as Orbax writes it: in the blocks that lie on the devices, or as a NumPy array from
     the first process.
     """
     import jax
     import numpy as np
 
-    from jaxnet.checkpoint import arrays, casting
+    from jaxnet.checkpoint import arrays, shards
 
-    dtype = casting.dtype_of("uint8" if t.code in zarr.BYTES else DTYPES[t.code])
+    node, x = job.nodes[t.name], job.leaves[t.name]
+    dtype = arrays.dtype_of("uint8" if t.code in zarr.BYTES else DTYPES[t.code])
+    spread = processes.is_spread(x)
+    if spread and all(device.process_index for device in x.sharding.device_set):
+        text = "it has no part on process 0, which Orbax needs: save without engine='orbax'"
+        raise CheckpointError(job.file, t.name, text)
     # The first process writes an array that other processes cannot see.
-    everyones = jax.process_count() == 1 or parts.is_spread(x)
-    if parts.is_spread(x) and all(device.process_index for device in x.sharding.device_set):
-        raise CheckpointError(
-            file,
-            t.name,
-            "it has no part on process 0, which Orbax needs: save without engine='orbax'",
-        )
+    everyones = spread or jax.process_count() == 1
     if isinstance(x, jax.Array) and not x.sharding.is_fully_replicated and everyones:
-        x = arrays.as_stored(node, x, dtype)
-        return arrays.copy(x) if beside else x
+        x = shards.as_stored(node, x, dtype)
+        return shards.copy_on_host(x) if beside else x
     if jax.process_index():
         # Orbax ignores the values on all processes but the first.
         return np.broadcast_to(np.zeros((), dtype), t.shape)
+    return _on_host(node, x, t, dtype, beside)
+
+
+def _on_host(node: Node, x: Any, t: Tensor, dtype: Any, beside: bool) -> Any:
+    """A leaf as a NumPy array with the bytes of the file."""
+    import numpy as np
+
+    from jaxnet.checkpoint import arrays
+
     raw = arrays.to_bytes(node, x)
     if t.code == "BOOL":
         # TensorStore accepts only the byte 1 for True.
@@ -252,39 +240,24 @@ def _sums(t: Tensor, x: Any, first: bool) -> list[tuple[list[int], list[int], st
 
     from jaxnet.checkpoint import arrays
 
-    if not isinstance(x, jax.Array):
-        blocks = [((), x)] if first else []
-    else:
-        shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
-        blocks = [
-            ([axis.start or 0 for axis in shard.index], arrays.fetch(shard.data))
-            for shard in shards
-        ]
+    blocks: list[tuple[list[int], Any]] = []
+    if isinstance(x, jax.Array):
+        for shard in x.addressable_shards:
+            if shard.replica_id == 0:
+                start = [axis.start or 0 for axis in shard.index]
+                blocks.append((start, arrays.fetch(shard.data)))
+    elif first:
+        blocks.append(([0] * x.ndim, x))
     result = []
     for start, block in blocks:
         raw = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
         place = t._replace(shape=block.shape, start=0, stop=raw.size)
-        result.append((list(start) or [0] * block.ndim, list(block.shape), fmt.crcs(place, raw)))
+        result.append((start, list(block.shape), crcs(place, raw)))
     return result
 
 
-def _gather(value: Any) -> list[Any]:
-    """Gather one value per process. JSON must be able to hold it."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return [value]
-    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(raw.size))
-    rows = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - raw.size)))
-    return [
-        json.loads(row[:size].tobytes()) for row, size in zip(np.asarray(rows), sizes, strict=True)
-    ]
-
-
 def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts with the keys that `zarr` reads."""
     tree: dict[str, Any] = {}
     for name, x in arrays.items():
         *path, last = zarr.keys(name)
@@ -293,8 +266,9 @@ def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_complete(file: str, folder: str, blocks: dict[str, int]) -> None:
-    """Raise CheckpointError unless a folder has the blocks of all processes. It lacks some if they
-    do not share it.
+    """Raise CheckpointError unless a folder has the blocks of all processes.
+
+    It lacks some if the processes do not share it.
     """
     with zarr.readable(file, None, folder):
         import tensorstore
@@ -327,18 +301,4 @@ def _sync(folder: str) -> None:
     atomic.sync_folder(os.path.dirname(folder))
 
 
-@contextlib.contextmanager
-def _writing(folder: str) -> Iterator[None]:
-    """Turn the various errors that Orbax and TensorStore raise, for instance for a full disk, into
-    OSError.
-    """
-    try:
-        yield
-    except (OSError, CheckpointError):
-        raise
-    except Exception as e:
-        raise OSError(errno.EIO, f"Orbax could not write: {type(e).__name__}: {e}", folder) from e
-
-
-# Two Orbax saves that begin at the same time in two threads receive each other's signals.
-_one_at_a_time = threading.Lock()
+ENGINE = Engine(write_to_orbax, zarr.read_from_orbax)

@@ -1,11 +1,11 @@
-"""Parts, Orbax folders and locks, which lie beside a checkpoint's file: their names, and when they
-may be deleted.
+"""Everything that lies beside a checkpoint's file: parts, Orbax folders and locks.
 
     state.safetensors.part-0123456789abcdef-00000      a part
     state.safetensors.orbax-0123456789abcdef           a folder of Orbax
     state.safetensors.lock-0123456789abcdef            locked while the save of that number runs
 
-Symbolic links with such names are left alone.
+This module knows their names, and when they may be deleted. Symbolic links with such names are left
+alone.
 """
 
 import contextlib
@@ -16,8 +16,10 @@ import re
 from collections.abc import Iterable, Iterator
 
 from jaxnet.checkpoint import atomic, container, places
-from jaxnet.checkpoint.format import CheckpointError
-from jaxnet.checkpoint.header_types import Orbax, Parts
+from jaxnet.checkpoint.errors import CheckpointError
+from jaxnet.checkpoint.manifests import Orbax, Parts
+
+__all__ = ["lock_path", "orbax_path", "owners", "path_of", "remove", "reserved", "sweep", "undo"]
 
 
 def path_of(target: str, identity: str, number: int) -> str:
@@ -67,8 +69,8 @@ def _saves(target: str) -> dict[str, list[str]]:
 def _remove_all(folder: str, names: Iterable[str]) -> None:
     """Delete the files and folders of a save, except its lock.
 
-    The lock stays until a later sweep, so that leftovers of a killed process can still be
-    attributed to it.
+    The lock stays until a later sweep, which can then still attribute the leftovers of a killed
+    process to this save.
     """
     for name in names:
         if not re.search(r"\.lock-[0-9a-f]{16}$", name):
@@ -77,8 +79,9 @@ def _remove_all(folder: str, names: Iterable[str]) -> None:
 
 
 def owners(folder: str) -> set[str]:
-    """The names of files in a folder whose save is running or was killed. Such a file need not
-    exist.
+    """The names of files in a folder whose save is running or was killed.
+
+    Such a file need not exist.
     """
     locks = (
         re.fullmatch(r"(.+)\.lock-[0-9a-f]{16}", entry)
@@ -94,9 +97,7 @@ def undo(target: str, identity: str) -> None:
 
 
 def _outside(target: str) -> Parts | Orbax | None:
-    """The parts or the Orbax folder that the file references; None if there is no file or it
-    references nothing.
-    """
+    """The parts or the Orbax folder that the file references; None if there are none."""
     try:
         with container.opened(target) as (file, fd, size):
             return container.read_content(file, fd, size).header.outside
@@ -105,8 +106,9 @@ def _outside(target: str) -> Parts | Orbax | None:
 
 
 def remove(path: str) -> None:
-    """Delete the file of a checkpoint, and then everything beside it. A symbolic link is left
-    alone.
+    """Delete the file of a checkpoint, and then everything beside it.
+
+    A symbolic link is left alone.
     """
     target = places.real(path, follow=False)
     if not places.is_url(target) and os.path.islink(target):
@@ -122,8 +124,9 @@ def remove(path: str) -> None:
 
 @contextlib.contextmanager
 def reserved(target: str, identity: str) -> Iterator[None]:
-    """Hold the lock of a save, which keeps other saves to the same path from deleting its parts or
-    its folder.
+    """Hold the lock of a save during the block.
+
+    Other saves to the same path then delete neither its parts nor its folder.
     """
     atomic.make_folder(os.path.dirname(target))
     path = lock_path(target, identity)
@@ -138,8 +141,9 @@ def reserved(target: str, identity: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claimed(target: str, identity: str) -> Iterator[bool]:
-    """Yield whether no running save holds this number. If so, none can take it during the block,
-    which deletes its lock.
+    """Yield whether no running save holds this number.
+
+    If so, no save can take the number during the block, and the lock is deleted after it.
     """
     if places.is_url(target):
         yield True

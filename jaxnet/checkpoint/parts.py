@@ -1,152 +1,66 @@
-"""A tree that is spread over several processes: each process writes a part, and the file at the
-path lists the parts.
+"""The engine for a tree that is spread over several processes: each process writes a part, and the
+file at the path lists the parts.
 
     state.safetensors                                the manifest: structure, metadata, digests
     state.safetensors.part-0123456789abcdef-00000    of process 0: {leaf: {"0,4": piece from there}}
     state.safetensors.part-0123456789abcdef-00001
 
-A part is itself a checkpoint, written by `save`. Each save has a new number and so never touches
-the parts of earlier saves. The manifest is written when all parts are on the disk; older parts are
+A part is itself a checkpoint, a single file. Each save has a new number and so never touches the
+parts of earlier saves. The manifest is written when all parts are on the disk; older parts are
 deleted afterwards.
 """
 
 import contextlib
-import itertools
-import math
+import json
 import re
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-from jaxnet.checkpoint import container, header_types, outside, places, structure
+from jaxnet.checkpoint import container, manifests, outside, places, processes, single, structure
 from jaxnet.checkpoint import format as fmt
-from jaxnet.checkpoint.format import CheckpointError
-from jaxnet.checkpoint.header_types import Header, Tensor
-from jaxnet.checkpoint.watch import Gone
+from jaxnet.checkpoint.dtypes import BITS
+from jaxnet.checkpoint.errors import RESTORE, CheckpointError
+from jaxnet.checkpoint.format import Header
+from jaxnet.checkpoint.grids import Piece, cuts_of, overlap, place_of
+from jaxnet.checkpoint.jobs import job_of
+from jaxnet.checkpoint.protocol import Allocate, Engine, Job, Needed, Source
+from jaxnet.checkpoint.tensors import Tensor
 from jaxnet.checkpoint.words import shown
 
+__all__ = ["ENGINE", "pieces", "read_from_parts", "write_to_parts"]
 
-class Piece(NamedTuple):
-    """A block of a tensor, `tensor` in the file of part `part`, which begins at index `start` of
-    the whole.
+
+def write_to_parts(job: Job, *, snapshot: bool) -> Callable[[], None]:
+    """`protocol.Writer` for parts.
+
+    Collective: all processes must call both functions, and all of them raise if one fails. The
+    arrays are never copied, so the caller must not ask for a snapshot.
     """
-
-    part: int
-    tensor: Tensor
-    start: tuple[int, ...]
-
-
-def is_spread(tree: Any) -> bool:
-    """Whether some array of a tree lies on devices of several processes."""
-    import jax
-    from jax.core import Tracer
-
-    arrays = [
-        x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, Tracer)
-    ]
-    return (
-        bool(arrays) and jax.process_count() > 1 and not all(x.is_fully_addressable for x in arrays)
-    )
+    assert not snapshot
+    container.check_names(job.file, job.nodes, len(json.dumps(job.manifest)))
+    return lambda: _write(job)
 
 
-def write(
-    file: str,
-    target: str,
-    tensors: list[Tensor],
-    manifest: dict[str, Any],
-    leaves: dict[str, Any],
-    save_part: Callable[[str, Any], None],
-) -> None:
-    """Write a tree. Collective: all processes must call this, and all of them raise if one
-    fails.
-    """
+def _write(job: Job) -> None:
     import jax
 
-    me, identity, held = jax.process_index(), new_number(), contextlib.ExitStack()
-
-    def commit() -> None:
-        paths = [outside.path_of(target, identity, i) for i in range(jax.process_count())]
-        with contextlib.ExitStack() as stack:
-            try:
-                opened = [stack.enter_context(container.opened(path)) for path in paths]
-            except FileNotFoundError as e:
-                text = (
-                    f"the part {shown(e.filename)} is not there: all processes must save to one "
-                    "folder, which they share"
-                )
-                raise CheckpointError(file, None, text) from e
-            headers = [container.read_content(*part).header for part in opened]
-            pieces(file, tensors, headers)
-            parts = [
-                [header.metadata["jaxnet_sha256"], size]
-                for header, (_, _, size) in zip(headers, opened, strict=True)
-            ]
-        described = {
-            "id": identity,
-            "files": parts,
-            "tensors": [[t.name, t.code, t.shape] for t in tensors],
-        }
-        container.replace(
-            target,
-            fmt.write_header(file, [], manifest | {"version": 2, "crc32": [], "parts": described}),
-        )
-        held.close()
-        outside.sweep(target)
-
+    me = jax.process_index()
+    first = me == 0
+    identity, held = processes.new_number(), contextlib.ExitStack()
     with held:
-        with together(file, target, held):
-            if me == 0:
-                held.enter_context(outside.reserved(target, identity))
-            save_part(outside.path_of(target, identity, me), _owned(leaves, everything=me == 0))
-        with together(file, target, held):
-            if me == 0:
-                commit()
-
-
-def new_number() -> str:
-    """The number of a save, the same in all processes: 16 random hexadecimal digits."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    number = multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(8), np.uint8))
-    return np.asarray(number).tobytes().hex()
-
-
-@contextlib.contextmanager
-def together(file: str, target: str, held: contextlib.ExitStack) -> Iterator[None]:
-    """A block that all processes execute. If it fails in any of them, all processes raise and
-    unfinished files are deleted.
-
-    `held` is closed before the files are deleted.
-    """
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    error = None
-    try:
-        yield
-    except Gone:
-        # Other processes are dead, so a collective would hang.
-        held.close()
-        outside.sweep(target)
-        raise
-    except Exception as e:
-        # Other processes wait for this one, so they must learn of the error before it is raised.
-        error = e
-    well = np.array([error is None])
-    if jax.process_count() > 1:
-        well = multihost_utils.process_allgather(well).ravel()
-    if not well.all():
-        held.close()
-        outside.sweep(target)
-    if error:
-        raise error
-    if not well.all():
-        failed = np.flatnonzero(~well).tolist()
-        raise CheckpointError(
-            file, None, f"processes {failed} failed to save; what they raise says why"
-        )
+        with processes.together(job.file, job.target, held):
+            if first:
+                held.enter_context(outside.reserved(job.target, identity))
+            path = outside.path_of(job.target, identity, me)
+            part = job_of(path, _owned(job.leaves, everything=first), {}, follow=False)
+            single.write_to_file(part, snapshot=False)()
+        with processes.together(job.file, job.target, held):
+            if first:
+                entry = _parts_entry(job, identity, jax.process_count())
+                manifest = job.manifest | {"version": manifests.PARTS, "crc32": [], "parts": entry}
+                container.replace(job.target, fmt.write_header(job.file, [], manifest))
+                held.close()
+                outside.sweep(job.target)
 
 
 def _owned(leaves: dict[str, Any], *, everything: bool) -> dict[str, dict[str, Any]]:
@@ -155,7 +69,7 @@ def _owned(leaves: dict[str, Any], *, everything: bool) -> dict[str, dict[str, A
     """
     tree = {}
     for name, x in leaves.items():
-        if is_spread(x):
+        if processes.is_spread(x):
             shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
             found = {
                 ",".join(str(axis.start or 0) for axis in shard.index): shard.data
@@ -168,59 +82,76 @@ def _owned(leaves: dict[str, Any], *, everything: bool) -> dict[str, dict[str, A
     return tree
 
 
-def read_tensors(
-    file: str,
-    header: Header,
-    tensors: Sequence[Tensor],
-    empty: Callable[[int], Any] | None,
-    needed: Mapping[str, Sequence[tuple[slice, ...]] | None],
-) -> dict[str, Any]:
-    """`container.read_tensors` for tensors in parts."""
-    with opened(file, header) as parts:
-        found = pieces(file, header.tensors, [part for _, _, part in parts])
-        # `pieces` has checked that the parts hold all these bytes.
-        out = {t.name: empty(t.stop - t.start) for t in tensors} if empty else {}
-        for t in tensors:
-            for number, tensor, start in found[t.name]:
-                path, fd, part = parts[number]
-                blocks = needed.get(t.name)
-                if blocks is not None and not any(
-                    overlap(t, tensor, start, block) for block in blocks
-                ):
-                    continue
-                if not empty:
-                    container.read_tensors(path, fd, part, [tensor], None)
-                    continue
-                block = tuple(
-                    slice(first, first + size)
-                    for first, size in zip(start, tensor.shape, strict=True)
+def _parts_entry(job: Job, identity: str, count: int) -> dict[str, Any]:
+    """The entry of the manifest for parts, all of which are on the disk.
+
+    Raises CheckpointError if a part is missing, or if they do not fill the tensors.
+    """
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for number in range(count):
+            path = outside.path_of(job.target, identity, number)
+            try:
+                opened.append(stack.enter_context(container.opened(path)))
+            except FileNotFoundError as e:
+                text = (
+                    f"the part {shown(e.filename)} is not there: all processes must save to one "
+                    "folder, which they share"
                 )
-                place = out[t.name].reshape(*t.shape, header_types.BITS[t.code] // 8)[block]
-                # A contiguous piece is read in place, without a copy.
-                if place.flags.c_contiguous:
-                    container.read_tensors(
-                        path, fd, part, [tensor], lambda _, place=place: place.reshape(-1)
-                    )
-                else:
-                    raw = container.read_tensors(path, fd, part, [tensor], empty)[tensor.name]
-                    place[...] = raw.reshape(place.shape)
+                raise CheckpointError(job.file, None, text) from e
+        headers = [container.read_content(*part).header for part in opened]
+    pieces(job.file, job.tensors, headers)
+    digests = [header.metadata["jaxnet_sha256"] for header in headers]
+    return {
+        "id": identity,
+        "files": [[digest, size] for digest, (_, _, size) in zip(digests, opened, strict=True)],
+        "tensors": [[t.name, t.code, t.shape] for t in job.tensors],
+    }
+
+
+def read_from_parts(
+    source: Source, tensors: Sequence[Tensor], allocate: Allocate | None, needed: Needed
+) -> dict[str, Any]:
+    """`protocol.Reader` for parts. Pieces that are not needed are not read."""
+    with _opened(source) as parts:
+        found = pieces(source.file, source.header.tensors, [part.header for part in parts])
+        # `pieces` has checked that the parts hold all these bytes.
+        out = {t.name: allocate(t.nbytes) for t in tensors} if allocate else {}
+        for t in tensors:
+            blocks = needed.get(t.name)
+            for number, piece, start in found[t.name]:
+                if blocks is None or any(overlap(t, piece, start, block) for block in blocks):
+                    whole = out[t.name] if allocate else None
+                    _read_piece(parts[number], t, piece, start, whole, allocate)
     return out
 
 
-def overlap(whole: Tensor, piece: Tensor, start: tuple[int, ...], block: tuple[slice, ...]) -> bool:
-    """Whether a piece has elements in a block. The block may omit trailing axes."""
-    ranges = [axis.indices(size)[:2] for axis, size in zip(block, whole.shape, strict=False)]
-    return all(
-        a < high and low < a + n
-        for (low, high), a, n in zip(ranges, start, piece.shape, strict=False)
-    )
+def _read_piece(
+    part: Source,
+    tensor: Tensor,
+    piece: Tensor,
+    start: tuple[int, ...],
+    whole: Any,
+    allocate: Allocate | None,
+) -> None:
+    """Read a piece of a tensor into its place in `whole`; without `allocate`, check its bytes."""
+    if allocate is None:
+        single.read_from_file(part, [piece], None, {})
+        return
+    itemsize = BITS[tensor.code] // 8
+    place = whole.reshape(*tensor.shape, itemsize)[place_of(start, piece.shape)]
+    # A contiguous piece is read in place, without a copy.
+    if place.flags.c_contiguous:
+        single.read_from_file(part, [piece], lambda _: place.reshape(-1), {})
+    else:
+        raw = single.read_from_file(part, [piece], allocate, {})[piece.name]
+        place[...] = raw.reshape(place.shape)
 
 
 @contextlib.contextmanager
-def opened(file: str, header: Header) -> Iterator[list[tuple[str, int, Header]]]:
-    """Open all parts, check their digests against the manifest, and yield the path, descriptor and
-    header of each.
-    """
+def _opened(source: Source) -> Iterator[list[Source]]:
+    """Open all parts, check their digests against the manifest, and yield them."""
+    file, _, header = source
     assert header.parts
     target, result = places.real(file), []
     with contextlib.ExitStack() as stack:
@@ -231,78 +162,41 @@ def opened(file: str, header: Header) -> Iterator[list[tuple[str, int, Header]]]
             except FileNotFoundError as e:
                 text = f"its part {shown(path)} is missing: copy and rename it with its parts"
                 raise CheckpointError(file, None, text) from e
-            content = container.read_content(part, fd, size)
-            if content.header.metadata.get("jaxnet_sha256") != digest:
-                text = (
-                    f"its part {shown(path)} is that of another checkpoint or was replaced; "
-                    f"{fmt.RESTORE}"
-                )
-                raise CheckpointError(file, None, text)
-            result.append((part, fd, content.header))
+            found = container.read_content(part, fd, size).header
+            if found.metadata.get("jaxnet_sha256") != digest:
+                text = f"its part {shown(path)} is that of another checkpoint or was replaced"
+                raise CheckpointError(file, None, f"{text}; {RESTORE}")
+            result.append(Source(part, fd, found))
         yield result
 
 
 def pieces(file: str, tensors: Iterable[Tensor], parts: Iterable[Header]) -> dict[str, list[Piece]]:
-    """The pieces of each tensor in the parts. Raises CheckpointError unless they fill it
-    exactly.
+    """The pieces of each tensor in the parts.
+
+    Args:
+      file: how errors name the file.
+      tensors: the tensors that the manifest lists.
+      parts: the headers of the parts, in order.
+
+    Returns:
+      The pieces by the name of the tensor.
+
+    Raises:
+      CheckpointError: they do not fill the tensors exactly, or a part has something else.
     """
     found: dict[str, list[Piece]] = {t.name: [] for t in tensors}
     for number, part in enumerate(parts):
         for tensor in part.tensors:
             name, start = (*structure.leaf_path(tensor.name), "")[:2]
             if name not in found or not re.fullmatch(r"(\d{1,18}(,\d{1,18})*)?", start):
-                raise CheckpointError(
-                    file, None, f"part {number} has a tensor '{shown(tensor.name)}'; {fmt.RESTORE}"
-                )
+                text = f"part {number} has a tensor '{shown(tensor.name)}'; {RESTORE}"
+                raise CheckpointError(file, None, text)
             first = tuple(int(position) for position in start.split(",") if position)
-            found[name].append(
-                Piece(number, tensor, first + (0,) * (len(tensor.shape) - len(first)))
-            )
+            first += (0,) * (len(tensor.shape) - len(first))
+            found[name].append(Piece(number, tensor, first))
     for t in tensors:
-        grid(file, t, found[t.name])
+        cuts_of(file, t, found[t.name])
     return found
 
 
-def grid(file: str, whole: Tensor, found: list[Piece]) -> list[list[int]]:
-    """The starts of a tensor's pieces along each axis. Raises CheckpointError unless they fill it
-    exactly.
-    """
-    cuts = _cuts(whole, found)
-    if cuts is None:
-        where = [f"{p.tensor.code}{list(p.tensor.shape)} at {list(p.start)}" for p in found[:20]]
-        where += ["..."] if len(found) > 20 else []
-        text = (
-            f"its pieces do not fill {whole.code}{list(whole.shape)}: they are "
-            f"{', '.join(where) or 'missing'}"
-        )
-        raise CheckpointError(file, whole.name, f"{text} (did all processes save the same tree?)")
-    return cuts
-
-
-def _cuts(whole: Tensor, found: list[Piece]) -> list[list[int]] | None:
-    """The starts of the pieces along each axis, or None unless the pieces form a grid, as those of
-    every sharding do.
-    """
-    if any(
-        p.tensor.code != whole.code or not len(p.start) == len(p.tensor.shape) == len(whole.shape)
-        for p in found
-    ):
-        return None
-    cuts = [sorted({p.start[axis] for p in found}) for axis in range(len(whole.shape))]
-    ends = [
-        dict(itertools.pairwise([*cut, size])) for cut, size in zip(cuts, whole.shape, strict=True)
-    ]
-    cells = {p.start for p in found}
-    # Compare the counts first: a few pieces on a diagonal would span a grid of astronomically many
-    # cells.
-    regular = (
-        len(found) == len(cells) == math.prod(map(len, cuts))
-        and cells == set(itertools.product(*cuts))
-        and all(cut[:1] == [0] for cut in cuts)
-    )
-    filled = regular and all(
-        start + size == end[start]
-        for p in found
-        for start, size, end in zip(p.start, p.tensor.shape, ends, strict=True)
-    )
-    return cuts if filled else None
+ENGINE = Engine(write_to_parts, read_from_parts)

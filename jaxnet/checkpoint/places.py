@@ -1,9 +1,8 @@
-"""Where checkpoints lie: in a file system, or at a URL of an object store (gs://, s3://), which
-needs the extra `orbax`.
+"""The places of checkpoints: a file system, or an object store (gs://, s3://).
 
-An object is there as a whole or not at all, and nothing has to be synced; otherwise a URL is used
-like a path. TensorStore asks the store each time, where other clients would remember what they have
-seen.
+Object stores need the extra `orbax`. An object exists as a whole or not at all, and nothing has to
+be synced; otherwise a URL is used like a path. TensorStore asks the store each time, whereas other
+clients would return answers from their caches.
 """
 
 import contextlib
@@ -19,6 +18,21 @@ from typing import Any
 from jaxnet.checkpoint import atomic
 from jaxnet.checkpoint.words import shown
 
+__all__ = [
+    "absolute",
+    "base",
+    "check_engine",
+    "check_url",
+    "check_writable",
+    "entries",
+    "fetch",
+    "is_url",
+    "put",
+    "real",
+    "remove",
+    "size",
+]
+
 DRIVERS = {"gs": "gcs", "s3": "s3"}
 # Seconds until the first answer of an object store.
 ANSWER = 30
@@ -27,12 +41,13 @@ TRANSFER = 600
 
 
 def is_url(path: str) -> bool:
+    """Whether a path is a URL."""
     # pathlib writes such a path with one slash.
     return re.match("[A-Za-z][A-Za-z0-9+.-]*:/", path) is not None
 
 
 def check_url(url: str) -> None:
-    """Raise ValueError for what is no name of an object or a folder."""
+    """Raise ValueError unless a URL names an object or a folder."""
     found = re.fullmatch("([a-z0-9]+)://([^/]+)((?:/[^/%?#*\\[]+)+)/?", url)
     if not found or found[1] not in DRIVERS or {".", ".."} & {*found[3].split("/")}:
         text = (
@@ -54,9 +69,7 @@ def check_engine(file: str, engine: str | None) -> None:
 
 
 def real(path: str, *, follow: bool = True) -> str:
-    """The absolute path with symbolic links resolved; with `follow=False`, the last step is not
-    resolved.
-    """
+    """The absolute path with symbolic links resolved, with `follow=False` all but the last one."""
     if is_url(path):
         return path.rstrip("/")
     if follow:
@@ -66,13 +79,15 @@ def real(path: str, *, follow: bool = True) -> str:
 
 
 def absolute(path: str) -> str:
+    """The absolute path, or the URL without a slash at its end."""
     return path.rstrip("/") if is_url(path) else os.path.abspath(path)
 
 
 def entries(folder: str, *, links: bool = True) -> dict[str, bool]:
-    """The names in a folder, each with whether it is a file; empty if the folder does not exist.
+    """The names in a folder, and for each whether it is a file.
 
-    With `links`, symbolic links to files count as files. All other symbolic links are left out.
+    With `links`, symbolic links to files count as files. All other symbolic links are left out. The
+    result is empty if the folder does not exist.
     """
     if is_url(folder):
         with _as_os_errors(folder):
@@ -84,10 +99,9 @@ def entries(folder: str, *, links: bool = True) -> dict[str, bool]:
 
 
 def remove(path: str, *, folder_too: bool = False) -> None:
-    """Delete a file or, with `folder_too`, a folder and its contents. A missing path is not an
-    error.
+    """Delete a file or, with `folder_too`, a folder and its contents.
 
-    Symbolic links and their targets are left alone.
+    A missing path is not an error. Symbolic links and their targets are left alone.
     """
     if is_url(path):
         folder, _, name = path.rpartition("/")
@@ -110,14 +124,17 @@ def remove(path: str, *, folder_too: bool = False) -> None:
 def size(folder: str) -> int:
     """The total size in bytes of all files in and below a folder."""
     if is_url(folder):
-        from etils import epath
+        with _as_os_errors(folder):
+            from etils import epath
 
-        return sum(file.stat().length for file in epath.Path(folder).rglob("*") if file.is_file())
+            files = [file for file in epath.Path(folder).rglob("*") if file.is_file()]
+            return sum(file.stat().length for file in files)
     places = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
     return sum(os.lstat(path).st_size for path in places)
 
 
 def fetch(url: str) -> bytes:
+    """The content of an object. Raises FileNotFoundError if there is none."""
     folder, _, name = url.rpartition("/")
     with _as_os_errors(url):
         found = _store(folder).read(name).result(timeout=TRANSFER)
@@ -127,6 +144,7 @@ def fetch(url: str) -> bytes:
 
 
 def put(url: str, content: bytes) -> None:
+    """Write an object, replacing an existing one."""
     folder, _, name = url.rpartition("/")
     with _as_os_errors(url):
         _store(folder).write(name, content).result(timeout=TRANSFER)
@@ -148,11 +166,8 @@ def base(folder: str) -> dict[str, Any]:
         return {"driver": "file", "path": f"{folder}/"}
     check_url(f"{folder}/x")
     scheme, _, bucket, *path = folder.split("/")
-    return {
-        "driver": DRIVERS[scheme[:-1]],
-        "bucket": bucket,
-        "path": "".join(f"{step}/" for step in path),
-    }
+    prefix = "".join(f"{step}/" for step in path)
+    return {"driver": DRIVERS[scheme[:-1]], "bucket": bucket, "path": prefix}
 
 
 def _store(folder: str) -> Any:
@@ -188,9 +203,8 @@ def _as_os_errors(url: str) -> Iterator[None]:
     try:
         yield
     except ImportError as e:
-        raise ImportError(
-            f"{shown(url)}: object stores need Orbax: pip install 'jaxnet[orbax]'"
-        ) from e
+        text = "object stores need Orbax: pip install 'jaxnet[orbax]'"
+        raise ImportError(f"{shown(url)}: {text}") from e
     except TimeoutError as e:
         text = (
             "the object store does not answer in time: is there a network, and who may read there?"

@@ -1,25 +1,103 @@
-"""The metrics of a step: as JSON and back, and the order of steps by one of them."""
+"""Rank the steps of a store by a metric, which each file holds in its metadata."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.errors import CheckpointError
 from jaxnet.checkpoint.inspection import Info, inspect
 from jaxnet.checkpoint.words import shown
 
-__all__ = ["metrics_of", "numbers_of", "ranked"]
+__all__ = ["Ranking", "Rule", "metrics_as_json", "metrics_of", "rank", "rule_of"]
 
 
-def numbers_of(metrics: Mapping[str, Any] | None, best_rule: str | None) -> dict[str, float | str]:
-    """Metrics as JSON can hold them."""
-    name = best_rule and best_rule[4:]
-    if metrics and name and name not in metrics:
+class Rule(NamedTuple):
+    """Which steps are better, parsed from a text like 'min loss'.
+
+    Attributes:
+      sign: 1 if small values are good, -1 if large values are good.
+      metric: the name of the metric.
+    """
+
+    sign: int
+    metric: str
+
+
+class Ranking(NamedTuple):
+    """Steps by quality.
+
+    Attributes:
+      steps: the steps that have the metric, the best first; of equally good steps, the earliest
+        first.
+      damaged: why files are damaged, by step.
+      closed: why files cannot be opened, by step.
+    """
+
+    steps: list[int]
+    damaged: dict[int, str]
+    closed: dict[int, OSError]
+
+
+def rule_of(text: str | None) -> Rule | None:
+    """Parse a rule. Raises ValueError unless it is 'min' or 'max' and the name of a metric."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(min|max) (\S.*)", str(text))
+    if not found:
         raise ValueError(
-            f"metrics must have '{name}', by which the best step is chosen; they have "
+            f"best_rule must be 'min' or 'max' and a name, as in 'min loss', got {text!r}"
+        )
+    return Rule(1 if found[1] == "min" else -1, found[2])
+
+
+def rank(files: Iterable[tuple[int, str]], rule: Rule) -> Ranking:
+    """Rank steps.
+
+    Args:
+      files: each step with the path of its file. Missing files are left out.
+      rule: which steps are better.
+
+    Returns:
+      The ranking.
+    """
+    values, damaged, closed = [], {}, {}
+    for step, path in files:
+        try:
+            value = metrics_of(inspect(path)).get(rule.metric, math.nan)
+        except FileNotFoundError:
+            continue
+        except OSError as e:
+            closed[step] = e
+        except CheckpointError as e:
+            damaged[step] = str(e)
+        else:
+            if not math.isnan(value):
+                values.append((rule.sign * value, step))
+    return Ranking([step for _, step in sorted(values)], damaged, closed)
+
+
+def metrics_of(info: Info) -> dict[str, float]:
+    """The metrics in the metadata of a file."""
+    stored = info.metadata.get("metrics")
+    stored = stored if isinstance(stored, dict) else {}
+    words = ("nan", "inf", "-inf")
+    return {
+        name: float(x) for name, x in stored.items() if isinstance(x, int | float) or x in words
+    }
+
+
+def metrics_as_json(metrics: Mapping[str, Any] | None, rule: Rule | None) -> dict[str, Any]:
+    """Metrics as JSON can hold them: NaN and infinities become strings.
+
+    Raises ValueError if a metric is not a number, or if that of the rule is missing.
+    """
+    if metrics and rule and rule.metric not in metrics:
+        raise ValueError(
+            f"metrics must have '{rule.metric}', by which the best step is chosen; they have "
             f"{list(metrics)}"
         )
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for key, x in (metrics or {}).items():
         try:
             # float() would accept text.
@@ -27,40 +105,6 @@ def numbers_of(metrics: Mapping[str, Any] | None, best_rule: str | None) -> dict
                 raise TypeError
             numbers[key] = float(x) if math.isfinite(float(x)) else str(float(x))
         except (TypeError, ValueError, OverflowError) as e:
-            raise ValueError(f"metric '{shown(key)}' must be a number, got {shown(repr(x))}") from e
+            text = f"metric '{shown(key)}' must be a number, got {shown(repr(x))}"
+            raise ValueError(text) from e
     return numbers
-
-
-def ranked(
-    paths: Mapping[int, str], best_rule: str
-) -> tuple[list[int], dict[int, str], dict[int, OSError]]:
-    """Rank steps by the metric, best first; also return the damaged files and those that cannot
-    be opened, by step.
-    """
-    sign, name = {"min": 1, "max": -1}[best_rule[:3]], best_rule[4:]
-    values, skipped, closed = [], {}, {}
-    for step, path in paths.items():
-        try:
-            value = metrics_of(inspect(path)).get(name, math.nan)
-        except FileNotFoundError:
-            continue
-        except OSError as e:
-            closed[step] = e
-        except CheckpointError as e:
-            skipped[step] = str(e)
-        else:
-            if not math.isnan(value):
-                values.append((sign * value, step))
-    return [step for _, step in sorted(values)], skipped, closed
-
-
-def metrics_of(info: Info) -> dict[str, float]:
-    """The metrics that were saved with a file."""
-    stored = info.metadata.get("metrics")
-    stored = stored if isinstance(stored, dict) else {}
-    numbers = {
-        name: x
-        for name, x in stored.items()
-        if isinstance(x, int | float) or x in ("nan", "inf", "-inf")
-    }
-    return {name: float(x) for name, x in numbers.items()}

@@ -1,5 +1,4 @@
-"""Let the processes of one save watch each other, so that none waits long for a process that has
-failed or died.
+"""The processes of one save watch each other, so none waits long for a process that has failed.
 
 Orbax waits for all processes at its barriers for minutes, because a slow disk is not an error. Such
 a wait cannot be canceled. Therefore another thread waits, while the caller polls the status of all
@@ -15,11 +14,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.errors import CheckpointError
+
+__all__ = ["Elsewhere", "Gone", "Watch"]
 
 # Seconds without a new status after which a process counts as dead.
 SILENCE = 40
-
 
 # Threads in which Orbax still waits.
 _left: list[threading.Thread] = []
@@ -63,10 +63,10 @@ class Watch:
             threading.Thread(target=self._beat, name=f"watch {number}", daemon=True).start()
 
     def run(self, work: Callable[[], Any]) -> None:
-        """Do the work in a thread, and raise its error, or Elsewhere as soon as another process has
-        failed.
+        """Do the work in a thread, and raise its error.
 
-        In the latter case, the thread is left behind until the program ends.
+        As soon as another process has failed, raise Elsewhere instead. The thread is then left
+        behind until the program ends.
         """
         if self.client is None:
             work()
@@ -147,8 +147,9 @@ def _end_at_exit() -> None:
 
 
 def _end_left() -> None:
-    """End threads that wait for other processes. A thread that wakes during interpreter shutdown
-    would abort the program.
+    """End threads that wait for other processes.
+
+    A thread that wakes during interpreter shutdown would abort the program.
     """
     import jax
 

@@ -1,5 +1,7 @@
 """Make text safe for errors and terminals. Names come from files and may hold any characters."""
 
+__all__ = ["bounded", "printable", "shown"]
+
 # The most characters of an error: a few hundred lines.
 MOST = 50_000
 

@@ -46,7 +46,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     info = inspect(args.file)
     if args.pattern:
-        from jaxnet.checkpoint.match import select
+        from jaxnet.checkpoint.selection import select
 
         names = select(
             args.file, [*(leaf.path for leaf in info.leaves), *info.scalars], args.pattern

@@ -109,13 +109,13 @@ def _converted(args: argparse.Namespace, kind: str) -> Any:
     """The tree to write."""
     from jaxnet.checkpoint import load
     from jaxnet.interop import from_keras, from_torch, to_torch
-    from jaxnet.interop.torch_state import renamed_tensors
+    from jaxnet.interop.torch_state import renamed_state_dict
 
     rename = dict(args.rename)
     if (kind, args.to) == ("jaxnet", "jaxnet"):
         return load(args.source, rename=rename or None, pattern=args.pattern or None)
     if (kind, args.to) == ("torch", "torch"):
-        return renamed_tensors(args.source, rename)
+        return renamed_state_dict(args.source, rename)
     if kind != "jaxnet":
         read = from_torch if kind == "torch" else from_keras
         return read(

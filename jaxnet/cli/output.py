@@ -50,7 +50,7 @@ def complain(command: str, error: Exception | str) -> None:
 
 def is_damage(error: Exception) -> bool:
     """Whether the file is at fault, rather than the command or the access to the file."""
-    from jaxnet.checkpoint.format import CheckpointError, Misfit
+    from jaxnet.checkpoint.errors import CheckpointError, Misfit
 
     return isinstance(error, CheckpointError) and not isinstance(error, Misfit)
 

@@ -18,7 +18,7 @@ def as_json(info: "Info", statistics: "dict[str, Statistics | None] | None") -> 
     """The contents as a dict for JSON. Values that JSON cannot hold exactly become strings, as
     Python writes them.
     """
-    from jaxnet.checkpoint.structure import show
+    from jaxnet.checkpoint.scalars import show
 
     leaves: list[dict[str, Any]] = [
         x._asdict() | {"parameters": math.prod(x.shape)} for x in info.leaves
@@ -41,7 +41,7 @@ def as_text(info: "Info", statistics: "dict[str, Statistics | None] | None") -> 
     metadata.
     """
     from jaxnet.checkpoint.runs import about_run
-    from jaxnet.checkpoint.structure import show
+    from jaxnet.checkpoint.scalars import show
 
     ours = f"jaxnet checkpoint, format {info.version}"
     kind = "safetensors file of another program" if info.version is None else ours

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxnet.checkpoint.dtypes import CODES
-from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.errors import CheckpointError
 from jaxnet.checkpoint.structure import MAX_DEPTH
 from jaxnet.checkpoint.words import shown
 
@@ -25,13 +25,29 @@ MAX_NAMES = 100_000_000
 
 
 class Refused(NamedTuple):
-    """An object whose arrays cannot be taken, and why."""
+    """An object whose arrays cannot be taken.
+
+    Attributes:
+      reason: why, and the remedy.
+    """
 
     reason: str
 
 
 def collect(file: str, content: Any) -> dict[str, Any]:
-    """All arrays in dicts, lists, tuples, namedtuples and dataclasses, with names joined by '.'."""
+    """Collect all arrays in dicts, lists, tuples, namedtuples and dataclasses.
+
+    Args:
+      file: how errors name the source.
+      content: the containers.
+
+    Returns:
+      The arrays, or `Refused`, by name: the steps to each, joined by '.'.
+
+    Raises:
+      CheckpointError: the containers hold no named arrays, contain themselves, or two arrays have
+        the same name.
+    """
     found: dict[str, Any] = {}
     room = MAX_NAMES
 
@@ -69,7 +85,19 @@ def collect(file: str, content: Any) -> dict[str, Any]:
 def by_path(
     file: str, leaves: Iterable[tuple[str, Any]], path: Callable[[str], str]
 ) -> dict[str, Any]:
-    """The leaves by `path(name)`. Raises CheckpointError if two leaves have the same path."""
+    """Bring leaves under their paths.
+
+    Args:
+      file: how errors name the source.
+      leaves: the leaves with their names.
+      path: the path of a name.
+
+    Returns:
+      The leaves by path.
+
+    Raises:
+      CheckpointError: two leaves have the same path.
+    """
     result = {}
     for name, x in leaves:
         if path(name) in result:
@@ -80,7 +108,14 @@ def by_path(
 
 
 def flat(tree: Any) -> list[tuple[str, Any]]:
-    """The arrays of any pytree with their paths. Random keys are left out."""
+    """List the arrays of a pytree.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      The arrays with their paths, without random keys.
+    """
     import jax
 
     pairs = jax.tree_util.tree_leaves_with_path(tree)
@@ -89,8 +124,18 @@ def flat(tree: Any) -> list[tuple[str, Any]]:
 
 
 def to_numpy(file: str, name: str, x: Any) -> Any:
-    """An array on the host, in native byte order. Raises CheckpointError with the path if the array
-    has no values.
+    """Copy an array to the host, in native byte order.
+
+    Args:
+      file: how errors name the source.
+      name: the path of the array.
+      x: an array [...] of any library, or `Refused`.
+
+    Returns:
+      The NumPy array [...].
+
+    Raises:
+      CheckpointError: the array has no values, or its dtype cannot be stored.
     """
     import jax
     import numpy as np
@@ -120,15 +165,16 @@ def to_numpy(file: str, name: str, x: Any) -> Any:
 
 def _has_names(content: Any) -> bool:
     """Whether the arrays in a container have names. The arrays of a list only have numbers."""
-    below = [x for _, x in _children(content) or ()]
-    numbered = isinstance(content, (list, tuple, collections.deque)) and not hasattr(
-        content, "_fields"
-    )
-    if numbered and any(map(_is_array, below)):
+    children = _children(content)
+    if children is None:
         return False
-    return _children(content) is not None and (
-        not numbered or any(_children(x) is not None for x in below)
-    )
+    is_list = isinstance(content, (list, tuple, collections.deque))
+    if not is_list or hasattr(content, "_fields"):
+        return True
+    below = [x for _, x in children]
+    if any(map(_is_array, below)):
+        return False
+    return any(_children(x) is not None for x in below)
 
 
 def _children(x: Any) -> list[tuple[str, Any]] | None:
@@ -165,9 +211,7 @@ def _is_tensor(x: Any) -> bool:
 
 
 def _problem(x: Any) -> str | None:
-    """Why the arrays in an object cannot be taken, with the remedy; None if they can, or if there
-    are none.
-    """
+    """Why the arrays in an object cannot be taken, with the remedy; None if nothing is wrong."""
     import jax
 
     if isinstance(x, (type, str, bytes, int, float, complex, type(None), jax.Array)):
@@ -179,11 +223,8 @@ def _problem(x: Any) -> str | None:
     if _is_array(x) or _children(x) is not None:
         return None
     if isinstance(x, (set, frozenset)):
-        return (
-            "arrays in a set have no names: use a dict or a list"
-            if any(map(_holds_arrays, x))
-            else None
-        )
+        text = "arrays in a set have no names: use a dict or a list"
+        return text if any(map(_holds_arrays, x)) else None
     if not callable(x) and any(map(_holds_arrays, getattr(x, "__dict__", {}).values())):
         return (
             f"it is a {_type_name(x)} that holds arrays, expected arrays by name: give vars() of it"
@@ -219,10 +260,8 @@ def _problem_of_tensor(x: Any) -> str | None:
     name = str(x.dtype).removeprefix("torch.")
     if name not in CODES and name != "complex128":
         wide = "complex64" if name == "complex32" else "float32"
-        return (
-            f"dtype {name} cannot be read: give x.to(torch.{wide}), or another of "
-            f"{', '.join(CODES)}"
-        )
+        others = ", ".join(CODES)
+        return f"dtype {name} cannot be read: give x.to(torch.{wide}), or another of {others}"
     return None
 
 

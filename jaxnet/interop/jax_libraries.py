@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxnet.checkpoint.renaming import Rename
+from jaxnet.checkpoint.request import checked_request
 from jaxnet.checkpoint.words import shown
 from jaxnet.interop.collect import by_path, flat
-from jaxnet.interop.convert import STATE, Convention, Rename, convert
+from jaxnet.interop.convert import Convention, convert
+from jaxnet.interop.variables import STATE
 
 __all__ = ["from_equinox", "from_flax", "from_haiku"]
 
@@ -28,20 +31,21 @@ def from_flax(
     variables: Any,
     *,
     like: Any = None,
-    rename: Rename = None,
+    rename: Rename | None = None,
     pattern: str | Iterable[str] | None = None,
     strict: bool = True,
     cast: bool = False,
-) -> Any:
-    """Convert the variables of a Flax network. Names and layouts are the same: `kernel`, `bias`,
-    `scale`, `embedding`.
+) -> dict[str, Any]:
+    """Convert the variables of a Flax network.
 
-    The collections `params` and `batch_stats` of Linen are converted. Arrays with the names `mean`
+    Names and layouts are the same: `kernel`, `bias`, `scale`, `embedding`. Of the variables of
+    Linen, the collections `params` and `batch_stats` are converted. Arrays with the names `mean`
     and `var` become state, unless `like` has them in params. Random keys are left out, and so are
     integers that `like` does not have.
 
     Args:
-      variables: the result of Linen's `init`, or an NNX module or `nnx.state(module)`.
+      variables: the result of Linen's `init`, or an NNX module or `nnx.state(module)`; its arrays
+        have the shapes of those in jaxnet.
       like: as in `from_torch`.
       rename: {path of a module or parameter in Flax, without the collection: path here}, or a
         function.
@@ -53,13 +57,14 @@ def from_flax(
       As `from_torch`.
 
     Raises:
-      CheckpointError, ValueError: as `from_torch`.
+      CheckpointError: as `from_torch`.
+      ValueError: as `from_torch`; or a path is in params and in batch_stats.
     """
+    request = checked_request(like, pattern, rename, strict, cast)
     file = "the variables of Flax"
     if isinstance(variables, Mapping) and "params" in variables:
-        leaves, statistics = (
-            by_path(file, flat(variables.get(name)), str) for name in ("params", "batch_stats")
-        )
+        leaves = by_path(file, flat(variables["params"]), str)
+        statistics = by_path(file, flat(variables.get("batch_stats")), str)
         if both := sorted(leaves.keys() & statistics.keys()):
             raise ValueError(
                 f"the variables of Flax have '{shown(both[0])}' in params and in batch_stats: "
@@ -68,9 +73,7 @@ def from_flax(
         leaves |= statistics
     else:
         leaves = by_path(file, flat(variables), lambda name: name.removesuffix("/value"))
-    return convert(
-        file, leaves, FLAX, like, rename=rename, pattern=pattern, strict=strict, cast=cast
-    )
+    return convert(file, leaves, FLAX, request)
 
 
 def from_haiku(
@@ -78,11 +81,11 @@ def from_haiku(
     state: Any = None,
     *,
     like: Any = None,
-    rename: Rename = None,
+    rename: Rename | None = None,
     pattern: str | Iterable[str] | None = None,
     strict: bool = True,
     cast: bool = False,
-) -> Any:
+) -> dict[str, Any]:
     """Convert the parameters and the state of a Haiku network.
 
     | Haiku | here |
@@ -106,17 +109,17 @@ def from_haiku(
       As `from_torch`.
 
     Raises:
-      CheckpointError, ValueError: as `from_torch`.
+      CheckpointError: as `from_torch`.
+      ValueError: as `from_torch`.
     """
+    request = checked_request(like, pattern, rename, strict, cast)
     file = "the parameters of Haiku"
-    leaves = by_path(
-        file,
-        [*flat(params), *flat(state)],
-        lambda name: "/".join(s for s in name.split("/") if s != "~"),
-    )
-    return convert(
-        file, leaves, HAIKU, like, rename=rename, pattern=pattern, strict=strict, cast=cast
-    )
+
+    def without_marks(name: str) -> str:
+        return "/".join(step for step in name.split("/") if step != "~")
+
+    leaves = by_path(file, [*flat(params), *flat(state)], without_marks)
+    return convert(file, leaves, HAIKU, request)
 
 
 def from_equinox(
@@ -124,18 +127,17 @@ def from_equinox(
     state: Any = None,
     *,
     like: Any = None,
-    rename: Rename = None,
+    rename: Rename | None = None,
     pattern: str | Iterable[str] | None = None,
     strict: bool = True,
     cast: bool = False,
-) -> Any:
-    """Convert the parameters of an Equinox model and, from its state, the averages of its batch
-    norms.
+) -> dict[str, Any]:
+    """Convert the parameters of an Equinox model, and the averages of its batch norms.
 
     Names and layouts are those of PyTorch (`from_torch` has the table); vectors lose axes of size
-    1. The averages of a batch norm with mode "batch" are corrected for their start at zero, as
-    Equinox does when it uses them. The inputs of a dense layer after a flattened convolution must
-    be reordered, too.
+    1. The averages come from `state`. Those of a batch norm with mode "batch" are corrected for
+    their start at zero, as Equinox does when it uses them. The inputs of a dense layer after a
+    flattened convolution must be reordered, too.
 
     Args:
       model: a module.
@@ -150,15 +152,14 @@ def from_equinox(
       As `from_torch`.
 
     Raises:
-      CheckpointError, ValueError: as `from_torch`.
+      CheckpointError: as `from_torch`.
+      ValueError: as `from_torch`.
     """
+    request = checked_request(like, pattern, rename, strict, cast)
     file = "the model of Equinox"
-    leaves = by_path(
-        file, [*flat(model), *(_averages(model, state) if state is not None else [])], str
-    )
-    return convert(
-        file, leaves, EQUINOX, like, rename=rename, pattern=pattern, strict=strict, cast=cast
-    )
+    averages = [] if state is None else _averages(model, state)
+    leaves = by_path(file, [*flat(model), *averages], str)
+    return convert(file, leaves, EQUINOX, request)
 
 
 def _averages(model: Any, state: Any) -> list[tuple[str, Any]]:
@@ -166,23 +167,24 @@ def _averages(model: Any, state: Any) -> list[tuple[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    def is_norm(x):
+    def is_norm(x: Any) -> bool:
         return hasattr(x, "batch_state_index") and hasattr(x, "ema_state_index")
 
     result = []
     for path, norm in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_norm):
-        if is_norm(norm):
-            if norm.ema_state_index is not None:
-                averages = state.get(norm.ema_state_index)
-            else:
-                count = state.get(norm.batch_counter)
-                # The weight of the batches in the average. The remaining weight is that of the
-                # initial zero.
-                share = jnp.where(count == 0, 1, 1 - norm.momentum**count)
-                averages = [
-                    x / jnp.broadcast_to(share, x.shape) for x in state.get(norm.batch_state_index)
-                ]
-            for name, x in zip(STATE, averages, strict=True):
-                steps = (*path, jax.tree_util.GetAttrKey(name))
-                result.append((jax.tree_util.keystr(steps, simple=True, separator="/"), x))
+        if not is_norm(norm):
+            continue
+        if norm.ema_state_index is not None:
+            averages = state.get(norm.ema_state_index)
+        else:
+            count = state.get(norm.batch_counter)
+            # The weight of the batches in the average. The remaining weight is that of the initial
+            # zero.
+            share = jnp.where(count == 0, 1, 1 - norm.momentum**count)
+            averages = [
+                x / jnp.broadcast_to(share, x.shape) for x in state.get(norm.batch_state_index)
+            ]
+        for name, x in zip(STATE, averages, strict=True):
+            steps = (*path, jax.tree_util.GetAttrKey(name))
+            result.append((jax.tree_util.keystr(steps, simple=True, separator="/"), x))
     return result

@@ -1,5 +1,4 @@
-"""Read Keras files, `.keras`, `.weights.h5` and the old `.h5`, without Keras and without trusting
-them.
+"""Read Keras files (`.keras`, `.weights.h5`, the old `.h5`) without Keras, and without trust.
 
 An HDF5 file may link to other files, declare arrays that it does not contain, and decompress to any
 size. Files that Keras writes do none of this, so all of it is refused before an array is read.
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxnet.checkpoint.container import opened
-from jaxnet.checkpoint.format import RESTORE, CheckpointError
+from jaxnet.checkpoint.errors import RESTORE, CheckpointError
 from jaxnet.checkpoint.structure import MAX_DEPTH
 from jaxnet.checkpoint.words import shown
 from jaxnet.interop.keras_layers import Weights, kind_of_class, named
@@ -31,21 +30,38 @@ HARMLESS = (2, 3)
 
 
 class _Layer(NamedTuple):
-    """A layer in the configuration of a model."""
+    """A layer in the configuration of a model.
+
+    Attributes:
+      kind: as in `Weights`.
+      options: the arguments of its constructor.
+    """
 
     kind: str
     options: dict[str, Any]
 
 
 def read_layers(path: str | os.PathLike[str] | bytes) -> list[Weights]:
-    """The weights of all layers in a Keras file."""
-    with opened(path) as (file, fd, size):  # pyright: ignore[reportArgumentType]
-        if (kind := kind_of_file(file, fd, size)) != "keras":
+    """Read the weights of all layers in a Keras file.
+
+    Args:
+      path: the file; `from_keras` lists the kinds.
+
+    Returns:
+      The layers with their weights, in the order of the file.
+
+    Raises:
+      CheckpointError: as `from_keras`.
+      ImportError: as `from_keras`.
+      OSError: as `from_keras`.
+    """
+    with opened(os.fsdecode(path)) as (file, fd, size):
+        if (kind := kind_of_file(file, fd)) != "keras":
             raise CheckpointError(file, None, refused_kind(kind))
         with os.fdopen(os.dup(fd), "rb") as raw:
             if os.pread(fd, 2, 0) != b"PK":
                 return _read_hdf5(file, raw, size, None)
-            names = check_archive(file, raw, size)
+            names = check_archive(file, kind, raw, size)
             if WEIGHTS not in names:
                 text = (
                     f"the archive has no {WEIGHTS}, but {sorted(names)[:5]}: save the weights in "
@@ -61,9 +77,8 @@ def _read_hdf5(file: str, raw: Any, size: int, config: bytes | None) -> list[Wei
     try:
         import h5py  # pyright: ignore[reportMissingImports]
     except ImportError as e:
-        raise ImportError(
-            f"{shown(file, 5000)}: needs h5py to be opened: pip install 'jaxnet[keras]'"
-        ) from e
+        text = "needs h5py to be opened: pip install 'jaxnet[keras]'"
+        raise ImportError(f"{shown(file, 5000)}: {text}") from e
     try:
         with h5py.File(raw, "r") as content:
             return _read_groups(_Reader(file, h5py, size), content, config)
@@ -92,8 +107,9 @@ def _layers(
     known: dict[tuple[str, ...], _Layer],
     depth: int = 0,
 ) -> Iterator[Weights]:
-    """The layers at and below a group of a `.weights.h5`: the arrays of each are numbered in its
-    group `vars`.
+    """The layers at and below a group of a `.weights.h5`.
+
+    The arrays of each layer are numbered in its group `vars`.
     """
     reader.enter(group, depth)
     for name in group:
@@ -116,9 +132,7 @@ def _layers(
 
 
 def _step(reader: _Reader, group: Any, name: str) -> tuple[str, ...]:
-    """The steps that a group adds to the path of a layer: the name of the layer, or nothing for a
-    list of layers.
-    """
+    """The steps that a group adds to the path of a layer: its name, or nothing for a list."""
     if "vars" in group:
         stored = reader.child(group, "vars").attrs.get("name")
         return (stored if isinstance(stored, str) and stored else name,)
@@ -128,8 +142,9 @@ def _step(reader: _Reader, group: Any, name: str) -> tuple[str, ...]:
 def _old_layers(
     reader: _Reader, root: Any, layer: str, known: dict[tuple[str, ...], _Layer]
 ) -> Iterator[Weights]:
-    """The layers in a group of an old `.h5`, whose arrays have names: `dense/dense/kernel:0`,
-    `inner/inner/dense/kernel`.
+    """The layers in a group of an old `.h5`.
+
+    Its arrays have names, such as `dense/dense/kernel:0` or `inner/inner/dense/kernel`.
     """
     found: dict[tuple[str, ...], dict[str, Any]] = {}
 
@@ -144,9 +159,8 @@ def _old_layers(
                 path = below if layer == "top_level_model_weights" else (layer, *below)
                 arrays = found.setdefault(path, {})
                 if (short := name.removesuffix(":0")) in arrays:
-                    raise CheckpointError(
-                        reader.file, "/".join((*path, short)), "two arrays have this path"
-                    )
+                    leaf = "/".join((*path, short))
+                    raise CheckpointError(reader.file, leaf, "two arrays have this path")
                 arrays[short] = reader.array(group, name)
 
     visit(reader.child(root, layer), ())
@@ -156,8 +170,9 @@ def _old_layers(
 
 
 class _Reader:
-    """Access to an HDF5 file that refuses links, arrays outside the file, and more bytes than the
-    file has.
+    """Reads an HDF5 file.
+
+    It refuses links, arrays outside the file, and more bytes than the file has.
     """
 
     def __init__(self, file: str, h5py: Any, size: int):
@@ -174,15 +189,13 @@ class _Reader:
         return group[name]
 
     def enter(self, group: Any, depth: int) -> None:
-        """Check a group before visiting it. Raises CheckpointError if it was visited before, as in
-        a cycle.
+        """Check a group before visiting it.
+
+        Raises CheckpointError if it was visited before, as in a cycle.
         """
         if not self.is_group(group):
-            raise CheckpointError(
-                self.file,
-                (group.name or "").lstrip("/"),
-                "it is an array, expected a group of them",
-            )
+            name = (group.name or "").lstrip("/")
+            raise CheckpointError(self.file, name, "it is an array, expected a group of them")
         address = self.h5py.h5o.get_info(group.id).addr
         if address in self.seen or depth > MAX_DEPTH:
             text = (
@@ -200,11 +213,8 @@ class _Reader:
 
         dataset, path = self.child(group, name), self.path(group, name)
         if not isinstance(dataset, self.h5py.Dataset) or dataset.shape is None:
-            raise CheckpointError(
-                self.file,
-                path,
-                f"it is a {type(dataset).__name__} without values, expected an array",
-            )
+            text = f"it is a {type(dataset).__name__} without values, expected an array"
+            raise CheckpointError(self.file, path, text)
         filters = dataset.id.get_create_plist()
         kinds = [filters.get_filter(i)[0] for i in range(filters.get_nfilters())]
         problem = None
@@ -237,9 +247,7 @@ class _Reader:
 
 
 def _configured(config: Any) -> dict[tuple[str, ...], _Layer]:
-    """The layers in the configuration of a model, by the names of all layers above them; empty if
-    it has none.
-    """
+    """The layers in the configuration of a model, by the names of all layers above them."""
     found: dict[tuple[str, ...], _Layer] = {}
 
     def visit(model: Any, path: tuple[str, ...]) -> None:

@@ -40,8 +40,12 @@ NORMS = ("batch_normalization", "layer_normalization", "group_normalization")
 
 
 class Weights(NamedTuple):
-    """The path of a layer (its own name after those of the layers above it), its class as in
-    ORDERS, and its arrays.
+    """The weights of a layer.
+
+    Attributes:
+      path: the names of the layers above it, and its own name.
+      kind: its class, a key of ORDERS; '' if that is unknown.
+      arrays: its arrays by name.
     """
 
     path: tuple[str, ...]
@@ -50,8 +54,13 @@ class Weights(NamedTuple):
 
 
 def kind_of_class(name: str) -> str:
-    """The key in ORDERS of a class name, of a group in a file (`conv2d_1`) or of a default layer
-    name; '' if unknown.
+    """Find the kind of a layer.
+
+    Args:
+      name: a class, a group in a file (`conv2d_1`) or the default name of a layer.
+
+    Returns:
+      The key of ORDERS; '' if it is unknown.
     """
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     name = re.sub("([a-z])([A-Z])", r"\1_\2", name).lower().lstrip("_")
@@ -60,8 +69,15 @@ def kind_of_class(name: str) -> str:
 
 
 def named(kind: str, arrays: list[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a layer by name, according to their order; by number if their names are
-    unknown.
+    """Name the arrays of a layer by their order.
+
+    Args:
+      kind: the kind of the layer.
+      arrays: the arrays, of any shapes [...], in the order of the file.
+      options: the arguments of the layer's constructor, if the file has them.
+
+    Returns:
+      The arrays by name; by number if their names are unknown.
     """
     order = ORDERS.get(kind, ())
     if kind in NORMS:
@@ -80,20 +96,22 @@ def named(kind: str, arrays: list[Any], options: Mapping[str, Any]) -> dict[str,
 
 
 def placed(layer: Weights) -> list[tuple[str, Any]]:
-    """The arrays of a layer with their names and in jaxnet's layout. `keras_model.KERAS` maps the
-    remaining names.
+    """Bring the arrays of a layer into jaxnet's layout.
+
+    Args:
+      layer: the layer.
+
+    Returns:
+      The arrays with their names, of which `keras_model.KERAS` maps the rest.
     """
     arrays = dict(layer.arrays)
-    for name in [
-        name
-        for name, x in arrays.items()
-        if str(x.dtype).removeprefix("torch.") in CODES and len(x.shape) > 1
-    ]:
-        text = (
-            f"a quantized layer holds codes ({arrays[name].dtype}), not values: save the model "
-            "before model.quantize()"
-        )
-        arrays[name] = Refused(text)
+    for name, x in layer.arrays.items():
+        if str(x.dtype).removeprefix("torch.") in CODES and len(x.shape) > 1:
+            text = (
+                f"a quantized layer holds codes ({x.dtype}), not values: save the model before "
+                "model.quantize()"
+            )
+            arrays[name] = Refused(text)
     if "pointwise_kernel" in arrays:
         names = {
             "depthwise_kernel": "depthwise/kernel",
@@ -113,7 +131,5 @@ def placed(layer: Weights) -> list[tuple[str, Any]]:
 
 
 def _depthwise(x: Any) -> Any:
-    """[*window, C, M] as [*window, 1, C * M]: output C * M of one group of one channel each, in the
-    same order.
-    """
+    """[*window, C, M] as [*window, 1, C * M]: C groups of one channel and M outputs each."""
     return x if isinstance(x, Refused) else x.reshape(*x.shape[:-2], 1, x.shape[-2] * x.shape[-1])

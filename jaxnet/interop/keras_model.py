@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from jaxnet.checkpoint.format import CheckpointError
+from jaxnet.checkpoint.errors import CheckpointError
+from jaxnet.checkpoint.renaming import Rename
+from jaxnet.checkpoint.request import checked_request
 from jaxnet.interop.collect import by_path
-from jaxnet.interop.convert import Convention, Rename, convert
+from jaxnet.interop.convert import Convention, convert
 from jaxnet.interop.keras_file import read_layers
 from jaxnet.interop.keras_layers import Weights, kind_of_class, placed
 
@@ -24,11 +26,11 @@ def from_keras(
     source: Any,
     *,
     like: Any = None,
-    rename: Rename = None,
+    rename: Rename | None = None,
     pattern: str | Iterable[str] | None = None,
     strict: bool = True,
     cast: bool = False,
-) -> Any:
+) -> dict[str, Any]:
     """Read the weights of a Keras model.
 
         like = {"params": params, "state": state}
@@ -75,27 +77,20 @@ def from_keras(
       ValueError: `like` does not have the form of variables.
       OSError: the file cannot be opened.
     """
+    request = checked_request(like, pattern, rename, strict, cast)
     if isinstance(source, (str, bytes, os.PathLike)):
         file, layers = os.fsdecode(source), read_layers(source)
     else:
         file = "the model of Keras"
         layers = _layers(file, source)
     pairs = [("/".join((*layer.path, name)), x) for layer in layers for name, x in placed(layer)]
-    return convert(
-        file,
-        by_path(file, pairs, str),
-        KERAS,
-        like,
-        rename=rename,
-        pattern=pattern,
-        strict=strict,
-        cast=cast,
-    )
+    return convert(file, by_path(file, pairs, str), KERAS, request)
 
 
 def _layers(file: str, model: Any) -> list[Weights]:
-    """The layers of a model in memory, each with its own weights and with the names of all layers
-    above it.
+    """The layers of a model in memory.
+
+    Each has its own weights, and the names of all layers above it.
     """
     if not (hasattr(model, "_layers") and hasattr(model, "_trainable_variables")):
         what = f"{type(model).__module__}.{type(model).__qualname__}"
@@ -104,8 +99,7 @@ def _layers(file: str, model: Any) -> list[Weights]:
         )
     if not model.built:
         text = (
-            "it has not been built, so that it has no weights: call it once, or "
-            "model.build(input_shape)"
+            "it has not been built, so it has no weights: call it once, or model.build(input_shape)"
         )
         raise CheckpointError(file, None, text)
     found, seen = [], set()

@@ -1,6 +1,4 @@
-"""Recognize files of other libraries by their first bytes, and check that archives contain what
-they declare.
-"""
+"""Recognize files of other libraries by their first bytes, and check their archives."""
 
 from __future__ import annotations
 
@@ -9,11 +7,16 @@ import zipfile
 from typing import BinaryIO, Literal
 
 from jaxnet.checkpoint.container import opened
-from jaxnet.checkpoint.format import RESTORE, CheckpointError
+from jaxnet.checkpoint.errors import RESTORE, CheckpointError
 
 __all__ = ["check_archive", "kind_of", "kind_of_file", "refused_kind"]
 
 Kind = Literal["safetensors", "torch", "keras"]
+NAMES = {
+    "safetensors": "a safetensors file",
+    "torch": "a file of torch.save",
+    "keras": "a file of Keras",
+}
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 PICKLE = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
@@ -37,15 +40,23 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
       CheckpointError: the file has none of these formats.
       OSError: the file cannot be opened.
     """
-    with opened(path) as (file, fd, size):
-        return kind_of_file(file, fd, size)
+    with opened(path) as (file, fd, _):
+        return kind_of_file(file, fd)
 
 
-def kind_of_file(file: str, fd: int, size: int) -> Kind:
-    """`kind_of` for an open file."""
+def kind_of_file(file: str, fd: int) -> Kind:
+    """`kind_of` for an open file.
+
+    Args:
+      file: how errors name the file.
+      fd: its descriptor.
+
+    Returns:
+      As `kind_of`.
+    """
     first = os.pread(fd, 512, 0)
-    # Test for safetensors first. Their JSON begins at byte 8, and the eight bytes before it, a
-    # length, may look like another format.
+    # The test for safetensors comes first: their JSON begins at byte 8, and the eight bytes before
+    # it, a length, may look like another format.
     if first[8:9] == b"{":
         return "safetensors"
     if first.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -54,17 +65,27 @@ def kind_of_file(file: str, fd: int, size: int) -> Kind:
         return "keras"
     if first.startswith(PICKLE):
         return "torch"
-    raise CheckpointError(
-        file, None, f"{_unknown(first)}; expected safetensors, torch.save or Keras"
-    )
+    text = f"{_unknown(first)}; expected safetensors, torch.save or Keras"
+    raise CheckpointError(file, None, text)
 
 
-def check_archive(file: str, archive: BinaryIO, size: int) -> list[str]:
-    """The names in a zip archive. Raises CheckpointError unless every record is uncompressed and
-    has the right CRC-32.
+def check_archive(file: str, kind: Kind, archive: BinaryIO, size: int) -> list[str]:
+    """Check that every record of a zip archive is uncompressed and has the right CRC-32.
 
     Reading then never needs more memory than the file has bytes, and damage is always detected:
     torch ignores checksums.
+
+    Args:
+      file: how errors name the file.
+      kind: "torch" or "keras".
+      archive: the open archive.
+      size: the number of bytes of the file.
+
+    Returns:
+      The names of the records.
+
+    Raises:
+      CheckpointError: the archive is damaged, or has records that neither library writes.
     """
     try:
         with zipfile.ZipFile(archive) as content:
@@ -78,11 +99,8 @@ def check_archive(file: str, archive: BinaryIO, size: int) -> list[str]:
         raise
     except Exception as e:
         # Damage causes errors of many types.
-        text = (
-            "torch cannot read it as tensors alone, nor Keras: its zip archive is damaged "
-            f"({e}); {RESTORE}"
-        )
-        if "CRC" in str(e):
+        text = f"it is {NAMES[kind]}, whose zip archive is damaged ({e}); {RESTORE}"
+        if kind == "torch" and "CRC" in str(e):
             text += (
                 " (or it was saved with torch.serialization.set_crc32_options(False): save it "
                 "again without)"
@@ -92,13 +110,16 @@ def check_archive(file: str, archive: BinaryIO, size: int) -> list[str]:
 
 
 def refused_kind(kind: Kind) -> str:
-    """The error text for a file of another kind, with the function that reads it."""
-    names = {
-        "safetensors": "a safetensors file",
-        "torch": "a file of torch.save",
-        "keras": "a file of Keras",
-    }
-    return f"it is {names[kind]}: read it with {'from_keras' if kind == 'keras' else 'from_torch'}"
+    """The text of the error for a file that another function reads.
+
+    Args:
+      kind: the kind of the file.
+
+    Returns:
+      The text, with the function that reads the file.
+    """
+    function = "from_keras" if kind == "keras" else "from_torch"
+    return f"it is {NAMES[kind]}: read it with {function}"
 
 
 def _kind_of_archive(file: str, fd: int) -> Kind:
@@ -107,13 +128,15 @@ def _kind_of_archive(file: str, fd: int) -> Kind:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
     except Exception as e:
         text = (
-            "torch cannot read it as tensors alone, nor Keras: its zip archive is damaged or cut "
-            f"off ({e})"
+            f"its zip archive is damaged or cut off ({e}), expected one of torch.save or of Keras"
         )
         raise CheckpointError(file, None, f"{text}; {RESTORE}") from e
     if "constants.pkl" in names:
-        text = "it is a TorchScript program: open it with torch.jit.load where it can be trusted"
-        raise CheckpointError(file, None, f"{text}, and save its state_dict()")
+        text = (
+            "it is a TorchScript program: open it with torch.jit.load if you trust it, and save "
+            "its state_dict()"
+        )
+        raise CheckpointError(file, None, text)
     if "data.pkl" in names:
         return "torch"
     if {"config.json", "metadata.json"} <= names:
@@ -121,30 +144,25 @@ def _kind_of_archive(file: str, fd: int) -> Kind:
     if names and all(name.endswith(".npy") for name in names):
         text = "it is an archive of NumPy: from_torch(dict(numpy.load(file))) takes its arrays"
         raise CheckpointError(file, None, text)
-    raise CheckpointError(
-        file, None, "it is a zip archive, but neither of torch.save nor of Keras: unpack it first"
-    )
+    text = "it is a zip archive, but neither of torch.save nor of Keras: unpack it first"
+    raise CheckpointError(file, None, text)
 
 
 def _check_records(file: str, records: list[zipfile.ZipInfo], size: int) -> None:
     for record in records:
-        packed = (
-            record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
-        )
+        stored = record.compress_type == zipfile.ZIP_STORED
+        packed = not stored or record.compress_size != record.file_size
         # torch reads a record with the attribute of a folder as an array and returns uninitialized
         # memory.
         if record.is_dir() or record.external_attr & FOLDER:
-            raise CheckpointError(
-                file, record.filename, f"the record is marked as a folder; {RESTORE}"
-            )
+            text = f"the record is marked as a folder; {RESTORE}"
+            raise CheckpointError(file, record.filename, text)
         if packed or record.flag_bits & ENCRYPTED:
             text = (
                 "the record is compressed or encrypted, expected bytes as they are (what "
-                "torch.save and Keras write)"
+                "torch.save and Keras write): write it again, or unpack it yourself"
             )
-            raise CheckpointError(
-                file, record.filename, f"{text}: write it again, or unpack it yourself"
-            )
+            raise CheckpointError(file, record.filename, text)
     names = [record.filename for record in records]
     if len(set(names)) < len(names):
         name = next(name for name in names if names.count(name) > 1)
@@ -158,7 +176,7 @@ def _check_records(file: str, records: list[zipfile.ZipInfo], size: int) -> None
 
 def _unknown(first: bytes) -> str:
     if not first:
-        return "torch cannot read it as tensors alone, nor can anything else: it is empty"
+        return "it is empty"
     if first.startswith(COMPRESSED):
         return "it is compressed as a whole: unpack it first"
     if first[257:262] == b"ustar":

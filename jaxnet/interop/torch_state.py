@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxnet.checkpoint import match
-from jaxnet.checkpoint.container import opened
-from jaxnet.checkpoint.format import CheckpointError
-from jaxnet.checkpoint.opening import lazy
+from jaxnet.checkpoint import renaming
+from jaxnet.checkpoint.errors import CheckpointError
+from jaxnet.checkpoint.renaming import Rename
+from jaxnet.checkpoint.request import checked_request
 from jaxnet.checkpoint.words import shown
-from jaxnet.interop.collect import Refused, by_path, collect, to_numpy
-from jaxnet.interop.convert import STATE, Convention, Rename, convert, merged, unstacked
-from jaxnet.interop.kinds import check_archive, kind_of_file, refused_kind
+from jaxnet.interop.collect import by_path, collect, to_numpy
+from jaxnet.interop.convert import Convention, convert
+from jaxnet.interop.stacks import unstacked
+from jaxnet.interop.torch_file import read_state_dict
+from jaxnet.interop.variables import STATE, variables_of
 
-__all__ = ["from_torch", "read_tensors", "renamed_tensors", "to_torch"]
+__all__ = ["from_torch", "renamed_state_dict", "to_torch"]
 
 # `convert` maps `weight`, whose name here depends on its shape and on the template.
 TORCH = Convention({f"running_{name}": name for name in STATE}, features_first=True)
-TO_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight"} | {
-    n: f"running_{n}" for n in STATE
-}
-
-# Expanded and tied tensors repeat their bytes. All tensors may take at most this multiple of the
-# file's size.
-REPEATED = 64
+TO_TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+TO_TORCH |= {name: f"running_{name}" for name in STATE}
 
 
 def from_torch(
     source: Any,
     *,
     like: Any = None,
-    rename: Rename = None,
+    rename: Rename | None = None,
     pattern: str | Iterable[str] | None = None,
     strict: bool = True,
     cast: bool = False,
-) -> Any:
+) -> dict[str, Any]:
     """Read a PyTorch state dict.
 
         like = {"params": params, "state": state}
@@ -94,26 +90,20 @@ def from_torch(
       ValueError: `like` does not have the form of variables, or has the same path in both parts.
       OSError: the file cannot be opened.
     """
+    request = checked_request(like, pattern, rename, strict, cast)
     if isinstance(source, (str, bytes, os.PathLike)):
-        file, tensors = os.fsdecode(source), read_tensors(source)
+        file, tensors = os.fsdecode(source), read_state_dict(source)
     else:
         file = "the state dict"
         tensors = collect(file, source)
     leaves, rename = _slashed(file, tensors, rename)
-    return convert(
-        file,
-        leaves,
-        TORCH,
-        like,
-        rename=rename,
-        pattern=_slashed_patterns(pattern),
-        strict=strict,
-        cast=cast,
-    )
+    patterns = request.patterns and [pattern.replace(".", "/") for pattern in request.patterns]
+    request = request._replace(rename=rename, patterns=patterns)
+    return convert(file, leaves, TORCH, request)
 
 
 def to_torch(
-    variables: Mapping[str, Any], *, rename: Rename = None, stacked: str | Iterable[str] = ()
+    variables: Mapping[str, Any], *, rename: Rename | None = None, stacked: str | Iterable[str] = ()
 ) -> dict[str, Any]:
     """Make a PyTorch state dict, the exact inverse of `from_torch`.
 
@@ -141,18 +131,17 @@ def to_torch(
     from jaxnet.checkpoint import arrays
 
     file = "the variables"
-    nodes, leaves, whole = merged(file, "variables", variables, arrays.describe)
-    if odd := [
-        name for name, node in nodes.items() if node.kind not in ("jax", "numpy", "numpy_scalar")
-    ]:
-        raise ValueError(
-            f"variables must be arrays of numbers: '{shown(whole[odd[0]])}' is of kind "
-            f"{nodes[odd[0]].kind}"
-        )
+    nodes, leaves, whole = variables_of(file, "variables", variables, arrays.describe)
+    for name, node in nodes.items():
+        if node.kind not in ("jax", "numpy", "numpy_scalar"):
+            raise ValueError(
+                f"variables must be arrays of numbers: '{shown(whole[name])}' is of kind "
+                f"{node.kind}"
+            )
     leaves = {name: to_numpy(file, whole[name], x) for name, x in leaves.items()}
     for path in [stacked] if isinstance(stacked, str) else stacked:
         leaves = unstacked(leaves, path)
-    names = match.renamed(file, leaves, rename or {})
+    names = renaming.renamed(file, leaves, rename or {})
     result = {}
     for name, path in names.items():
         last, x = name.rpartition("/")[2], leaves[name]
@@ -163,121 +152,40 @@ def to_torch(
             path = (*path[:-1], TO_TORCH.get(last, last))
         new = ".".join(path).replace("/", ".")
         if new in result:
-            raise CheckpointError(
-                file,
-                name,
-                f"another leaf is called '{shown(new)}' too: give one another name by `rename`",
-            )
+            text = f"another leaf is called '{shown(new)}' too: give one another name by `rename`"
+            raise CheckpointError(file, name, text)
         result[new] = x.copy(order="C")
     return result
 
 
-def read_tensors(path: str | os.PathLike[str] | bytes) -> dict[str, Any]:
-    """All arrays of a state dict in a file by name, in the order of the file. `from_torch` lists
-    the kinds of files.
-    """
-    with opened(path) as (file, fd, size):  # pyright: ignore[reportArgumentType]
-        kind = kind_of_file(file, fd, size)
-        if kind == "torch":
-            return _collected(file, _loaded(file, fd, size), size)
-        if kind == "keras":
-            raise CheckpointError(file, None, refused_kind(kind))
-    with lazy(file) as leaves:
-        return {name: leaves[name] for name in leaves if hasattr(leaves[name], "dtype")}
+def renamed_state_dict(path: str | os.PathLike[str], rename: Rename | None) -> dict[str, Any]:
+    """Rename the arrays of a state dict in a file.
 
+    Args:
+      path: the file; `from_torch` lists the kinds.
+      rename: as in `from_torch`.
 
-def renamed_tensors(path: str | os.PathLike[str], rename: Rename) -> dict[str, Any]:
-    """All arrays of a state dict in a file, unchanged, by their new names with '.' between
-    steps.
+    Returns:
+      The unchanged arrays by their new names, with '.' between the steps.
+
+    Raises:
+      CheckpointError: as `from_torch`.
+      ImportError: as `from_torch`.
+      OSError: as `from_torch`.
     """
     file = os.fsdecode(path)
-    tensors, rename = _slashed(file, read_tensors(path), rename)
-    names = match.renamed(file, tensors, rename or {})
+    tensors, rename = _slashed(file, read_state_dict(path), rename)
+    names = renaming.renamed(file, tensors, rename or {})
     return {
         ".".join(path).replace("/", "."): to_numpy(file, name, tensors[name])
         for name, path in names.items()
     }
 
 
-def _loaded(file: str, fd: int, size: int) -> Any:
-    """The content of a file that torch reads with `weights_only=True`."""
-    torch = _torch(file)
-    with os.fdopen(os.dup(fd), "rb") as source:
-        if os.pread(fd, 2, 0) == b"PK":
-            check_archive(file, source, size)
-        source.seek(0)
-        try:
-            return torch.load(source, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as e:
-            # Damage causes errors of many types.
-            raise CheckpointError(file, None, _refusal(e)) from e
-
-
-def _torch(file: str) -> Any:
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError as e:
-        text = (
-            "needs torch to be opened: pip install 'jaxnet[torch]', or save it as safetensors "
-            "where torch is"
-        )
-        raise ImportError(f"{shown(file, 5000)}: {text}") from e
-    # CVE-2025-32434: before 2.6, files could run code despite weights_only=True.
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
-        raise ImportError(
-            f"{shown(file, 5000)}: torch {torch.__version__} does not open files safely; from "
-            "2.6 on it does: upgrade"
-        )
-    return torch
-
-
-def _refusal(error: Exception) -> str:
-    text = "torch cannot read it as tensors alone (weights_only=True)"
-    if other := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
-        text += (
-            f": it holds an object of {other[1]}; save model.state_dict() alone, best as "
-            "safetensors, or, if you trust"
-        )
-        return (
-            f"{text} the file, read it inside `with torch.serialization.safe_globals([{other[1]}])`"
-        )
-    text += (
-        ": it is damaged, or holds objects of other classes; save model.state_dict() alone, best "
-        "as safetensors."
-    )
-    return f"{text} {type(error).__name__}: {shown((str(error).splitlines() or [''])[0], 3000)}"
-
-
-def _collected(file: str, content: Any, size: int) -> dict[str, Any]:
-    """The tensors of a file. Raises CheckpointError if they need far more memory than the size of
-    the file.
-    """
-    tensors = collect(file, content)
-    sizes = {name: x.nbytes for name, x in tensors.items() if not isinstance(x, Refused)}
-    if (total := sum(sizes.values())) > (limit := REPEATED * size + (64 << 20)):
-        name = max(sizes, key=lambda name: sizes[name])
-        text = (
-            f"the tensors take {total:,} bytes, of which this one takes {sizes[name]:,}; at most "
-            f"{limit:,} are read from"
-        )
-        raise CheckpointError(
-            file, name, f"{text} a file of {size:,} bytes: save expanded tensors as they are needed"
-        )
-    return tensors
-
-
-def _slashed(file: str, tensors: dict[str, Any], rename: Rename) -> tuple[dict[str, Any], Rename]:
-    """The tensors of a state dict by path, and `rename` with '/' between the steps of its old
-    names.
-    """
+def _slashed(
+    file: str, tensors: dict[str, Any], rename: Rename | None
+) -> tuple[dict[str, Any], Rename | None]:
+    """The tensors of a state dict by path, and `rename` with '/' between the steps of old names."""
     if isinstance(rename, dict):
         rename = {old.replace(".", "/"): new for old, new in rename.items()}
     return by_path(file, tensors.items(), lambda name: name.replace(".", "/")), rename
-
-
-def _slashed_patterns(pattern: str | Iterable[str] | None) -> str | list[str] | None:
-    if pattern is None or isinstance(pattern, str):
-        return pattern and pattern.replace(".", "/")
-    return [each.replace(".", "/") for each in pattern]

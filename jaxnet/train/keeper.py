@@ -97,7 +97,7 @@ class Keeper:
           OSError: a newer file is not damaged but cannot be opened. A run resumed from an older
             file could not save.
         """
-        from jaxnet.checkpoint.file import load_with_info
+        from jaxnet.checkpoint.loading import load_with_info
 
         if self.store is not None:
             found = self.store.latest(template=template)
@@ -131,7 +131,7 @@ class Keeper:
         A file that was deleted is written again. One that was only touched or copied back holds the
         same run at the same second, and is this run's own.
         """
-        from jaxnet.checkpoint.format import CheckpointError
+        from jaxnet.checkpoint.errors import CheckpointError
 
         place = str(self.place)
         found = _identity(place)

@@ -34,18 +34,23 @@ __all__ = ["Averaged", "Guarded", "averaged", "averaged_params", "by_path", "fre
 
 
 def by_path(groups: Mapping[str, Optimizer | None]) -> optax.GradientTransformation:
-    """Give groups of parameters optimizers of their own; the first pattern that matches a path
-    decides.
+    """Give each group of parameters a separate optimizer. The first matching pattern decides.
 
-        decayed = optax.adamw(1e-3, weight_decay=0.1)
-        by_path({"embed": None, "**/bias": optax.adam(1e-3), "**": decayed})
+    Args:
+      groups: path pattern (see `jaxnet.tree`) -> an optax transformation, a learning rate or
+        schedule for plain SGD, or None for parameters that do not change. Under `jax.jit`, the
+        gradients of those are not even computed.
 
-    Args: groups: path pattern (see `jaxnet.tree`) -> an optax transformation, a learning rate or
-      schedule for plain SGD, or None for parameters that do not move (whose gradients are then not
-      even computed, under `jax.jit`).
-    Returns: an optax transformation.
-    Raises: KeyError, at `init`, for a parameter that no pattern matches and for a pattern that
-    decides for none.
+    Returns:
+      An optax transformation.
+
+    Raises:
+      KeyError: at `init`, no pattern matches a parameter, or a pattern is never the first match.
+
+    Example:
+      >>> import optax
+      >>> decayed = optax.adamw(1e-3, weight_decay=0.1)
+      >>> optimizer = by_path({"embed": None, "**/bias": optax.adam(1e-3), "**": decayed})
     """
     import optax
 

@@ -57,7 +57,7 @@ def template_of(run: Run) -> Callable[[Info], Any]:
     """
 
     def template(info: Info) -> Any:
-        from jaxnet.checkpoint.format import Misfit
+        from jaxnet.checkpoint.errors import Misfit
 
         if "fit" not in info.metadata:
             raise Misfit(info.path, None, f"not written by `fit`: {REMEDY}")
@@ -88,7 +88,7 @@ def _check_tree(run: Run, info: Info) -> None:
     """Raise Misfit unless the train state of a file has the leaves and the containers of this
     one.
     """
-    from jaxnet.checkpoint.format import Misfit
+    from jaxnet.checkpoint.errors import Misfit
 
     leaves = {leaf.path: (leaf.dtype, leaf.shape) for leaf in info.leaves}
     state = {
@@ -129,7 +129,7 @@ def newest(run: Run, keeper: Keeper) -> Found | None:
     """The newest checkpoint that a run can go on from; None if there is none. Raises if it is of
     another run.
     """
-    from jaxnet.checkpoint.format import Misfit
+    from jaxnet.checkpoint.errors import Misfit
 
     try:
         return keeper.newest(template_of(run))
