@@ -51,7 +51,7 @@ def test_chain_applies_in_order_and_names_by_position_then_by_name():
 def test_the_first_layer_of_a_chain_may_take_several_inputs_and_an_empty_chain_is_the_identity():
     net = chain(lambda x, y, scale=1: scale * (x + y), jnp.negative)
     np.testing.assert_array_equal(net.apply({}, 1.0, 2.0, scale=3), -9)
-    # What a layer returns is one input of the next.
+    # The result of a layer is one input of the next.
     pairs = chain(lambda x: (x, 2 * x), lambda pair: pair[0] + pair[1])
     np.testing.assert_array_equal(pairs.apply({}, 1.0), 3)
     assert chain().apply({}, X) is X

@@ -149,6 +149,33 @@ def test_the_table_has_no_cycle():
     assert not left
 
 
+ROOMS_OF_FILES = sorted(path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file())
+
+
+@pytest.mark.parametrize("home", ROOMS_OF_FILES)
+def test_the_modules_of_a_room_import_each_other_in_no_circle(home):
+    """Kahn's algorithm, as above. An import inside a function counts, because it may hide a
+    circle.
+    """
+    left = {module_name(path): set() for path in (ROOT / home).glob("*.py")}
+    # The front door of a room imports all of its modules.
+    del left[f"jaxnet.{home}"]
+    for path in (ROOT / home).glob("*.py"):
+        if path.name != "__init__.py":
+            left[module_name(path)] = {name for name, _ in imports(path)}
+    while ready := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in ready:
+            del left[name]
+    assert not left, f"a circle is among {sorted(left)}"
+
+
+@each_file
+def test_a_module_has_at_most_350_lines(path):
+    """A longer module has two subjects."""
+    lines = len(path.read_text().splitlines())
+    assert lines <= 350
+
+
 def test_the_imports_of_a_file_are_found_wherever_they_are(tmp_path, monkeypatch):
     """The parser itself: relative and nested imports, several names, and which are at the top
     level.

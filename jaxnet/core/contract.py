@@ -45,8 +45,9 @@ class Layer:
         seen)).
       plain: for a tapped layer, the layer to run inside raw JAX transforms, because captured values
         cannot leave them.
-      wide: names of its own parameters that may be wider than its inputs. `cast` does not change
-        them, so their gradients are summed and kept in their own dtype (`jaxnet.mixed`).
+      wide: names of the parameters, not those of children, that may be wider than the inputs.
+        `cast` does not change them, so their gradients are summed and kept in their own dtype
+        (`jaxnet.mixed`).
     """
 
     init: Callable[..., Any]

@@ -172,8 +172,8 @@ def _parse(file: io.BufferedIOBase, most: int, path: pathlib.Path) -> np.ndarray
 
 
 def _read_at_most(file: io.BufferedIOBase, length: int) -> bytearray:
-    # The buffer grows with the bytes read: one read(length) would allocate whatever the header
-    # claims.
+    # The buffer grows with the bytes that are read. One read(length) would allocate the size that
+    # the header claims.
     body = bytearray()
     while len(body) < length and (chunk := file.read(min(_CHUNK, length - len(body)))):
         body += chunk

@@ -1,4 +1,4 @@
-"""Normalization. Statistics are computed in at least float32, whatever the dtype of the input."""
+"""Normalization. Statistics are computed in at least float32 for every dtype of the input."""
 
 from __future__ import annotations
 

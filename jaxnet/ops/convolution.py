@@ -139,7 +139,8 @@ def _batch(role: str, operands, axes, *, geometry: Geometry):
     new = {name for name, axis in zip(names, axes, strict=True) if axis is not None} | {role}
     outer = 1 if len(new) == 3 else g.groups
 
-    def fold(name, a):  # [B, *old] -> [*folded]
+    def fold(name, a):
+        """[B, *old] -> [*folded]."""
         if new == {"input", "output"}:
             a = a.swapaxes(0, 1) if images_first else a
             return a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])
@@ -149,7 +150,8 @@ def _batch(role: str, operands, axes, *, geometry: Geometry):
         a = jnp.moveaxis(a.reshape(*a.shape[:-1], outer, width), 0, -2)
         return a.reshape(*a.shape[:-3], outer * size * width)
 
-    def unfold(name, a, shape):  # the inverse, [*folded] -> [B, *shape]
+    def unfold(name, a, shape):
+        """The inverse of `fold`, [*folded] -> [B, *shape]."""
         if new == {"input", "output"}:
             if images_first:
                 return a.reshape(shape[0], size, *shape[1:]).swapaxes(0, 1)

@@ -261,7 +261,8 @@ def _flip(k, g: Geometry):
 def _grouped(role: str, a, b, g: Geometry):
     """One group after the other. Each is a separate convolution in its best form."""
 
-    def split(a):  # [..., G c] -> [G, ..., c]
+    def split(a):
+        """[..., G c] -> [G, ..., c]."""
         return jnp.moveaxis(a.reshape(*a.shape[:-1], g.groups, a.shape[-1] // g.groups), -2, 0)
 
     def one(operands):
