@@ -249,7 +249,7 @@ def test_digits_goes_on_after_an_interruption(tmp_path, number, code):
         "--out",
         tmp_path,
         "--cache-dir",
-        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_compilation_cache_dir,  # pyright: ignore[reportAttributeAccessIssue]
     ]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
