@@ -44,8 +44,8 @@ def layer(
       fn: the layer as an equation: (params, *inputs) -> outputs, or with `state` -> (outputs,
         new_state).
       init_state: (*inputs) -> state for a stateful layer. It names `key` if the state begins with
-        random numbers, such as a codebook. State is the home of statistics, caches and constants
-        that no gradient should move.
+        random numbers, such as a codebook. State holds statistics, caches and constants that no
+        gradient should change.
       outputs: (*inputs) -> arrays or `jax.ShapeDtypeStruct` with the shapes and dtypes of the
         outputs. Without it, `init` of a network traces `fn`. Pass it if that is slow, or if `fn`
         has a collective such as `jax.lax.psum`. It may have a parameter `train`.

@@ -1,4 +1,6 @@
-"""Initial values of parameters: those of `jax.nn.initializers`, bit for bit, from few programs.
+"""Initial values of parameters: those of `jax.nn.initializers`, from few programs.
+
+They are the same bit for bit with JAX 0.10, and to a few roundings with later versions.
 
 XLA takes a quarter of a second to compile random numbers of one shape, more than a small network
 needs for all the rest of its `init`. However, n numbers are the first n of any longer draw from the
