@@ -132,7 +132,7 @@ def test_every_room_is_an_attribute():
         for path in pathlib.Path(str(jaxnet.__file__)).parent.iterdir()
         if not path.stem.startswith("_")
     }
-    inner = {"checks", "cli", "first_use", "flops", "nodes", "numerics", "py"}
+    inner = {"best_rule", "checks", "cli", "first_use", "flops", "nodes", "numerics", "py"}
     assert rooms - inner == {
         name for name, home in jaxnet._HOMES.items() if home == f"jaxnet.{name}"
     }

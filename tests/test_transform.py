@@ -349,13 +349,13 @@ def test_a_summary_prints_as_a_table():
     text = """\
 path         layer                       output         parameters  bytes  FLOPs
 --------------------------------------------------------------------------------
-.            chain                       float32[4, 8]         312  1,248  3,032
+.            chain                       float32[4, 8]         312  1,248  2,996
 stem         dense(8)                    float32[4, 8]          32    128    224
 blocks       repeat[3](residual(chain))  float32[4, 8]         264  1,056  2,688
 blocks/norm  layer_norm                  float32[4, 8]          48    192    960
 blocks/mix   dense(8)                    float32[4, 8]         216    864  1,632
 norm         batch_norm                  float32[4, 8]          16     64    120
-312 parameters, 1,248 bytes, 3,032 FLOPs per call, 64 bytes of state"""
+312 parameters, 1,248 bytes, 2,996 FLOPs per call, 64 bytes of state"""
     assert str(summary(net, floats(4, 3))) == text
 
 

@@ -114,7 +114,7 @@ class Definition:
         if isinstance(wanted, Mapping):
             where = f"{subject} must be" if not path else f"'{path}' in {subject} must be"
             # Equal layers of other networks share `last`, so only its names are certain.
-            names = ", ".join(f"'{name}'" for name in wanted)
+            names = ", ".join(f"'{name}'" for name in sorted(wanted, key=str))
             entries = f", {describe(wanted)}" if exact else f" with {names}"
             return TypeError(f"{label}: {where} a dict{entries}, got {describe(got)}; {_REMEDY}")
         if wanted is None:
