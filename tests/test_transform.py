@@ -344,15 +344,16 @@ def test_a_summary_prints_as_a_table():
         blocks=repeat(residual(chain(norm=layer_norm(), mix=dense(8))), 3),
         norm=batch_norm(),
     )
-    # FLOPs: dense 2 B D H + B H; layer_norm 9 operations on 4 x 8 numbers and 8 on 4; batch_norm 3
-    # on 4 x 8 and 3 on 8; the sum of the residual 4 x 8; three copies of all that is in the blocks.
+    # FLOPs: dense 2 B D H + B H; layer_norm 9 operations on 4 x 8 numbers and 5 on 4 (three
+    # divisions by 8, + eps, 1 / sqrt); batch_norm 3 on 4 x 8 and 3 on 8; the sum of the residual
+    # 4 x 8; three copies of all layers in the blocks.
     text = """\
 path         layer                       output         parameters  bytes  FLOPs
 --------------------------------------------------------------------------------
 .            chain                       float32[4, 8]         312  1,248  2,996
 stem         dense(8)                    float32[4, 8]          32    128    224
-blocks       repeat[3](residual(chain))  float32[4, 8]         264  1,056  2,688
-blocks/norm  layer_norm                  float32[4, 8]          48    192    960
+blocks       repeat[3](residual(chain))  float32[4, 8]         264  1,056  2,652
+blocks/norm  layer_norm                  float32[4, 8]          48    192    924
 blocks/mix   dense(8)                    float32[4, 8]         216    864  1,632
 norm         batch_norm                  float32[4, 8]          16     64    120
 312 parameters, 1,248 bytes, 2,996 FLOPs per call, 64 bytes of state"""
