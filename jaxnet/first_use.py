@@ -2,12 +2,17 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+
+# Type checkers take this name as true. `collections.abc` would take longer than all of the rest.
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 __all__ = ["resolver"]
 
 
-def resolver(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
+def resolver(package: str, homes: "Mapping[str, str]") -> "Callable[[str], object]":
     """Make the `__getattr__` of a package. It imports a name once; later accesses find the name in
     the package itself.
 
