@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -98,6 +99,10 @@ def save_for_ever(root, beside):
 
 
 def main(folder, count):
+    # The modules that a save needs are imported on first use. A child that had to import them would
+    # be killed while it imports.
+    with tempfile.TemporaryDirectory() as other:
+        before("store", os.path.join(other, "store"))
     for mode, saves in SAVES.items():
         for n in range(1, 99):
             root = f"{folder}/{mode}-{n}"
