@@ -180,3 +180,11 @@ def test_conv_refuses_other_inputs_than_at_init():
         layer.apply(params, jnp.ones((8, 8, 3), int))
     with pytest.raises(TypeError, match="dtype of the parameters, float32, got bfloat16"):
         layer.apply(params, jnp.ones((8, 8, 3), jnp.bfloat16))
+
+
+def test_an_error_says_how_the_axes_were_read():
+    """A batch of grayscale images without their channel is 1 image with 28 channels."""
+    params = conv(4, 3).init(jax.random.key(0), jnp.ones((32, 28, 28, 1)))
+    read = r"the input was read as 1 image of 32x28 with 28 channels"
+    with pytest.raises(ValueError, match=read):
+        conv(4, 3).apply(params, jnp.ones((32, 28, 28)))

@@ -265,6 +265,24 @@ def test_replace_exchanges_layers_by_path_and_keeps_parameters_usable():
     close(same.apply(params, X), net.apply(params, X))
 
 
+@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.gelu, jnp.tanh, lambda: dense(2)])
+def test_replace_refuses_a_function_that_does_not_take_path_and_layer(activation):
+    """The optional second argument of `gelu` and `tanh` is not for a layer."""
+    net = chain(hidden=dense(8), act=jax.nn.silu, out=dense(2))
+    name = activation.__name__
+    with pytest.raises(TypeError, match=rf"new\(path, layer\), but {name} does not.*pass chain\("):
+        replace(net, "act", activation)
+
+
+def test_a_function_replaces_an_activation_inside_a_chain():
+    net = chain(hidden=dense(8), act=jax.nn.silu, out=dense(2))
+    x = jnp.ones((3, 4))
+    params = net.init(jax.random.key(0), x)
+    expected = chain(hidden=dense(8), act=jax.nn.relu, out=dense(2)).apply(params, x)
+    for new in (chain(jax.nn.relu), lambda path, layer: jax.nn.relu):
+        np.testing.assert_array_equal(replace(net, "act", new).apply(params, x), expected)
+
+
 def test_replace_edits_layers_by_a_function_of_path_and_layer():
     net = chain(a=dense(4), b=chain(c=dense(4), act=jnp.tanh))
     params = weights(net, X)

@@ -121,7 +121,7 @@ def differences(
 
 
 def _difference(wanted: Spec, found: Spec, cast: bool) -> str | None:
-    """What differs between two specs: "dtype", "shape" or nothing."""
+    """The first difference between two specs, "dtype" or "shape"; None if they are equal."""
     if wanted == found:
         return None
     if wanted.shape != found.shape:

@@ -117,7 +117,7 @@ class Reader(Protocol):
 
 
 class Engine(NamedTuple):
-    """What an engine must offer.
+    """The two functions that an engine must offer.
 
     Attributes:
       writer: the function that writes.

@@ -1,27 +1,15 @@
 """Rank the steps of a store by a metric, which each file holds in its metadata."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from jaxnet.best_rule import BestRule
 from jaxnet.checkpoint.errors import CheckpointError
 from jaxnet.checkpoint.inspection import Info, inspect
 from jaxnet.checkpoint.words import shown
 
-__all__ = ["Ranking", "Rule", "metrics_as_json", "metrics_of", "rank", "rule_of"]
-
-
-class Rule(NamedTuple):
-    """Which steps are better, parsed from a text like 'min loss'.
-
-    Attributes:
-      sign: 1 if small values are good, -1 if large values are good.
-      metric: the name of the metric.
-    """
-
-    sign: int
-    metric: str
+__all__ = ["Ranking", "metrics_as_json", "metrics_of", "rank"]
 
 
 class Ranking(NamedTuple):
@@ -39,19 +27,7 @@ class Ranking(NamedTuple):
     closed: dict[int, OSError]
 
 
-def rule_of(text: str | None) -> Rule | None:
-    """Parse a rule. Raises ValueError unless it is 'min' or 'max' and the name of a metric."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(min|max) (\S.*)", str(text))
-    if not found:
-        raise ValueError(
-            f"best_rule must be 'min' or 'max' and a name, as in 'min loss', got {text!r}"
-        )
-    return Rule(1 if found[1] == "min" else -1, found[2])
-
-
-def rank(files: Iterable[tuple[int, str]], rule: Rule) -> Ranking:
+def rank(files: Iterable[tuple[int, str]], rule: BestRule) -> Ranking:
     """Rank steps.
 
     Args:
@@ -73,7 +49,7 @@ def rank(files: Iterable[tuple[int, str]], rule: Rule) -> Ranking:
             damaged[step] = str(e)
         else:
             if not math.isnan(value):
-                values.append((rule.sign * value, step))
+                values.append((value if rule.sense == "min" else -value, step))
     return Ranking([step for _, step in sorted(values)], damaged, closed)
 
 
@@ -87,7 +63,7 @@ def metrics_of(info: Info) -> dict[str, float]:
     }
 
 
-def metrics_as_json(metrics: Mapping[str, Any] | None, rule: Rule | None) -> dict[str, Any]:
+def metrics_as_json(metrics: Mapping[str, Any] | None, rule: BestRule | None) -> dict[str, Any]:
     """Metrics as JSON can hold them: NaN and infinities become strings.
 
     Raises ValueError if a metric is not a number, or if that of the rule is missing.

@@ -11,7 +11,7 @@ __all__ = ["Request", "checked_request"]
 
 
 class Request(NamedTuple):
-    """What a user asks for.
+    """The arguments of a load: which leaves, under which names, into which tree.
 
     Attributes:
       like: the tree to fill; None to take the leaves as they are.

@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, SupportsIndex
 
+from jaxnet.best_rule import BestRule
 from jaxnet.checkpoint import outside, places, processes
 from jaxnet.checkpoint.background import Background
 from jaxnet.checkpoint.errors import CheckpointError, Misfit
-from jaxnet.checkpoint.ranking import Ranking, metrics_as_json, rank, rule_of
+from jaxnet.checkpoint.ranking import Ranking, metrics_as_json, rank
 from jaxnet.checkpoint.saving import writer_of
 from jaxnet.checkpoint.steps import Checkpoint, load_step, path_of, steps_in, unfinished
 from jaxnet.checkpoint.words import shown
@@ -80,7 +81,8 @@ class Checkpoints:
             raise ValueError(
                 f"keep must be at least 1, got {keep}: the newest checkpoint is never deleted"
             )
-        self._rule = rule_of(best_rule)
+        rule = best_rule
+        self._rule = None if rule is None else BestRule.parse("Checkpoints: best_rule", rule)
         self.folder: str = places.absolute(os.fsdecode(folder))
         self.keep: int | None = None if keep is None else size_of("Checkpoints: keep", keep)
         self.keep_best: int = size_of("Checkpoints: keep_best", keep_best, 0)

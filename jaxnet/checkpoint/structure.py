@@ -67,7 +67,7 @@ class Node(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What a template and a file must agree on for one leaf.
+    """The properties of one leaf in which a template and a file must agree.
 
     Attributes:
       dtype: the dtype of an array, or the type of a Python scalar.

@@ -97,7 +97,7 @@ def _told(
     new_params: Any,
     data: Any,
 ) -> tuple[str, tuple[str, ...]]:
-    """What went wrong in a step and what to do, and the parameters that are concerned."""
+    """The fault of a step with its remedy, and the parameters that it concerns."""
     number = int(train_state.step)
     what = "the loss is finite, the update is not"
     if not np.isfinite(loss):

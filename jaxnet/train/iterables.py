@@ -21,7 +21,7 @@ __all__ = ["stacks_of_iterable"]
 # Seconds for which a batch waits for others, to be copied to the device together.
 HELD = 0.1
 
-# What an iterator returns at the end of a pass.
+# Returned by `next` at the end of a pass.
 _END = object()
 # The end of the run, whether or not the pass ends too.
 _STOP = object()

@@ -1,4 +1,4 @@
-"""What the host does between calls: evaluate, keep the best parameters, and ask whether to stop."""
+"""The work of the host between calls: evaluate, keep the best parameters, decide when to stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fit` prints about a run beside its line of progress."""
+"""The messages of `fit` about a run beside its line of progress."""
 
 from __future__ import annotations
 

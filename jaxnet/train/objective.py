@@ -74,7 +74,7 @@ def sizes_of(batch: Any) -> set[int]:
 
 
 def _parts(outputs: Any, state: Any, *, stateful: bool) -> tuple[Any, Any, Mapping[str, Any]]:
-    """What a loss returned, as (value, state, metrics)."""
+    """The result of a loss as (value, state, metrics)."""
     several = isinstance(outputs, tuple) and not isinstance(outputs, Weighted)
     value, *rest = outputs if several else (outputs,)
     n = 1 + len(rest)

@@ -1,4 +1,4 @@
-"""What `fit` returns."""
+"""The results of `fit`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -67,6 +68,14 @@ def replace(net: Layer, pattern: str | Sequence[str], new: Layer | Callable[...,
             f"replace: new must be a Layer or a function (path, layer) -> layer, got {new!r}"
         )
 
+    if not isinstance(new, Layer) and not _takes_path_and_layer(new):
+        name = getattr(new, "__name__", repr(new))
+        raise TypeError(
+            f"replace: new is called as new(path, layer), but {name} does not take these two "
+            f"arguments; for {name} as the new layer, pass chain({name}) or "
+            f"lambda path, layer: {name}"
+        )
+
     def visit(path: str, layer: Layer) -> Layer:
         if any(matches_own(path, p) for p in patterns):
             made = new if isinstance(new, Layer) else new(path, layer)
@@ -76,6 +85,24 @@ def replace(net: Layer, pattern: str | Sequence[str], new: Layer | Callable[...,
         return rebuild_with(layer, lambda name, child: visit(join_names(path, name), child))
 
     return visit("", net)
+
+
+def _takes_path_and_layer(new: Callable[..., Any]) -> bool:
+    """Whether a function can be called as new(path, layer).
+
+    An optional second argument, as that of `jax.nn.gelu`, is not meant for a layer.
+    """
+    try:
+        signature = inspect.signature(new)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind("path", "layer")
+    except TypeError:
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    places = [p for p in signature.parameters.values() if p.kind in kinds]
+    return len(places) < 2 or places[1].default is inspect.Parameter.empty
 
 
 def rebuild_with(layer: Layer, visit: Callable[[str, Layer], Layer]) -> Layer:
