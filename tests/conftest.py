@@ -38,6 +38,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)  # a key consumed twice is a bug
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test marked `@pytest.mark.sample(n)`, n run by default. They are evenly
+    spread over the list of the cases, and the others are marked slow.
+    """
+    cases = {}
+    for item in items:
+        if item.get_closest_marker("sample") and not item.get_closest_marker("slow"):
+            cases.setdefault(item.function, []).append(item)
+    for group in cases.values():
+        (n,) = group[0].get_closest_marker("sample").args
+        chosen = {i * len(group) // n for i in range(n)}
+        for i, item in enumerate(group):
+            if i not in chosen:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_runtest_setup(item):
     """Skip the tests marked `@pytest.mark.cpu_only("reason")` where JAX computes on a GPU or a
     TPU.

@@ -434,6 +434,7 @@ while time.monotonic() < stop or i < 3:
 """
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("seconds", ["0.2", pytest.param("1.5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", ["", "orbax"])
 def test_readers_beside_a_writer_get_one_save_or_the_next(engine, seconds, tmp_path):

@@ -451,6 +451,7 @@ except OSError as e:
 """
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("beside", ["foreground", "beside"])
 def test_on_a_full_disk_saving_is_an_error_and_the_old_stays(beside, tmp_path):
     if beside == "beside":

@@ -351,6 +351,7 @@ def run(command, **options):
     )
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "command, code",
     [

@@ -236,6 +236,7 @@ def test_digits_trains_saves_and_restores_in_a_new_process(
         assert jaxnet.tree.count(params) == 64 * 256 + 256 + 256 * 128 + 128 + 128 * 10 + 10
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "number, code",
     [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
@@ -301,6 +302,7 @@ def test_digits_answers_wrong_options_in_one_line(options, text, tmp_path, monke
     assert code == 1 and text in errors
 
 
+@pytest.mark.slow
 def test_digits_takes_the_mnist_files(digits, real_data, tmp_path, capfd):
     accuracy = digits.main("mlp", str(real_data / "mnist"), epochs=1, out=str(tmp_path))
     assert accuracy > 0.93

@@ -338,6 +338,9 @@ import os, sys
 import numpy as np
 from jaxnet.checkpoint import save
 
+# The forked processes then find all modules imported.
+save(f"{sys.argv[1]}/first", {"x": np.zeros(1)})
+os.remove(f"{sys.argv[1]}/first")
 for i in range(20):
     start, go = os.pipe()
     children = []
@@ -375,6 +378,8 @@ import os, resource, shutil, sys
 import numpy as np
 from jaxnet.checkpoint import Checkpoints, save
 
+# The forked processes then find all modules imported.
+save(f"{sys.argv[1]}/first", {"x": np.zeros(1)})
 for mode in ("overwrite", "store", "asynchronous"):
     # The limits lie in the header and in the data.
     for limit in (0, 1, 300, 4096):

@@ -278,6 +278,7 @@ def test_examples_that_are_never_seen_are_told_once(capsys):
 # JAX's switches for debugging
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "switch",
     [

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "layers": {"checks", "core", "mixed", "ops"},
     "flops": {"core"},
     "transform": {"core", "flops", "tree"},
-    "checkpoint": {"checks", "first_use", "tree"},
+    "checkpoint": {"best_rule", "checks", "first_use", "tree"},
     "interop": {"checks", "tree", "checkpoint"},
     "train": {"checks", "best_rule", "tree", "checkpoint"},
 }

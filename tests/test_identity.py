@@ -67,6 +67,7 @@ def weighed_by_numpy(last):
     return lambda params, batch: loss(params, batch) * table
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", CHANGED)
 def test_a_step_with_other_constants_is_another_one(name, tmp_path):
     file = tmp_path / "run.safetensors"

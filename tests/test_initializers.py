@@ -56,6 +56,7 @@ def same_bits(actual, expected):
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("ours", JAX, ids=lambda f: f.__name__)
 def test_bits_are_those_of_jax_and_the_same_under_jit_and_vmap(ours, dtype):

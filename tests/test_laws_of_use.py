@@ -28,8 +28,7 @@ from jaxnet.layers import (
 )
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-# All modes in float32; in the other dtypes, training, which has all that evaluation has. In these,
-# what is made of other layers has nothing new.
+# All modes in float32; in the other dtypes, training, which has all that evaluation has.
 each_use = pytest.mark.parametrize(
     "case, train, dtype",
     [
@@ -44,7 +43,7 @@ each_use = pytest.mark.parametrize(
             (True, "float64"),
         ]
         if train in case.modes
-        for marks in [[pytest.mark.slow] if case.net.children and dtype != "float32" else []]
+        for marks in [[pytest.mark.slow] if dtype != "float32" else []]
     ],
 )
 

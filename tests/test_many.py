@@ -68,6 +68,7 @@ def one_by_one():
     return [jax.tree.map(np.asarray, (end.params, metrics["loss"])) for end, metrics in ends]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("how", FORMS)
 def test_every_member_is_the_run_alone(how):
     end, metrics = many(run, how=how)(keys(), rates())

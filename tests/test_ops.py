@@ -166,6 +166,7 @@ def test_convolve_and_its_gradients_equal_those_of_pytorch():
     )
 
 
+@pytest.mark.sample(10)
 @pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_convolve_and_both_gradients_equal_lax(name):
@@ -181,6 +182,7 @@ def test_convolve_and_both_gradients_equal_lax(name):
     assert_trees_close(everything(convolve), everything(plain))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize(
     "name", ["wide", "small, strided", "few out", "groups, strided line", "depthwise"]
@@ -222,6 +224,7 @@ def test_every_mode_of_differentiation_equals_lax(name):
     assert_trees_close(modes(convolve), modes(plain))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("name", ["small, strided", "few in", "depthwise"])
 def test_dtype_in_dtype_out(name, dtype):
@@ -242,6 +245,7 @@ def test_dtype_in_dtype_out(name, dtype):
         assert_trees_close([a.astype("float32") for a in result], list(exact), rtol=tolerance)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.cpu_only("is about the forms of the operations on a CPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
@@ -384,6 +388,7 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "name", [*FORMS, *map(slow, ("wide, strided, odd sizes", "line", "volume"))]
 )
@@ -410,6 +415,7 @@ def assert_exports(fn, x, *rest):
         assert_trees_close(exported.call(images, *rest), quickly(fn, images, *rest))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.cpu_only("needs four devices")
 @pytest.mark.parametrize(
     "name, named",
@@ -693,6 +699,7 @@ WINDOWS_WITH_PADDING = [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("window, strides, padding", WINDOWS_WITH_PADDING)
 def test_the_gradient_of_a_maximum_stays_in_x(window, strides, padding, dtype):
@@ -722,6 +729,7 @@ def test_a_nan_takes_the_gradient(window):
     assert dx.sum() == y.size
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("pool", [max_pool, avg_pool])
 @pytest.mark.parametrize("name", [*POOLS, "long"])
 def test_pools_are_exported_and_spread_over_the_batch(name, pool):

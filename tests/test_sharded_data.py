@@ -108,6 +108,7 @@ def unsharded(name):
     return PURE[name]()(start(), DATA)
 
 
+@pytest.mark.sample(5)
 @each_way
 @pytest.mark.parametrize("name", PURE)
 def test_many_steps(name, context, place):
@@ -117,6 +118,7 @@ def test_many_steps(name, context, place):
         agree((state.params, metrics), (expected_state.params, expected))
 
 
+@pytest.mark.sample(2)
 @each_context
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_weighted(context, accumulate):
@@ -150,6 +152,7 @@ def test_evaluate(context, size):
         np.testing.assert_allclose(result["error"], np.mean(DATA[1].astype(float) ** 2), rtol=1e-5)
 
 
+@pytest.mark.sample(2)
 @each_way
 @pytest.mark.parametrize("options", [{}, {"drop_last": False}], ids=str)
 def test_fit_resumes(context, place, options, tmp_path):

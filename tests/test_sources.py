@@ -80,6 +80,7 @@ def on_disk(tmp_path):
     return tuple(np.load(tmp_path / name, mmap_mode="r") for name in ("x.npy", "y.npy"))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "settings", [{}, {"drop_last": False}, {"order": None}, {"order": balanced([0] * 20 + [1] * 2)}]
 )
@@ -359,6 +360,7 @@ class Plain:
             yield np.full(2, i, np.float32)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("source", [Draws, Loader, Plain])
 @pytest.mark.parametrize("stack", [8, 24, 1 << 25])
 @pytest.mark.parametrize("stop", [1, 4, 9, 11])
@@ -477,6 +479,7 @@ FORMS = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("form", FORMS)
 def test_arrays_of_other_libraries_are_read_by_position(form):
     column: Any = FORMS[form](pytest.importorskip(form.partition(",")[0]))
@@ -575,6 +578,7 @@ def repeating(key, n, epoch, positions):
     return (n - 1 - positions) // 2 % n
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("order", [shuffle, None, balanced([0] * 20 + [1] * 2), repeating])
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_a_dataset_of_h5py_gives_what_memory_gives(in_hdf5, order, drop_last):

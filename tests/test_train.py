@@ -127,6 +127,7 @@ def test_a_loss_of_another_form_is_named(loss, error, text):
 # The order of the data
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 100, 1797])
 def test_shuffled_is_a_permutation(n):
     assert sorted(np.asarray(shuffled(key0(), n, jnp.arange(n)))) == list(range(n))
@@ -994,6 +995,7 @@ SWITCHES = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_jaxs_own_switches_for_debugging_change_no_number(switch):
     data, optimizer = jax.tree.map(jnp.asarray, regression(10)), optax.adam(0.01)

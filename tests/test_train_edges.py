@@ -88,6 +88,7 @@ def test_the_counter_of_steps_has_a_limit():
 # Byte orders and structured arrays
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [">f4", ">f8"])
 def test_big_endian_arrays_are_converted(dtype, tmp_path):
     expected = ran().train_state.params

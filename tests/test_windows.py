@@ -103,6 +103,7 @@ def check_window(kind, window, sizes, batch=2, **options):
     )
 
 
+@pytest.mark.sample(18)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [(6,), (31,), (3, 7), (11, 10), (7, 2, 3)], ids=str)
 def test_long_windows_make_short_programs_and_agree_with_lax(kind, window):
@@ -182,6 +183,7 @@ def test_programs_of_31_in_three_axes_are_short(kind):
     assert len(jax.jit(gradients).lower(*operands).as_text().splitlines()) <= LINES
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", ["small", "depthwise", "max_pool"])
 @pytest.mark.parametrize("window", [(6,), (7, 6)], ids=str)
 def test_second_derivatives_of_long_windows_agree_with_lax(kind, window):
