@@ -519,6 +519,7 @@ for mode in modes:
 """
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
     """Kill at every fifth call by which Python changes the disk, including those of Orbax."""
     code = KILLED.replace("STRIDE", "5")

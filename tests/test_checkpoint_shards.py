@@ -376,7 +376,7 @@ KILLS = {
 }
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KILLS)
 def test_a_killed_process_leaves_the_old_checkpoint_or_the_new_one(name, tmp_path):
     process, suffix, when, scale = KILLS[name]

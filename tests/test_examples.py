@@ -160,6 +160,7 @@ def test_all_nine_weights_of_the_sobel_operator_are_recovered(edges):
     assert (np.abs(after - before) > 1e-3).all()  # every weight moved
 
 
+@pytest.mark.slow
 def test_edges_draws_kernels_before_and_after(edges, tmp_path, capsys):
     error, accuracy = edges.main(steps=400, epochs=2, out=str(tmp_path))
     assert error < 0.1 and accuracy > 0.5
@@ -236,7 +237,7 @@ def test_digits_trains_saves_and_restores_in_a_new_process(
         assert jaxnet.tree.count(params) == 64 * 256 + 256 + 256 * 128 + 128 + 128 * 10 + 10
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, code",
     [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],

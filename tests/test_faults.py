@@ -521,6 +521,7 @@ LARGE: dict[str, Callable[[], bytes]] = {
 }
 
 
+@pytest.mark.slow
 def test_hostile_files_are_refused_within_a_second_and_100_megabytes(tmp_path):
     """CPU seconds count, because the machine may be busy; a reader's needs grow with the file."""
     files = {name: data for name, (data, _) in (HOSTILE | FORGED).items()} | LARGE

@@ -99,6 +99,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ORDERS)
 def test_an_order_of_other_rows_is_another_one(name, tmp_path):
     (one, other), step, file = ORDERS[name], train_step(loss, 0.1), tmp_path / "run.safetensors"

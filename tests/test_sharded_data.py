@@ -108,7 +108,7 @@ def unsharded(name):
     return PURE[name]()(start(), DATA)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @each_way
 @pytest.mark.parametrize("name", PURE)
 def test_many_steps(name, context, place):

@@ -479,7 +479,7 @@ FORMS = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("form", FORMS)
 def test_arrays_of_other_libraries_are_read_by_position(form):
     column: Any = FORMS[form](pytest.importorskip(form.partition(",")[0]))

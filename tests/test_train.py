@@ -995,7 +995,7 @@ SWITCHES = {
 }
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_jaxs_own_switches_for_debugging_change_no_number(switch):
     data, optimizer = jax.tree.map(jnp.asarray, regression(10)), optax.adam(0.01)

@@ -103,7 +103,7 @@ def check_window(kind, window, sizes, batch=2, **options):
     )
 
 
-@pytest.mark.sample(18)
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [(6,), (31,), (3, 7), (11, 10), (7, 2, 3)], ids=str)
 def test_long_windows_make_short_programs_and_agree_with_lax(kind, window):
