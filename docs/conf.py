@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))  # the reference is that of this checkout
 import jaxnet  # noqa: E402
 
 project = "jaxnet"
+author = "the authors of jaxnet"
 copyright = "the authors of jaxnet, Apache-2.0 license"
 version = release = jaxnet.__version__
 
