@@ -67,6 +67,7 @@ __all__ = [
     "interop",
     "layer",
     "layer_norm",
+    "layers",
     "load",
     "max_pool",
     "parallel",
@@ -86,55 +87,25 @@ __all__ = [
     "wire",
 ]
 
-# Name -> module. A test holds this table, the imports for type checkers and `__all__` together. The
-# packages that are not in `__all__` are for authors of layers. They are here so that `jaxnet.core`
-# is found when only `jaxnet` has been imported.
-_HOMES = {
-    "Children": "jaxnet.core",
-    "Layer": "jaxnet.core",
-    "around": "jaxnet.core",
-    "avg_pool": "jaxnet.layers",
-    "batch_norm": "jaxnet.layers",
-    "call": "jaxnet.core",
-    "capture": "jaxnet.transform",
-    "cast": "jaxnet.combinators",
-    "chain": "jaxnet.combinators",
-    "checkpoint": "jaxnet.checkpoint",
-    "combinators": "jaxnet.combinators",
-    "conv": "jaxnet.layers",
-    "core": "jaxnet.core",
-    "data": "jaxnet.data",
-    "dense": "jaxnet.layers",
-    "dropout": "jaxnet.layers",
-    "embed": "jaxnet.layers",
-    "flatten": "jaxnet.layers",
-    "global_avg_pool": "jaxnet.layers",
-    "global_max_pool": "jaxnet.layers",
-    "interop": "jaxnet.interop",
-    "layer": "jaxnet.core",
-    "layer_norm": "jaxnet.layers",
-    "layers": "jaxnet.layers",
-    "load": "jaxnet.checkpoint",
-    "max_pool": "jaxnet.layers",
-    "mixed": "jaxnet.mixed",
-    "ops": "jaxnet.ops",
-    "parallel": "jaxnet.combinators",
-    "param": "jaxnet.core",
-    "remat": "jaxnet.combinators",
-    "repeat": "jaxnet.combinators",
-    "replace": "jaxnet.transform",
-    "residual": "jaxnet.combinators",
-    "save": "jaxnet.checkpoint",
-    "scan": "jaxnet.combinators",
-    "sgd": "jaxnet.train",
-    "summary": "jaxnet.transform",
-    "train": "jaxnet.train",
-    "transform": "jaxnet.transform",
-    "tree": "jaxnet.tree",
-    "vmap": "jaxnet.combinators",
-    "walk": "jaxnet.transform",
-    "wire": "jaxnet.core",
+# Module -> names. A test holds this table, the imports for type checkers and `__all__` together.
+_NAMES = {
+    "jaxnet.checkpoint": "load save",
+    "jaxnet.combinators": "cast chain parallel remat repeat residual scan vmap",
+    "jaxnet.core": "Children Layer around call layer param wire",
+    "jaxnet.layers": (
+        "avg_pool batch_norm conv dense dropout embed flatten global_avg_pool global_max_pool "
+        "layer_norm max_pool"
+    ),
+    "jaxnet.train": "sgd",
+    "jaxnet.transform": "capture replace summary walk",
 }
+# The packages that are not in `__all__` are for authors of layers. They are here so that
+# `jaxnet.core` is found when only `jaxnet` has been imported.
+_PACKAGES = "checkpoint combinators core data interop layers mixed ops train transform tree"
+
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+_HOMES |= {name: f"jaxnet.{name}" for name in _PACKAGES.split()}
+_HOMES = dict(sorted(_HOMES.items()))
 
 # Type checkers do not see this function, so they still report names that do not exist.
 if not TYPE_CHECKING:
