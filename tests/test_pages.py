@@ -1,6 +1,7 @@
 """The documentation: its programs run, its links lead somewhere, it builds without a warning."""
 
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -172,3 +173,13 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "reference" / "train.html").read_text().count("fit") > 5
+
+
+def test_the_pages_of_the_layers_are_those_that_their_docstrings_give():
+    spec = importlib.util.spec_from_file_location("layers_page", ROOT / "docs" / "layers_page.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, page in module.PAGES.items():
+        remedy = "run `python docs/layers_page.py`"
+        assert (ROOT / "docs" / name).read_text() == page(), remedy
