@@ -1,9 +1,9 @@
-"""Write docs/layers.md, the table of all layers, from their docstrings, and the reference of layers.
+"""Write the pages of all layers from their docstrings: docs/layers.md and the reference.
 
     python docs/layers_page.py
 
-A row of the table holds the summary and the equation, the shapes (the section `Returns:`), and the twins in
-other libraries (the paragraph `Twins:`). A test holds the page to the docstrings.
+A row of the table holds the summary and the equation, the shapes (the section `Returns:`), and the
+twins in other libraries (the paragraph `Twins:`). A test holds the pages to the docstrings.
 """
 
 import inspect
