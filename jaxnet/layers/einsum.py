@@ -201,12 +201,16 @@ def _map(x, kernel, bias, axes: Axes, precision):
 def _as_rows(x, kernel, bias, summed: int, whole: bool, precision, axes):
     """The sum over the last axes of x as one product of two matrices, whose gradients are, too."""
     lead, made = x.shape[: x.ndim - summed], kernel.shape[summed:]
-    rows = x.reshape(math.prod(lead), math.prod(x.shape[x.ndim - summed :]))
+    # One axis at a time, because JAX can then infer the sharding of the result.
+    flat = x.reshape(*lead, math.prod(x.shape[x.ndim - summed :]))
+    rows = flat.reshape(math.prod(lead), flat.shape[-1])
     matrix = kernel.reshape(rows.shape[1], math.prod(made))
     if bias is not None and whole:
-        return affine(rows, matrix, bias.reshape(-1), precision).reshape(*lead, *made)
-    y = jnp.matmul(rows, matrix, precision=precision).reshape(*lead, *made)
-    return y if bias is None else add_bias(y, _spread(bias, y, axes))
+        y = affine(rows, matrix, bias.reshape(-1), precision)
+    else:
+        y = jnp.matmul(rows, matrix, precision=precision)
+    y = y.reshape(y.shape[0], *made).reshape(*lead, *made)
+    return y if bias is None or whole else add_bias(y, _spread(bias, y, axes))
 
 
 def _spread(bias, y, axes):

@@ -15,7 +15,7 @@ COORDINATES = ("half_pixel", "align_corners", "asymmetric")
 ROUNDINGS = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
 
 # The most slices of a resampling that repeats itself; more make the program long.
-SLICES = 32
+SLICES = 16
 # Positions are rounded to this many parts of a pixel, so that rounding errors do not decide.
 PARTS = 2.0**36
 
@@ -105,10 +105,10 @@ def _period(taps: np.ndarray, weights: np.ndarray) -> tuple[int, int] | None:
     are no such small numbers.
     """
     size = len(taps)
-    for p in range(1, min(size, SLICES) + 1):
+    for p in range(1, min(size - 1, SLICES) + 1):
         if size % p == 0:
             moved = taps[p:] - taps[:-p]
-            q = int(moved.flat[0]) if moved.size else 1
+            q = int(moved.flat[0])
             if q > 0 and (moved == q).all() and np.allclose(weights[p:], weights[:-p], 0, 1e-9):
                 return p, q
     return None
@@ -122,8 +122,7 @@ def _by_slices(x, axis: int, taps: np.ndarray, weights: np.ndarray, period: tupl
     count = len(taps) // p
     before = max(0, -int(taps.min()))
     after = max(0, int(taps.max()) - size + 1)
-    pads = [(before, after) if i == axis else (0, 0) for i in range(x.ndim)]
-    padded = jnp.pad(x, pads, mode="edge") if before or after else x
+    padded = _with_edges(x, axis, before, after)
 
     def part(start: int):
         first = start + before
@@ -139,6 +138,20 @@ def _by_slices(x, axis: int, taps: np.ndarray, weights: np.ndarray, period: tupl
         return phases[0]
     together = jnp.stack(phases, axis + 1)
     return together.reshape(*x.shape[:axis], len(taps), *x.shape[axis + 1 :])
+
+
+def _with_edges(x, axis: int, before: int, after: int):
+    """The first and the last element of an axis, repeated. `jnp.pad` would also slice the batch,
+    which may be sharded.
+    """
+    parts = [x]
+    if before:
+        first = lax.slice_in_dim(x, 0, 1, axis=axis)
+        parts = [first] * before + parts
+    if after:
+        last = lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
+        parts = parts + [last] * after
+    return jnp.concatenate(parts, axis) if len(parts) > 1 else x
 
 
 def _sum(part, parts: dict[int, float], dtype):

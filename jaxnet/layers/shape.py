@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from jaxnet.checks import size_of
 from jaxnet.core import Layer, check_input, describe, interned, layer, no_params
@@ -72,15 +71,16 @@ def pixel_shuffle(factor: int | Sequence[int]) -> Layer:
                     f"{label}: the last axis must be a multiple of {math.prod(factors)}, got "
                     f"{describe(x)}"
                 )
-        *batch, _ = _split(x, rank)
-        sizes = x.shape[-rank - 1 : -1]
-        x = x.reshape(*batch, *sizes, channels, *factors)
+        first, sizes = x.ndim - rank - 1, x.shape[-rank - 1 : -1]
+        x = x.reshape(*x.shape[:-1], channels, *factors)
         # [.., H, W, C, r, r'] -> [.., H, r, W, r', C]
-        first = len(batch)
         pairs = [(first + i, first + rank + 1 + i) for i in range(rank)]
         order = [*range(first), *(axis for pair in pairs for axis in pair), first + rank]
-        whole = [n * r for n, r in zip(sizes, factors, strict=True)]
-        return x.transpose(order).reshape(*batch, *whole, channels)
+        x = x.transpose(order)
+        # One axis at a time, because JAX can then infer the sharding of the result.
+        for axis, (n, r) in enumerate(zip(sizes, factors, strict=True), first):
+            x = x.reshape(*x.shape[:axis], n * r, *x.shape[axis + 2 :])
+        return x
 
     return layer(no_params, fn, label=label)
 
@@ -114,19 +114,15 @@ def pixel_unshuffle(factor: int | Sequence[int]) -> Layer:
                 raise ValueError(
                     f"{label}: the spatial axes must be multiples of {factors}, got {describe(x)}"
                 )
-        *batch, channels = _split(x, rank)
-        parts = [(n // r, r) for n, r in zip(sizes, factors, strict=True)]
-        x = x.reshape(*batch, *(n for part in parts for n in part), channels)
+        first, channels = x.ndim - rank - 1, x.shape[-1]
+        for axis, (n, r) in enumerate(zip(sizes, factors, strict=True)):
+            at = first + 2 * axis
+            x = x.reshape(*x.shape[:at], n // r, r, *x.shape[at + 1 :])
         # [.., H, r, W, r', C] -> [.., H, W, C, r, r']
-        first, last = len(batch), x.ndim - 1
+        last = x.ndim - 1
         outer = range(first, last, 2)
         order = [*range(first), *outer, last, *(axis + 1 for axis in outer)]
-        kept = [n for n, _ in parts]
-        return x.transpose(order).reshape(*batch, *kept, channels * math.prod(factors))
+        x = x.transpose(order)
+        return x.reshape(*x.shape[: first + rank], channels * math.prod(factors))
 
     return layer(no_params, fn, label=label)
-
-
-def _split(x: Any, rank: int) -> tuple[Any, ...]:
-    """The sizes of the batch axes, and the number of features."""
-    return (*x.shape[: -rank - 1], x.shape[-1])

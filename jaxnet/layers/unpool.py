@@ -75,9 +75,9 @@ def _positions(x, **options):
     _, derivative = jax.linearize(lambda x: ops.max_pool(x, **options), x)
     found: Any = 0
     for axis, size in enumerate(sizes):
-        # Coordinates are exact in float32, positions need not be.
-        coordinates = lax.broadcasted_iota(jnp.int32, (*sizes, x.shape[-1]), axis).astype(x.dtype)
-        along = derivative(jnp.broadcast_to(coordinates, x.shape)).astype(jnp.int32)
+        # Coordinates are exact in float32, positions need not be. The zeros have the sharding of x.
+        coordinates = lax.broadcasted_iota(jnp.int32, (1, *sizes, x.shape[-1]), axis + 1)
+        along = derivative(jnp.zeros_like(x) + coordinates.astype(x.dtype)).astype(jnp.int32)
         found = found * size + along
     return found
 
