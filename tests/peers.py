@@ -31,7 +31,7 @@ def examples(quick: int, slow: int = 0):
     )
 
 
-def drawn(shape, seed=0, dtype="float64"):
+def drawn(shape, seed=0, dtype: Any = "float64"):
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 

@@ -1,5 +1,7 @@
 """Convolutions of every kind against PyTorch, Keras and their definitions, over drawn options."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,7 @@ def convolutions(draw):
     rank = draw(st.sampled_from([1, 2, 2, 3]))
     sizes, window = draw(per_axis(rank, 4, 8)), draw(per_axis(rank, 1, 4 if rank < 3 else 2))
     groups = draw(st.sampled_from([1, 1, 2, 3]))
-    options = dict(
+    options: Any = dict(
         strides=draw(per_axis(rank, 1, 3)),
         dilation=draw(per_axis(rank, 1, 2)),
         padding=draw(named(rank)),
@@ -168,7 +170,7 @@ def test_a_causal_convolution_does_not_see_the_future():
 def depthwise(draw):
     rank = draw(st.sampled_from([1, 2, 2, 3]))
     sizes, window = draw(per_axis(rank, 4, 8)), draw(per_axis(rank, 1, 4 if rank < 3 else 2))
-    options = dict(
+    options: Any = dict(
         strides=draw(per_axis(rank, 1, 2)),
         dilation=draw(per_axis(rank, 1, 2)),
         padding=draw(st.sampled_from(["SAME", "SAME_LOWER", "CIRCULAR", 2])),
@@ -219,7 +221,7 @@ def transposed(draw):
     strides, dilation = draw(per_axis(rank, 1, 3)), draw(per_axis(rank, 1, 2))
     most = [max(s, d) - 1 for s, d in zip(strides, dilation, strict=True)]
     groups = draw(st.sampled_from([1, 1, 2, 3]))
-    options = dict(
+    options: Any = dict(
         strides=strides,
         dilation=dilation,
         padding=tuple((p, p) for p in draw(per_axis(rank, 0, 2))),
@@ -290,7 +292,7 @@ def test_the_sizes_of_names_are_those_of_onnx(padding, numbers, dilation, given_
     span = (w - 1) * dilation + 1
     full = (n - 1) * s + span
     size = n * s if padding != "VALID" else n * s + max(span - s, 0)
-    options = {}
+    options: Any = {}
     if given_size and padding != "VALID":
         size = max(1, full - 1)
         options = {"output_size": (size,)}
@@ -365,7 +367,7 @@ def test_kernels_of_transposed_convolutions_have_the_variance_of_their_fan_in(gr
 def local(draw):
     rank = draw(st.sampled_from([1, 2, 2, 3]))
     sizes, window = draw(per_axis(rank, 3, 6)), draw(per_axis(rank, 1, 3))
-    options = dict(
+    options: Any = dict(
         strides=draw(per_axis(rank, 1, 2)),
         dilation=draw(per_axis(rank, 1, 2)),
         padding=draw(st.sampled_from(["SAME", "VALID", 1, "CIRCULAR"])),

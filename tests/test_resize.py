@@ -3,6 +3,7 @@ thing.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ def resizings(draw):
     """(x, mode, arguments of interpolate, layer)."""
     rank = draw(st.sampled_from([1, 2, 2, 3]))
     mode = draw(st.sampled_from([mode for mode, (ranks, _) in MODES.items() if rank in ranks]))
-    options, arguments = dict(MODES[mode][1]), {"mode": mode}
+    options: Any = dict(MODES[mode][1])
+    arguments: Any = {"mode": mode}
     if "nearest" not in mode and draw(st.booleans()):
         options["coordinates"] = "align_corners"
         arguments["align_corners"] = True

@@ -88,9 +88,11 @@ def _adaptive(
     name: str, size: Any, reduce: Callable[..., Any], tiled: Callable[..., Any], kind: Any
 ) -> Layer:
     try:
-        sizes = (size, size) if np.ndim(size) == 0 and size is not None else tuple(size)
+        sizes = (size, size) if np.ndim(size) == 0 else tuple(size)
         if not sizes:
             raise ValueError
+        if size is None:
+            raise TypeError
         sizes = tuple(None if n is None else size_of(name, n) for n in sizes)
     except (TypeError, ValueError):
         raise ValueError(

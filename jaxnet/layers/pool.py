@@ -219,7 +219,7 @@ def pool_options(
     """Check the options of a pooling; returns them as `jaxnet.ops` takes them, and the label."""
     window, size = spatial_window(name, "window", window)
     rank, label = len(window), f"{name}({before}{size})"
-    options = dict(
+    options: dict[str, Any] = dict(
         window=window,
         strides=window if strides is None else sizes_along(f"{label}: strides", strides, rank),
         padding=pads_along(f"{label}: padding", padding, rank),

@@ -90,7 +90,7 @@ def resize(
     def fn(params, x):
         check_spatial(label, x, rank, kind=kind)
         old = x.shape[-rank - 1 : -1]
-        new = [
+        new: list[Any] = [
             n if factor is None else math.floor(size * factor)
             for n, factor, size in zip(sizes, factors, old, strict=True)
         ]

@@ -172,7 +172,9 @@ def _over_padded(g: Geometry, window: tuple[int, ...]) -> Geometry:
 def _block_of(x, i, counts, block: Geometry):
     """The part of padded images x that the taps of block i meet."""
     steps = [size * d for size, d in zip(block.window, block.dilation, strict=True)]
-    return _cut(x, [np.int32(0), *_starts(i, counts, steps)], (x.shape[0], *block.sizes, x.shape[-1]))
+    return _cut(
+        x, [np.int32(0), *_starts(i, counts, steps)], (x.shape[0], *block.sizes, x.shape[-1])
+    )
 
 
 def _starts(i, counts, steps) -> list:

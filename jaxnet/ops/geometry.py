@@ -162,7 +162,7 @@ def resolve_padding(what: str, padding, sizes, window, strides, dilation) -> Pad
                 for n, s, span in zip(sizes, strides, spans, strict=True)
             ]
             halves = tuple((total // 2, total - total // 2) for total in totals)
-            return halves if padding.upper() == "SAME" else tuple(pair[::-1] for pair in halves)
+            return halves if padding.upper() == "SAME" else tuple((b, a) for a, b in halves)
         raise ValueError(
             f"{what}: padding must be 'SAME', 'VALID', an int or (before, after) for each axis, "
             f"or 'SAME_LOWER', got {padding!r}"
