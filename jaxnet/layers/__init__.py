@@ -11,7 +11,7 @@ from jaxnet.layers.local import locally_connected
 from jaxnet.layers.noise import dropout
 from jaxnet.layers.norm import batch_norm, layer_norm
 from jaxnet.layers.pool import avg_pool, lp_pool, max_pool, min_pool
-from jaxnet.layers.resize import resize, upsample
+from jaxnet.layers.resizing import resize, upsample
 from jaxnet.layers.shape import flatten, pixel_shuffle, pixel_unshuffle
 from jaxnet.layers.transposed import conv_transpose
 from jaxnet.layers.unpool import max_pool_with_indices, max_unpool

@@ -102,8 +102,9 @@ def conv_transpose(
         parameters.
 
     Example:
+      >>> x = jax.ShapeDtypeStruct((8, 5, 2), "float32")
       >>> net = conv_transpose(3, (4,), strides=2)
-      >>> net.init(jax.random.key(0), np.ones((8, 5, 2), np.float32))["kernel"].shape
+      >>> net.init(jax.random.key(0), x)["kernel"].shape
       (4, 3, 2)
     """
     window, size = spatial_window("conv_transpose", "kernel_size", kernel_size)
