@@ -74,6 +74,12 @@ def check_max(case):
         return
     x, window, options = case
     pool = of_torch("max_pool", window, options)
+    y = channels_last(pool(channels_first(torch().tensor(x)))).numpy()
+    if np.isinf(y).any():
+        # A window with gaps meets only padding. PyTorch gives its gradient to some element.
+        layer = max_pool(window, **options)
+        np.testing.assert_allclose(applied(layer, {}, x.astype("float32")), y, rtol=1e-6)
+        return
     agree(max_pool(window, **options), lambda p, x: channels_last(pool(channels_first(x))), x)
 
 

@@ -82,7 +82,7 @@ def resize(
         factors = (None,) * len(sizes)
     else:
         factors = _factors(scale)
-        sizes, text = (None,) * len(factors), f"scale={scale}"
+        sizes, text = (None,) * len(factors), f"scale={_text(factors)}"
     rank, label = len(sizes), f"resize({text}, {method})"
     kind = jnp.number if method == "nearest" else jnp.floating
     options = Resampling(method, coordinates, rounding, float(cubic_coefficient))
@@ -126,6 +126,14 @@ def upsample(factor: int | Sequence[int] = 2, *, method: str = "nearest") -> Lay
     """
     factors, _ = spatial_window("upsample", "factor", factor)
     return resize(scale=tuple(map(float, factors)), method=method)
+
+
+def _text(factors: tuple[float, ...]) -> str:
+    """One number for images with equal factors, as an int is for images."""
+    texts = [f"{factor:g}" for factor in factors]
+    if factors == factors[:1] * 2:
+        return texts[0]
+    return f"({', '.join(texts)}{',' * (len(texts) == 1)})"
 
 
 def _factors(scale: Any) -> tuple[float, ...]:
