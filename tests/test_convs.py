@@ -125,7 +125,7 @@ def test_conv_is_that_of_pytorch(case):
 
 
 @pytest.mark.slow
-@examples(0, 300)
+@examples(0, 120)
 @given(convolutions())
 def test_conv_is_that_of_pytorch_in_many_cases(case):
     check_conv(case)
@@ -270,7 +270,7 @@ def test_conv_transpose_is_that_of_pytorch(case):
 
 
 @pytest.mark.slow
-@examples(0, 300)
+@examples(0, 120)
 @given(transposed())
 def test_conv_transpose_is_that_of_pytorch_in_many_cases(case):
     check_transposed(case)

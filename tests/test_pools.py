@@ -90,7 +90,7 @@ def test_max_pool_is_that_of_pytorch(case):
 
 
 @pytest.mark.slow
-@examples(0, 300)
+@examples(0, 120)
 @given(poolings())
 def test_max_pool_is_that_of_pytorch_in_many_cases(case):
     check_max(case)
@@ -131,7 +131,7 @@ def test_avg_pool_is_that_of_pytorch(case, count_padding):
 
 
 @pytest.mark.slow
-@examples(0, 300)
+@examples(0, 120)
 @given(poolings(dilated=False), st.booleans())
 def test_avg_pool_is_that_of_pytorch_in_many_cases(case, count_padding):
     check_avg(case, count_padding)
