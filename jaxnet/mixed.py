@@ -26,6 +26,7 @@ __all__ = [
     "is_float",
     "narrowed",
     "rows",
+    "scores",
     "widened",
 ]
 
@@ -207,6 +208,27 @@ def rows(table: jax.Array, ids: jax.Array, dtype: Any = None, **options: Any) ->
     return widened(table).at[ids].get(**options).astype(dtype or table.dtype)
 
 
+def scores(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Multiply with each row of a table: x table^T, in the dtype of x.
+
+    The product and the gradient of x have narrow operands if x is narrow. The gradient of the table
+    is summed in float32, as in `rows`.
+
+    Args:
+      x: the vectors, [..., features].
+      table: the table, [rows, features].
+
+    Returns:
+      The products, [..., rows].
+    """
+    flat = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
+    if x.dtype == table.dtype:
+        y = jnp.matmul(flat, table.T)
+    else:
+        y = _narrow_scores(flat, table)
+    return y.reshape(*x.shape[:-1], table.shape[0])
+
+
 def _rows_sharding(table: jax.Array, ids: jax.Array) -> NamedSharding | None:
     """The sharding of `rows` if an explicit mesh axis shards the table or the ids. JAX cannot infer
     it.
@@ -242,6 +264,24 @@ def _narrow_affine_jvp(precision, primals, tangents):
 
 
 _narrow_affine.defjvp(_narrow_affine_jvp, symbolic_zeros=True)
+
+
+@jax.custom_jvp
+def _narrow_scores(x, table):
+    return jnp.matmul(x, table.astype(x.dtype).T)
+
+
+def _narrow_scores_jvp(primals, tangents):
+    (x, table), (dx, dtable) = primals, tangents
+    terms = []
+    if not _is_zero(dx):
+        terms.append(widened(jnp.matmul(dx, table.astype(dx.dtype).T)))
+    if not _is_zero(dtable):
+        terms.append(jnp.matmul(widened(x), dtable.T.astype(jnp.float32)))
+    return _narrow_scores(x, table), functools.reduce(jnp.add, terms).astype(x.dtype)
+
+
+_narrow_scores.defjvp(_narrow_scores_jvp, symbolic_zeros=True)
 
 
 def _is_zero(tangent: Any) -> bool:

@@ -23,17 +23,34 @@ from jaxnet import Layer, tree
 from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual, scan, vmap
 from jaxnet.core import abstractly, describe, layer, param, wire
 from jaxnet.layers import (
+    adaptive_avg_pool,
+    adaptive_max_pool,
     avg_pool,
     batch_norm,
+    bilinear,
     conv,
+    conv_transpose,
     dense,
+    depthwise_conv,
     dropout,
+    einsum_dense,
     embed,
     flatten,
     global_avg_pool,
+    global_lp_pool,
     global_max_pool,
     layer_norm,
+    locally_connected,
+    lp_pool,
     max_pool,
+    max_pool_with_indices,
+    max_unpool,
+    min_pool,
+    pixel_shuffle,
+    pixel_unshuffle,
+    resize,
+    separable_conv,
+    upsample,
 )
 from jaxnet.mixed import rows
 
@@ -168,6 +185,22 @@ def tied(f, ids):
     return f.hidden(x) @ f.table().T
 
 
+@wire(embed=embed(4, 4), hidden=residual(chain(dense(4), jnp.tanh)))
+def attending(f, ids):
+    """A language model with one child as its embedding and its output layer."""
+    return f.embed(f.hidden(f.embed(ids)), attend=True)
+
+
+@wire(pool=max_pool_with_indices(2), unpool=max_unpool(2))
+def pooled_and_back(f, x):
+    return f.unpool(*f.pool(x))
+
+
+@wire(unpool=max_unpool((2,), output_size=5))
+def unpooled(f, indices, x):
+    return f.unpool(x, indices)
+
+
 @wire(first=dense(4), second=dense(4))
 def product(f, x, y):
     return f.first(x) * f.second(y)
@@ -201,7 +234,30 @@ CASES: dict[str, Case] = {
         conv(4, (3,), strides=2, padding="VALID", dilation=2, groups=2, bias=False),
         (floats(2, 9, 4),),
     ),
+    "conv: circular, spread": Case(
+        conv(3, (2,), padding="CIRCULAR", input_dilation=2), (floats(2, 3, 2),)
+    ),
+    "depthwise_conv": Case(depthwise_conv((3,), multiplier=2), (floats(2, 4, 2),)),
+    "separable_conv": Case(separable_conv(3, (2,)), (floats(2, 4, 2),)),
+    "conv_transpose": Case(conv_transpose(4, (3,), strides=2, groups=2), (floats(2, 3, 4),)),
+    "locally_connected": Case(locally_connected(2, 2), (floats(2, 3, 3, 2),)),
     "max_pool": Case(max_pool(2), (floats(2, 4, 5, 2),)),
+    "min_pool": Case(min_pool((2,), dilation=2, strides=1), (floats(2, 5, 2),)),
+    "lp_pool": Case(lp_pool(3, (2,), ceil_mode=True), (floats(2, 5, 2),)),
+    "adaptive_avg_pool": Case(adaptive_avg_pool((2,)), (floats(2, 3, 2),)),
+    "adaptive_max_pool": Case(adaptive_max_pool((2,)), (floats(2, 3, 2),)),
+    "max_pool_with_indices": Case(pooled_and_back, (floats(2, 4, 4, 2),)),
+    "max_unpool": Case(unpooled, (ints(2, 1, 2), floats(2, 1, 2))),
+    "resize": Case(resize((5,), method="cubic"), (floats(2, 3, 2),)),
+    "upsample": Case(upsample((2,), method="linear"), (floats(2, 3, 2),)),
+    "pixel_shuffle": Case(pixel_shuffle(2), (floats(2, 2, 2, 4),)),
+    "pixel_unshuffle": Case(pixel_unshuffle(2), (floats(2, 4, 2, 1),)),
+    "global_lp_pool": Case(global_lp_pool(2, 1), (floats(2, 3, 2),)),
+    "bilinear": Case(bilinear(3), (floats(4, 2), floats(4, 3))),
+    "einsum_dense": Case(einsum_dense("td,dhk->thk", h=2, k=2), (floats(2, 3, 4),)),
+    "einsum_dense: general": Case(
+        einsum_dense("ed,edk->ke", bias_axes="k", k=3), (floats(2, 4, 2),)
+    ),
     "avg_pool": Case(avg_pool(2, strides=1, padding="SAME"), (floats(2, 3, 3, 2),)),
     "global_max_pool": Case(global_max_pool(), (floats(2, 3, 3, 2),)),
     "global_avg_pool": Case(global_avg_pool(1), (floats(2, 3, 2),)),
@@ -211,6 +267,7 @@ CASES: dict[str, Case] = {
     "layer_norm: bare": Case(layer_norm(scale=False, bias=False), (floats(6, 4),)),
     "dropout": Case(dropout(0.4), (floats(4, 4),)),
     "embed": Case(embed(4, 4), (ints(4, 2),), {"dtype": _IDS}),
+    "embed: attend": Case(attending, (ints(4, 2),), {"dtype": _IDS}),
     "flatten": Case(flatten(2), (floats(4, 2, 3),)),
     "layer": Case(layer(None, lambda params, x: jnp.sin(x), label="sin"), (floats(4, 4),)),
     "param": Case(tied, (ints(3, 2),), {"dtype": _IDS}),

@@ -10,6 +10,7 @@ from jaxnet.checkpoint.request import checked_request
 from jaxnet.checkpoint.words import shown
 from jaxnet.interop.collect import by_path, flat
 from jaxnet.interop.convert import Convention, convert
+from jaxnet.interop.transposed import with_flipped, with_transposed
 from jaxnet.interop.variables import STATE
 
 __all__ = ["from_equinox", "from_flax", "from_haiku"]
@@ -35,6 +36,7 @@ def from_flax(
     pattern: str | Iterable[str] | None = None,
     strict: bool = True,
     cast: bool = False,
+    transposed: str | Iterable[str] = (),
 ) -> dict[str, Any]:
     """Convert the variables of a Flax network.
 
@@ -52,13 +54,17 @@ def from_flax(
       pattern: as in `from_torch`.
       strict: as in `from_torch`.
       cast: as in `from_torch`.
+      transposed: a pattern of paths in Flax, or several: the transposed convolutions, because
+        neither name nor shape tells them. Their kernels, [*window, in, out], are flipped and their
+        features exchanged. Those with transpose_kernel=True need no change.
 
     Returns:
       As `from_torch`.
 
     Raises:
       CheckpointError: as `from_torch`.
-      ValueError: as `from_torch`; or a path is in params and in batch_stats.
+      ValueError: as `from_torch`; or a path is in params and in batch_stats; or a pattern of
+        `transposed` matches no kernel.
     """
     request = checked_request(like, pattern, rename, strict, cast)
     file = "the variables of Flax"
@@ -73,6 +79,7 @@ def from_flax(
         leaves |= statistics
     else:
         leaves = by_path(file, flat(variables), lambda name: name.removesuffix("/value"))
+    leaves = with_flipped(leaves, transposed, "kernel", exchange=True)
     return convert(file, leaves, FLAX, request)
 
 
@@ -85,6 +92,7 @@ def from_haiku(
     pattern: str | Iterable[str] | None = None,
     strict: bool = True,
     cast: bool = False,
+    transposed: str | Iterable[str] = (),
 ) -> dict[str, Any]:
     """Convert the parameters and the state of a Haiku network.
 
@@ -104,13 +112,15 @@ def from_haiku(
       pattern: as in `from_torch`.
       strict: as in `from_torch`.
       cast: as in `from_torch`.
+      transposed: a pattern of paths in Haiku, without '~', or several: the transposed convolutions,
+        because neither name nor shape tells them. Their kernels, [*window, out, in], are flipped.
 
     Returns:
       As `from_torch`.
 
     Raises:
       CheckpointError: as `from_torch`.
-      ValueError: as `from_torch`.
+      ValueError: as `from_torch`; or a pattern of `transposed` matches no kernel.
     """
     request = checked_request(like, pattern, rename, strict, cast)
     file = "the parameters of Haiku"
@@ -119,6 +129,7 @@ def from_haiku(
         return "/".join(step for step in name.split("/") if step != "~")
 
     leaves = by_path(file, [*flat(params), *flat(state)], without_marks)
+    leaves = with_flipped(leaves, transposed, "w", exchange=False)
     return convert(file, leaves, HAIKU, request)
 
 
@@ -135,9 +146,9 @@ def from_equinox(
     """Convert the parameters of an Equinox model, and the averages of its batch norms.
 
     Names and layouts are those of PyTorch (`from_torch` has the table); vectors lose axes of size
-    1. The averages come from `state`. Those of a batch norm with mode "batch" are corrected for
-    their start at zero, as Equinox does when it uses them. The inputs of a dense layer after a
-    flattened convolution must be reordered, too.
+    1, and the kernels of transposed convolutions are flipped. The averages come from `state`. Those
+    of a batch norm with mode "batch" are corrected for their start at zero, as Equinox does when it
+    uses them. The inputs of a dense layer after a flattened convolution must be reordered, too.
 
     Args:
       model: a module.
@@ -158,7 +169,7 @@ def from_equinox(
     request = checked_request(like, pattern, rename, strict, cast)
     file = "the model of Equinox"
     averages = [] if state is None else _averages(model, state)
-    leaves = by_path(file, [*flat(model), *averages], str)
+    leaves = by_path(file, [*flat(with_transposed(model)), *averages], str)
     return convert(file, leaves, EQUINOX, request)
 
 

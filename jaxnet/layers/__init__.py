@@ -1,23 +1,48 @@
 """The layers. Each is a function that returns a `jaxnet.core.Layer`."""
 
+from jaxnet.layers.adaptive import adaptive_avg_pool, adaptive_max_pool
 from jaxnet.layers.convolution import conv
+from jaxnet.layers.depthwise import depthwise_conv, separable_conv
+from jaxnet.layers.einsum import einsum_dense
 from jaxnet.layers.embedding import embed
-from jaxnet.layers.linear import dense
+from jaxnet.layers.global_pool import global_avg_pool, global_lp_pool, global_max_pool
+from jaxnet.layers.linear import bilinear, dense
+from jaxnet.layers.local import locally_connected
 from jaxnet.layers.noise import dropout
 from jaxnet.layers.norm import batch_norm, layer_norm
-from jaxnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
-from jaxnet.layers.shape import flatten
+from jaxnet.layers.pool import avg_pool, lp_pool, max_pool, min_pool
+from jaxnet.layers.resizing import resize, upsample
+from jaxnet.layers.shape import flatten, pixel_shuffle, pixel_unshuffle
+from jaxnet.layers.transposed import conv_transpose
+from jaxnet.layers.unpool import max_pool_with_indices, max_unpool
 
 __all__ = [
+    "adaptive_avg_pool",
+    "adaptive_max_pool",
     "avg_pool",
     "batch_norm",
+    "bilinear",
     "conv",
+    "conv_transpose",
     "dense",
+    "depthwise_conv",
     "dropout",
+    "einsum_dense",
     "embed",
     "flatten",
     "global_avg_pool",
+    "global_lp_pool",
     "global_max_pool",
     "layer_norm",
+    "locally_connected",
+    "lp_pool",
     "max_pool",
+    "max_pool_with_indices",
+    "max_unpool",
+    "min_pool",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "resize",
+    "separable_conv",
+    "upsample",
 ]

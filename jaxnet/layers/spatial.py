@@ -48,18 +48,17 @@ def spatial_window(
     return sizes, str(sizes[0] if sizes == sizes[:1] * 2 else sizes)
 
 
-def sizes_along(what: str, value: Any, rank: int) -> tuple[int, ...]:
-    """One positive int per spatial axis, from one for all axes or a sequence."""
+def sizes_along(what: str, value: Any, rank: int, minimum: int = 1) -> tuple[int, ...]:
+    """One int of at least `minimum` per spatial axis, from one for all axes or a sequence."""
     try:
         values = (value,) * rank if np.ndim(value) == 0 else tuple(value)
         if len(values) != rank:
             raise ValueError
-        return tuple(size_of(what, v) for v in values)
+        return tuple(size_of(what, v, minimum) for v in values)
     except (TypeError, ValueError):
+        kind = "a positive int" if minimum == 1 else f"an int of at least {minimum}"
         axes = "the spatial axis" if rank == 1 else f"each of the {rank} spatial axes"
-        raise ValueError(
-            f"{what} must be a positive int, or one for {axes}, got {value!r}"
-        ) from None
+        raise ValueError(f"{what} must be {kind}, or one for {axes}, got {value!r}") from None
 
 
 def pads_along(what: str, padding: Any, rank: int) -> str | tuple[tuple[int, int], ...]:

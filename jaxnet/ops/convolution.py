@@ -58,8 +58,8 @@ def convolve(
       x: the input, [N, *spatial, C], with at least one spatial axis.
       kernel: the kernel, [*window, C / groups, F], in the dtype of x.
       strides: s, the step between windows; one int for all spatial axes, or one per axis.
-      padding: "SAME" (ceil(size / stride) outputs, the odd zero at the end), "VALID" (no zeros), an
-        int, or (before, after) per spatial axis.
+      padding: "SAME" (ceil(size / stride) outputs, the odd zero at the end), "SAME_LOWER" (the odd
+        zero at the start), "VALID" (no zeros), an int, or (before, after) per spatial axis.
       dilation: d, the step between the elements of a window; one int for all spatial axes, or one
         per axis.
       groups: the number of groups. Output features [i F / groups, (i+1) F / groups) use only input
@@ -99,7 +99,7 @@ def convolve(
     geometry = window_geometry(
         "convolve", x.shape, window, strides, padding, dilation, groups, precision
     )
-    return bind("output", *_equally_varying(x, kernel), geometry=geometry)
+    return bind("output", *equally_varying(x, kernel), geometry=geometry)
 
 
 # The family
@@ -228,7 +228,7 @@ def _lowering(fn: Callable[..., Any]):
     return rule
 
 
-def _equally_varying(x, kernel):
+def equally_varying(x, kernel):
     """In `shard_map`: mark both as varying over the same mesh axes, so that the gradient of the one
     that does not vary is summed over them.
     """

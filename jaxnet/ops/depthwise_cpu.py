@@ -172,7 +172,9 @@ def _over_padded(g: Geometry, window: tuple[int, ...]) -> Geometry:
 def _block_of(x, i, counts, block: Geometry):
     """The part of padded images x that the taps of block i meet."""
     steps = [size * d for size, d in zip(block.window, block.dilation, strict=True)]
-    return _cut(x, [0, *_starts(i, counts, steps)], (x.shape[0], *block.sizes, x.shape[-1]))
+    return _cut(
+        x, [np.int32(0), *_starts(i, counts, steps)], (x.shape[0], *block.sizes, x.shape[-1])
+    )
 
 
 def _starts(i, counts, steps) -> list:
@@ -184,5 +186,6 @@ def _starts(i, counts, steps) -> list:
 
 
 def _cut(x, starts, sizes):
-    # Without negative indices, JAX need not compile code to wrap them.
-    return lax.dynamic_slice(x, [*starts, 0], sizes, allow_negative_indices=False)
+    # Without negative indices, JAX need not compile code to wrap them. All starts need one dtype,
+    # also under `jax_enable_x64`.
+    return lax.dynamic_slice(x, [*starts, np.int32(0)], sizes, allow_negative_indices=False)

@@ -155,16 +155,17 @@ def resolve_padding(what: str, padding, sizes, window, strides, dilation) -> Pad
     if isinstance(padding, str):
         if padding.upper() == "VALID":
             return ((0, 0),) * rank
-        if padding.upper() == "SAME":
+        if padding.upper() in ("SAME", "SAME_LOWER"):
             spans = [(w - 1) * d + 1 for w, d in zip(window, dilation, strict=True)]
             totals = [
                 max(0, (-(-n // s) - 1) * s + span - n)
                 for n, s, span in zip(sizes, strides, spans, strict=True)
             ]
-            return tuple((total // 2, total - total // 2) for total in totals)
+            halves = tuple((total // 2, total - total // 2) for total in totals)
+            return halves if padding.upper() == "SAME" else tuple((b, a) for a, b in halves)
         raise ValueError(
             f"{what}: padding must be 'SAME', 'VALID', an int or (before, after) for each axis, "
-            f"got {padding!r}"
+            f"or 'SAME_LOWER', got {padding!r}"
         )
     try:
         pairs = [(padding, padding)] * rank if np.ndim(padding) == 0 else padding

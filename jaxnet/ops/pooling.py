@@ -16,9 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxnet.ops.geometry import Geometry, pad_spatial, slice_windows, split_windows, window_geometry
+from jaxnet.ops.geometry import (
+    Geometry,
+    pad_spatial,
+    resolve_padding,
+    slice_windows,
+    split_windows,
+)
+from jaxnet.ops.pool_geometry import counts_along, pool_geometry
 
-__all__ = ["avg_pool", "max_pool"]
+__all__ = ["avg_pool", "max_pool", "sum_pool"]
 
 # Taps per window: a larger window is pooled axis by axis, with h + w slices instead of h w. This is
 # faster from 9 taps on.
@@ -34,8 +41,10 @@ def max_pool(
     *,
     strides: int | Sequence[int] | None = None,
     padding: str | int | Sequence[tuple[int, int]] = "VALID",
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
 ) -> jax.Array:
-    """Take the largest element of each window, y[n, o, c] = max over w of x[n, o s + w - lo, c].
+    """Take the largest element of each window, y[n, o, c] = max over w of x[n, o s + w d - lo, c].
 
     The gradient goes to one element of each window: the first of the largest in row-major order, as
     in PyTorch and in XLA's own gradient of a window maximum (`jnp.max` shares it equally). Padding
@@ -45,12 +54,14 @@ def max_pool(
       x: real numbers of any dtype, [N, *spatial, C].
       window: the size along each spatial axis; one int for all of them, or one per axis.
       strides: s, the step between windows; the window by default, so windows do not overlap.
-      padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), an int, or
-        (before, after) per spatial axis.
+      padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), "SAME_LOWER", an
+        int, or (before, after) per spatial axis.
+      dilation: d, the step between the elements of a window; one int for all axes, or one per axis.
+      ceil_mode: True rounds the number of windows up (`pool_geometry`).
 
     Returns:
-      y [N, *outputs, C] in the dtype of x, with outputs = floor((size + before + after - window) /
-      s) + 1.
+      y [N, *outputs, C] in the dtype of x, with outputs = floor((size + before + after - (window -
+      1) d - 1) / s) + 1.
 
     Raises:
       TypeError: x holds complex numbers or booleans.
@@ -59,7 +70,8 @@ def max_pool(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"max_pool: x must hold real numbers, got {x.dtype}")
-    for part in _by_axis(pool_geometry("max_pool", x.shape, window, strides, padding)):
+    g = pool_geometry("max_pool", x.shape, window, strides, padding, dilation, ceil_mode)
+    for part in _by_axis(g):
         x = _window_max(x, part)
     return x
 
@@ -70,8 +82,11 @@ def avg_pool(
     *,
     strides: int | Sequence[int] | None = None,
     padding: str | int | Sequence[tuple[int, int]] = "VALID",
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    count_padding: bool = False,
 ) -> jax.Array:
-    """Take the mean of each window, y[n, o, c] = mean over w of x[n, o s + w - lo, c].
+    """Take the mean of each window, y[n, o, c] = mean over w of x[n, o s + w d - lo, c].
 
     The mean is over the elements of x, and padding does not count, as in TensorFlow, in Keras and
     in PyTorch with count_include_pad=False. The mean of a constant is therefore that constant, also
@@ -81,12 +96,15 @@ def avg_pool(
       x: floating or complex numbers, [N, *spatial, C].
       window: the size along each spatial axis; one int for all of them, or one per axis.
       strides: s, the step between windows; the window by default, so windows do not overlap.
-      padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), an int, or
-        (before, after) per spatial axis.
+      padding: "VALID" (whole windows only), "SAME" (ceil(size / stride) outputs), "SAME_LOWER", an
+        int, or (before, after) per spatial axis.
+      dilation: d, the step between the elements of a window; one int for all axes, or one per axis.
+      ceil_mode: True rounds the number of windows up (`pool_geometry`).
+      count_padding: True counts the zeros of the padding, as PyTorch's count_include_pad.
 
     Returns:
-      y [N, *outputs, C] in the dtype of x, with outputs = floor((size + before + after - window) /
-      s) + 1.
+      y [N, *outputs, C] in the dtype of x, with outputs = floor((size + before + after - (window -
+      1) d - 1) / s) + 1.
 
     Raises:
       TypeError: x holds integers or booleans.
@@ -97,43 +115,57 @@ def avg_pool(
         raise TypeError(
             f"avg_pool: x must be floating, got {x.dtype}; convert it, as in x.astype(jnp.float32)"
         )
-    g = pool_geometry("avg_pool", x.shape, window, strides, padding)
+    g = pool_geometry("avg_pool", x.shape, window, strides, padding, dilation, ceil_mode)
+    ends = list(g.sizes)
+    starts = [0] * g.rank
+    if count_padding:
+        plain = resolve_padding("avg_pool", padding, g.sizes, g.window, g.strides, g.dilation)
+        starts = [-lo for lo, _ in plain]
+        ends = [size + hi for size, (_, hi) in zip(g.sizes, plain, strict=True)]
     narrow = x.dtype in (jnp.bfloat16, jnp.float16)
-    total = x.astype(jnp.float32) if narrow else x
-    for part in [g] if g.apart else _by_axis(g):
-        total = _window_sum(total, part)
-    # The number of elements of each window that are in x is a product over the axes, which is known
-    # at trace time.
-    starts = [
-        np.arange(o) * s - lo for o, s, (lo, _) in zip(g.outputs, g.strides, g.padding, strict=True)
-    ]
-    ends = [
-        np.minimum(start + w, size)
-        for start, w, size in zip(starts, g.window, g.sizes, strict=True)
-    ]
-    along = [end - np.maximum(start, 0) for start, end in zip(starts, ends, strict=True)]
-    counts = functools.reduce(np.multiply.outer, along)
+    total = _sums(x.astype(jnp.float32) if narrow else x, g)
+    # The number of elements of each window that count is a product over the axes, which is known at
+    # trace time. A window with gaps may have none.
+    counts = functools.reduce(np.multiply.outer, counts_along(g, starts, ends))
     scale = lax.broadcast_in_dim(
-        jnp.asarray(1 / counts, total.dtype), total.shape, range(1, g.rank + 1)
+        jnp.asarray(1 / np.maximum(counts, 1), total.dtype), total.shape, range(1, g.rank + 1)
     )
     return (total * scale).astype(x.dtype)
 
 
-def pool_geometry(what: str, shape, window, strides, padding) -> Geometry:
-    """The windows of a pooling over arrays [N, *spatial, C] of this shape. `what` is the start of
-    errors.
+def sum_pool(
+    x: jax.Array,
+    window: int | Sequence[int],
+    *,
+    strides: int | Sequence[int] | None = None,
+    padding: str | int | Sequence[tuple[int, int]] = "VALID",
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> jax.Array:
+    """Take the sum of each window, y[n, o, c] = sum over w of x[n, o s + w d - lo, c].
+
+    Args:
+      x: floating or complex numbers, [N, *spatial, C].
+      window: as in `max_pool`.
+      strides: as in `max_pool`.
+      padding: as in `max_pool`.
+      dilation: as in `max_pool`.
+      ceil_mode: as in `max_pool`.
+
+    Returns:
+      y [N, *outputs, C] in the dtype of x.
+
+    Raises:
+      ValueError: shapes or options do not fit.
     """
-    if len(shape) < 3:
-        raise ValueError(
-            f"{what}: x must be [N, *spatial, C] with 1 spatial axis or more, got shape {shape}"
-        )
-    g = window_geometry(what, shape, window, window if strides is None else strides, padding)
-    if any(max(pair) >= w for pair, w in zip(g.padding, g.window, strict=True)):
-        raise ValueError(
-            f"{what}: padding must be smaller than the window, {g.window}, else a window has no "
-            f"element; got {padding!r}"
-        )
-    return g
+    g = pool_geometry("sum_pool", x.shape, window, strides, padding, dilation, ceil_mode)
+    return _sums(x, g)
+
+
+def _sums(x, g: Geometry):
+    for part in [g] if g.apart else _by_axis(g):
+        x = _window_sum(x, part)
+    return x
 
 
 def _by_axis(g: Geometry) -> list[Geometry]:
@@ -151,6 +183,7 @@ def _by_axis(g: Geometry) -> list[Geometry]:
                 window=tuple(w if h else 1 for w, h in zip(g.window, here, strict=True)),
                 strides=tuple(s if h else 1 for s, h in zip(g.strides, here, strict=True)),
                 padding=tuple(p if h else (0, 0) for p, h in zip(g.padding, here, strict=True)),
+                dilation=tuple(d if h else 1 for d, h in zip(g.dilation, here, strict=True)),
             )
         )
     return parts
@@ -160,28 +193,30 @@ def _halves(g: Geometry) -> list[Geometry]:
     """Split a pooling with a long window along one axis into steps of two taps each.
 
     The maximum over 2 m elements is that of two maxima over m. The last two windows may overlap,
-    because an element may count twice. For x from 0 to n - 1, the maxima over m elements are at
-    positions -lo to n + hi - m, and windows with at least one element of x are at positions -(m -
-    1) to n - 1. Only positions in both ranges are kept, so every window has an element of x.
+    because an element may count twice. Without gaps (d = 1), for x from 0 to n - 1, the maxima over
+    m elements are at positions -lo to n + hi - m, and windows with at least one element of x are at
+    positions -(m - 1) to n - 1. Only positions in both ranges are kept, so every window has an
+    element of x.
     """
     axis = max(range(g.rank), key=lambda i: g.window[i])
-    taps, size, (lo, hi) = g.window[axis], g.sizes[axis], g.padding[axis]
+    taps, size, (lo, hi), gap = g.window[axis], g.sizes[axis], g.padding[axis], g.dilation[axis]
 
     def positions(m: int) -> tuple[int, int]:
-        return max(-(m - 1), -lo), min(size - 1, size + hi - m)
+        reach = (m - 1) * gap
+        return max(-reach, -lo), min(size - 1, size + hi - 1 - reach)
 
     def step(m: int, apart: int, strides) -> Geometry:
         """From the maxima over m elements to those over m + apart."""
         (first, last), (start, end) = positions(m), positions(m + apart)
         if m + apart == taps:
-            start, end = -lo, size + hi - taps
-        pads = first - start, end + apart - last
+            start, end = -lo, size + hi - 1 - (taps - 1) * gap
+        pads = first - start, end + apart * gap - last
         return g._replace(
             sizes=_with(g.sizes, axis, last - first + 1),
             window=_with(g.window, axis, 2),
             strides=strides,
             padding=_with(g.padding, axis, pads),
-            dilation=_with(g.dilation, axis, apart),
+            dilation=_with(g.dilation, axis, apart * gap),
         )
 
     steps, m = [], 1
@@ -201,24 +236,25 @@ def _window_sum(x, g: Geometry):
     axis = max(range(g.rank), key=lambda i: g.window[i])
     if g.window[axis] <= LONG:
         return functools.reduce(jnp.add, slice_windows(x, g))
-    total = _running_sum(pad_spatial(x, g.tight_padding), g.window[axis], axis + 1)
+    padded = pad_spatial(x, g.tight_padding)
+    total = _running_sum(padded, g.window[axis], axis + 1, g.dilation[axis])
     return lax.slice_in_dim(total, 0, None, g.strides[axis], axis=axis + 1)
 
 
-def _running_sum(x, taps: int, axis: int):
-    """The sums of `taps` consecutive elements along an axis, each computed from two sums of half as
-    many.
+def _running_sum(x, taps: int, axis: int, gap: int):
+    """The sums of `taps` elements along an axis, `gap` apart, each computed from two sums of half
+    as many.
     """
     if taps == 1:
         return x
-    half = _running_sum(x, taps // 2, axis)
-    total = lax.slice_in_dim(half, 0, -(taps // 2), axis=axis) + lax.slice_in_dim(
-        half, taps // 2, None, axis=axis
+    half, apart = _running_sum(x, taps // 2, axis, gap), taps // 2 * gap
+    total = lax.slice_in_dim(half, 0, -apart, axis=axis) + lax.slice_in_dim(
+        half, apart, None, axis=axis
     )
     if taps % 2 == 0:
         return total
-    return lax.slice_in_dim(total, 0, -1, axis=axis) + lax.slice_in_dim(
-        x, taps - 1, None, axis=axis
+    return lax.slice_in_dim(total, 0, -gap, axis=axis) + lax.slice_in_dim(
+        x, (taps - 1) * gap, None, axis=axis
     )
 
 

@@ -46,7 +46,7 @@ def unfolded(role: str, a, b, g: Geometry, inner: Inner, *, axes: int):
             x = jnp.moveaxis(split_windows(x, first), first.tap_axes, range(-axes - 1, -1))
             patches = x.reshape(*x.shape[: x.ndim - axes - 1], math.prod(x.shape[-axes - 1 :]))
         else:
-            patches = _side_by_side(x, first)
+            patches = side_by_side(x, first)
         return joined(patches, axes)
 
     def flatten(k):
@@ -57,7 +57,7 @@ def unfolded(role: str, a, b, g: Geometry, inner: Inner, *, axes: int):
     return substitute(role, a, b, g, maps, functools.partial(inner, geometry=rest))
 
 
-def _side_by_side(x, g: Geometry):
+def side_by_side(x, g: Geometry):
     """The elements of each window side by side, as features: [N, I, .., C] -> [N, O, .., w C]."""
     taps, step = g.window[0], g.dilation[0]
     if g.rank > 1 or taps <= WRITTEN_OUT:
