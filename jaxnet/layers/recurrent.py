@@ -71,8 +71,8 @@ def recurrent(
     Returns:
       The layer, (x [..., T, D], lengths=None, mask=None, carry=None) -> y [..., T, F].
       `lengths` has integers [...], `mask` has bools [..., T], and at most one of them is given.
-      `carry` is the first carry. Without it the cell starts from the carry None, which is zeros for all cells of
-      the library.
+      `carry` is the first carry. Without it the cell starts from the carry None, which
+      is zeros for all cells of the library.
 
     Raises:
       TypeError: `cell` is neither a layer nor a function; lengths or mask have another dtype.
@@ -147,8 +147,9 @@ def bidirectional(forward: Layer, backward: Layer) -> Layer:
       backward: a layer such as `lstm(64, reverse=True)`.
 
     Returns:
-      The layer, (x [..., T, D], lengths=None, mask=None, carry=None) -> y [..., T, F1 + F2]. `carry` is
-      a pair of first carries. If both layers return their carry, it returns (carries, y).
+      The layer, (x [..., T, D], lengths=None, mask=None, carry=None) -> y [..., T, F1 + F2].
+      `carry` is a pair of first carries. If both layers return their carry, it returns
+      (carries, y).
 
     Raises:
       TypeError: an argument is not a layer.
