@@ -172,12 +172,11 @@ def _lru(name: str, features: Any, r_min: float, r_max: float, max_phase: float)
 @functools.partial(jax.jit, inline=True)
 def _lru_coefficients(params, x):
     nu, theta, gamma = (widened(params[name]) for name in ("nu", "theta", "gamma"))
-    lead = (*x.shape[:1], *(1,) * (x.ndim - 2)) if x.ndim > 1 else ()
     size, phase = jnp.exp(-jnp.exp(nu)), jnp.exp(theta)
     factor = jax.lax.complex(size * jnp.cos(phase), size * jnp.sin(phase))
     real, imag = jnp.split(widened(product(x, params["kernel"])), 2, -1)
     gain = jnp.broadcast_to(jnp.exp(gamma), real.shape)
-    return jnp.broadcast_to(factor, (*lead, *nu.shape)), jax.lax.complex(gain * real, gain * imag)
+    return factor.reshape(*(1,) * (x.ndim - 1), -1), jax.lax.complex(gain * real, gain * imag)
 
 
 @functools.partial(jax.jit, inline=True)

@@ -26,7 +26,8 @@ class Recurrence(NamedTuple):
       init: (key, x) -> params; x [..., D] is one step or a sequence.
       width: params -> D and a parameter that has the dtype of the inputs.
       shape: params -> the shape of the carry behind the batch axes.
-      coefficients: (params, x) -> (a, b), each [..., *shape], in at least float32.
+      coefficients: (params, x) -> (a, b), each [..., *shape], in at least float32. Axes of a that
+        b has too may be 1.
       readout: (params, h, x) -> y [..., F].
       wide: as in `Layer.wide`.
       pack: h -> the carry as floats, in at least float32.
@@ -44,24 +45,26 @@ class Recurrence(NamedTuple):
     unpack: Callable[..., Any] = lambda h: h
 
 
-def linear_scan(a: jax.Array, b: jax.Array) -> jax.Array:
-    """h_t = a_t h_{t-1} + b_t along the first axis, from h = 0, in O(log T) parallel steps.
+def linear_scan(a: jax.Array, b: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """h_t = a_t h_{t-1} + b_t along an axis, from h = 0, in O(log T) parallel steps.
 
     Source: Martin & Cundy, "Parallelizing linear recurrent neural nets over sequence length", ICLR
     2018.
 
     Args:
-      a: the factors, [T, ...]; axes of size 1 are broadcast.
-      b: the summands, [T, ...].
+      a: the factors, [..., T, ...]; other axes of size 1 are broadcast.
+      b: the summands, [..., T, ...].
+      axis: the axis of time.
 
     Returns:
-      h, [T, ...].
+      (the products a_t ... a_1 of the factors, h), each [..., T, ...]. From another start, h_t is
+      the product of a_t ... a_1 and the start more.
     """
 
     def after(first, second):
         return first[0] * second[0], first[1] * second[0] + second[1]
 
-    return jax.lax.associative_scan(after, (a, b))[1]
+    return jax.lax.associative_scan(after, (a, b), axis=axis)
 
 
 def step_by_step(made: Recurrence) -> Layer:
@@ -84,33 +87,33 @@ def over_time(made: Recurrence, return_carry: bool) -> Layer:
     def fn(params, x, lengths=None, mask=None, carry=None):
         check_input(made.label, x, rank=2)
         _check(made, params, x)
+        continued = carry is not None
         carry = _start(made, params, carry, x, x.ndim - 2)
         alive = alive_steps(made.label, x, -2, lengths, mask)
         if alive is not None:
             x = jnp.where(beside(alive, x.shape), x, jnp.zeros((), x.dtype))
-        xs = jnp.moveaxis(x, -2, 0)
-        a, b = made.coefficients(params, xs)
+        # The axis of time stays where it is: the batch may be sharded.
+        time, (a, b) = x.ndim - 2, made.coefficients(params, x)
+        a = jnp.broadcast_to(a, (*a.shape[:time], x.shape[-2], *a.shape[time + 1 :]))
         if alive is not None:
-            steps = jnp.moveaxis(alive, -1, 0)
-            a = jnp.where(beside(steps, b.shape), jnp.broadcast_to(a, b.shape), 1)
-            b = jnp.where(beside(steps, b.shape), b, 0)
-        h = _from(made.unpack(widened(carry)), a, b)
-        ys = jnp.moveaxis(made.readout(params, h, xs), 0, -2)
+            whole = beside(alive, b.shape)
+            a = jnp.where(whole, jnp.broadcast_to(a, b.shape), 1)
+            b = jnp.where(whole, b, 0)
+        decays, h = linear_scan(a, b, time)
+        if continued:
+            h = h + decays * jnp.expand_dims(made.unpack(widened(carry)), time)
+        ys = made.readout(params, h, x)
         if alive is not None:
             ys = jnp.where(beside(alive, ys.shape), ys, jnp.zeros((), ys.dtype))
         if not return_carry:
             return ys
-        last = made.pack(h[-1]).astype(x.dtype) if x.shape[-2] else carry
-        return last, ys
+        if x.shape[-2]:
+            last = jax.lax.index_in_dim(h, x.shape[-2] - 1, time, keepdims=False)
+            carry = made.pack(last).astype(x.dtype)
+        return carry, ys
 
     init = lambda key, x: made.init(key, x)  # noqa: E731
     return dataclasses.replace(layer(init, fn, label=made.label), wide=made.wide)
-
-
-def _from(start: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`linear_scan` from another start than 0, as one more step before the others."""
-    first = jnp.ones((1, *a.shape[1:]), a.dtype)
-    return linear_scan(jnp.concatenate([first, a]), jnp.concatenate([start[None], b]))[1:]
 
 
 def _check(made: Recurrence, params: Any, x: Any) -> None:
