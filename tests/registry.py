@@ -27,8 +27,10 @@ from jaxnet.layers import (
     adaptive_max_pool,
     avg_pool,
     batch_norm,
+    bidirectional,
     bilinear,
     conv,
+    conv_lstm_cell,
     conv_transpose,
     dense,
     depthwise_conv,
@@ -39,17 +41,34 @@ from jaxnet.layers import (
     global_avg_pool,
     global_lp_pool,
     global_max_pool,
+    gru,
+    gru_cell,
     layer_norm,
     locally_connected,
     lp_pool,
+    lru,
+    lru_cell,
+    lstm,
+    lstm_cell,
     max_pool,
     max_pool_with_indices,
     max_unpool,
+    mgu_cell,
+    min_gru,
+    min_gru_cell,
     min_pool,
     pixel_shuffle,
     pixel_unshuffle,
+    recurrent,
     resize,
+    rnn_cell,
+    rwkv7_channel_mix,
+    rwkv7_time_mix,
+    selective_ssm,
+    selective_ssm_cell,
     separable_conv,
+    simple_rnn,
+    stacked,
     upsample,
 )
 from jaxnet.mixed import rows
@@ -214,15 +233,35 @@ def cell(f, carry, x):
 
 
 @wire(rnn=scan(cell))
-def recurrent(f, x):
+def scanned(f, x):
     """x [..., T, 4] -> y [..., T, 4]."""
     xs = jnp.moveaxis(x, -2, 0)
     return jnp.moveaxis(f.rnn(jnp.zeros_like(xs[0]), xs)[1], 0, -2)
 
 
+@wire(cell=lstm_cell(3, projection=2, peephole=True, forget_bias=0.0))
+def one_lstm_step(f, h, c, x):
+    """h [..., 2], c [..., 3], x [..., 4] -> ((h, c), y)."""
+    return f.cell((h, c), x)
+
+
+@wire(cell=conv_lstm_cell(2, (2,), forget_bias=0.0))
+def one_conv_lstm_step(f, h, c, x):
+    """h and c [..., 3, 2], x [..., 3, 1] -> ((h, c), y)."""
+    return f.cell((h, c), x)
+
+
+@wire(rnn=recurrent(cell, remat_every=2))
+def by_lengths(f, lengths, x):
+    """lengths [...], x [..., T, 4] -> y [..., T, 4]."""
+    return f.rnn(x, lengths=lengths, carry=jnp.zeros_like(x[..., 0, :]))
+
+
 noisy_block = chain(dense(4), batch_norm(), jnp.tanh, dropout(0.2))
 
 _BFLOAT16 = "it computes in bfloat16, too coarse for differences"
+_NORMAL = jax.nn.initializers.normal(0.3)
+_SLOW = "it would take long to compile"
 _PARTS = "its parts are tested one by one, and it would take long to compile"
 _IDS = "its inputs are integers; the dtype of its parameters is an argument"
 
@@ -269,6 +308,40 @@ CASES: dict[str, Case] = {
     "embed": Case(embed(4, 4), (ints(4, 2),), {"dtype": _IDS}),
     "embed: attend": Case(attending, (ints(4, 2),), {"dtype": _IDS}),
     "flatten": Case(flatten(2), (floats(4, 2, 3),)),
+    "rnn_cell": Case(rnn_cell(3), (floats(4, 3), floats(4, 2))),
+    "gru_cell": Case(gru_cell(3), (floats(4, 3), floats(4, 2))),
+    "gru_cell: reset before": Case(gru_cell(3, reset_after=False), (floats(4, 3), floats(4, 2))),
+    "mgu_cell": Case(mgu_cell(3), (floats(4, 3), floats(4, 2))),
+    "lstm_cell": Case(one_lstm_step, (floats(4, 2), floats(4, 3), floats(4, 4))),
+    "conv_lstm_cell": Case(one_conv_lstm_step, (floats(4, 3, 2), floats(4, 3, 2), floats(4, 3, 1))),
+    "recurrent": Case(by_lengths, (ints(4), floats(4, 3, 4)), {"curvature": _SLOW}),
+    "lstm": Case(lstm(3, forget_bias=0.0), (floats(4, 3, 2),), {"curvature": _SLOW}),
+    "gru": Case(gru(3, reverse=True), (floats(4, 3, 2),), {"curvature": _SLOW}),
+    "simple_rnn": Case(simple_rnn(3), (floats(4, 3, 2),), {"curvature": _SLOW}),
+    "lru": Case(lru(3), (floats(4, 3, 2),)),
+    "lru_cell": Case(lru_cell(3), (floats(4, 6), floats(4, 2))),
+    "min_gru": Case(min_gru(3), (floats(4, 3, 2),)),
+    "min_gru_cell": Case(min_gru_cell(3), (floats(4, 3), floats(4, 2))),
+    "selective_ssm": Case(selective_ssm(2, decay_init=_NORMAL), (floats(4, 3, 2),)),
+    "selective_ssm_cell": Case(
+        selective_ssm_cell(2, decay_init=_NORMAL), (floats(4, 3, 2), floats(4, 3))
+    ),
+    "rwkv7_time_mix": Case(
+        rwkv7_time_mix(4, head_size=2, rank=2),
+        (floats(4, 3, 4), floats(4, 3, 4)),
+        {"curvature": _SLOW},
+    ),
+    "rwkv7_channel_mix": Case(rwkv7_channel_mix(4, hidden=3), (floats(4, 3, 4),)),
+    "bidirectional": Case(
+        bidirectional(simple_rnn(2), simple_rnn(3, reverse=True)),
+        (floats(4, 3, 2),),
+        {"curvature": _SLOW},
+    ),
+    "stacked": Case(
+        stacked(simple_rnn(3), simple_rnn(3), dropout_rate=0.2),
+        (floats(4, 3, 2),),
+        {"curvature": _SLOW},
+    ),
     "layer": Case(layer(None, lambda params, x: jnp.sin(x), label="sin"), (floats(4, 4),)),
     "param": Case(tied, (ints(3, 2),), {"dtype": _IDS}),
     "wire": Case(product, (floats(4, 4), floats(4, 4))),
@@ -280,7 +353,7 @@ CASES: dict[str, Case] = {
     "residual": Case(residual(chain(layer_norm(), dense(4))), (floats(4, 4),)),
     "repeat": Case(repeat(chain(dense(4), jnp.tanh), 2), (floats(4, 4),)),
     "repeat: noisy, stateful, remat": Case(repeat(noisy_block, 2, remat=True), (floats(4, 4),)),
-    "scan": Case(recurrent, (floats(4, 3, 4),), {"curvature": "it would take long to compile"}),
+    "scan": Case(scanned, (floats(4, 3, 4),), {"curvature": _SLOW}),
     "vmap": Case(
         chain(vmap(chain(dense(4), jnp.tanh), 2, in_axes=-2), lambda y: y.sum(0)),
         (floats(4, 2, 4),),

@@ -133,7 +133,7 @@ def test_the_lstm_is_that_of_pytorch_on_packed_sequences():
     torch = pytest.importorskip("torch")
     scope = program("LSTM")
     params, x, lengths = scope["params"], scope["x"], scope["lengths"]
-    gates = tree.get(params, "rnn/gates")
+    gates = tree.get(params, "rnn/lstm")
     lstm = torch.nn.LSTM(5, 8, batch_first=True)
     kernel = np.asarray(gates["kernel"]).T
     with torch.no_grad():
