@@ -23,17 +23,35 @@ from jaxnet import Layer, tree
 from jaxnet.combinators import cast, chain, parallel, remat, repeat, residual, scan, vmap
 from jaxnet.core import abstractly, describe, layer, param, wire
 from jaxnet.layers import (
+    alibi,
     avg_pool,
     batch_norm,
+    causal,
     conv,
     dense,
+    dot_product_attention,
     dropout,
     embed,
     flatten,
+    fused_attention,
+    gated_mlp,
     global_avg_pool,
     global_max_pool,
+    kv_cache,
     layer_norm,
+    learned_positions,
+    masked_softmax,
     max_pool,
+    mlp,
+    moe,
+    multi_head_attention,
+    relative_bias,
+    rotary,
+    sink_softmax,
+    sinusoidal,
+    soft_cap,
+    squeeze_excite,
+    window,
 )
 from jaxnet.mixed import rows
 
@@ -211,6 +229,33 @@ CASES: dict[str, Case] = {
     "layer_norm: bare": Case(layer_norm(scale=False, bias=False), (floats(6, 4),)),
     "dropout": Case(dropout(0.4), (floats(4, 4),)),
     "embed": Case(embed(4, 4), (ints(4, 2),), {"dtype": _IDS}),
+    "multi_head_attention": Case(
+        multi_head_attention(4, 2, groups=1, positions=rotary(), mask=causal() & window(1)),
+        (floats(2, 3, 4),),
+    ),
+    "dot_product_attention": Case(
+        dot_product_attention(cap=soft_cap(2.0), softmax=sink_softmax()),
+        (floats(2, 3, 2, 4), floats(2, 3, 1, 4), floats(2, 3, 1, 4)),
+        {"dtype": "its scores and the sinks beside them are float32"},
+    ),
+    "fused_attention": Case(
+        fused_attention(), (floats(2, 3, 2, 4), floats(2, 3, 1, 4), floats(2, 3, 1, 4))
+    ),
+    "masked_softmax": Case(masked_softmax(), (floats(2, 2, 3, 4),)),
+    "sink_softmax": Case(sink_softmax(), (floats(2, 2, 3, 4),)),
+    "kv_cache": Case(
+        chain(kv_cache(), lambda seen: seen[0] * seen[1]),
+        (floats(2, 3, 1, 4), floats(2, 3, 1, 4), ints(2, 3)),
+    ),
+    "rotary": Case(rotary(size=2), (floats(2, 3, 2, 4),)),
+    "sinusoidal": Case(sinusoidal(), (floats(2, 3, 4),)),
+    "learned_positions": Case(learned_positions(3), (floats(2, 3, 4),)),
+    "alibi": Case(alibi(2), (ints(2, 3), ints(2, 4)), {"dtype": _IDS, "differences": _IDS}),
+    "relative_bias": Case(relative_bias(2), (ints(2, 3), ints(2, 4)), {"dtype": _IDS}),
+    "mlp": Case(mlp(6, 4), (floats(4, 4),)),
+    "gated_mlp": Case(gated_mlp(6, 4), (floats(4, 4),)),
+    "squeeze_excite": Case(squeeze_excite(4, 2), (floats(2, 3, 3, 4),)),
+    "moe": Case(moe(3, 2, 6, 4), (floats(2, 3, 4),)),
     "flatten": Case(flatten(2), (floats(4, 2, 3),)),
     "layer": Case(layer(None, lambda params, x: jnp.sin(x), label="sin"), (floats(4, 4),)),
     "param": Case(tied, (ints(3, 2),), {"dtype": _IDS}),
@@ -251,7 +296,13 @@ CASES: dict[str, Case] = {
 
 def public_names() -> set[str]:
     """What must have a case: all constructors, and the three ways to make a layer."""
-    return {*jaxnet.layers.__all__, *jaxnet.combinators.__all__, "layer", "param", "wire"}
+    makers = {name for name in jaxnet.layers.__all__ if _makes_a_layer(name)}
+    return {*makers, *jaxnet.combinators.__all__, "layer", "param", "wire"}
+
+
+def _makes_a_layer(name: str) -> bool:
+    """Whether a public name of `jaxnet.layers` returns a Layer. Masks are values, not layers."""
+    return getattr(getattr(jaxnet.layers, name), "__annotations__", {}).get("return") == "Layer"
 
 
 def layout(case: Case) -> dict[str, dict[str, str]]:

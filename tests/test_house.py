@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "data": {"checks"},
     "mixed": set(),
     "combinators": {"checks", "core", "mixed"},
-    "layers": {"checks", "core", "mixed", "ops"},
+    "layers": {"checks", "core", "mixed", "ops", "combinators"},
     "flops": {"core"},
     "transform": {"core", "flops", "tree"},
     "checkpoint": {"checks", "first_use", "tree"},

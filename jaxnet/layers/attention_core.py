@@ -1,0 +1,378 @@
+"""The core of attention: y = softmax(q k^T scale) v for each head."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnet.core import Layer, check_input, describe, interned, layer, no_params, wire
+from jaxnet.layers import initializers
+from jaxnet.layers.masks import Mask, as_mask
+from jaxnet.layers.noise import dropout as dropout_layer
+from jaxnet.layers.parameters import check_real
+from jaxnet.mixed import widened
+
+__all__ = [
+    "dot_product_attention",
+    "fused_attention",
+    "masked_softmax",
+    "sink_softmax",
+    "soft_cap",
+]
+
+
+@interned
+def dot_product_attention(
+    *,
+    scale: float | None = None,
+    cap: Callable[..., Any] | None = None,
+    softmax: Layer | Callable[..., Any] | None = None,
+    dropout: float = 0.0,
+    precision: Any = None,
+) -> Layer:
+    """Attend to keys: y[t, h] = sum over s of w[h, t, s] v[s, g], w = softmax(q k^T scale + bias).
+
+    The h-th of H heads of queries uses the key/value head g = h // (H / G) of G: G = H is
+    multi-head, 1 < G < H grouped-query, G = 1 multi-query attention. Scores and softmax are at
+    least float32. A query that may attend to no key gives zeros.
+
+    Children: `cap`, a function of the scaled scores; `softmax`, (scores, allowed) -> weights;
+    `weights`, the identity of the weights [..., H, T, S], for `capture(net, "**/weights")`; `drop`,
+    dropout of the weights.
+
+    Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017; Ainslie et al., "GQA", EMNLP
+    2023.
+
+    Twins: flax.linen.dot_product_attention, equinox.nn.dot_product_attention,
+    torch.nn.functional.scaled_dot_product_attention.
+
+    Args:
+      scale: the factor of the scores; 1 / sqrt(D) by default.
+      cap: a function of the scaled scores, such as `soft_cap(50.0)`.
+      softmax: `masked_softmax()` by default, or `sink_softmax()`.
+      dropout: the rate at which weights are dropped in training.
+      precision: the precision of the products, as in `jax.numpy.matmul`.
+
+    Returns:
+      The layer, (q [..., T, H, D], k [..., S, G, D], v [..., S, G, E], mask=None, bias=None,
+      queries=None, keys=None) -> y [..., T, H, E]. `queries` and `keys` are positions, 0, 1, ... by
+      default.
+
+    Raises:
+      ValueError: in `apply`, the shapes do not match, or G does not divide H.
+      TypeError: in `apply`, q, k and v are not arrays of floats of one dtype.
+    """
+    label = "dot_product_attention"
+    children = {
+        "cap": identity if cap is None else cap,
+        "softmax": masked_softmax() if softmax is None else softmax,
+        "weights": identity,
+    }
+    if dropout:
+        children["drop"] = dropout_layer(dropout)
+
+    def attend(f, q, k, v, mask=None, bias=None, queries=None, keys=None):
+        check_heads(label, q, k, v)
+        mask = as_mask(mask)
+        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        scores = f.cap(_scores(q, k, factor, precision))
+        for more in (bias, mask.bias):
+            scores = scores if more is None else _plus(scores, more)
+        weights = f.softmax(scores, pairs_of(mask, q, k, queries, keys)).astype(v.dtype)
+        weights = f.weights(weights)
+        return _mixed(f.drop(weights) if dropout else weights, v, precision)
+
+    attend.__name__ = label
+    return wire(**children)(attend)
+
+
+def identity(x):
+    return x
+
+
+@interned
+def fused_attention(implementation: str | None = None, *, scale: float | None = None) -> Layer:
+    """Attend to keys by `jax.nn.dot_product_attention`, which has a cuDNN kernel for GPUs.
+
+    It takes the place of `dot_product_attention`: `jaxnet.replace(net, "**/core",
+    fused_attention("cudnn"))`. Causal masks, windows and lengths reach the kernel as such, other
+    masks as arrays. The weights never exist as an array, so `capture` does not find them.
+
+    Twins: flax.nnx.dot_product_attention, torch.nn.functional.scaled_dot_product_attention.
+
+    Args:
+      implementation: "cudnn", "xla" or None, as in `jax.nn.dot_product_attention`. cuDNN computes
+        in float16 and bfloat16 only.
+      scale: the factor of the scores; 1 / sqrt(D) by default.
+
+    Returns:
+      The layer, with the inputs of `dot_product_attention`, q [..., T, H, D] -> y [..., T, H, D].
+
+    Raises:
+      ValueError: `implementation` is another value; in `apply`, the shapes do not match.
+      TypeError: in `apply`, q, k and v are not arrays of floats of one dtype.
+    """
+    label = "fused_attention"
+    if implementation not in (None, "xla", "cudnn"):
+        raise ValueError(
+            f"{label}: implementation must be 'cudnn', 'xla' or None, got {implementation!r}"
+        )
+
+    def fn(params, q, k, v, mask=None, bias=None, queries=None, keys=None):
+        check_heads(label, q, k, v)
+        mask, lead = as_mask(mask), q.shape[:-3]
+        structure: dict[str, Any] = {}
+        rest = mask
+        if queries is None and keys is None:
+            rest = dataclasses.replace(mask, causal=False, before=None, after=None, lengths=None)
+            structure["is_causal"] = mask.causal
+            if mask.before is not None or mask.after is not None:
+                ends = (mask.before, mask.after)
+                sizes = tuple(k.shape[-3] + q.shape[-3] if n is None else n for n in ends)
+                structure["local_window_size"] = sizes
+            if mask.lengths is not None:
+                lengths = jnp.broadcast_to(mask.lengths, lead).reshape(-1)
+                structure["key_value_seq_lengths"] = lengths.astype(jnp.int32)
+        allowed = pairs_of(rest, q, k, queries, keys)
+        biases = [b for b in (bias, mask.bias) if b is not None]
+        added = functools.reduce(_plus, biases) if biases else None
+        shape = (q.shape[-2], q.shape[-3], k.shape[-3])
+        y = jax.nn.dot_product_attention(
+            *(_one_batch_axis(x, 3) for x in (q, k, v)),
+            bias=None if added is None else _batched(added, lead, shape),
+            mask=None if allowed is None else _batched(allowed, lead, shape),
+            scale=scale,
+            implementation=implementation,  # pyright: ignore[reportArgumentType]
+            **structure,
+        )
+        return _without_empty_rows(y.reshape(*q.shape[:-1], v.shape[-1]), mask, q, k, queries, keys)
+
+    name = f"{label}({implementation!r})" if implementation else label
+    return layer(no_params, fn, label=name)
+
+
+def _one_batch_axis(x, rank: int):
+    return x.reshape(math.prod(x.shape[:-rank]), *x.shape[-rank:])
+
+
+def _batched(pairs, lead, shape):
+    """Pairs that broadcast to [*lead, heads, T, S] as [batch, heads or 1, T, S]."""
+    heads = pairs.shape[-3] if pairs.ndim > 2 else 1
+    full = (*lead, heads, *shape[1:])
+    pairs = pairs.reshape((1,) * (len(full) - pairs.ndim) + pairs.shape)
+    return _one_batch_axis(jnp.broadcast_to(pairs, full), 3)
+
+
+def _without_empty_rows(y, mask: Mask, q, k, queries, keys):
+    """y with zeros for the queries that may attend to no key. Other softmaxes give them a mean."""
+    allowed = pairs_of(mask, q, k, queries, keys)
+    never = queries is None and keys is None and mask.lengths is None and not mask.segments
+    if allowed is None or (never and mask.allowed is None and q.shape[-3] <= k.shape[-3]):
+        return y
+    some = jnp.swapaxes(_with_heads(allowed).any(-1), -1, -2)[..., None]
+    some = jnp.broadcast_to(some.reshape((1,) * (y.ndim - some.ndim) + some.shape), y.shape)
+    return jnp.where(some, y, 0)
+
+
+def _with_heads(pairs):
+    return pairs if pairs.ndim > 2 else pairs[None]
+
+
+def check_heads(label: str, q: Any, k: Any, v: Any) -> None:
+    """Check the inputs of a core of attention.
+
+    Args:
+      label: the name of the layer in errors.
+      q: queries, [..., T, H, D].
+      k: keys, [..., S, G, D].
+      v: values, [..., S, G, E].
+
+    Raises:
+      TypeError: one is not an array of floats, or they have several dtypes.
+      ValueError: the shapes do not match.
+    """
+    check_input(label, q, rank=3)
+    for x in (k, v):
+        check_input(label, x, rank=3, like=q)
+    same = q.shape[:-3] == k.shape[:-3] and k.shape[:-1] == v.shape[:-1]
+    if not same or q.shape[-1] != k.shape[-1] or q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"{label}: q [..., T, H, D], k [..., S, G, D] and v [..., S, G, E] must agree, and G "
+            f"must divide H, got {describe(q)}, {describe(k)} and {describe(v)}"
+        )
+
+
+def pairs_of(mask: Mask, q: Any, k: Any, queries: Any, keys: Any) -> Any:
+    """Compute which keys each query may attend to.
+
+    Args:
+      mask: the mask.
+      q: queries, [..., T, H, D].
+      k: keys, [..., S, G, D].
+      queries: their positions, [T] or [..., T]; None for 0, 1, ...
+      keys: their positions, [S] or [..., S]; None for 0, 1, ...
+
+    Returns:
+      Bools, which broadcast to [..., H, T, S]; None if all pairs are allowed.
+    """
+    queries = jax.lax.iota(jnp.int32, q.shape[-3]) if queries is None else queries
+    keys = jax.lax.iota(jnp.int32, k.shape[-3]) if keys is None else keys
+    return mask.pairs(queries, keys)
+
+
+# The equations are jitted, so that JAX traces and differentiates each once for all layers of one
+# shape. `inline` leaves no call in the program of a network.
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _scores(q, k, scale, precision):
+    """Scores [..., H, T, S] in at least float32."""
+    (t, h, d), (s, g) = q.shape[-3:], k.shape[-3:-1]
+    # The heads of a group are further rows of one product.
+    q = jnp.moveaxis(q, -3, -2).reshape(*q.shape[:-3], g, h // g * t, d)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    # A factor on the queries costs less than one on the scores. Narrow queries would round it.
+    early = q.dtype == wide
+    q = q * jnp.asarray(scale, q.dtype) if early else q
+    k = jnp.moveaxis(k, -3, -1)
+    scores = jnp.matmul(q, k, precision=precision, preferred_element_type=wide)
+    scores = scores if early else scores * jnp.asarray(scale, wide)
+    return scores.reshape(*q.shape[:-3], h, t, s)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _mixed(weights, v, precision):
+    """Sums of values, [..., T, H, E]."""
+    (h, t, s), (g, e) = weights.shape[-3:], v.shape[-2:]
+    weights = weights.reshape(*weights.shape[:-3], g, h // g * t, s)
+    y = jnp.matmul(weights, jnp.moveaxis(v, -3, -2), precision=precision)
+    return jnp.moveaxis(y.reshape(*y.shape[:-3], h, t, e), -2, -3)
+
+
+def _plus(scores, bias):
+    rank = max(scores.ndim, bias.ndim)
+    a, b = (x.reshape((1,) * (rank - x.ndim) + x.shape) for x in (scores, bias))
+    return a + b.astype(jnp.promote_types(a.dtype, jnp.float32))
+
+
+@interned
+def masked_softmax() -> Layer:
+    """Compute weights, w = exp(s) / sum of exp(s) over the allowed keys.
+
+    If no key is allowed, all weights are zero, and so are their gradients. The weights are at least
+    float32.
+
+    Twins: torch.nn.Softmax, keras.layers.Softmax.
+
+    Returns:
+      The layer, (scores [..., H, T, S], allowed=None) -> weights [..., H, T, S].
+
+    Raises:
+      TypeError: in `apply`, the scores are not an array of floats.
+    """
+
+    def fn(params, scores, allowed=None):
+        check_input("masked_softmax", scores)
+        return _softmax(_hidden(scores, allowed)).astype(scores.dtype)
+
+    return layer(no_params, fn, label="masked_softmax")
+
+
+@interned
+def sink_softmax(*, sink_init: Callable[..., Any] = initializers.zeros) -> Layer:
+    """Compute weights with a learned sink, w = exp(s) / (exp(sink_h) + sum of exp(s)).
+
+    Parameters: sinks [H], one score per head of a key that has no value.
+
+    Source: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025; Xiao et al., "Efficient Streaming
+    Language Models with Attention Sinks", ICLR 2024.
+
+    Args:
+      sink_init: (key, shape, dtype) -> array, as in `jax.nn.initializers`.
+
+    Returns:
+      The layer, (scores [..., H, T, S], allowed=None) -> weights [..., H, T, S].
+
+    Raises:
+      TypeError: in `apply`, the scores are not an array of floats.
+      ValueError: in `apply`, H differs from that at `init`.
+    """
+    label = "sink_softmax"
+
+    def init(key, scores, allowed=None):
+        check_input(label, scores, rank=3)
+        return {"sinks": sink_init(key, scores.shape[-3:-2], scores.dtype)}
+
+    def fn(params, scores, allowed=None):
+        check_real(label, params)
+        check_input(label, scores, rank=3)
+        sinks = params["sinks"]
+        if scores.shape[-3] != sinks.shape[0]:
+            raise ValueError(
+                f"{label}: there must be {sinks.shape[0]} heads, got {describe(scores)}"
+            )
+        sinks = sinks.astype(scores.dtype).reshape((1,) * (scores.ndim - 3) + (-1, 1, 1))
+        column = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
+        joined = jnp.concatenate([_hidden(scores, allowed), column], -1)
+        return _softmax(joined)[..., :-1].astype(scores.dtype)
+
+    return dataclasses.replace(layer(init, fn, label=label), wide=("sinks",))
+
+
+def _hidden(scores, allowed):
+    if allowed is None:
+        return scores
+    allowed = allowed.reshape((1,) * (scores.ndim - allowed.ndim) + allowed.shape)
+    return jnp.where(jnp.broadcast_to(allowed, scores.shape), scores, -jnp.inf)
+
+
+# The derivative needs the weights only. It is finite for rows without a key, which are all zero.
+@jax.custom_jvp
+def _softmax(scores):
+    scores = widened(scores)
+    # A row of -inf has no largest score to subtract.
+    largest = jnp.maximum(
+        scores.max(-1, keepdims=True, initial=-jnp.inf), jnp.finfo(scores.dtype).min
+    )
+    e = jnp.exp(scores - jnp.broadcast_to(jax.lax.stop_gradient(largest), scores.shape))
+    total = e.sum(-1, keepdims=True)
+    return e * jnp.broadcast_to(1 / jnp.where(total == 0, 1, total), e.shape)
+
+
+@_softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    weights = _softmax(*primals)
+    weighted = weights * tangents[0].astype(weights.dtype)
+    return weights, weighted - weights * jnp.broadcast_to(
+        weighted.sum(-1, keepdims=True), weights.shape
+    )
+
+
+def soft_cap(bound: float) -> Callable[[jax.Array], jax.Array]:
+    """Bound scores smoothly: y = bound tanh(x / bound).
+
+    Source: Gemma Team, "Gemma 2", 2024, arXiv:2408.00118.
+
+    Args:
+      bound: the bound.
+
+    Returns:
+      A function of scores [...], for `dot_product_attention(cap=...)` or as a layer.
+
+    Raises:
+      ValueError: the bound is not positive.
+    """
+    if not bound > 0:
+        raise ValueError(f"soft_cap: the bound must be positive, got {bound}")
+
+    def capped(scores):
+        return bound * jnp.tanh(scores / bound)
+
+    capped.__name__ = f"soft_cap({bound:g})"
+    return capped
