@@ -233,9 +233,8 @@ def pairs_of(mask: Mask, q: Any, k: Any, queries: Any, keys: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
 def _scores(q, k, scale, precision):
     """Scores [..., H, T, S] in at least float32."""
-    (t, h, d), (s, g) = q.shape[-3:], k.shape[-3:-1]
-    # The heads of a group are further rows of one product.
-    q = jnp.moveaxis(q, -3, -2).reshape(*q.shape[:-3], g, h // g * t, d)
+    t, h, g = q.shape[-3], q.shape[-2], k.shape[-2]
+    q = _joined_groups(jnp.moveaxis(q, -3, -2), g)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     # A factor on the queries costs less than one on the scores. Narrow queries would round it.
     early = q.dtype == wide
@@ -243,16 +242,36 @@ def _scores(q, k, scale, precision):
     k = jnp.moveaxis(k, -3, -1)
     scores = jnp.matmul(q, k, precision=precision, preferred_element_type=wide)
     scores = scores if early else scores * jnp.asarray(scale, wide)
-    return scores.reshape(*q.shape[:-3], h, t, s)
+    return _split_groups(scores, h, t)
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def _mixed(weights, v, precision):
     """Sums of values, [..., T, H, E]."""
-    (h, t, s), (g, e) = weights.shape[-3:], v.shape[-2:]
-    weights = weights.reshape(*weights.shape[:-3], g, h // g * t, s)
-    y = jnp.matmul(weights, jnp.moveaxis(v, -3, -2), precision=precision)
-    return jnp.moveaxis(y.reshape(*y.shape[:-3], h, t, e), -2, -3)
+    h, t, g = weights.shape[-3], weights.shape[-2], v.shape[-2]
+    y = jnp.matmul(_joined_groups(weights, g), jnp.moveaxis(v, -3, -2), precision=precision)
+    return jnp.moveaxis(_split_groups(y, h, t), -2, -3)
+
+
+# The heads of a group are further rows of one product. If arrays are sharded, JAX can split an axis
+# or merge two, but not both in one step.
+
+
+def _joined_groups(x, groups: int):
+    """[..., H, T, D] as [..., G, H / G * T, D]."""
+    (heads, t, d), lead = x.shape[-3:], x.shape[:-3]
+    if heads == groups:
+        return x
+    x = x.reshape(*lead, groups, heads // groups, t, d)
+    return x.reshape(*lead, groups, heads // groups * t, d)
+
+
+def _split_groups(x, heads: int, t):
+    """The inverse of `_joined_groups`."""
+    (groups, _, d), lead = x.shape[-3:], x.shape[:-3]
+    if heads == groups:
+        return x
+    return x.reshape(*lead, groups, heads // groups, t, d).reshape(*lead, heads, t, d)
 
 
 def _plus(scores, bias):
@@ -318,7 +337,9 @@ def sink_softmax(*, sink_init: Callable[..., Any] = initializers.zeros) -> Layer
                 f"{label}: there must be {sinks.shape[0]} heads, got {describe(scores)}"
             )
         sinks = sinks.astype(scores.dtype).reshape((1,) * (scores.ndim - 3) + (-1, 1, 1))
-        column = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
+        # The sum has the sharding of the scores.
+        column = jnp.zeros_like(scores.sum(-1, keepdims=True))
+        column = column + jnp.broadcast_to(sinks, column.shape)
         joined = jnp.concatenate([_hidden(scores, allowed), column], -1)
         return _softmax(joined)[..., :-1].astype(scores.dtype)
 

@@ -31,7 +31,8 @@ def mlp(
 ) -> Layer:
     """Expand, activate and project: y = W_down act(W_up x + b_up) + b_down.
 
-    Children: `up`, `act`, `down`, and `drop` if there is dropout.
+    Children: `up`, `act`, `down`, and `drop` if there is dropout. The backward pass computes the
+    activation again, which costs less than to store its parts.
 
     Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017.
 
@@ -62,7 +63,7 @@ def mlp(
 
     feed.__name__ = f"mlp({hidden}, {features})"
     drop = {"drop": dropout_layer(dropout)} if dropout else {}
-    children = {"up": project(hidden), "act": activation, **drop}
+    children = {"up": project(hidden), "act": _recomputed(activation), **drop}
     return wire(**children, down=project(features))(feed)
 
 
@@ -107,7 +108,7 @@ def gated_mlp(
         return f.down(f.act(f.gate(x)) * f.up(x))
 
     feed.__name__ = f"gated_mlp({hidden}, {features})"
-    children = {"gate": project(hidden), "up": project(hidden), "act": activation}
+    children = {"gate": project(hidden), "up": project(hidden), "act": _recomputed(activation)}
     return wire(**children, down=project(features))(feed)
 
 
@@ -154,3 +155,12 @@ def squeeze_excite(
     excite.__name__ = label
     down, up = dense(max(1, features // ratio)), dense(features)
     return wire(down=down, act=activation, up=up, gate=gate)(excite)
+
+
+def _recomputed(activation):
+    """A function whose backward pass keeps its input only. A layer stays as it is."""
+    if isinstance(activation, Layer):
+        return activation
+    # Within a compiled loop, XLA cannot merge the two computations; elsewhere it may, at no loss.
+    made = jax.checkpoint(activation, prevent_cse=False)
+    return functools.wraps(activation)(made) if hasattr(activation, "__name__") else made

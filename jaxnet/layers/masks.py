@@ -27,8 +27,8 @@ STATIC = {"static": True}
 class Mask:
     """Which keys each query may attend to. All parts must allow a pair.
 
-    A mask is also a layer without inputs that returns itself, so it is a child of attention that
-    `replace` exchanges.
+    A mask is also a function that returns itself, so it is a child of attention that `replace`
+    exchanges: `replace(net, "**/mask", causal())`.
 
     Attributes:
       causal: hide the keys behind the query.
@@ -51,7 +51,7 @@ class Mask:
     allowed: Any = None
     bias: Any = None
 
-    def __call__(self) -> Mask:
+    def __call__(self, *_: Any) -> Mask:
         """Return the mask itself."""
         return self
 
