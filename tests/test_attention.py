@@ -518,7 +518,7 @@ def test_rows_may_be_at_different_positions():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 16)), jnp.float32)
     params = net.init(jax.random.key(0), x)
     full, _ = net.apply(params, x)
-    at = jnp.arange(6) + jnp.zeros((2, 1), jnp.int32)
+    at = jnp.broadcast_to(jnp.arange(6), (2, 6))
     _, specs = output_specs(
         net, False, jax.ShapeDtypeStruct((2, 8, 16), x.dtype), jnp.zeros((2, 8), int)
     )
