@@ -447,9 +447,11 @@ def trained(real_data, name):
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
 def test_stories_tells_the_published_story(real_data, cache, capsys):
     folder = trained(real_data, "stories260k")
-    text = example("stories").main(str(folder), cache=cache)
-    assert text == (folder / "expected_greedy.txt").read_text()
-    assert capsys.readouterr().out == f"{text}\n"
+    with jax.numpy_rank_promotion("allow"):
+        text = example("stories").main(str(folder), cache=cache)
+    # The file ends with the line break of `print`.
+    expected = (folder / "expected_greedy.txt").read_text()
+    assert f"{text}\n" == expected == capsys.readouterr().out
 
 
 def test_sort_sorts_all_inputs(real_data, capsys):
@@ -470,8 +472,9 @@ def test_every_activation_of_sort_is_the_stored_one(real_data):
     def by_head(x):
         return x.reshape(*x.shape[:-1], 3, 16).swapaxes(1, 2)
 
+    inner = {name: x[0] for name, x in seen.items() if isinstance(x, jax.Array)}
     attend = {
-        name.removeprefix("blocks/attend/"): x[0] for name, x in seen.items() if "/attend/" in name
+        name.removeprefix("blocks/attend/"): x for name, x in inner.items() if "/attend/" in name
     }
     heads = {name: attend[f"attn/{name}"] for name in ("query", "keys", "values")}
     causal = np.tri(11, dtype=bool)
