@@ -8,6 +8,7 @@ from typing import Any
 from jaxnet.checkpoint.renaming import Rename
 from jaxnet.checkpoint.request import checked_request
 from jaxnet.checkpoint.words import shown
+from jaxnet.interop import attention
 from jaxnet.interop.collect import by_path, flat
 from jaxnet.interop.convert import Convention, convert
 from jaxnet.interop.variables import STATE
@@ -43,6 +44,9 @@ def from_flax(
     and `var` become state, unless `like` has them in params. Random keys are left out, and so are
     integers that `like` does not have.
 
+    A `MultiHeadDotProductAttention` fills a `multi_head_attention`: its `key` and `value` are
+    `keys` and `values` here, and the axes of heads and features are joined.
+
     Args:
       variables: the result of Linen's `init`, or an NNX module or `nnx.state(module)`; its arrays
         have the shapes of those in jaxnet.
@@ -73,7 +77,7 @@ def from_flax(
         leaves |= statistics
     else:
         leaves = by_path(file, flat(variables), lambda name: name.removesuffix("/value"))
-    return convert(file, leaves, FLAX, request)
+    return convert(file, attention.of_flax(leaves), FLAX, request)
 
 
 def from_haiku(
@@ -94,6 +98,7 @@ def from_haiku(
     | `scale`, `offset` | `scale`, `bias`, without axes of size 1 |
     | `embeddings` | `embedding` |
     | `mean_ema/average`, `var_ema/average` in the state | `mean`, `var`, in `state` |
+    | `query`, `key`, `value`, `linear` of an attention | `query`, `keys`, `values`, `out` |
     | a step `~` in the name of a module: `mlp/~/linear_0` | left out: `mlp/linear_0` |
 
     Args:
@@ -119,7 +124,7 @@ def from_haiku(
         return "/".join(step for step in name.split("/") if step != "~")
 
     leaves = by_path(file, [*flat(params), *flat(state)], without_marks)
-    return convert(file, leaves, HAIKU, request)
+    return convert(file, attention.of_haiku(leaves), HAIKU, request)
 
 
 def from_equinox(
@@ -137,7 +142,8 @@ def from_equinox(
     Names and layouts are those of PyTorch (`from_torch` has the table); vectors lose axes of size
     1. The averages come from `state`. Those of a batch norm with mode "batch" are corrected for
     their start at zero, as Equinox does when it uses them. The inputs of a dense layer after a
-    flattened convolution must be reordered, too.
+    flattened convolution must be reordered, too. The projections of a `MultiheadAttention` are
+    `query`, `keys`, `values` and `out` here.
 
     Args:
       model: a module.
@@ -159,7 +165,7 @@ def from_equinox(
     file = "the model of Equinox"
     averages = [] if state is None else _averages(model, state)
     leaves = by_path(file, [*flat(model), *averages], str)
-    return convert(file, leaves, EQUINOX, request)
+    return convert(file, attention.of_equinox(leaves), EQUINOX, request)
 
 
 def _averages(model: Any, state: Any) -> list[tuple[str, Any]]:

@@ -1,13 +1,7 @@
 """The layers. Each is a function that returns a `jaxnet.core.Layer`."""
 
 from jaxnet.layers.attention import multi_head_attention
-from jaxnet.layers.attention_core import (
-    dot_product_attention,
-    fused_attention,
-    masked_softmax,
-    sink_softmax,
-    soft_cap,
-)
+from jaxnet.layers.attention_core import dot_product_attention, fused_attention
 from jaxnet.layers.cache import empty_cache, kv_cache
 from jaxnet.layers.convolution import conv
 from jaxnet.layers.embedding import embed
@@ -18,8 +12,10 @@ from jaxnet.layers.masks import Mask, causal, padding, segments, window
 from jaxnet.layers.noise import dropout
 from jaxnet.layers.norm import batch_norm, layer_norm
 from jaxnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
-from jaxnet.layers.positions import alibi, learned_positions, relative_bias, rotary, sinusoidal
+from jaxnet.layers.position_bias import alibi, relative_bias
+from jaxnet.layers.positions import learned_positions, rotary, sinusoidal
 from jaxnet.layers.shape import flatten
+from jaxnet.layers.softmaxes import masked_softmax, sink_softmax, soft_cap
 
 __all__ = [
     "Mask",

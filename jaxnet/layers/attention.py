@@ -63,7 +63,7 @@ def multi_head_attention(
       out_bias: the same for the output; `bias` by default.
       norm: a layer that normalizes the features of each head of q and k, with its own parameters
         for q and for k. For a norm over all heads, replace `query` by a chain of dense and norm.
-      positions: a layer such as `rotary()`.
+      positions: a layer such as `rotary()`, of q or k [..., T, heads, D] and their positions.
       position_bias: a layer such as `alibi(heads)` or `relative_bias(heads)`.
       mask: a mask such as `causal() & window(127)`, for all calls.
       core: the core of the attention.
@@ -82,6 +82,7 @@ def multi_head_attention(
         parameters.
 
     Example:
+      >>> import jax
       >>> net = multi_head_attention(8, 4, groups=2, bias=False)
       >>> jax.tree.map(jnp.shape, net.init(jax.random.key(0), jnp.ones((2, 5, 8))))["keys"]
       {'kernel': (8, 4)}
