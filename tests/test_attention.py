@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from registry import close, weights
+from registry import close, quick_to_compile, weights  # noqa: F401 (a fixture)
 
 import jaxnet
 from jaxnet import chain, dense, layer_norm, repeat, wire
@@ -35,7 +36,7 @@ from jaxnet.layers import (
     window,
 )
 
-few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=5, deadline=None, derandomize=True, database=None)
 many = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="no PyTorch")
 
@@ -79,7 +80,7 @@ def check_core(case, core):
 
     for dtype, rtol in (("float64", 1e-10), ("float32", 1e-5)):
         (q, k, v, towards), mask = draw(case, dtype)
-        tensors = [torch.tensor(x.swapaxes(1, 2), requires_grad=True) for x in (q, k, v)]
+        tensors: list[Any] = [torch.tensor(x.swapaxes(1, 2), requires_grad=True) for x in (q, k, v)]
         given_mask = torch.tensor(mask) if isinstance(mask, np.ndarray) else None
         y = torch.nn.functional.scaled_dot_product_attention(
             *tensors,
@@ -91,9 +92,13 @@ def check_core(case, core):
         (y * torch.tensor(towards.swapaxes(1, 2))).sum().backward()
         expected = [x.detach().numpy().swapaxes(1, 2) for x in (y, *(t.grad for t in tensors))]
         with jax.enable_x64(dtype == "float64"):
-            fn = lambda q, k, v, mask=mask: core.apply({}, q, k, v, mask)  # noqa: E731
-            y, pull = jax.vjp(fn, *map(jnp.asarray, (q, k, v)))
-            actual = [y, *pull(jnp.asarray(towards))]
+
+            def loss(q, k, v, mask, towards):
+                y = core.apply({}, q, k, v, mask)
+                return jnp.vdot(y, towards), y
+
+            grads, y = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v, mask, towards)
+            actual = [y, *grads]
         for a, b in zip(actual, expected, strict=True):
             assert a.dtype == dtype
             np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * max(1, np.abs(b).max()))
@@ -140,7 +145,7 @@ def test_multi_head_attention_is_that_of_pytorch(case):
     x = rng.normal(size=(2, case["queries"], width))
     context = rng.normal(size=(2, case["keys"], width)) if case["cross"] else x
     lengths = rng.integers(1, context.shape[1] + 1, 2) if case["lengths"] else None
-    theirs = torch.nn.MultiheadAttention(
+    theirs: Any = torch.nn.MultiheadAttention(
         width, case["heads"], bias=case["bias"], batch_first=True, dtype=torch.float64
     )
     for p in theirs.parameters():
@@ -164,7 +169,7 @@ def test_multi_head_attention_is_that_of_pytorch(case):
             y, seen = tapped(params, a, b, mask=mask)
             return jnp.vdot(y, towards), (y, seen["core/weights"])
 
-        grads, (y2, w2) = jax.grad(loss, (0, 1, 2), has_aux=True)(params, x, context)
+        grads, (y2, w2) = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, x, context)
     expected = of_pytorch(dict(theirs.named_parameters()), lambda p: p.grad.numpy())
     close((y2, w2), (y.detach().numpy(), w.detach().numpy()), 1e-10, 1e-10)
     close(grads, (expected, a.grad.numpy(), b.grad.numpy()), 1e-9, 1e-10)
@@ -229,7 +234,7 @@ def test_masks_compose_as_sets_of_pairs():
     assert (causal() & None).pairs(jnp.arange(2), jnp.arange(2)).tolist() == [[1, 0], [1, 1]]
 
 
-@pytest.mark.parametrize("core", [dot_product_attention(), fused_attention()], ids=repr)
+@pytest.mark.parametrize("core", [dot_product_attention(), fused_attention()], ids=["own", "fused"])
 def test_a_query_without_a_key_gives_zeros_and_finite_gradients(core):
     q = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 2, 3)), jnp.float32)
     mask = padding(jnp.array([0, 2, 4])) & causal()
@@ -242,7 +247,7 @@ def test_a_query_without_a_key_gives_zeros_and_finite_gradients(core):
         return jnp.sum(jnp.sin(core.apply({}, q, q, q, mask & bias)))
 
     bias = jnp.zeros((1, 1, 4, 4))
-    grads = jax.grad(loss, (0, 1))(q, bias)
+    grads = jax.jit(jax.grad(loss, (0, 1)))(q, bias)
     assert all(np.isfinite(g).all() and np.any(g) for g in grads)
     np.testing.assert_array_equal(grads[0][0], 0)
 
@@ -456,7 +461,7 @@ def test_softmax_is_that_of_jax_with_its_derivatives():
     own = lambda s: masked_softmax().apply({}, s)  # noqa: E731
     np.testing.assert_allclose(own(s), jax.nn.softmax(s), rtol=1e-5, atol=1e-7)
     for derivative in (jax.jacfwd, jax.jacrev):
-        actual, expected = derivative(own)(s), derivative(jax.nn.softmax)(s)
+        actual, expected = (jax.jit(derivative(f))(s) for f in (own, jax.nn.softmax))
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -523,11 +528,11 @@ def test_rows_may_be_at_different_positions():
         net, False, jax.ShapeDtypeStruct((2, 8, 16), x.dtype), jnp.zeros((2, 8), int)
     )
     _, cache = net.apply(params, x[:, :4], at[:, :4], empty_cache(specs))
-    lengths = jnp.array([2, 4])
+    lengths, apply = jnp.array([2, 4]), jax.jit(net.apply)
     for step in range(2):
         now = (lengths + step)[:, None]
         token = jnp.take_along_axis(x, now[..., None], 1)
-        y, cache = net.apply(params, token, now, cache)
+        y, cache = apply(params, token, now, cache)
         expected = jnp.take_along_axis(full, now[..., None], 1)
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
@@ -539,8 +544,9 @@ def test_generation_may_go_back():
     full, cache = net.apply(params, x)
     _, specs = output_specs(net, False, x)
     _, cache = net.apply(params, -x, 0, empty_cache(specs))
+    apply = jax.jit(net.apply)
     for at in range(6):
-        y, cache = net.apply(params, x[:, at : at + 1], at, cache)
+        y, cache = apply(params, x[:, at : at + 1], at, cache)
         np.testing.assert_allclose(y[:, 0], full[:, at], rtol=1e-4, atol=1e-5)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from registry import close, numbers, weights
+from registry import close, numbers, quick_to_compile, weights  # noqa: F401 (a fixture)
 
 import jaxnet
 from jaxnet import chain, repeat, residual
