@@ -25,31 +25,39 @@ from jaxnet.core import abstractly, describe, layer, param, wire
 from jaxnet.layers import (
     adaptive_avg_pool,
     adaptive_max_pool,
+    alibi,
     avg_pool,
     batch_norm,
     bidirectional,
     bilinear,
+    causal,
     conv,
     conv_lstm_cell,
     conv_transpose,
     dense,
     depthwise_conv,
+    dot_product_attention,
     dropout,
     einsum_dense,
     embed,
     flatten,
+    fused_attention,
+    gated_mlp,
     global_avg_pool,
     global_lp_pool,
     global_max_pool,
     gru,
     gru_cell,
+    kv_cache,
     layer_norm,
+    learned_positions,
     locally_connected,
     lp_pool,
     lru,
     lru_cell,
     lstm,
     lstm_cell,
+    masked_softmax,
     max_pool,
     max_pool_with_indices,
     max_unpool,
@@ -57,19 +65,29 @@ from jaxnet.layers import (
     min_gru,
     min_gru_cell,
     min_pool,
+    mlp,
+    moe,
+    multi_head_attention,
     pixel_shuffle,
     pixel_unshuffle,
     recurrent,
+    relative_bias,
     resize,
     rnn_cell,
+    rotary,
     rwkv7_channel_mix,
     rwkv7_time_mix,
     selective_ssm,
     selective_ssm_cell,
     separable_conv,
     simple_rnn,
+    sink_softmax,
+    sinusoidal,
+    soft_cap,
+    squeeze_excite,
     stacked,
     upsample,
+    window,
 )
 from jaxnet.mixed import rows
 
@@ -257,6 +275,12 @@ def by_lengths(f, lengths, x):
     return f.rnn(x, lengths=lengths, carry=jnp.zeros_like(x[..., 0, :]))
 
 
+@wire(cache=kv_cache())
+def remembered(f, at, k, v):
+    """The keys and values of a call without a cache."""
+    return f.cache(k, v, at)[:2]
+
+
 noisy_block = chain(dense(4), batch_norm(), jnp.tanh, dropout(0.2))
 
 _BFLOAT16 = "it computes in bfloat16, too coarse for differences"
@@ -307,6 +331,32 @@ CASES: dict[str, Case] = {
     "dropout": Case(dropout(0.4), (floats(4, 4),)),
     "embed": Case(embed(4, 4), (ints(4, 2),), {"dtype": _IDS}),
     "embed: attend": Case(attending, (ints(4, 2),), {"dtype": _IDS}),
+    "multi_head_attention": Case(
+        multi_head_attention(4, 2, groups=1, positions=rotary(), mask=causal() & window(1)),
+        (floats(2, 3, 4),),
+    ),
+    "dot_product_attention": Case(
+        dot_product_attention(cap=soft_cap(2.0), softmax=sink_softmax()),
+        (floats(2, 3, 2, 4), floats(2, 3, 1, 4), floats(2, 3, 1, 4)),
+        {"dtype": "its scores and the sinks beside them are float32"},
+    ),
+    "fused_attention": Case(
+        fused_attention(),
+        (floats(2, 3, 2, 4), floats(2, 3, 1, 4), floats(2, 3, 1, 4)),
+        {"differences": "jax.nn.dot_product_attention has a float32 softmax in float64, too"},
+    ),
+    "masked_softmax": Case(masked_softmax(), (floats(2, 2, 3, 4),)),
+    "sink_softmax": Case(sink_softmax(), (floats(2, 2, 3, 4),)),
+    "kv_cache": Case(remembered, (ints(2, 3), floats(2, 3, 1, 4), floats(2, 3, 1, 4))),
+    "rotary": Case(rotary(size=2), (floats(2, 3, 2, 4),)),
+    "sinusoidal": Case(sinusoidal(), (floats(2, 3, 4),)),
+    "learned_positions": Case(learned_positions(3), (floats(2, 3, 4),)),
+    "alibi": Case(alibi(2), (ints(2, 3), ints(2, 4)), {"dtype": _IDS, "differences": _IDS}),
+    "relative_bias": Case(relative_bias(2), (ints(2, 3), ints(2, 4)), {"dtype": _IDS}),
+    "mlp": Case(mlp(6, 4), (floats(4, 4),)),
+    "gated_mlp": Case(gated_mlp(6, 4), (floats(4, 4),)),
+    "squeeze_excite": Case(squeeze_excite(4, 2), (floats(2, 3, 3, 4),)),
+    "moe": Case(moe(3, 2, 6, 4), (floats(2, 3, 4),)),
     "flatten": Case(flatten(2), (floats(4, 2, 3),)),
     "rnn_cell": Case(rnn_cell(3), (floats(4, 3), floats(4, 2))),
     "gru_cell": Case(gru_cell(3), (floats(4, 3), floats(4, 2))),
@@ -381,7 +431,13 @@ CASES: dict[str, Case] = {
 
 def public_names() -> set[str]:
     """What must have a case: all constructors, and the three ways to make a layer."""
-    return {*jaxnet.layers.__all__, *jaxnet.combinators.__all__, "layer", "param", "wire"}
+    makers = {name for name in jaxnet.layers.__all__ if _makes_a_layer(name)}
+    return {*makers, *jaxnet.combinators.__all__, "layer", "param", "wire"}
+
+
+def _makes_a_layer(name: str) -> bool:
+    """Whether a public name of `jaxnet.layers` returns a Layer. Masks are values, not layers."""
+    return getattr(getattr(jaxnet.layers, name), "__annotations__", {}).get("return") == "Layer"
 
 
 def layout(case: Case) -> dict[str, dict[str, str]]:

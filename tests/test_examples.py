@@ -3,6 +3,7 @@ originals.
 """
 
 import importlib.util
+import json
 import pathlib
 import re
 import runpy
@@ -434,3 +435,78 @@ def test_digits_names_its_own_flag(tmp_path):
         told.returncode == 1 and "--download" in told.stderr and "download=True" not in told.stderr
     )
     assert "Traceback" not in told.stderr
+
+
+# Trained language models
+
+
+def trained(real_data, name):
+    folder = real_data / "pretrained" / name
+    if not folder.is_dir():
+        pytest.skip(f"no pretrained/{name} in the real data")
+    return folder
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_stories_tells_the_published_story(real_data, cache, capsys):
+    folder = trained(real_data, "stories260k")
+    with jax.numpy_rank_promotion("allow"):
+        text = example("stories").main(str(folder), cache=cache)
+    # The file ends with the line break of `print`.
+    expected = (folder / "expected_greedy.txt").read_text()
+    assert f"{text}\n" == expected == capsys.readouterr().out
+
+
+def test_sort_sorts_all_inputs(real_data, capsys):
+    folder = trained(real_data, "nano_sort")
+    assert example("sort").main(str(folder)).all()
+    assert "729 of 729 inputs are sorted" in capsys.readouterr().out
+
+
+def test_every_activation_of_sort_is_the_stored_one(real_data):
+    """Those of the first block, the outputs of all blocks, and the rest of the network."""
+    folder, sort = trained(real_data, "nano_sort"), example("sort")
+    net, params = sort.read(str(folder))
+    file = json.loads((folder / "gpt-nano-sort-t0-partials.json").read_text())
+    stored = {name: sort.array(entry) for name, entry in file.items() if name != "config"}
+    ids = jnp.asarray(stored["idx"], jnp.int32)
+    logits, seen = jaxnet.capture(net)(params, ids)
+
+    def by_head(x):
+        return x.reshape(*x.shape[:-1], 3, 16).swapaxes(1, 2)
+
+    inner = {name: x[0] for name, x in seen.items() if isinstance(x, jax.Array)}
+    attend = {
+        name.removeprefix("blocks/attend/"): x for name, x in inner.items() if "/attend/" in name
+    }
+    heads = {name: attend[f"attn/{name}"] for name in ("query", "keys", "values")}
+    causal = np.tri(11, dtype=bool)
+    residual = seen["blocks/attend"][0]
+    actual = {
+        "tok_emb": seen["tokens"],
+        "pos_emb": params["positions"]["embedding"][None],
+        "x": seen["positions"],
+        "ln1": attend["norm"],
+        "q": by_head(heads["query"]),
+        "k": by_head(heads["keys"]),
+        "v": by_head(heads["values"]),
+        "qkv": np.concatenate(list(heads.values()), -1),
+        "att": np.where(causal, attend["attn/core/cap"], 0),
+        "attSm": attend["attn/core/weights"],
+        "y": attend["attn/core"].reshape(3, 11, 48),
+        "yProj": attend["attn"],
+        "attnResid": residual,
+        "ln2": seen["blocks/feed/norm"][0],
+        "fc": seen["blocks/feed/mlp/up"][0],
+        "gelu": seen["blocks/feed/mlp/act"][0],
+        "mlp": seen["blocks/feed/mlp"][0],
+        "mlpResid": seen["blocks/feed"][0],
+        **{f"block{i}": x for i, x in enumerate(seen["blocks"])},
+        "ln_f": seen["norm"],
+        "lm_head": logits,
+        "probs": jax.nn.softmax(logits),
+    }
+    assert actual.keys() | {"idx"} == stored.keys()
+    stored["att"] = np.where(causal, stored["att"], 0)
+    for name, x in actual.items():
+        np.testing.assert_allclose(x, stored[name], rtol=1e-5, atol=1e-5, err_msg=name)

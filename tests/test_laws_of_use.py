@@ -14,6 +14,7 @@ from registry import CASES, Case, close, floats, ints, numbers, quick_to_compile
 from jaxnet import cast, chain, tree
 from jaxnet.core import call, describe, layer, param
 from jaxnet.layers import (
+    alibi,
     avg_pool,
     batch_norm,
     conv,
@@ -21,10 +22,22 @@ from jaxnet.layers import (
     dropout,
     embed,
     flatten,
+    gated_mlp,
     global_avg_pool,
     global_max_pool,
     layer_norm,
+    learned_positions,
+    masked_softmax,
     max_pool,
+    mlp,
+    moe,
+    multi_head_attention,
+    relative_bias,
+    rotary,
+    sink_softmax,
+    sinusoidal,
+    squeeze_excite,
+    window,
 )
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -214,6 +227,16 @@ SIZED = {
     "global_avg_pool": (lambda i: global_avg_pool(i(2)), floats(2, 9, 9, 4)),
     "embed": (lambda i: embed(i(5), i(3)), ints(2, 4)),
     "flatten": (lambda i: flatten(i(2)), floats(2, 3, 4)),
+    "multi_head_attention": (
+        lambda i: multi_head_attention(i(4), i(2), groups=i(1), size=i(2), mask=window(i(1))),
+        floats(2, 3, 4),
+    ),
+    "rotary": (lambda i: rotary(size=i(2)), floats(2, 3, 2, 4)),
+    "learned_positions": (lambda i: learned_positions(i(3)), floats(2, 3, 4)),
+    "mlp": (lambda i: mlp(i(3), i(2)), floats(2, 4)),
+    "gated_mlp": (lambda i: gated_mlp(i(3), i(2)), floats(2, 4)),
+    "squeeze_excite": (lambda i: squeeze_excite(i(4), i(2)), floats(2, 3, 3, 4)),
+    "moe": (lambda i: moe(i(3), i(2), i(4), i(2)), floats(2, 3, 4)),
     "param": (lambda i: param((i(5), i(0)), normal), None),
 }
 
@@ -255,6 +278,16 @@ def test_sizes_may_be_integers_of_numpy(make, spec, kind):
         lambda n: embed(n, 3),
         lambda n: embed(3, n),
         flatten,
+        lambda n: multi_head_attention(n, 2),
+        lambda n: multi_head_attention(4, n),
+        lambda n: multi_head_attention(4, 2, groups=n or "none"),
+        lambda n: alibi(n),
+        lambda n: relative_bias(2, buckets=n),
+        learned_positions,
+        lambda n: mlp(3, n),
+        lambda n: gated_mlp(n, 3),
+        lambda n: squeeze_excite(n),
+        lambda n: moe(3, n, 4, 4),
         lambda n: param((2, n), normal),
     ],
 )
@@ -350,6 +383,11 @@ COMPUTING = {
     "layer_norm": (layer_norm(), floats(4, 4)),
     "dropout": (dropout(0.5), floats(4, 4)),
     "embed": (embed(4, 4), ints(4)),
+    "masked_softmax": (masked_softmax(), floats(2, 3, 4)),
+    "sink_softmax": (sink_softmax(), floats(2, 3, 4)),
+    "rotary": (rotary(), floats(2, 3, 4)),
+    "sinusoidal": (sinusoidal(), floats(3, 4)),
+    "learned_positions": (learned_positions(3), floats(3, 4)),
 }
 
 

@@ -72,10 +72,10 @@ def gpt_in_numpy(params, ids, heads, groups):
     x = table[ids]
     for p in [
         jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
-        for i in range(len(params["blocks"]["q"]["kernel"]))
+        for i in range(len(params["blocks"]["norm"]["scale"]))
     ]:
         h = norm(x, p["norm"]["scale"])
-        q, k, v = (h @ p[name]["kernel"] for name in "qkv")
+        q, k, v = (h @ p["attn"][name]["kernel"] for name in ("query", "keys", "values"))
         mixed = np.zeros((T, heads * size))
         for head in range(heads):
             mine = slice(head * size, (head + 1) * size)
@@ -88,7 +88,7 @@ def gpt_in_numpy(params, ids, heads, groups):
                     / size**0.5
                 )
                 mixed[t, mine] = softmax(scores) @ v[: t + 1, group]
-        x = x + mixed @ p["o"]["kernel"]
+        x = x + mixed @ p["attn"]["out"]["kernel"]
         h, mlp = norm(x, p["mlp"]["0"]["scale"]), p["mlp"]["1"]
         gate = h @ mlp["gate"]["kernel"]
         x = x + (gate * sigmoid(gate) * (h @ mlp["up"]["kernel"])) @ mlp["down"]["kernel"]
@@ -176,40 +176,32 @@ def test_what_follows_the_end_of_a_sequence_changes_nothing_and_masks_are_fresh(
 
 def test_the_experts_are_those_of_numpy_with_their_loss_terms_and_train():
     scope = program("Mixture")
-    moe, tapped, params, x = (
-        scope["moe"],
-        scope["tapped"],
-        scope["run"].train_state.params,
-        np.asarray(scope["x"][:16]),
-    )
-    _, seen = tapped(params, x)
-    assert seen.keys() == {"blocks/aux"} and seen["blocks/aux"].shape == (4,)
+    tapped, params = scope["tapped"], scope["run"].train_state.params
+    x = np.asarray(scope["x"][:16])
+    _, seen = jaxnet.capture(scope["net"], ["blocks", "**/aux"])(params, x)
+    assert jax.tree.map(jnp.shape, seen["blocks/aux"]) == {"balance": (4,), "z": (4,)}
     p = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), params["blocks"])
-    gates = softmax(x @ p["router"]["kernel"])
+    logits = x @ p["router"]["kernel"]
+    gates = softmax(logits)
     expected, chosen_by = np.zeros_like(x, np.float64), np.zeros(8)
     for b in range(len(x)):
         chosen = np.argsort(-gates[b], kind="stable")[:2]
         for e in chosen:
-            first, second = p["experts"]["0"], p["experts"]["2"]
-            h = x[b] @ first["kernel"][e] + first["bias"][e]
-            # jax.nn.gelu's default form.
-            h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+            gate, up, down = (p["experts"][name]["kernel"][e] for name in ("gate", "up", "down"))
+            h = x[b] @ gate
             expected[b] += (
-                gates[b, e] / gates[b, chosen].sum() * (h @ second["kernel"][e] + second["bias"][e])
+                gates[b, e] / gates[b, chosen].sum() * ((h * sigmoid(h) * (x[b] @ up)) @ down)
             )
             chosen_by[e] += 1 / len(x)
-    np.testing.assert_allclose(
-        moe.apply(jax.tree.map(lambda leaf: leaf[0], params["blocks"]), x),
-        expected,
-        rtol=1e-4,
-        atol=1e-5,
-    )
-    np.testing.assert_allclose(
-        seen["blocks/aux"][0], 8 * (gates.mean(0) * chosen_by).sum(), rtol=1e-5
-    )
+    np.testing.assert_allclose(seen["blocks"][0], x + expected, rtol=1e-4, atol=1e-5)
+    aux = jax.tree.map(lambda leaf: leaf[0], seen["blocks/aux"])
+    np.testing.assert_allclose(aux["balance"], 8 * (gates.mean(0) * chosen_by).sum(), rtol=1e-5)
+    z = np.square(np.log(np.exp(logits).sum(-1))).mean()
+    np.testing.assert_allclose(aux["z"], z, rtol=1e-5)
     losses = [record["loss"] for record in scope["run"].history]
     assert losses[-1] < losses[0] or len(losses) == 1
-    grads = jax.grad(lambda p: sum(v.sum() for v in tapped(p, x)[1].values()))(params)
+    total = lambda p: sum(v.sum() for v in jax.tree.leaves(tapped(p, x)[1]))  # noqa: E731
+    grads = jax.grad(total)(params)
     assert np.any(grads["blocks"]["router"]["kernel"]) and not np.any(grads["head"]["kernel"])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from jaxnet.checkpoint.renaming import Rename
 from jaxnet.checkpoint.request import checked_request
 from jaxnet.checkpoint.words import shown
+from jaxnet.interop import attention
 from jaxnet.interop.collect import by_path, flat
 from jaxnet.interop.convert import Convention, convert
 from jaxnet.interop.transposed import with_flipped, with_transposed
@@ -45,6 +46,9 @@ def from_flax(
     and `var` become state, unless `like` has them in params. Random keys are left out, and so are
     integers that `like` does not have.
 
+    A `MultiHeadDotProductAttention` fills a `multi_head_attention`: its `key` and `value` are
+    `keys` and `values` here, and the axes of heads and features are joined.
+
     Args:
       variables: the result of Linen's `init`, or an NNX module or `nnx.state(module)`; its arrays
         have the shapes of those in jaxnet.
@@ -80,7 +84,7 @@ def from_flax(
     else:
         leaves = by_path(file, flat(variables), lambda name: name.removesuffix("/value"))
     leaves = with_flipped(leaves, transposed, "kernel", exchange=True)
-    return convert(file, leaves, FLAX, request)
+    return convert(file, attention.of_flax(leaves), FLAX, request)
 
 
 def from_haiku(
@@ -102,6 +106,7 @@ def from_haiku(
     | `scale`, `offset` | `scale`, `bias`, without axes of size 1 |
     | `embeddings` | `embedding` |
     | `mean_ema/average`, `var_ema/average` in the state | `mean`, `var`, in `state` |
+    | `query`, `key`, `value`, `linear` of an attention | `query`, `keys`, `values`, `out` |
     | a step `~` in the name of a module: `mlp/~/linear_0` | left out: `mlp/linear_0` |
 
     Args:
@@ -130,7 +135,7 @@ def from_haiku(
 
     leaves = by_path(file, [*flat(params), *flat(state)], without_marks)
     leaves = with_flipped(leaves, transposed, "w", exchange=False)
-    return convert(file, leaves, HAIKU, request)
+    return convert(file, attention.of_haiku(leaves), HAIKU, request)
 
 
 def from_equinox(
@@ -148,7 +153,8 @@ def from_equinox(
     Names and layouts are those of PyTorch (`from_torch` has the table); vectors lose axes of size
     1, and the kernels of transposed convolutions are flipped. The averages come from `state`. Those
     of a batch norm with mode "batch" are corrected for their start at zero, as Equinox does when it
-    uses them. The inputs of a dense layer after a flattened convolution must be reordered, too.
+    uses them. The inputs of a dense layer after a flattened convolution must be reordered, too. The
+    projections of a `MultiheadAttention` are `query`, `keys`, `values` and `out` here.
 
     Args:
       model: a module.
@@ -170,7 +176,7 @@ def from_equinox(
     file = "the model of Equinox"
     averages = [] if state is None else _averages(model, state)
     leaves = by_path(file, [*flat(with_transposed(model)), *averages], str)
-    return convert(file, leaves, EQUINOX, request)
+    return convert(file, attention.of_equinox(leaves), EQUINOX, request)
 
 
 def _averages(model: Any, state: Any) -> list[tuple[str, Any]]:

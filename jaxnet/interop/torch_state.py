@@ -11,6 +11,7 @@ from jaxnet.checkpoint.errors import CheckpointError
 from jaxnet.checkpoint.renaming import Rename
 from jaxnet.checkpoint.request import checked_request
 from jaxnet.checkpoint.words import shown
+from jaxnet.interop import attention
 from jaxnet.interop.collect import by_path, collect, to_numpy
 from jaxnet.interop.convert import Convention, convert
 from jaxnet.interop.stacks import unstacked
@@ -45,6 +46,8 @@ def from_torch(
     | `weight` of an embedding | `embedding`, as it is |
     | `weight` of a normalization (any vector) | `scale` |
     | `running_mean`, `running_var` | `mean`, `var`, in `state` |
+    | `in_proj_weight`, `in_proj_bias` of `MultiheadAttention` | `query`, `keys`, `values` |
+    | `out_proj` of `MultiheadAttention` | `out` |
     | `bias`, other names | the same, as they are |
     | integers (`num_batches_tracked`) | left out, unless `like` has them |
 
@@ -99,7 +102,7 @@ def from_torch(
     leaves, rename = _slashed(file, tensors, rename)
     patterns = request.patterns and [pattern.replace(".", "/") for pattern in request.patterns]
     request = request._replace(rename=rename, patterns=patterns)
-    return convert(file, leaves, TORCH, request)
+    return convert(file, attention.of_torch(leaves), TORCH, request)
 
 
 def to_torch(

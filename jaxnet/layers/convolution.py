@@ -14,7 +14,7 @@ from jaxnet import ops
 from jaxnet.checks import size_of
 from jaxnet.core import Layer, describe, interned, layer
 from jaxnet.layers import initializers
-from jaxnet.layers.padding import Padding, convolution_padding
+from jaxnet.layers.pads import Padding, convolution_padding
 from jaxnet.layers.parameters import check_real
 from jaxnet.layers.spatial import (
     ENDLESS,
