@@ -14,17 +14,28 @@ from registry import CASES, Case, close, floats, ints, numbers, quick_to_compile
 from jaxnet import cast, chain, tree
 from jaxnet.core import call, describe, layer, param
 from jaxnet.layers import (
+    alpha_dropout,
     avg_pool,
     batch_norm,
     conv,
     dense,
+    drop_path,
     dropout,
     embed,
     flatten,
+    fourier_features,
+    gaussian_dropout,
+    gaussian_noise,
     global_avg_pool,
     global_max_pool,
+    group_norm,
+    instance_norm,
     layer_norm,
+    local_response_norm,
     max_pool,
+    rms_norm,
+    spatial_dropout,
+    vector_quantize,
 )
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -215,6 +226,11 @@ SIZED = {
     "global_avg_pool": (lambda i: global_avg_pool(i(2)), floats(2, 9, 9, 4)),
     "embed": (lambda i: embed(i(5), i(3)), ints(2, 4)),
     "flatten": (lambda i: flatten(i(2)), floats(2, 3, 4)),
+    "layer_norm": (lambda i: layer_norm(rank=i(2)), floats(2, 3, 4)),
+    "group_norm": (lambda i: group_norm(i(2), rank=i(0)), floats(2, 4)),
+    "instance_norm": (lambda i: instance_norm(rank=i(1)), floats(2, 3, 4)),
+    "local_response_norm": (lambda i: local_response_norm(i(3)), floats(2, 4)),
+    "spatial_dropout": (lambda i: spatial_dropout(0.5, rank=i(1)), floats(2, 3, 4)),
     "param": (lambda i: param((i(5), i(0)), normal), None),
 }
 
@@ -256,6 +272,14 @@ def test_sizes_may_be_integers_of_numpy(make, spec, kind):
         lambda n: embed(n, 3),
         lambda n: embed(3, n),
         flatten,
+        lambda n: layer_norm(rank=n),
+        lambda n: group_norm(n),
+        lambda n: group_norm(2, rank=n),
+        lambda n: instance_norm(rank=n),
+        local_response_norm,
+        lambda n: spatial_dropout(0.5, rank=n),
+        vector_quantize,
+        fourier_features,
         lambda n: param((2, n), normal),
     ],
 )
@@ -349,7 +373,18 @@ COMPUTING = {
     "global_avg_pool": (global_avg_pool(), floats(2, 4, 4, 2)),
     "batch_norm": (batch_norm(), floats(4, 4)),
     "layer_norm": (layer_norm(), floats(4, 4)),
+    "rms_norm": (rms_norm(), floats(4, 4)),
+    "group_norm": (group_norm(2), floats(4, 2, 2, 4)),
+    "instance_norm": (instance_norm(), floats(4, 2, 2, 4)),
+    "local_response_norm": (local_response_norm(3), floats(4, 4)),
     "dropout": (dropout(0.5), floats(4, 4)),
+    "spatial_dropout": (spatial_dropout(0.5, rank=1), floats(4, 4)),
+    "alpha_dropout": (alpha_dropout(0.5), floats(4, 4)),
+    "gaussian_noise": (gaussian_noise(0.5), floats(4, 4)),
+    "gaussian_dropout": (gaussian_dropout(0.5), floats(4, 4)),
+    "drop_path": (drop_path(0.5), floats(4, 4)),
+    "fourier_features": (fourier_features(3), floats(4, 4)),
+    "vector_quantize": (vector_quantize(3), floats(4, 4)),
     "embed": (embed(4, 4), ints(4)),
 }
 
