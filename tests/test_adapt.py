@@ -3,6 +3,7 @@ and under repeat, vmap, scan, cast and capture.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ X = numbers(jax.ShapeDtypeStruct((5, 4), "float32"), 3)
 KEY = jax.random.key(1)
 
 
-def started(net, *inputs):
+def started(net, *inputs) -> Any:
     """Normal parameters and the first state."""
     state = net.init_state(*inputs, key=KEY) if net.init_state else None
     return weights(net, *inputs), state
@@ -212,11 +213,7 @@ def test_a_changed_layer_works_under_combinators(change):
         plain_net.apply(plain, X), evaluated, rtol=0, atol=max(0.02 * scale, 1e-5)
     )
     again = replace(net, "out", dense(4))
-    assert [path for path, _ in walk(again)] == [
-        path
-        for path, child in walk(net)
-        if path != "out" or "" in child.children or child is dense(4)
-    ][: len([*walk(again)])]
+    assert repr(again).endswith("out: dense(4)\n)") and len([*walk(again)]) == len([*walk(net)]) - 1
 
 
 @each_change
@@ -249,7 +246,7 @@ def test_lora_begins_as_the_network_and_trains_only_what_it_adds():
     base, net, params = adapted()
     np.testing.assert_array_equal(net.apply(params, ROWS), NET.apply(base, ROWS))
     assert tree.get(params, "blocks/up/kernel_a").shape == (2, 4, 2)
-    optimizer = by_path({"**/kernel_[ab]": optax.sgd(0.1), "**": None})
+    optimizer = by_path({"**/kernel_[ab]": optax.sgd(1e-3), "**": None})
     opt_state = optimizer.init(params)
     loss = lambda params: jnp.square(net.apply(params, ROWS)).mean()  # noqa: E731
 
@@ -326,6 +323,7 @@ def test_tied_weights_are_one_parameter_with_the_sum_of_the_gradients(dtype):
 def test_int8_kernels_are_within_half_a_step_per_output_feature():
     base = weights(NET, ROWS)
     net, params, state = quantize_int8(NET, base, KERNELS)
+    assert net.init_state is not None
     assert "kernel" not in params.get("stem", {}) and "bias" in params["stem"]
     stored = tree.get(state, "blocks/up/kernel_int8")
     assert stored.dtype == jnp.int8 and stored.shape == (2, 4, 6)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
-from registry import numbers, state_of, weights
+from registry import numbers, quick_to_compile, state_of, weights  # noqa: F401 (a fixture)
 
 from jaxnet import chain, replace
 from jaxnet.layers import (
@@ -27,7 +27,7 @@ from jaxnet.layers import (
 
 torch = pytest.importorskip("torch")
 
-drawn = settings(max_examples=8, deadline=None, derandomize=True)
+drawn = settings(max_examples=6, deadline=None, derandomize=True)
 many = settings(max_examples=100, deadline=None, derandomize=True)
 
 
@@ -55,7 +55,7 @@ def compared(net, function, shape, dtype, seed, channels_first=False):
     pairs += [(dparams[name], p.grad) for name, p in there.items()]
     for actual, wanted in pairs:
         scale = float(wanted.abs().max()) if wanted.numel() else 1.0
-        np.testing.assert_allclose(actual, wanted.numpy(), rtol=0, atol=10 * tolerance * scale)
+        np.testing.assert_allclose(actual, wanted.numpy(), rtol=0, atol=tolerance * max(scale, 1))
 
 
 dtypes = st.sampled_from(["float32", "float64"])
@@ -294,7 +294,7 @@ X = jnp.ones((4, 3))
         (lambda: group_norm(2, rank=-1), "group_norm: rank must be an int of at least 0, got -1"),
         (lambda: instance_norm(rank=0), "instance_norm: rank must be a positive int, got 0"),
         (lambda: rms_norm(eps=-1), "rms_norm: eps must be a number of at least 0 .* got -1"),
-        (lambda: rms_norm(offset="1"), "rms_norm: offset must be a number"),
+        (lambda: rms_norm(offset=float("nan")), "rms_norm: offset must be a number"),
         (lambda: local_response_norm(5, k=0), "local_response_norm: k must be positive, got 0"),
         (lambda: layer_norm(rank=0), "layer_norm: rank must be a positive int"),
         (

@@ -36,9 +36,7 @@ def fold_weights(net: Layer, params: Any, state: Any = None) -> tuple[Any, Any]:
       >>> sorted(plain)
       ['bias', 'kernel']
     """
-    params, state = folded_where(
-        as_layer(net), params, state, lambda layer: layer.folded is not None
-    )
+    params, state = folded_where(as_layer(net), params, state, lambda layer: True)
     return params, state or None
 
 
@@ -48,8 +46,8 @@ def folded_where(layer: Layer, params: Any, state: Any, chosen: Callable[[Layer]
     def visit(path, layer, params, state):
         if layer.folded is None or not chosen(layer):
             return None
-        inside = layer.folded(params, state)
-        return _walk(path, layer.children[""], *inside, visit)
+        params, state = layer.folded(params, state)
+        return _walk(path, layer.children[""], params, state, visit)
 
     return _walk("", layer, params, state, visit)
 
@@ -105,8 +103,8 @@ def _walk(path: str, layer: Layer, params: Any, state: Any, visit: Callable[...,
         return params, state
     new_params, new_state = dict(params), dict(state or {})
     for name, child in layer.children.items():
-        parts = params.get(name, {}), (state or {}).get(name)
-        found = _walk(join_names(path, name), child, *parts, visit)
+        below, its_state = params.get(name, {}), (state or {}).get(name)
+        found = _walk(join_names(path, name), child, below, its_state, visit)
         for tree, part in zip((new_params, new_state), found, strict=True):
             tree.pop(name, None)
             if part:

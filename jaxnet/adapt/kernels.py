@@ -119,10 +119,10 @@ def along(vector, kernel, axis: int):
 
 def _kernel_of(change: KernelChange, params: Any) -> Any:
     if not isinstance(params, Mapping) or change.name not in params:
-        got = f"'{change.name}'"
         raise ValueError(
-            f"{change.label}: the layer must have a parameter {got}, got {describe(params)}; choose "
-            "the layer by its path with jaxnet.replace, or its parameter with name="
+            f"{change.label}: the layer must have a parameter '{change.name}', got "
+            f"{describe(params)}; choose the layer by its path with jaxnet.replace, or its "
+            "parameter with name="
         )
     kernel = params[change.name]
     if len(kernel.shape) < 2:

@@ -64,7 +64,8 @@ def prune(
         masked = {**params, name: jnp.where(mask, kernel, 0)}
         return masked, {**(state or {}), f"{name}_mask": mask}
 
-    return changed, *converted(changed, params, state, made, numbers)
+    new_params, new_state = converted(changed, params, state, made, numbers)
+    return changed, new_params, new_state
 
 
 @interned

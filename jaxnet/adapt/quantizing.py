@@ -65,7 +65,8 @@ def quantize_int8(
         added = {f"{name}_int8": whole.astype(jnp.int8), f"{name}_scale": scale}
         return rest, {**(state or {}), **added}
 
-    return changed, *converted(changed, params, state, made, numbers)
+    new_params, new_state = converted(changed, params, state, made, numbers)
+    return changed, new_params, new_state
 
 
 @interned

@@ -39,7 +39,8 @@ class Layer:
       rebuild: children -> the same layer with other children; None for a layer without children.
       repeats: the number of copies of its child that run one after the other (`repeat`); None for
         all other layers.
-      stacked: True if the leaves of params and state have a first axis of copies (`repeat`, `vmap`).
+      stacked: True if the leaves of params and state have a first axis of copies (`repeat`,
+        `vmap`).
       folded: for a layer that computes the parameters of its child '' from its own: (params, state)
         -> (params, state) of the child in evaluation; None for all other layers.
       random: False if `apply` never uses its key.

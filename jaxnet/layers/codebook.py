@@ -75,10 +75,14 @@ def _nearest(x, state: dict[str, Any], decay, eps):
     ids = jnp.argmin(jnp.broadcast_to(squares, products.shape) - 2 * products, -1)
     ids = ids.astype(jnp.int32)
     chosen = jax.nn.one_hot(ids, table.shape[0], dtype=wide.dtype)
-    nearest = jnp.matmul(chosen, table, precision="highest").reshape(x.shape).astype(x.dtype)
+    # The transpose of this product sums over the batch, which a mesh may divide. A product cannot
+    # sum over a divided axis there.
+    gather = lambda table: jnp.matmul(chosen, table, precision="highest")  # noqa: E731
+    nearest, transposed = jax.vjp(gather, table)
+    nearest = nearest.reshape(x.shape).astype(x.dtype)
     y = x + jax.lax.stop_gradient(nearest - x)
     counts = decay * state["counts"] + (1 - decay) * chosen.sum(0)
-    sums = decay * state["sums"] + (1 - decay) * jnp.matmul(chosen.T, flat, precision="highest")
+    sums = decay * state["sums"] + (1 - decay) * transposed(flat)[0]
     total = counts.sum()
     smooth = (counts + eps) / (total + table.shape[0] * eps) * total
     moved = {"codes": sums / smooth[:, None], "counts": counts, "sums": sums}
