@@ -26,6 +26,7 @@ from jaxnet.layers import (
     adaptive_avg_pool,
     adaptive_max_pool,
     alibi,
+    alpha_dropout,
     avg_pool,
     batch_norm,
     bidirectional,
@@ -37,20 +38,27 @@ from jaxnet.layers import (
     dense,
     depthwise_conv,
     dot_product_attention,
+    drop_path,
     dropout,
     einsum_dense,
     embed,
     flatten,
+    fourier_features,
     fused_attention,
     gated_mlp,
+    gaussian_dropout,
+    gaussian_noise,
     global_avg_pool,
     global_lp_pool,
     global_max_pool,
+    group_norm,
     gru,
     gru_cell,
+    instance_norm,
     kv_cache,
     layer_norm,
     learned_positions,
+    local_response_norm,
     locally_connected,
     lp_pool,
     lru,
@@ -73,6 +81,7 @@ from jaxnet.layers import (
     recurrent,
     relative_bias,
     resize,
+    rms_norm,
     rnn_cell,
     rotary,
     rwkv7_channel_mix,
@@ -84,9 +93,11 @@ from jaxnet.layers import (
     sink_softmax,
     sinusoidal,
     soft_cap,
+    spatial_dropout,
     squeeze_excite,
     stacked,
     upsample,
+    vector_quantize,
     window,
 )
 from jaxnet.mixed import rows
@@ -185,7 +196,7 @@ def close(actual, expected, rtol=1e-5, atol=1e-6):
 def state_of(net: Layer, *inputs: Any) -> Any:
     """The first state of a stateful layer."""
     assert net.init_state is not None
-    return net.init_state(*inputs)
+    return net.init_state(*inputs, key=jax.random.key(0))
 
 
 def floats(*shape: int) -> jax.ShapeDtypeStruct:
@@ -289,6 +300,8 @@ _SLOW = "it would take long to compile"
 _PARTS = "its parts are tested one by one, and it would take long to compile"
 _IDS = "its inputs are integers; the dtype of its parameters is an argument"
 
+_STRAIGHT = "its gradient is straight through a choice, not the derivative"
+
 CASES: dict[str, Case] = {
     "dense": Case(dense(3), (floats(8, 4),)),
     "dense: without bias": Case(dense(3, bias=False), (floats(2, 3, 4),)),
@@ -328,7 +341,28 @@ CASES: dict[str, Case] = {
     "batch_norm: bare": Case(batch_norm(scale=False, bias=False), (floats(6, 4),)),
     "layer_norm": Case(layer_norm(), (floats(6, 4),)),
     "layer_norm: bare": Case(layer_norm(scale=False, bias=False), (floats(6, 4),)),
+    "layer_norm: two axes": Case(layer_norm(rank=2), (floats(4, 2, 3),)),
+    "batch_norm: weights": Case(
+        chain(wire(norm=batch_norm())(lambda f, x: f.norm(x, jnp.cos(x[..., 0]) > 0))),
+        (floats(6, 4),),
+    ),
+    "rms_norm": Case(rms_norm(offset=1.0), (floats(6, 4),)),
+    "group_norm": Case(group_norm(2, rank=1), (floats(3, 4, 4),)),
+    "instance_norm": Case(instance_norm(rank=1), (floats(3, 4, 2),)),
+    "local_response_norm": Case(local_response_norm(3, alpha=0.5), (floats(3, 5),)),
     "dropout": Case(dropout(0.4), (floats(4, 4),)),
+    "dropout: shared": Case(dropout(0.4, shared=-2), (floats(4, 3, 4),)),
+    "spatial_dropout": Case(spatial_dropout(0.4, rank=1), (floats(4, 3, 4),)),
+    "alpha_dropout": Case(alpha_dropout(0.4), (floats(4, 4),)),
+    "gaussian_noise": Case(gaussian_noise(0.4), (floats(4, 4),)),
+    "gaussian_dropout": Case(gaussian_dropout(0.4), (floats(4, 4),)),
+    "drop_path": Case(drop_path(0.4), (floats(4, 4),)),
+    "fourier_features": Case(fourier_features(3), (floats(4, 2),)),
+    "vector_quantize": Case(
+        chain(vector_quantize(3), lambda result: result[0]),
+        (floats(4, 2),),
+        {"differences": _STRAIGHT, "curvature": _STRAIGHT},
+    ),
     "embed": Case(embed(4, 4), (ints(4, 2),), {"dtype": _IDS}),
     "embed: attend": Case(attending, (ints(4, 2),), {"dtype": _IDS}),
     "multi_head_attention": Case(

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "layers": {"checks", "core", "mixed", "ops", "combinators"},
     "flops": {"core"},
     "transform": {"core", "flops", "tree"},
+    "adapt": {"checks", "core", "mixed", "transform", "tree"},
     "checkpoint": {"best_rule", "checks", "first_use", "tree"},
     "interop": {"checks", "tree", "checkpoint"},
     "train": {"checks", "best_rule", "tree", "checkpoint"},

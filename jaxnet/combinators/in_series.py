@@ -180,5 +180,6 @@ def repeat(
         init_state=init_state,
         outputs=outputs,
         checked=False,
+        stacked=True,
         repeats=n,
     )

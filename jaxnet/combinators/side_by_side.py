@@ -131,6 +131,7 @@ def vmap(
         init_state=init_state,
         outputs=outputs,
         checked=False,
+        stacked=True,
     )
 
 

@@ -39,6 +39,10 @@ class Layer:
       rebuild: children -> the same layer with other children; None for a layer without children.
       repeats: the number of copies of its child that run one after the other (`repeat`); None for
         all other layers.
+      stacked: True if the leaves of params and state have a first axis of copies (`repeat`,
+        `vmap`).
+      folded: for a layer that computes the parameters of its child '' from its own: (params, state)
+        -> (params, state) of the child in evaluation; None for all other layers.
       random: False if `apply` never uses its key.
       outputs: (train, *inputs) -> specs of the outputs, if that is cheaper than tracing `apply`.
       tapped: True for layers that `capture` makes. Their `apply` returns (outputs, Carried(state,
@@ -58,6 +62,8 @@ class Layer:
     children: Mapping[str, Layer] = dataclasses.field(default_factory=dict)
     rebuild: Callable[[Mapping[str, Layer]], Layer] | None = None
     repeats: int | None = None
+    stacked: bool = False
+    folded: Callable[[Any, Any], tuple[Any, Any]] | None = None
     random: bool = True
     outputs: Callable[..., Any] | None = None
     tapped: bool = False

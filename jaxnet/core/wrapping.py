@@ -50,6 +50,8 @@ def around(
     outputs: Callable[..., Any] | None = None,
     random: bool = False,
     checked: bool = True,
+    stateful: bool = False,
+    stacked: bool = False,
     repeats: int | None = None,
 ) -> Layer:
     """Make a layer with the parameters, state and path of `inner`, which `call` evaluates.
@@ -75,6 +77,10 @@ def around(
       random: True if `call` itself draws from its key, for instance noise on weights.
       checked: False if params and state need no comparison with those that `init` and `init_state`
         make.
+      stateful: True if the combinator adds state, which `init_state` makes, to a stateless layer.
+        `call` then returns that state also around a stateless layer.
+      stacked: True if params and state are those of copies of `inner`, stacked along the first
+        axis.
       repeats: the number of copies that run one after the other; `capture` then collects the output
         of each.
 
@@ -96,9 +102,10 @@ def around(
       scaled[3.0](negative)
     """
     inner = as_layer(inner, label)
+    carries = stateful or inner.init_state is not None
 
     def apply(params, *inputs, state=None, key=None, train=False, **named):
-        check_state(label, state, stateful=inner.init_state is not None)
+        check_state(label, state, stateful=carries)
         check_mode(label, key, train)
         inputs, named = as_jax((inputs, named))
         if problem := definition.problem(params, state, inputs, named):
@@ -113,12 +120,12 @@ def around(
         outputs, new_state, seen = result
         if inner.tapped:
             return outputs, Carried(new_state, seen)
-        return outputs if inner.init_state is None else (outputs, new_state)
+        return (outputs, new_state) if carries else outputs
 
     def start(key, *inputs, **named):
         return init_state(*inputs, key=key, **named)  # pyright: ignore[reportOptionalCall]
 
-    makes_state = init_state is not None and inner.init_state is not None
+    makes_state = init_state is not None and carries
     definition = Definition(
         label, init if checked else None, start if checked and makes_state else None
     )
@@ -128,11 +135,12 @@ def around(
     return Layer(
         init or inner.init,
         apply,
-        inner.init_state and (init_state or inner.init_state),
+        (init_state or inner.init_state) if carries else None,
         label=label,
         children={"": inner},
         rebuild=lambda children: rebuild(children[""]),
         repeats=repeats,
+        stacked=stacked,
         random=random or inner.random,
         outputs=outputs,
         tapped=inner.tapped,

@@ -8,25 +8,37 @@ if TYPE_CHECKING:
     from jaxnet.layers.adaptive import adaptive_avg_pool, adaptive_max_pool
     from jaxnet.layers.attention import multi_head_attention
     from jaxnet.layers.attention_core import dot_product_attention, fused_attention
+    from jaxnet.layers.batch_norms import batch_norm
     from jaxnet.layers.cache import empty_cache, kv_cache
     from jaxnet.layers.cells import gru_cell, mgu_cell, rnn_cell
+    from jaxnet.layers.codebook import vector_quantize
     from jaxnet.layers.convolution import conv
     from jaxnet.layers.depthwise import depthwise_conv, separable_conv
     from jaxnet.layers.einsum import einsum_dense
     from jaxnet.layers.embedding import embed
     from jaxnet.layers.experts import moe
+    from jaxnet.layers.feature_norms import layer_norm, rms_norm
     from jaxnet.layers.feed_forward import gated_mlp, mlp, squeeze_excite
     from jaxnet.layers.global_pool import global_avg_pool, global_lp_pool, global_max_pool
+    from jaxnet.layers.group_norms import group_norm, instance_norm
     from jaxnet.layers.linear import bilinear, dense
     from jaxnet.layers.linear_recurrence import lru, lru_cell, min_gru, min_gru_cell
     from jaxnet.layers.local import locally_connected
+    from jaxnet.layers.local_norm import local_response_norm
     from jaxnet.layers.long_memory import conv_lstm_cell, lstm_cell
     from jaxnet.layers.masks import Mask, causal, padding, segments, window
-    from jaxnet.layers.noise import dropout
-    from jaxnet.layers.norm import batch_norm, layer_norm
+    from jaxnet.layers.noise import (
+        alpha_dropout,
+        drop_path,
+        dropout,
+        gaussian_dropout,
+        gaussian_noise,
+        spatial_dropout,
+    )
     from jaxnet.layers.pool import avg_pool, lp_pool, max_pool, min_pool
     from jaxnet.layers.position_bias import alibi, relative_bias
     from jaxnet.layers.positions import learned_positions, rotary, sinusoidal
+    from jaxnet.layers.random_features import fourier_features
     from jaxnet.layers.recurrence import bidirectional, gru, lstm, recurrent, simple_rnn, stacked
     from jaxnet.layers.resizing import resize, upsample
     from jaxnet.layers.rwkv import rwkv7_channel_mix, rwkv7_time_mix
@@ -41,6 +53,7 @@ __all__ = [
     "adaptive_avg_pool",
     "adaptive_max_pool",
     "alibi",
+    "alpha_dropout",
     "avg_pool",
     "batch_norm",
     "bidirectional",
@@ -52,21 +65,28 @@ __all__ = [
     "dense",
     "depthwise_conv",
     "dot_product_attention",
+    "drop_path",
     "dropout",
     "einsum_dense",
     "embed",
     "empty_cache",
     "flatten",
+    "fourier_features",
     "fused_attention",
     "gated_mlp",
+    "gaussian_dropout",
+    "gaussian_noise",
     "global_avg_pool",
     "global_lp_pool",
     "global_max_pool",
+    "group_norm",
     "gru",
     "gru_cell",
+    "instance_norm",
     "kv_cache",
     "layer_norm",
     "learned_positions",
+    "local_response_norm",
     "locally_connected",
     "lp_pool",
     "lru",
@@ -90,6 +110,7 @@ __all__ = [
     "recurrent",
     "relative_bias",
     "resize",
+    "rms_norm",
     "rnn_cell",
     "rotary",
     "rwkv7_channel_mix",
@@ -102,9 +123,11 @@ __all__ = [
     "sink_softmax",
     "sinusoidal",
     "soft_cap",
+    "spatial_dropout",
     "squeeze_excite",
     "stacked",
     "upsample",
+    "vector_quantize",
     "window",
 ]
 
@@ -113,25 +136,30 @@ _NAMES = {
     "adaptive": "adaptive_avg_pool adaptive_max_pool",
     "attention": "multi_head_attention",
     "attention_core": "dot_product_attention fused_attention",
+    "batch_norms": "batch_norm",
     "cache": "empty_cache kv_cache",
     "cells": "gru_cell mgu_cell rnn_cell",
+    "codebook": "vector_quantize",
     "convolution": "conv",
     "depthwise": "depthwise_conv separable_conv",
     "einsum": "einsum_dense",
     "embedding": "embed",
     "experts": "moe",
+    "feature_norms": "layer_norm rms_norm",
     "feed_forward": "gated_mlp mlp squeeze_excite",
     "global_pool": "global_avg_pool global_lp_pool global_max_pool",
+    "group_norms": "group_norm instance_norm",
     "linear": "bilinear dense",
     "linear_recurrence": "lru lru_cell min_gru min_gru_cell",
     "local": "locally_connected",
+    "local_norm": "local_response_norm",
     "long_memory": "conv_lstm_cell lstm_cell",
     "masks": "Mask causal padding segments window",
-    "noise": "dropout",
-    "norm": "batch_norm layer_norm",
+    "noise": "alpha_dropout drop_path dropout gaussian_dropout gaussian_noise spatial_dropout",
     "pool": "avg_pool lp_pool max_pool min_pool",
     "position_bias": "alibi relative_bias",
     "positions": "learned_positions rotary sinusoidal",
+    "random_features": "fourier_features",
     "recurrence": "bidirectional gru lstm recurrent simple_rnn stacked",
     "resizing": "resize upsample",
     "rwkv": "rwkv7_channel_mix rwkv7_time_mix",
