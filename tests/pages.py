@@ -105,4 +105,6 @@ def message(error: BaseException) -> str:
     """The last lines of a traceback, without the module of the class and JAX's own notes."""
     lines = traceback.format_exception_only(error)
     text = "".join(lines).partition("--------------------")[0]
+    # Python 3.12 and later propose a name in the traceback, too.
+    text = re.sub(r"\. Did you mean: '\w+'\?$", "", text.rstrip()) + "\n"
     return re.sub(r"^(?:\w+\.)+(?=\w+:)", "", text)

@@ -159,9 +159,8 @@ def _constants(x: Any) -> Iterator[Any]:
             yield from _constants(part)
     elif isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer):
         yield jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    elif hasattr(x, "consts"):
-        yield from _constants([*traced.consts, traced.jaxpr])
     elif hasattr(x, "eqns"):
+        yield from _constants([*getattr(traced, "consts", ())])
         for equation in traced.eqns:
             literals = [getattr(variable, "val", None) for variable in equation.invars]
             yield from _constants([*literals, *equation.params.values()])

@@ -92,7 +92,8 @@ def zeros_like_spec(spec: Any, *leading: int) -> jax.Array:
     if not isinstance(sharding, NamedSharding) or not sharding.mesh.explicit_axes:
         return jnp.zeros(shape, spec.dtype)
     placed = NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(leading), *sharding.spec))
-    return jnp.zeros(shape, spec.dtype, out_sharding=placed)
+    # With JAX 0.12, `zeros(out_sharding=...)` forgets the mesh if no axis is sharded.
+    return jax.sharding.reshard(jnp.zeros(shape, spec.dtype), placed)
 
 
 def _is_sharded(leaf: jax.Array) -> bool:
