@@ -90,7 +90,7 @@ def torch_conv(x, kernel, bias, padding, strides, dilation, groups):
     rank = x.ndim - 2
     pads, mode = pads_of(padding, x.shape[1:-1], kernel.shape[:rank], strides, dilation)
     fn = [t.nn.functional.conv1d, t.nn.functional.conv2d, t.nn.functional.conv3d][rank - 1]
-    kernel = kernel.permute(rank + 1, rank, *range(rank))
+    kernel = kernel.permute(rank + 1, rank, *range(rank)).contiguous()
     x = padded(channels_first(x), pads, mode)
     return channels_last(fn(x, kernel, bias, strides, 0, dilation, groups))
 

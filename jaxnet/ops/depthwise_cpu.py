@@ -25,6 +25,9 @@ from jaxnet.ops.geometry import Geometry, pad_spatial, slice_windows
 AT_ONCE = 49
 # The most rows plus taps per row: more make the program long.
 IN_A_PROGRAM = 32
+# The most taps with which XLA may fuse the operands. It computes a fused operand anew for each tap,
+# which for windows of 7x7 takes four times as long as writing it to memory first.
+FUSED = 25
 # The number of taps per block of a larger window.
 BLOCK = 24
 # The number of taps whose sums the map to the kernel keeps at a time.
@@ -33,6 +36,13 @@ SUMS = 9
 
 def featurewise(role: str, a, b, g: Geometry):
     """The map of T called `role`. Each feature is a group."""
+    if math.prod(g.window) <= FUSED:
+        return _map(role, a, b, g)
+    a, b = lax.optimization_barrier((a, b))
+    return lax.optimization_barrier(_map(role, a, b, g))
+
+
+def _map(role: str, a, b, g: Geometry):
     if role == "kernel":
         return _kernel(a, b, g)
     if role == "output":
