@@ -10,6 +10,7 @@ from jaxnet.checkpoint.request import checked_request
 from jaxnet.checkpoint.words import shown
 from jaxnet.interop.collect import by_path, flat
 from jaxnet.interop.convert import Convention, convert
+from jaxnet.interop.recurrent import joined_gates, joined_halves, reordered_gru
 from jaxnet.interop.variables import STATE
 
 __all__ = ["from_equinox", "from_flax", "from_haiku"]
@@ -41,7 +42,8 @@ def from_flax(
     Names and layouts are the same: `kernel`, `bias`, `scale`, `embedding`. Of the variables of
     Linen, the collections `params` and `batch_stats` are converted. Arrays with the names `mean`
     and `var` become state, unless `like` has them in params. Random keys are left out, and so are
-    integers that `like` does not have.
+    integers that `like` does not have. The gates of `LSTMCell`, `OptimizedLSTMCell` and `GRUCell`
+    are joined to the `kernel`, `bias` and `hidden_bias` of `lstm_cell` and `gru_cell`.
 
     Args:
       variables: the result of Linen's `init`, or an NNX module or `nnx.state(module)`; its arrays
@@ -73,7 +75,7 @@ def from_flax(
         leaves |= statistics
     else:
         leaves = by_path(file, flat(variables), lambda name: name.removesuffix("/value"))
-    return convert(file, leaves, FLAX, request)
+    return convert(file, joined_gates(file, leaves), FLAX, request)
 
 
 def from_haiku(
@@ -94,6 +96,7 @@ def from_haiku(
     | `scale`, `offset` | `scale`, `bias`, without axes of size 1 |
     | `embeddings` | `embedding` |
     | `mean_ema/average`, `var_ema/average` in the state | `mean`, `var`, in `state` |
+    | `w_i`, `w_h`, `b` of a GRU | `kernel`, `bias` of `gru_cell(reset_after=False)` |
     | a step `~` in the name of a module: `mlp/~/linear_0` | left out: `mlp/linear_0` |
 
     Args:
@@ -119,7 +122,7 @@ def from_haiku(
         return "/".join(step for step in name.split("/") if step != "~")
 
     leaves = by_path(file, [*flat(params), *flat(state)], without_marks)
-    return convert(file, leaves, HAIKU, request)
+    return convert(file, reordered_gru(file, leaves), HAIKU, request)
 
 
 def from_equinox(
@@ -159,7 +162,7 @@ def from_equinox(
     file = "the model of Equinox"
     averages = [] if state is None else _averages(model, state)
     leaves = by_path(file, [*flat(model), *averages], str)
-    return convert(file, leaves, EQUINOX, request)
+    return convert(file, joined_halves(file, leaves), EQUINOX, request)
 
 
 def _averages(model: Any, state: Any) -> list[tuple[str, Any]]:
