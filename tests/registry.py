@@ -270,8 +270,8 @@ CASES: dict[str, Case] = {
         selective_ssm_cell(2, decay_init=_NORMAL), (floats(4, 3, 2), floats(4, 3))
     ),
     "rwkv7_time_mix": Case(
-        rwkv7_time_mix(4, head_size=2, rank=2),
-        (floats(4, 3, 4), floats(4, 3, 4)),
+        rwkv7_time_mix(8, head_size=4, rank=2),
+        (floats(4, 2, 8), floats(4, 2, 8)),
         {"curvature": _SLOW},
     ),
     "rwkv7_channel_mix": Case(rwkv7_channel_mix(4, hidden=3), (floats(4, 3, 4),)),

@@ -153,6 +153,7 @@ def check_sequences(case):
             close(dx, x.grad.numpy(), **bound)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @needs("torch")
 @few
 @given(SEQUENCES)
@@ -160,6 +161,7 @@ def test_sequences_equal_those_of_torch(case):
     check_sequences(case)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.slow
 @needs("torch")
 @many
@@ -168,6 +170,7 @@ def test_more_sequences_equal_those_of_torch(case):
     check_sequences(case)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @needs("torch")
 @pytest.mark.parametrize("kind", ["projected", "gru"])
 def test_two_layers_in_two_directions_equal_torch(kind):

@@ -102,7 +102,7 @@ def reordered_gru(file: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
       leaves: the arrays by path.
 
     Returns:
-      The arrays by path. The joined ones are `kernel` and `bias`, with the columns r, z, n instead
+      The arrays by path. The joined ones are `kernel` and `bias`, with the columns r, -z, n instead
       of z, r, n.
     """
     import numpy as np
@@ -114,7 +114,8 @@ def reordered_gru(file: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
             above, below, bias = (to_numpy(file, name, result.pop(name)) for name in names)
             for name, x in (("kernel", np.concatenate([above, below])), ("bias", bias)):
                 z, r, n = np.split(x, 3, -1)
-                result[f"{module}{name}"] = np.concatenate([r, z, n], -1)
+                # In Haiku, z is the share of the new carry, and 1 - sigmoid(z) = sigmoid(-z).
+                result[f"{module}{name}"] = np.concatenate([r, -z, n], -1)
     return result
 
 
