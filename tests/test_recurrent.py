@@ -186,6 +186,8 @@ def test_two_layers_in_two_directions_equal_torch(kind):
 
 
 @needs("keras")
+# Keras itself causes it in NumPy 2.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("reset_after", [True, False])
 def test_gru_equals_keras(reset_after):
     os.environ.setdefault("KERAS_BACKEND", "jax")
