@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,13 +57,14 @@ def of_torch(case):
     import torch
 
     features, projected = case["features"], case["kind"] == "projected"
-    shared = dict(
+    shared: dict[str, Any] = dict(
         num_layers=case["layers"],
         bias=case["bias"],
         batch_first=True,
         bidirectional=case["directions"] == 2,
     )
-    sizes, options = (case["width"], features), dict(bias=case["bias"], return_carry=True)
+    sizes = case["width"], features
+    options: dict[str, Any] = dict(bias=case["bias"], return_carry=True)
     make = {"gru": gru, "tanh": simple_rnn, "relu": simple_rnn}.get(case["kind"], lstm)
     if make is lstm:
         module = torch.nn.LSTM(*sizes, proj_size=1 if projected else 0, **shared)
@@ -128,14 +130,16 @@ def check_sequences(case):
         module = module.to(getattr(torch, dtype))
         x = torch.tensor(x64.astype(dtype), requires_grad=True)
         pack = torch.nn.utils.rnn.pack_padded_sequence
-        packed, last = module(pack(x, lengths, batch_first=True, enforce_sorted=False))
+        packed, last = module(
+            pack(x, torch.from_numpy(lengths), batch_first=True, enforce_sorted=False)
+        )
         y, _ = torch.nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=5)
         towards = np.cos(np.arange(y.numel())).reshape(tuple(y.shape)).astype(dtype)
         (y * torch.tensor(towards)).sum().backward()
         h, c = last if isinstance(last, tuple) else (last, None)
         named = dict(module.named_parameters())
         arrays = {name: p.detach().numpy() for name, p in named.items()}
-        grads = {name: p.grad.numpy() for name, p in named.items()}
+        grads = {name: np.asarray(p.grad) for name, p in named.items()}
         with jax.enable_x64(dtype == "float64"):
             params = params_of(case, arrays)
 
@@ -150,9 +154,10 @@ def check_sequences(case):
             to_numpy = lambda a: None if a is None else a.detach().numpy()  # noqa: E731
             close(carry, carries_of(case, to_numpy(h), to_numpy(c)), **bound)
             close(dparams, params_of(case, grads, gradients=True), **bound)
-            close(dx, x.grad.numpy(), **bound)
+            close(dx, np.asarray(x.grad), **bound)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @needs("torch")
 @few
 @given(SEQUENCES)
@@ -160,6 +165,7 @@ def test_sequences_equal_those_of_torch(case):
     check_sequences(case)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.slow
 @needs("torch")
 @many
@@ -168,6 +174,7 @@ def test_more_sequences_equal_those_of_torch(case):
     check_sequences(case)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @needs("torch")
 @pytest.mark.parametrize("kind", ["projected", "gru"])
 def test_two_layers_in_two_directions_equal_torch(kind):
@@ -179,6 +186,8 @@ def test_two_layers_in_two_directions_equal_torch(kind):
 
 
 @needs("keras")
+# Keras itself causes it in NumPy 2.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("reset_after", [True, False])
 def test_gru_equals_keras(reset_after):
     os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -268,7 +277,7 @@ def test_peepholes_equal_the_formula_of_gers():
 
 def by_hand(cell, params, x, alive, carry, reverse):
     """The definition: steps one by one, of one sequence; a step that is not valid does nothing."""
-    ys = [None] * len(x)
+    ys: list[Any] = [None] * len(x)
     for t in range(len(x))[:: -1 if reverse else 1]:
         new, y = cell.apply(params, carry, x[t])
         ys[t] = y if alive[t] else jnp.zeros_like(y)
@@ -326,7 +335,8 @@ def test_chunks_store_fewer_numbers_for_the_backward_pass():
         net = recurrent(lstm_cell(8), **options)
         params = weights(net, x)
         grad = jax.jit(jax.grad(lambda p, x: jnp.square(net.apply(p, x)).sum()))
-        return grad.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+        analysis: Any = grad.lower(params, x).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
 
     whole, chunks = stored(), stored(remat_every=16)
     assert chunks < whole / 3

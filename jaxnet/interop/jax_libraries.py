@@ -11,6 +11,7 @@ from jaxnet.checkpoint.words import shown
 from jaxnet.interop import attention
 from jaxnet.interop.collect import by_path, flat
 from jaxnet.interop.convert import Convention, convert
+from jaxnet.interop.recurrent import joined_gates, joined_halves, reordered_gru
 from jaxnet.interop.transposed import with_flipped, with_transposed
 from jaxnet.interop.variables import STATE
 
@@ -44,7 +45,8 @@ def from_flax(
     Names and layouts are the same: `kernel`, `bias`, `scale`, `embedding`. Of the variables of
     Linen, the collections `params` and `batch_stats` are converted. Arrays with the names `mean`
     and `var` become state, unless `like` has them in params. Random keys are left out, and so are
-    integers that `like` does not have.
+    integers that `like` does not have. The gates of `LSTMCell`, `OptimizedLSTMCell` and `GRUCell`
+    are joined to the `kernel`, `bias` and `hidden_bias` of `lstm_cell` and `gru_cell`.
 
     A `MultiHeadDotProductAttention` fills a `multi_head_attention`: its `key` and `value` are
     `keys` and `values` here, and the axes of heads and features are joined.
@@ -83,7 +85,7 @@ def from_flax(
         leaves |= statistics
     else:
         leaves = by_path(file, flat(variables), lambda name: name.removesuffix("/value"))
-    leaves = with_flipped(leaves, transposed, "kernel", exchange=True)
+    leaves = joined_gates(file, with_flipped(leaves, transposed, "kernel", exchange=True))
     return convert(file, attention.of_flax(leaves), FLAX, request)
 
 
@@ -107,6 +109,7 @@ def from_haiku(
     | `embeddings` | `embedding` |
     | `mean_ema/average`, `var_ema/average` in the state | `mean`, `var`, in `state` |
     | `query`, `key`, `value`, `linear` of an attention | `query`, `keys`, `values`, `out` |
+    | `w_i`, `w_h`, `b` of a GRU | `kernel`, `bias` of `gru_cell(reset_after=False)` |
     | a step `~` in the name of a module: `mlp/~/linear_0` | left out: `mlp/linear_0` |
 
     Args:
@@ -134,7 +137,7 @@ def from_haiku(
         return "/".join(step for step in name.split("/") if step != "~")
 
     leaves = by_path(file, [*flat(params), *flat(state)], without_marks)
-    leaves = with_flipped(leaves, transposed, "w", exchange=False)
+    leaves = reordered_gru(file, with_flipped(leaves, transposed, "w", exchange=False))
     return convert(file, attention.of_haiku(leaves), HAIKU, request)
 
 
@@ -176,7 +179,7 @@ def from_equinox(
     file = "the model of Equinox"
     averages = [] if state is None else _averages(model, state)
     leaves = by_path(file, [*flat(with_transposed(model)), *averages], str)
-    return convert(file, attention.of_equinox(leaves), EQUINOX, request)
+    return convert(file, attention.of_equinox(joined_halves(file, leaves)), EQUINOX, request)
 
 
 def _averages(model: Any, state: Any) -> list[tuple[str, Any]]:

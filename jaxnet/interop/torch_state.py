@@ -14,6 +14,7 @@ from jaxnet.checkpoint.words import shown
 from jaxnet.interop import attention
 from jaxnet.interop.collect import by_path, collect, to_numpy
 from jaxnet.interop.convert import Convention, convert
+from jaxnet.interop.recurrent import joined_halves
 from jaxnet.interop.stacks import unstacked
 from jaxnet.interop.torch_file import read_state_dict
 from jaxnet.interop.variables import STATE, variables_of
@@ -48,6 +49,9 @@ def from_torch(
     | `running_mean`, `running_var` | `mean`, `var`, in `state` |
     | `in_proj_weight`, `in_proj_bias` of `MultiheadAttention` | `query`, `keys`, `values` |
     | `out_proj` of `MultiheadAttention` | `out` |
+    | `weight_ih`, `weight_hh` of LSTM, GRU and RNN | `kernel` [D + H, gates H], both transposed |
+    | `bias_ih`, `bias_hh` of these | `bias`, their sum; a GRU's second of n is `hidden_bias` |
+    | `weight_hr` of an LSTM | `projection`, transposed |
     | `bias`, other names | the same, as they are |
     | integers (`num_batches_tracked`) | left out, unless `like` has them |
 
@@ -55,6 +59,9 @@ def from_torch(
     its transpose. A `weight` that is a matrix becomes an `embedding` if `like` has one at that
     path, or if `rename` gives the full path: {"wte.weight": "wte/embedding"}. Otherwise it becomes
     a kernel.
+
+    Several layers of an LSTM, GRU or RNN are numbered, and two directions are `forward` and
+    `backward`, as in `stacked` and `bidirectional`.
 
     Images in PyTorch are [N, C, H, W]: a dense layer after a flattened convolution expects its
     inputs in the order C, H, W, not H, W, C. docs/checkpoints.md shows how to reorder its kernel.
@@ -100,6 +107,7 @@ def from_torch(
         file = "the state dict"
         tensors = collect(file, source)
     leaves, rename = _slashed(file, tensors, rename)
+    leaves = joined_halves(file, leaves)
     patterns = request.patterns and [pattern.replace(".", "/") for pattern in request.patterns]
     request = request._replace(rename=rename, patterns=patterns)
     return convert(file, attention.of_torch(leaves), TORCH, request)
@@ -108,7 +116,7 @@ def from_torch(
 def to_torch(
     variables: Mapping[str, Any], *, rename: Rename | None = None, stacked: str | Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Make a PyTorch state dict, the exact inverse of `from_torch`.
+    """Make a PyTorch state dict, the exact inverse of `from_torch` except for recurrent layers.
 
         save("net.safetensors", to_torch(variables, rename={"body": "features"}))
 
