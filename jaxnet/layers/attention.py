@@ -51,7 +51,7 @@ def multi_head_attention(
     2023.
 
     Twins: flax.linen.MultiHeadDotProductAttention, equinox.nn.MultiheadAttention,
-    keras.layers.MultiHeadAttention, keras.layers.GroupedQueryAttention,
+    keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention,
     torch.nn.MultiheadAttention, haiku.MultiHeadAttention.
 
     Args:
