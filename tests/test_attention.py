@@ -258,6 +258,19 @@ def test_a_query_without_a_key_gives_zeros_and_finite_gradients(core):
     np.testing.assert_array_equal(grads[0][0], 0)
 
 
+def test_empty_batches_and_sequences():
+    net = chain(sinusoidal(), multi_head_attention(4, 2, groups=1, positions=rotary()))
+    params = weights(net, jnp.ones((1, 2, 4)))
+    for shape in [(0, 3, 4), (2, 0, 4), (0, 0, 4)]:
+        assert net.apply(params, jnp.zeros(shape)).shape == shape
+    # A context without tokens gives zeros, and the bias of the output is left.
+    net = multi_head_attention(4, 2)
+    x = jnp.ones((2, 3, 4))
+    params = weights(net, x)
+    y = net.apply(params, x, jnp.ones((2, 0, 4)))
+    np.testing.assert_allclose(y, np.broadcast_to(params["out"]["bias"], (2, 3, 4)))
+
+
 def test_an_additive_mask_may_be_minus_infinity_everywhere():
     q = jnp.ones((1, 2, 1, 2))
     bias = jnp.array([[-jnp.inf, -jnp.inf], [0.0, -jnp.inf]])
