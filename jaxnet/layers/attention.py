@@ -83,6 +83,7 @@ def multi_head_attention(
 
     Example:
       >>> import jax
+      >>> import jax.numpy as jnp
       >>> net = multi_head_attention(8, 4, groups=2, bias=False)
       >>> jax.tree.map(jnp.shape, net.init(jax.random.key(0), jnp.ones((2, 5, 8))))["keys"]
       {'kernel': (8, 4)}
