@@ -51,7 +51,7 @@ def multi_head_attention(
     2023.
 
     Twins: flax.linen.MultiHeadDotProductAttention, equinox.nn.MultiheadAttention,
-    keras.layers.MultiHeadAttention, keras.layers.GroupedQueryAttention,
+    keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention,
     torch.nn.MultiheadAttention, haiku.MultiHeadAttention.
 
     Args:
@@ -83,6 +83,7 @@ def multi_head_attention(
 
     Example:
       >>> import jax
+      >>> import jax.numpy as jnp
       >>> net = multi_head_attention(8, 4, groups=2, bias=False)
       >>> jax.tree.map(jnp.shape, net.init(jax.random.key(0), jnp.ones((2, 5, 8))))["keys"]
       {'kernel': (8, 4)}
@@ -114,12 +115,15 @@ def multi_head_attention(
         "out": project(features, bias if out_bias is None else out_bias),
     }
 
+    # The number of heads of queries, keys and values.
+    counts = (heads, groups, groups)
+
     def attend(f, x, context=None, *, at=None, mask=None, cache=None):
         source = x if context is None else context
         check_input(label, x, rank=2)
         check_input(label, source, rank=2)
-        projected = (f.query(x), f.keys(source), f.values(source))
-        q, k, v = (y.reshape(*y.shape[:-1], -1, size) for y in projected)
+        projected = zip((f.query(x), f.keys(source), f.values(source)), counts, strict=True)
+        q, k, v = (y.reshape(*y.shape[:-1], count, size) for y, count in projected)
         queries = positions_of(label, at, x.shape[-2], x.ndim - 1)
         keys = queries if context is None else positions_of(label, None, k.shape[-3], 1)
         q = f.positions(f.query_norm(q), queries)

@@ -41,7 +41,7 @@ def dot_product_attention(
     Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017; Ainslie et al., "GQA", EMNLP
     2023.
 
-    Twins: flax.linen.dot_product_attention, equinox.nn.dot_product_attention,
+    Twins: flax.linen.dot_product_attention, flax.nnx.dot_product_attention,
     torch.nn.functional.scaled_dot_product_attention.
 
     Args:

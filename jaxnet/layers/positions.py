@@ -151,7 +151,7 @@ def _with_waves(x, positions, base):
         (1,) * positions.ndim + f.shape
     )
     waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1)
-    waves = waves.reshape(*positions.shape, -1)[..., :width]
+    waves = waves.reshape(*positions.shape, 2 * f.size)[..., :width]
     waves = waves.reshape((1,) * (x.ndim - waves.ndim) + waves.shape)
     return (x.astype(wide) + jnp.broadcast_to(waves, x.shape)).astype(x.dtype)
 
