@@ -3,6 +3,7 @@ and under repeat, vmap, scan, cast and capture.
 """
 
 import functools
+import pickle
 from typing import Any
 
 import jax
@@ -10,9 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from registry import close, numbers, quick_to_compile, weights  # noqa: F401 (a fixture)
 
-from jaxnet import call, capture, cast, chain, repeat, replace, residual, scan, tree, vmap, walk
+from jaxnet import (
+    call,
+    capture,
+    cast,
+    chain,
+    repeat,
+    replace,
+    residual,
+    scan,
+    summary,
+    tree,
+    vmap,
+    walk,
+)
 from jaxnet.adapt import (
     fold_weights,
     frozen,
@@ -421,3 +436,47 @@ def test_a_stateful_network_keeps_its_other_state():
 def test_a_wrong_argument_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+# --- use ------------------------------------------------------------------------------------------
+
+
+@each_change
+def test_a_changed_network_is_pickled_and_summarized(change):
+    net = chain(first=change(dense(4)), out=dense(2))
+    again = pickle.loads(pickle.dumps(net))
+    assert repr(again) == repr(net)
+    params, state = started(net, X)
+    close(call(again, params, X, state=state)[0], call(net, params, X, state=state)[0])
+    assert [row.path for row in summary(net, X).rows] == ["", "first", "out"]
+
+
+@pytest.mark.cpu_only("it wants four devices")
+@each_change
+def test_a_changed_layer_takes_a_batch_that_a_mesh_divides(change):
+    net, x = change(dense(4)), numbers(jax.ShapeDtypeStruct((8, 4), "float32"))
+    params, state = started(net, x)
+
+    def step(params, state, x):
+        def loss(params):
+            y, new = call(net, params, x, state=state, train=True)
+            return jnp.sin(y).sum(), (y, new)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    expected = jax.jit(step)(params, state, x)
+    mesh = jax.make_mesh((4,), ("batch",))
+    with jax.set_mesh(mesh):
+        divided = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
+        params, state = jax.device_put((params, state), NamedSharding(mesh, PartitionSpec()))
+        close(jax.jit(step)(params, state, divided), expected, rtol=1e-4, atol=1e-5)
+
+
+@each_change
+def test_the_batch_of_a_changed_layer_may_be_symbolic(change):
+    net = change(dense(4))
+    params, state = started(net, X)
+    (batch,) = jax.export.symbolic_shape("batch")
+    run = jax.jit(lambda x: call(net, params, x, state=state, train=True))
+    exported = jax.export.export(run)(jax.ShapeDtypeStruct((batch, 4), "float32"))
+    close(exported.call(X), run(X))

@@ -32,7 +32,7 @@ def lora(
     the start. `jaxnet.tree.split(params, "**/kernel_[ab]")` gives the parameters to train.
 
     The sum is computed in each call, for kernels of any rank. It costs rank / (number of examples)
-    of the layer itself.
+    of the layer itself, and the gradients of A and B pass through that of the kernel.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
 

@@ -24,7 +24,7 @@ def prune(
     state: Any = None,
     name: str = "kernel",
 ) -> tuple[Layer, Any, Any]:
-    """Set the smallest weights of some layers to zero, w = m k, where they stay in training.
+    """Set the smallest weights of some layers to zero, w = m k, and keep them zero in training.
 
     The mask m is state, `kernel_mask`, beside the other state of the layer. It is False for the
     floor(sparsity * size) elements of the kernel with the smallest |k|. Their gradients are zero.

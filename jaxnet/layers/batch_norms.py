@@ -65,8 +65,8 @@ def batch_norm(
     Raises:
       ValueError: `momentum` or `eps` is out of range; in `apply`, C differs from that at `init`, or
         training has only one value per feature, or the weights do not have leading axes of x.
-      TypeError: in `init` and `apply`, x is not an array of floats, or not in the dtype of the
-        parameters.
+      TypeError: `axis_name` is not a name; in `init` and `apply`, x is not an array of floats, or
+        not in the dtype of the parameters.
     """
     if not 0 <= momentum < 1:
         raise ValueError(
@@ -74,7 +74,7 @@ def batch_norm(
             "average"
         )
     eps = epsilon("batch_norm", eps)
-    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    names = _names(axis_name)
     make = init_affine("batch_norm", scale, bias)
 
     def init(key, x, weights=None):
@@ -95,7 +95,7 @@ def batch_norm(
         weights = None if weights is None else _check_weights(weights, x)
         if frozen or not train:
             return _by_running_averages(x, state, factor, shift, eps), state
-        n = math.prod(x.shape[:-1]) * (jax.lax.axis_size(tuple(names)) if names else 1)
+        n = math.prod(x.shape[:-1]) * (jax.lax.axis_size(names) if names else 1)
         if isinstance(n, int) and n < 2:
             raise ValueError(
                 "batch_norm: training needs more than one value per feature, got "
@@ -103,7 +103,7 @@ def batch_norm(
             )
         if weights is None and not names:
             return _by_the_batch(x, state, factor, shift, eps, momentum, unbiased)
-        options = (tuple(names), eps, momentum, unbiased)
+        options = (names, eps, momentum, unbiased)
         return _by_weights(x, weights, state, factor, shift, *options)
 
     made = layer(
@@ -115,6 +115,16 @@ def batch_norm(
         label="batch_norm",
     )
     return dataclasses.replace(made, wide=("scale", "bias"))
+
+
+def _names(axis_name: Any) -> tuple[str, ...]:
+    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"batch_norm: axis_name must be the name of a mapped axis or a tuple of them, got "
+            f"{axis_name!r}"
+        )
+    return tuple(names)
 
 
 def _check_weights(weights: Any, x: Any) -> Any:

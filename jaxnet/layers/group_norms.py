@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxnet.checks import size_of
 from jaxnet.core import Layer, check_input, describe, interned, layer
-from jaxnet.layers.normalizing import affine_of, epsilon, init_affine, like_of, shifted
+from jaxnet.layers.normalizing import affine_of, epsilon, init_affine, like_of, scaled
 from jaxnet.mixed import widened
 
 __all__ = ["group_norm", "instance_norm"]
@@ -110,15 +110,19 @@ def _grouped(label: str, name: str, groups: int | None, rank, eps, scale, bias) 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
 def _over_groups(x, scale, bias, groups, rank, eps):
-    size = x.shape[-1] // groups
-    parts = widened(x) if size == 1 else widened(x).reshape(*x.shape[:-1], groups, size)
-    axes = tuple(range(x.ndim - 1 - rank, x.ndim - 1)) + ((x.ndim,) if size > 1 else ())
-    d, _ = shifted(parts, axes)
-    d = d - d.mean(axes, keepdims=True)
-    y = d * jax.lax.rsqrt(jnp.square(d).mean(axes, keepdims=True) + eps)
-    y = y.reshape(x.shape)
-    if scale is not None:
-        y = y * jnp.broadcast_to(scale.astype(y.dtype), y.shape)
-    if bias is not None:
-        y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
-    return y.astype(x.dtype)
+    wide, axes = widened(x), tuple(range(x.ndim - 1 - rank, x.ndim - 1))
+
+    # Sums over the spatial axes first, all features at once, and then over the few features of a
+    # group: on a CPU, sums over a short last axis of a large array are slow.
+    def mean_of(values):
+        by_feature = values.mean(axes, keepdims=True)
+        parts = by_feature.reshape(*by_feature.shape[:-1], groups, x.shape[-1] // groups)
+        by_group = jnp.broadcast_to(parts.mean(-1, keepdims=True), parts.shape)
+        return by_group.reshape(by_feature.shape)
+
+    # As in `batch_norm`, one pass over d is enough because its mean is small.
+    d = wide - jnp.broadcast_to(jax.lax.stop_gradient(mean_of(wide)), wide.shape)
+    mean = mean_of(d)
+    var = jnp.maximum(mean_of(jnp.square(d)) - jnp.square(mean), 0)
+    y = d - jnp.broadcast_to(mean, wide.shape)
+    return scaled(y, var, eps, scale, bias).astype(x.dtype)

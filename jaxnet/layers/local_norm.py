@@ -71,4 +71,6 @@ def _by_neighbors(x, size, alpha, beta, k):
     band = (c[:, None] >= first) & (c[:, None] < first + size)
     squares = jnp.square(wide).reshape(-1, x.shape[-1]) if x.ndim != 2 else jnp.square(wide)
     sums = jnp.matmul(squares, jnp.asarray(band, wide.dtype), precision="highest")
-    return (wide * (k + alpha / size * sums.reshape(x.shape)) ** -beta).astype(x.dtype)
+    # XLA computes exp and log of many numbers at once on a CPU, but not their powers.
+    factor = jnp.exp(-beta * jnp.log(k + alpha / size * sums))
+    return (wide * factor.reshape(x.shape)).astype(x.dtype)
