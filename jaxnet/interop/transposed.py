@@ -78,12 +78,12 @@ def with_transposed(model: Any) -> Any:
 def _of_torch(weight: Any, groups: int) -> Any:
     """[out, in / groups, *window] -> [in, out / groups, *window], flipped."""
     x = np.asarray(weight)
-    x = np.flip(x, range(2, x.ndim))
+    x = np.flip(x, tuple(range(2, x.ndim)))
     x = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).swapaxes(1, 2)
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _flipped(kernel: Any, exchange: bool) -> Any:
     x = np.asarray(kernel)
-    x = np.flip(x, range(x.ndim - 2))
+    x = np.flip(x, tuple(range(x.ndim - 2)))
     return x.swapaxes(-1, -2) if exchange else x
