@@ -65,7 +65,7 @@ CASES = {
     "dense": (dense(3), f"(params, x, *, {MODES})"),
     "conv": (conv(3, 3), f"(params, x, *, {MODES})"),
     "dropout": (dropout(0.5), f"(params, x, *, {MODES})"),
-    "stateful": (batch_norm(), f"(params, x, *, {MODES})"),
+    "stateful": (batch_norm(), f"(params, x, weights=None, *, {MODES})"),
     "param": (param((3,), jax.nn.initializers.zeros), f"(params, *, {MODES})"),
     "layer": (layer(None, noisy), f"(params, x, temperature=1.0, *, {MODES})"),
     "wire": (block, f"(params, x, *, mask=None, {MODES})"),
