@@ -9,7 +9,9 @@ from jaxnet.layers.long_memory import conv_lstm_cell, lstm_cell
 from jaxnet.layers.noise import dropout
 from jaxnet.layers.norm import batch_norm, layer_norm
 from jaxnet.layers.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
-from jaxnet.layers.recurrent import (
+from jaxnet.layers.rwkv import rwkv7_channel_mix, rwkv7_time_mix
+from jaxnet.layers.selective import selective_ssm, selective_ssm_cell
+from jaxnet.layers.sequences import (
     bidirectional,
     gru,
     lstm,
@@ -17,8 +19,6 @@ from jaxnet.layers.recurrent import (
     simple_rnn,
     stacked,
 )
-from jaxnet.layers.rwkv import rwkv7_channel_mix, rwkv7_time_mix
-from jaxnet.layers.selective import selective_ssm, selective_ssm_cell
 from jaxnet.layers.shape import flatten
 
 __all__ = [
