@@ -34,9 +34,16 @@ FAMILIES = {
     "Linear maps": "linear einsum embedding",
     "Convolution": "convolution depthwise transposed local",
     "Pooling": "pool global_pool adaptive unpool",
-    "Shapes and sizes": "shape resize",
-    "Normalization": "norm",
+    "Shapes and sizes": "shape resizing",
+    "Normalization": "batch_norms feature_norms group_norms local_norm",
     "Noise": "noise",
+    "Recurrent layers and cells": "sequences cells long_memory",
+    "Linear-time recurrences": "linear_recurrence selective rwkv",
+    "Attention": "attention attention_core softmaxes cache",
+    "Positions": "positions position_bias",
+    "Masks of attention": "masks",
+    "Feed-forward blocks and experts": "feed_forward experts",
+    "Codebooks and random features": "codebook random_features",
 }
 
 

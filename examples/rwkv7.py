@@ -1,7 +1,7 @@
 """A trained RWKV-7 of 834 thousand parameters goes on with a text, byte by byte (CPU seconds):
 
-python examples/rwkv7.py FOLDER                 100 bytes, HEADER s
-python examples/rwkv7.py FOLDER --parallel      the prompt by an associative scan, HEADER s
+python examples/rwkv7.py FOLDER                 100 bytes, 5.3 s
+python examples/rwkv7.py FOLDER --parallel      the prompt by an associative scan, 5.9 s
 
 FOLDER holds tiny-rwkv-7v0-834K-FP32.bin (the tests of RWKV/rwkv.cpp on GitHub, MIT licence).
 """

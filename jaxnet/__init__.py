@@ -12,6 +12,7 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from jaxnet import (
+        adapt,
         checkpoint,
         combinators,
         core,
@@ -31,14 +32,24 @@ if TYPE_CHECKING:
         avg_pool,
         batch_norm,
         conv,
+        conv_transpose,
         dense,
         dropout,
         embed,
         flatten,
+        gated_mlp,
         global_avg_pool,
         global_max_pool,
+        group_norm,
+        gru,
         layer_norm,
+        lstm,
         max_pool,
+        mlp,
+        moe,
+        multi_head_attention,
+        rms_norm,
+        rotary,
     )
     from jaxnet.train import sgd
     from jaxnet.transform import capture, replace, summary, walk
@@ -48,6 +59,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Children",
     "Layer",
+    "adapt",
     "around",
     "avg_pool",
     "batch_norm",
@@ -57,25 +69,35 @@ __all__ = [
     "chain",
     "checkpoint",
     "conv",
+    "conv_transpose",
     "data",
     "dense",
     "dropout",
     "embed",
     "flatten",
+    "gated_mlp",
     "global_avg_pool",
     "global_max_pool",
+    "group_norm",
+    "gru",
     "interop",
     "layer",
     "layer_norm",
     "layers",
     "load",
+    "lstm",
     "max_pool",
+    "mlp",
+    "moe",
+    "multi_head_attention",
     "parallel",
     "param",
     "remat",
     "repeat",
     "replace",
     "residual",
+    "rms_norm",
+    "rotary",
     "save",
     "scan",
     "sgd",
@@ -93,15 +115,16 @@ _NAMES = {
     "jaxnet.combinators": "cast chain parallel remat repeat residual scan vmap",
     "jaxnet.core": "Children Layer around call layer param wire",
     "jaxnet.layers": (
-        "avg_pool batch_norm conv dense dropout embed flatten global_avg_pool global_max_pool "
-        "layer_norm max_pool"
+        "avg_pool batch_norm conv conv_transpose dense dropout embed flatten gated_mlp "
+        "global_avg_pool global_max_pool group_norm gru layer_norm lstm max_pool mlp moe "
+        "multi_head_attention rms_norm rotary"
     ),
     "jaxnet.train": "sgd",
     "jaxnet.transform": "capture replace summary walk",
 }
 # The packages that are not in `__all__` are for authors of layers. They are here so that
 # `jaxnet.core` is found when only `jaxnet` has been imported.
-_PACKAGES = "checkpoint combinators core data interop layers mixed ops train transform tree"
+_PACKAGES = "adapt checkpoint combinators core data interop layers mixed ops train transform tree"
 
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 _HOMES |= {name: f"jaxnet.{name}" for name in _PACKAGES.split()}

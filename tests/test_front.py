@@ -17,7 +17,7 @@ from jaxnet.first_use import resolver
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 # Packages that are found as attributes of jaxnet without `from jaxnet import *` giving them.
 FOR_AUTHORS = {"combinators", "core", "mixed", "ops", "transform"}
-PACKAGES = ["jaxnet", "jaxnet.checkpoint", "jaxnet.ops"]
+PACKAGES = ["jaxnet", "jaxnet.checkpoint", "jaxnet.layers", "jaxnet.ops"]
 
 
 def loaded_by(code: str) -> set[str]:

@@ -296,7 +296,7 @@ def test_sizes_may_be_integers_of_numpy(make, spec, kind):
         flatten,
         lambda n: multi_head_attention(n, 2),
         lambda n: multi_head_attention(4, n),
-        lambda n: multi_head_attention(4, 2, groups=n or "none"),
+        lambda n: multi_head_attention(4, 2, groups=n or -1),
         lambda n: alibi(n),
         lambda n: relative_bias(2, buckets=n),
         learned_positions,

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from jaxnet.layers.position_bias import alibi, relative_bias
     from jaxnet.layers.positions import learned_positions, rotary, sinusoidal
     from jaxnet.layers.random_features import fourier_features
-    from jaxnet.layers.recurrence import bidirectional, gru, lstm, recurrent, simple_rnn, stacked
     from jaxnet.layers.resizing import resize, upsample
     from jaxnet.layers.rwkv import rwkv7_channel_mix, rwkv7_time_mix
     from jaxnet.layers.selective import selective_ssm, selective_ssm_cell
+    from jaxnet.layers.sequences import bidirectional, gru, lstm, recurrent, simple_rnn, stacked
     from jaxnet.layers.shape import flatten, pixel_shuffle, pixel_unshuffle
     from jaxnet.layers.softmaxes import masked_softmax, sink_softmax, soft_cap
     from jaxnet.layers.transposed import conv_transpose
@@ -160,10 +160,10 @@ _NAMES = {
     "position_bias": "alibi relative_bias",
     "positions": "learned_positions rotary sinusoidal",
     "random_features": "fourier_features",
-    "recurrence": "bidirectional gru lstm recurrent simple_rnn stacked",
     "resizing": "resize upsample",
     "rwkv": "rwkv7_channel_mix rwkv7_time_mix",
     "selective": "selective_ssm selective_ssm_cell",
+    "sequences": "bidirectional gru lstm recurrent simple_rnn stacked",
     "shape": "flatten pixel_shuffle pixel_unshuffle",
     "softmaxes": "masked_softmax sink_softmax soft_cap",
     "transposed": "conv_transpose",
