@@ -59,10 +59,11 @@ def row(name: str) -> str:
     equation = next((part for part in rest if re.match(r"[^.:]{0,60} = ", part)), "")
     if " = " in summary or equation.startswith(("Parameters", "Args")):
         equation = ""
+    equation = re.match(r".*?(?:\.(?= [A-Z])|$)", equation)[0]  # its first sentence
     returns = next((part for part in rest if part.startswith("Returns: ")), "Returns: ")
     shapes = re.sub(r"^Returns: (The layer, )?", "", returns)
-    twins = next((part for part in rest if part.startswith("Twins: ")), "Twins: ")
-    named = re.findall(r"[a-z_]+(?:\.\w+)+[^,.]*", twins.removeprefix("Twins: "))
+    twins = next((part.partition("Twins: ")[2] for part in rest if "Twins: " in part), "")
+    named = re.findall(r"[a-z_]+(?:\.\w+)+[^,.]*", twins)
     star = "*" if hasattr(jaxnet, name) else ""
     twin = ", ".join(f"`{name}`" for name in named)
     cells = [f"`{name}`{star}", f"{summary} {equation}".strip(), shapes, twin]

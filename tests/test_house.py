@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "data": {"checks"},
     "mixed": set(),
     "combinators": {"checks", "core", "mixed"},
-    "layers": {"checks", "core", "mixed", "ops", "combinators"},
+    "layers": {"checks", "combinators", "core", "first_use", "mixed", "ops"},
     "flops": {"core"},
     "transform": {"core", "flops", "tree"},
     "adapt": {"checks", "core", "mixed", "transform", "tree"},

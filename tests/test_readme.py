@@ -72,15 +72,15 @@ def test_its_commands_name_what_exists():
 
 def test_every_public_name_in_its_table_exists():
     import jaxnet
-    from jaxnet import data, train, tree
+    from jaxnet import adapt, data, train, tree
 
     rows = re.findall(
-        r"^\| (compose|layers|see and change|train|keep|data) \| (.*) \|$", README, re.M
+        r"^\| (compose|layers|adapt|see and change|train|keep|data) \| (.*) \|$", README, re.M
     )
     names = {name for _, cell in rows for name in re.findall(r"`(\w+)`", cell)}
     assert (
-        len(rows) == 6
-        and {n for n in names if not any(hasattr(m, n) for m in (jaxnet, data, train, tree))}
+        len(rows) == 7
+        and {n for n in names if not any(hasattr(m, n) for m in (jaxnet, adapt, data, train, tree))}
         == set()
     )
     missing = set(jaxnet.__all__) - names - {"Layer", "checkpoint"}

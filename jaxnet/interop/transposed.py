@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxnet.checkpoint.words import shown
 
 __all__ = ["with_flipped", "with_transposed"]
@@ -77,6 +75,8 @@ def with_transposed(model: Any) -> Any:
 
 def _of_torch(weight: Any, groups: int) -> Any:
     """[out, in / groups, *window] -> [in, out / groups, *window], flipped."""
+    import numpy as np
+
     x = np.asarray(weight)
     x = np.flip(x, tuple(range(2, x.ndim)))
     x = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).swapaxes(1, 2)
@@ -84,6 +84,8 @@ def _of_torch(weight: Any, groups: int) -> Any:
 
 
 def _flipped(kernel: Any, exchange: bool) -> Any:
+    import numpy as np
+
     x = np.asarray(kernel)
     x = np.flip(x, tuple(range(x.ndim - 2)))
     return x.swapaxes(-1, -2) if exchange else x
