@@ -13,19 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnet import chain, layer, param, repeat, residual, wire
+from jaxnet import (
+    chain,
+    gated_mlp,
+    multi_head_attention,
+    param,
+    repeat,
+    residual,
+    rms_norm,
+    rotary,
+    wire,
+)
 from jaxnet.core import output_specs
-from jaxnet.layers import causal, empty_cache, gated_mlp, multi_head_attention, rotary
+from jaxnet.layers import causal, empty_cache
 from jaxnet.train import compile_cache
-
-
-def rms_norm():
-    """y = x / sqrt(mean(x^2) + 1e-5) * scale."""
-
-    def fn(params, x):
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * params["scale"]
-
-    return layer(lambda key, x: {"scale": jnp.ones(x.shape[-1:], x.dtype)}, fn, label="rms_norm")
 
 
 def llama(vocabulary, width, hidden, depth, heads, groups):
@@ -36,7 +37,9 @@ def llama(vocabulary, width, hidden, depth, heads, groups):
     )  # fmt: skip
 
     @wire(
-        norm=rms_norm(), attn=attention, mlp=residual(chain(rms_norm(), gated_mlp(hidden, width)))
+        norm=rms_norm(eps=1e-5),
+        attn=attention,
+        mlp=residual(chain(rms_norm(eps=1e-5), gated_mlp(hidden, width))),
     )
     def block(f, x, at, cache):
         y, cache = f.attn(f.norm(x), at=at, cache=cache)
@@ -45,7 +48,7 @@ def llama(vocabulary, width, hidden, depth, heads, groups):
     @wire(
         table=param((vocabulary, width), jax.nn.initializers.normal(0.02)),
         blocks=repeat(block, depth, each="cache", collect=True),
-        norm=rms_norm(),
+        norm=rms_norm(eps=1e-5),
     )
     def net(f, ids, at=0, cache=None):
         x, cache = f.blocks(f.table()[ids], at, cache=cache)

@@ -61,7 +61,7 @@ def gpt_in_numpy(params, ids, heads, groups):
     size = table.shape[1] // heads
 
     def norm(x, scale):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
 
     def rotated(vector, position):
         half = size // 2
