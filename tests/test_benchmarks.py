@@ -438,3 +438,79 @@ def test_the_faults_of_checkpoints_are_counted(tmp_path):
     if shutil.which("strace"):
         assert ours["kill"] == "0/2" and ours["power"] == "new" and numpy["power"] == "LOST"
         assert int(numpy["kill"].split("/")[0]) >= 1  # an archive that is not whole
+
+
+LAYERS = {
+    "lstm": ("jaxnet", "Haiku", "haiku"),
+    "gru": ("jaxnet", "Flax NNX", "flax"),
+    "gpt": ("jaxnet, repeat", "Equinox", "equinox"),
+    "resnet": ("jaxnet", "Flax Linen", "flax"),
+    "separable": ("jaxnet", "Haiku", "haiku"),
+    "moe": ("jaxnet, ragged", "Keras", "keras"),
+    "linear": ("jaxnet", "Keras", "keras"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", LAYERS)
+def test_layers_of_every_library_give_the_losses_of_the_hand_written_network(row, tmp_path):
+    """A competitor without a problem has these losses, forward and over the steps of training."""
+    ours, peer, module = LAYERS[row]
+    names = ["--only", ours, "--only", peer, "--kind", "forward", "--kind", "step loop"]
+    tables = layers(tmp_path, "--row", row, "--steps", "3", *names)
+    installed = importlib.util.find_spec(module) is not None
+    assert len(tables) == 2
+    for rows in tables:
+        assert rows[ours]["problem"] == "" and rows[ours]["ratios"][0] > 0
+        assert rows[peer]["problem"] == ("" if installed else f"skipped: {module} is not installed")
+
+
+@pytest.mark.slow
+def test_what_depth_costs_is_measured(tmp_path):
+    steps, inits = layers(tmp_path, "--row", "deep", "--only", "jaxnet, repeat")
+    for rows in (steps, inits):
+        assert rows.keys() > {"JAX by hand", "jaxnet, repeat"}
+        assert not any(row["problem"] for row in rows.values())
+    assert steps["jaxnet, repeat"]["others"]["to 2 layers"][0] > 0
+
+
+def test_names_of_weights_are_joined_and_stacked(measure):
+    """Expected by hand from the two rules in the description of layer_nets.py."""
+    nets = importlib.import_module("layer_nets")
+    parts = {"x/i": [[1, 2]], "x/f": [[3, 4]], "h/i": [[5, 6]], "h/f": [[7, 8]]}
+    weights = {f"{name}/kernel": np.array(value) for name, value in parts.items()}
+
+    def filled(name, weights, transposed=False):
+        net = nets.Net(None, None, lambda path: name, transposed)
+        slot = np.zeros(sum(value.size for value in weights.values()), np.float32)
+        return np.asarray(nets.filled(net, {"w": slot}, weights)["w"])
+
+    both = "{x;h}/[i,f]/kernel"
+    assert filled(both, weights).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert filled(both, weights, transposed=True).tolist() == [1, 5, 2, 6, 3, 7, 4, 8]
+    copies = {f"{i}/bias": np.array([i, 10 * i]) for i in range(12)}
+    assert filled("*/bias", copies).tolist() == [x for i in range(12) for x in (i, 10 * i)]
+    with pytest.raises(ValueError, match="the network has no h/f/kernel, h/i/kernel"):
+        nets.filled(
+            nets.Net(None, None, lambda path: "x/[i,f]/kernel"),
+            {"w": np.zeros((1, 4), np.float32)},
+            weights,
+        )
+
+
+def test_what_is_too_slow_is_not_called_again(measure):
+    task = importlib.import_module("layer_task")
+    run = task.patient(lambda: np.float32(1.0), steps=2, patience=-1.0)
+    assert run() == run() == 1.0  # the first call compiles, the second is timed
+    with pytest.raises(task.SlowError, match=r"0\.00 s a step, so it was not called again"):
+        run()
+
+
+def layers(folder, *flags):
+    """The rows of a run of layers.py with tiny networks, by table and name."""
+    command = [sys.executable, BENCHMARKS / "layers.py", "--quick", "--rounds", "1", "--seconds"]
+    command += ["1", "--json", folder / "x.json"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads((folder / "x.json").read_text())["tables"]
+    return [{row["name"]: row for row in table["rows"]} for table in tables]
