@@ -196,6 +196,7 @@ def of_pytorch(named, numpy):
     return params
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_grouped_queries_are_those_of_keras(groups, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
@@ -508,6 +509,7 @@ def language_model(mask, groups, positions, depth=2):
 CHUNKS = {"one by one": [1] * 9, "prompt, then one by one": [4, 1, 1, 1, 1, 1], "chunks": [2, 4, 3]}
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("bfloat16", 0.06)])
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ def test_parameters_of_another_architecture_are_refused(case, around):
     net.apply(weights(net, x), x)
 
 
+@pytest.mark.sample(30)
 @pytest.mark.parametrize("name", CASES)
 def test_every_layer_refuses_parameters_and_state_that_it_would_not_make(name):
     """For each leaf: another size of each axis, one more axis, a leaf that is missing, a leaf that

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from peers import agree, channels_first, channels_last, drawn, examples, torch
+from torch_peers import agree, channels_first, channels_last, drawn, examples, torch
 
 from jaxnet.core import describe
 from jaxnet.layers import (

@@ -82,6 +82,7 @@ def mixed(p, x, top, normalize):
 FORMS = {"dense": {}, "ragged": {"ragged": True}, "capacity": {"capacity": 4.0}}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("top, normalize", [(1, False), (2, True), (3, False)])
 def test_all_forms_are_the_mixture_of_numpy(form, top, normalize):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peers import torch
+from torch_peers import torch
 
 from jaxnet.checkpoint import from_equinox, from_flax, from_haiku, from_keras, from_torch, to_torch
 from jaxnet.core import wire

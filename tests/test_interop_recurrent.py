@@ -20,6 +20,7 @@ LIBRARIES = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("name", LIBRARIES)
 @pytest.mark.parametrize("layers, directions", [(1, 1), (2, 2)])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from peers import agree, applied, drawn, examples, torch
 from registry import close
+from torch_peers import agree, applied, drawn, examples, torch
 
 from jaxnet.combinators import cast
 from jaxnet.core import wire
@@ -31,6 +31,7 @@ EQUATIONS = {  # equation, shape of x, sizes, default bias axes
 }
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("equation", EQUATIONS)
 @pytest.mark.parametrize("bias", [None, "", "last"])
 def test_einsum_dense_is_the_einsum_of_pytorch(equation, bias):
@@ -60,6 +61,7 @@ def test_einsum_dense_is_the_einsum_of_pytorch(equation, bias):
     assert ("bias" in params) == bool(axes)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "equation, sizes, shape, output, bias_axes",
     [

@@ -328,12 +328,14 @@ INPUTS = (
 WEIGHT = np.ones((5, 1), np.float32)
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("form", RESEARCH)
 def test_pairs_that_the_code_of_a_loss_writes_are_not_refused(form):
     RESEARCH[form](INPUTS, WEIGHT)  # works at all
     refuse_pairs("the loss", RESEARCH[form], INPUTS, WEIGHT)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("form", MISTAKES)
 def test_pairs_of_a_prediction_of_one_column_are_refused_by_name(form):
     operation, function = MISTAKES[form]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from peers import agree, applied, channels_first, channels_last, drawn, examples, torch
+from torch_peers import agree, applied, channels_first, channels_last, drawn, examples, torch
 
 from jaxnet.layers import (
     adaptive_avg_pool,
@@ -393,6 +393,7 @@ LAYERS = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("layer", LAYERS, ids=repr)
 def test_a_batch_may_be_empty(layer):
     one = jax.eval_shape(layer.apply, {}, jnp.ones((1, 8, 8, 2))).shape

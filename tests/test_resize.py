@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from peers import agree, applied, channels_first, channels_last, drawn, examples, torch
+from torch_peers import agree, applied, channels_first, channels_last, drawn, examples, torch
 
 from jaxnet.layers import pixel_shuffle, pixel_unshuffle, resize, upsample
 

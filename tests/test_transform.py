@@ -62,6 +62,7 @@ def test_walk_gives_every_layer_with_its_path_parents_first():
 # --- capture --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(40)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_capture_changes_neither_result_nor_state(case):
     """Bit for bit, in training; by specs if there is nothing inside."""
@@ -378,6 +379,7 @@ norm         batch_norm                  float32[4, 8]          16     64    120
     assert str(summary(net, floats(4, 3))) == text
 
 
+@pytest.mark.sample(60)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("train", [False, True])
 def test_parameters_bytes_and_rows_are_those_of_init(case, train):
