@@ -191,6 +191,7 @@ def over_time(net):
     return cell
 
 
+@pytest.mark.sample(3)
 @each_change
 def test_a_changed_layer_works_under_combinators(change):
     layer = change(dense(4))

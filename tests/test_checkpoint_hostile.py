@@ -208,6 +208,7 @@ def uncountable(path):
     file_of(path, "orbax", {"tensors": tensors})
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", SMALL)
 def test_small_files_that_ask_for_much_are_refused(name, tmp_path):
     path = tmp_path / "x"

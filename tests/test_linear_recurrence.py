@@ -138,6 +138,7 @@ def test_the_parallel_form_the_steps_and_numpy_are_equal_in_more_cases(case):
     check(case)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("make", [lru, min_gru, selective_ssm])
 def test_a_sequence_goes_on_from_its_carry(make):
     net, x = make(3, return_carry=True), numbers(floats(2, 7, 4))
@@ -149,6 +150,7 @@ def test_a_sequence_goes_on_from_its_carry(make):
     close(net.apply(params, x[:, :0], carry=carry)[0], carry)
 
 
+@pytest.mark.slow
 def test_a_long_sequence_neither_grows_nor_vanishes():
     """1,024 steps of the initial recurrence, in float32, against float64."""
     x = np.random.default_rng(0).normal(size=(1, 1024, 4))

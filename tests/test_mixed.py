@@ -362,6 +362,7 @@ def of_torch(torch, name, p, x):
     return affine(p["head"], norm(p["norm"], x))
 
 
+@pytest.mark.sample(3)
 @each_narrow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_error_of_every_leaf_is_at_most_half_more_than_that_of_pytorchs_autocast(name, dtype):

@@ -593,6 +593,7 @@ def windows_by_definition(x, window, strides=None, padding: Any = "VALID"):
     return found
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", POOLS)
 def test_pools_and_their_gradients_are_their_definitions(name):
     """Maximum and mean of the elements that are in x; the gradient of a maximum is at the first of
@@ -747,6 +748,7 @@ def test_pools_are_exported_and_spread_over_the_batch(name, pool):
         assert all(a.sharding.spec[0] == "data" for a in assert_spreads(training, x))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("pool", [max_pool, avg_pool])
 def test_pools_of_nothing(pool):
     for window, options in (
