@@ -33,7 +33,7 @@ def embed(
     The vector of an id that is not in 0 .. num_embeddings - 1 is NaN, so that the mistake shows.
 
     With attend=True, the layer maps features back to a score per vector. In a network, one child
-    does both, so the output weights are tied to the embedding:
+    does both, so the output weights are tied to the embedding::
 
         @wire(embed=embed(100, 16), body=...)
         def language_model(f, ids):
